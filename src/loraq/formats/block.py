@@ -1,0 +1,311 @@
+"""A quantized tensor: formats with shared block scales, plain 16-bit formats, and `QTensor`, what both produce.
+
+Blocks run along the last axis, which is always the contraction axis; a last, shorter block is allowed. A scale
+always multiplies. Two paths give bit-equal values: `round` returns the decoded fp32 values at once (what a solver
+or a fake-quantized activation needs), `quantize` returns packed bytes (what is stored).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loraq.errors import FormatError
+from loraq.formats.element import ElementFormat
+from loraq.formats.packing import pack, packed_width, unpack
+from loraq.formats.scales import E4M3_SCALE, ScaleFormat, ScaleRule, scale_rule, view_bytes
+
+#: Values handled at a time on a CPU, so that the passes over them stay in cache (512 KiB of fp32).
+_CHUNK_VALUES = 1 << 17
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A quantized tensor as it is stored: raw bytes and the format that reads them."""
+
+    #: Packed codes, `uint8`, last axis of `packed_width(n)` bytes.
+    packed: Tensor
+    #: Raw bytes of the block scales, `uint8`, last axis `n_blocks * bytes of one scale`; empty for 16-bit formats.
+    scale: Tensor
+    #: Raw bytes of the fp32 scale(s) above the block scales, `uint8`; `None` unless the format has one.
+    global_scale: Tensor | None
+    #: Shape of the tensor that was quantized.
+    shape: tuple[int, ...]
+    #: The format that made it and reads it.
+    format: "Format"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes and all scales."""
+        extra = 0 if self.global_scale is None else self.global_scale.numel()
+        return self.packed.numel() + self.scale.numel() + extra
+
+    def dequantize(self) -> Tensor:
+        """Return the fp32 values."""
+        return self.format.dequantize(self)
+
+
+@runtime_checkable
+class Format(Protocol):
+    """How a tensor is stored in few bits."""
+
+    @property
+    def name(self) -> str:
+        """Name that `get_format` understands."""
+        ...
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        ...
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits for each value of a long row, block scales counted."""
+        ...
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
+        ...
+
+    def round(self, x: Tensor, rule: str | None = None) -> Tensor:
+        """Return the fp32 values that `quantize` would store."""
+        ...
+
+    def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
+        """Return the packed tensor."""
+        ...
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        """Return the fp32 values of a packed tensor of this format."""
+        ...
+
+    def for_rows(self) -> "Format":
+        """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """An element format, a scale format and a block size."""
+
+    #: Name that `get_format` understands.
+    name: str
+    #: Format of one value.
+    element: ElementFormat
+    #: Format of the scale that a block shares.
+    scale_format: ScaleFormat
+    #: Neighbours on the last axis that share a scale; `None` is the whole row.
+    block_size: int | None
+    #: Whether one fp32 scale for each row replaces the one for the whole tensor (two-level formats only).
+    global_scale_per_row: bool = False
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether an fp32 scale stands above the block scales (NVFP4)."""
+        return self.scale_format is E4M3_SCALE
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        return self.element.bits
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits for each value of a long row, block scales counted."""
+        return self.bits + (8 * self.scale_format.n_bytes / self.block_size if self.block_size else 0.0)
+
+    @property
+    def default_rule(self) -> str:
+        """Rule used when none is named: the direct one of the scale format."""
+        return "floor" if self.scale_format.is_power_of_two else "absmax"
+
+    def n_blocks(self, n: int) -> int:
+        """Return the blocks of a row of `n` values."""
+        return -(-n // self.block_size) if self.block_size else 1
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
+        *leading, n = shape
+        rows = int(torch.Size(leading).numel())
+        extra = 4 * (rows if self.global_scale_per_row else 1) if self.has_global_scale else 0
+        return rows * (packed_width(n, self.bits) + self.n_blocks(n) * self.scale_format.n_bytes) + extra
+
+    def for_rows(self) -> "BlockFormat":
+        """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
+        return replace(self, global_scale_per_row=True) if self.has_global_scale else self
+
+    def round(self, x: Tensor, rule: str | None = None) -> Tensor:
+        """Return the fp32 values that `quantize` would store; NaN stays NaN, an infinity saturates.
+
+        Raises:
+            FormatError: the rule does not exist for this format.
+        """
+        chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
+        global_scale = self._global_scale(rows)
+        for part in _row_chunks(rows):
+            blocks = self._blocks(rows[part].float())
+            scale = self._choose_scale(blocks, chosen, _rows_of(global_scale, part))
+            values = self.element.round(blocks / _safe(scale)).mul_(scale)
+            out[part] = values.flatten(-2)[..., : rows.shape[-1]]
+        return out.view(x.shape)
+
+    def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
+        """Return the packed tensor; `dequantize` gives exactly what `round` gives.
+
+        Raises:
+            FormatError: a value is NaN or infinite (the message names the place), or the rule does not exist.
+        """
+        chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
+        require_finite(x, self.name)
+        rows = x.reshape(-1, x.shape[-1])
+        n = rows.shape[-1]
+        global_scale = self._global_scale(rows)
+        packed, scales = [], []
+        for part in _row_chunks(rows):
+            blocks = self._blocks(rows[part].float())
+            above = _rows_of(global_scale, part)
+            scale = self._choose_scale(blocks, chosen, above)
+            codes = self.element.encode(blocks / _safe(scale))
+            packed.append(pack(codes.flatten(-2)[..., :n], self.bits))
+            scales.append(self.scale_format.encode((scale if above is None else scale / _safe(above)).squeeze(-1)))
+        lead = x.shape[:-1]
+        return QTensor(
+            packed=torch.cat(packed).view(*lead, -1),
+            scale=torch.cat(scales).view(*lead, -1),
+            global_scale=None if global_scale is None else global_scale.reshape(-1).view(torch.uint8),
+            shape=tuple(x.shape),
+            format=self,
+        )
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        """Return the fp32 values of a packed tensor of this format."""
+        n = q.shape[-1]
+        rows = q.packed.reshape(-1, q.packed.shape[-1])
+        scale = self.scale_format.decode(q.scale.reshape(rows.shape[0], -1)).unsqueeze(-1)
+        if q.global_scale is not None:
+            scale = scale * view_bytes(q.global_scale, torch.float32).view(-1, 1, 1)
+        out = torch.empty((rows.shape[0], n), dtype=torch.float32, device=rows.device)
+        for part in _row_chunks(out):
+            values = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
+            out[part] = values.mul_(scale[part]).flatten(-2)[..., :n]
+        return out.view(q.shape)
+
+    def _blocks(self, rows: Tensor) -> Tensor:
+        """(rows, n) to (rows, n_blocks, block_size); a shorter last block is filled with zeros."""
+        n = rows.shape[-1]
+        size = self.block_size or n
+        return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
+
+    def _global_scale(self, rows: Tensor) -> Tensor | None:
+        """Fp32 scale that brings the largest block scale to the top of E4M3; (1, 1, 1) or (rows, 1, 1)."""
+        if not self.has_global_scale:
+            return None
+        dims = (1,) if self.global_scale_per_row else (0, 1)
+        top = rows.float().abs().amax(dims).view(-1, 1, 1) / (self.element.max * 448.0)
+        return torch.where(top >= 2.0**-100, top, 1.0)
+
+    def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
+        """Storable fp32 scale of every block, (rows, n_blocks, 1), `above` (the global scale) multiplied in."""
+        abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=torch.finfo(torch.float32).max)
+        if above is not None:
+            abs_max = abs_max / above
+        if rule.name == "midmax":
+            return self.scale_format.propose_midmax(abs_max, self.element)
+        proposals = (self.scale_format.propose(abs_max, self.element, factor) for factor in rule.factors)
+        if len(rule.factors) == 1 and not rule.least_squares:
+            best = next(proposals)
+            return best if above is None else best * above
+        best = torch.zeros_like(abs_max)
+        best_gain = torch.full_like(abs_max, -torch.inf)
+        least_squares = torch.zeros_like(abs_max)
+        for scale in proposals:
+            gain, optimum = self._gain(blocks, scale if above is None else scale * above)
+            better = gain > best_gain
+            best = torch.where(better, scale, best)
+            best_gain = torch.where(better, gain, best_gain)
+            least_squares = torch.where(better, optimum, least_squares)
+        if rule.least_squares:
+            scale = self.scale_format.round(least_squares if above is None else least_squares / above)
+            gain, _ = self._gain(blocks, scale if above is None else scale * above)
+            best = torch.where(gain > best_gain, scale, best)
+        return best if above is None else best * above
+
+    def _gain(self, blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error a scale saves against storing zeros, and the best scale for its codes."""
+        values = self.element.round(blocks / _safe(scale))
+        norm = (values * values).sum(-1, keepdim=True)
+        overlap = values.mul_(blocks).sum(-1, keepdim=True)
+        return scale * (2 * overlap - scale * norm), overlap / norm.clamp(min=2.0**-100)
+
+
+@dataclass(frozen=True)
+class CastFormat:
+    """A plain 16-bit floating point format; as an activation format it means: leave the activation as it is."""
+
+    #: "bf16" or "fp16".
+    name: str
+    #: The torch dtype of the same numbers.
+    dtype: torch.dtype
+    bits: int = 16
+    bits_per_value: float = 16.0
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that a tensor of this shape takes."""
+        return 2 * int(torch.Size(shape).numel())
+
+    def for_rows(self) -> "CastFormat":
+        """Return itself: no scale is shared."""
+        return self
+
+    def round(self, x: Tensor, rule: str | None = None) -> Tensor:
+        """Return the values after a cast, as fp32; saturates at the largest finite value."""
+        limit = torch.finfo(self.dtype).max
+        return x.float().clamp(-limit, limit).to(self.dtype).float()
+
+    def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
+        """Return the 16-bit values as raw bytes.
+
+        Raises:
+            FormatError: a value is NaN or infinite.
+        """
+        require_finite(x, self.name)
+        packed = self.round(x).to(self.dtype).contiguous().view(torch.uint8)
+        scale = torch.empty((*x.shape[:-1], 0), dtype=torch.uint8, device=x.device)
+        return QTensor(packed, scale, None, tuple(x.shape), self)
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        """Return the fp32 values of a packed tensor of this format."""
+        return view_bytes(q.packed, self.dtype).float()
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise `FormatError` that names the first value that is NaN or infinite."""
+    finite = x.isfinite()
+    if finite.all():
+        return
+    place = tuple(int(i) for i in (~finite).nonzero()[0])
+    raise FormatError(
+        f"Cannot quantize to '{what}': the value at {place} is {float(x[place])}, and {int((~finite).sum())} of "
+        f"{x.numel()} values are not finite. Every value must be a finite number. Repair the source file."
+    )
+
+
+def _row_chunks(rows: Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_VALUES // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _rows_of(global_scale: Tensor | None, part: slice) -> Tensor | None:
+    return global_scale if global_scale is None or len(global_scale) == 1 else global_scale[part]
+
+
+def _safe(scale: Tensor) -> Tensor:
+    """Divisor for a scale: a zero scale stores zeros whatever it divides."""
+    return torch.where(scale == 0, 1.0, scale)
