@@ -5,6 +5,7 @@ always multiplies. Two paths give bit-equal values: `round` returns the decoded 
 or a fake-quantized activation needs), `quantize` returns packed bytes (what is stored).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -71,8 +72,8 @@ class Format(Protocol):
         """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
         ...
 
-    def round(self, x: Tensor, rule: str | None = None) -> Tensor:
-        """Return the fp32 values that `quantize` would store."""
+    def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
+        """Return the fp32 values that `quantize` would store, in `out` if given."""
         ...
 
     def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
@@ -100,7 +101,7 @@ class BlockFormat:
     scale_format: ScaleFormat
     #: Neighbours on the last axis that share a scale; `None` is the whole row.
     block_size: int | None
-    #: Whether one fp32 scale for each row replaces the one for the whole tensor (two-level formats only).
+    #: Whether each row has its own fp32 scale above the block scales; else each matrix (last two axes) has one.
     global_scale_per_row: bool = False
 
     @property
@@ -130,30 +131,37 @@ class BlockFormat:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
         *leading, n = shape
-        rows = int(torch.Size(leading).numel())
-        extra = 4 * (rows if self.global_scale_per_row else 1) if self.has_global_scale else 0
+        rows = math.prod(leading)
+        owners = rows if self.global_scale_per_row else math.prod(leading[:-1])
+        extra = 4 * owners if self.has_global_scale else 0
         return rows * (packed_width(n, self.bits) + self.n_blocks(n) * self.scale_format.n_bytes) + extra
 
     def for_rows(self) -> "BlockFormat":
         """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
         return replace(self, global_scale_per_row=True) if self.has_global_scale else self
 
-    def round(self, x: Tensor, rule: str | None = None) -> Tensor:
+    def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the fp32 values that `quantize` would store; NaN stays NaN, an infinity saturates.
+
+        Args:
+            x: any float dtype, any leading shape.
+            rule: scale rule; `None` is `default_rule`.
+            out: contiguous fp32 tensor of the same shape to write into.
 
         Raises:
             FormatError: the rule does not exist for this format.
         """
         chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
-        global_scale = self._global_scale(rows)
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device) if out is None else out
+        out_rows = out.view(rows.shape)
+        global_scale = self._global_scale(x)
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())
-            scale = self._choose_scale(blocks, chosen, _rows_of(global_scale, part))
+            scale = self._choose_scale(blocks, chosen, _of_rows(global_scale, rows, part))
             values = self.element.round(blocks / _safe(scale)).mul_(scale)
-            out[part] = values.flatten(-2)[..., : rows.shape[-1]]
-        return out.view(x.shape)
+            out_rows[part] = values.flatten(-2)[..., : rows.shape[-1]]
+        return out
 
     def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
         """Return the packed tensor; `dequantize` gives exactly what `round` gives.
@@ -165,11 +173,11 @@ class BlockFormat:
         require_finite(x, self.name)
         rows = x.reshape(-1, x.shape[-1])
         n = rows.shape[-1]
-        global_scale = self._global_scale(rows)
+        global_scale = self._global_scale(x)
         packed, scales = [], []
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())
-            above = _rows_of(global_scale, part)
+            above = _of_rows(global_scale, rows, part)
             scale = self._choose_scale(blocks, chosen, above)
             codes = self.element.encode(blocks / _safe(scale))
             packed.append(pack(codes.flatten(-2)[..., :n], self.bits))
@@ -178,7 +186,7 @@ class BlockFormat:
         return QTensor(
             packed=torch.cat(packed).view(*lead, -1),
             scale=torch.cat(scales).view(*lead, -1),
-            global_scale=None if global_scale is None else global_scale.reshape(-1).view(torch.uint8),
+            global_scale=None if global_scale is None else global_scale.view(torch.uint8),
             shape=tuple(x.shape),
             format=self,
         )
@@ -188,8 +196,10 @@ class BlockFormat:
         n = q.shape[-1]
         rows = q.packed.reshape(-1, q.packed.shape[-1])
         scale = self.scale_format.decode(q.scale.reshape(rows.shape[0], -1)).unsqueeze(-1)
-        if q.global_scale is not None:
-            scale = scale * view_bytes(q.global_scale, torch.float32).view(-1, 1, 1)
+        above = None if q.global_scale is None else view_bytes(q.global_scale, torch.float32)
+        above = _of_rows(above, rows, slice(None))
+        if above is not None:
+            scale = scale * above
         out = torch.empty((rows.shape[0], n), dtype=torch.float32, device=rows.device)
         for part in _row_chunks(out):
             values = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
@@ -202,12 +212,13 @@ class BlockFormat:
         size = self.block_size or n
         return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
 
-    def _global_scale(self, rows: Tensor) -> Tensor | None:
-        """Fp32 scale that brings the largest block scale to the top of E4M3; (1, 1, 1) or (rows, 1, 1)."""
+    def _global_scale(self, x: Tensor) -> Tensor | None:
+        """Fp32 scales that bring the largest block scale of a matrix, or of a row, to the top of E4M3; flat."""
         if not self.has_global_scale:
             return None
-        dims = (1,) if self.global_scale_per_row else (0, 1)
-        top = rows.float().abs().amax(dims).view(-1, 1, 1) / (self.element.max * 448.0)
+        dims = (-1,) if self.global_scale_per_row or x.dim() == 1 else (-2, -1)
+        largest = x.float().abs().amax(dims).flatten().clamp_(max=torch.finfo(torch.float32).max)
+        top = largest / (self.element.max * 448.0)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
     def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
@@ -221,9 +232,8 @@ class BlockFormat:
         if len(rule.factors) == 1 and not rule.least_squares:
             best = next(proposals)
             return best if above is None else best * above
-        best = torch.zeros_like(abs_max)
-        best_gain = torch.full_like(abs_max, -torch.inf)
-        least_squares = torch.zeros_like(abs_max)
+        best = next(proposals)  # kept where the gains of a huge block overflow
+        best_gain, least_squares = self._gain(blocks, best if above is None else best * above)
         for scale in proposals:
             gain, optimum = self._gain(blocks, scale if above is None else scale * above)
             better = gain > best_gain
@@ -257,16 +267,17 @@ class CastFormat:
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes that a tensor of this shape takes."""
-        return 2 * int(torch.Size(shape).numel())
+        return 2 * math.prod(shape)
 
     def for_rows(self) -> "CastFormat":
         """Return itself: no scale is shared."""
         return self
 
-    def round(self, x: Tensor, rule: str | None = None) -> Tensor:
+    def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the values after a cast, as fp32; saturates at the largest finite value."""
         limit = torch.finfo(self.dtype).max
-        return x.float().clamp(-limit, limit).to(self.dtype).float()
+        cast = x.float().clamp(-limit, limit).to(self.dtype)
+        return cast.float() if out is None else out.copy_(cast)
 
     def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
         """Return the 16-bit values as raw bytes.
@@ -302,8 +313,11 @@ def _row_chunks(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _rows_of(global_scale: Tensor | None, part: slice) -> Tensor | None:
-    return global_scale if global_scale is None or len(global_scale) == 1 else global_scale[part]
+def _of_rows(global_scale: Tensor | None, rows: Tensor, part: slice) -> Tensor | None:
+    """Global scale of each row in `part`, (rows, 1, 1); consecutive rows share one."""
+    if global_scale is None:
+        return None
+    return global_scale.repeat_interleave(len(rows) // len(global_scale))[part].view(-1, 1, 1)
 
 
 def _safe(scale: Tensor) -> Tensor:

@@ -66,16 +66,15 @@ class ElementFormat:
 
         NaN stays NaN; an infinity saturates to `max`. The result is fp32.
         """
-        if not self.is_float:
-            step = 2.0**-self.mantissa_bits
-            y = x / step if self.mantissa_bits else x.clone()
-            limit = self.max / step
-            return y.round_().clamp_(-limit, limit).mul_(step)
-        y = x.clamp(-self.max, self.max)
         # Adding and subtracting 1.5 * 2^(23 - mantissa_bits) * binade makes the fp32 adder round at the
-        # format's own step; the clamp keeps subnormals on the step of the smallest normal binade.
-        magic = power_of_two_below(y).clamp_(min=2.0**self.min_exponent).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
-        return y.add_(magic).sub_(magic)
+        # format's own step. An integer has one binade, [1, 2), for all its values.
+        y = x.clamp(-self.max, self.max)
+        shift = 1.5 * 2.0 ** (23 - self.mantissa_bits)
+        if not self.is_float:
+            return y.add_(shift).sub_(shift)
+        # The clamp keeps subnormals on the step of the smallest normal binade; the sum loses the sign of a zero.
+        binade = power_of_two_below(y).clamp_(min=2.0**self.min_exponent)
+        return y.add_(binade, alpha=shift).sub_(binade, alpha=shift).copysign_(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Round fp32 values and return their codes, one `uint8` each, in the low `bits` bits."""

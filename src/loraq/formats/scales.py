@@ -52,10 +52,10 @@ class ScaleFormat:
     def propose(self, abs_max: Tensor, element: ElementFormat, factor: float) -> Tensor:
         """Return the storable fp32 scale for blocks of largest magnitude `factor * abs_max`."""
         if self.is_power_of_two:
-            # OCP MX v1.0, section 6.3: 2^(floor(log2 max) - emax); saturates at 2^-127 and 2^127.
+            # OCP MX v1.0, section 6.3: 2^(floor(log2 max) - emax); saturates at 2^-127 and where values would leave fp32.
             binade = power_of_two_below(abs_max * factor)
             exponent = (binade.view(torch.int32) >> 23) - 127 - element.max_exponent
-            return _power_of_two(exponent.clamp_(-127, 127))
+            return _power_of_two(exponent.clamp_(-127, 127 - element.max_exponent))
         return self.round(abs_max * (factor / element.max))
 
     def propose_midmax(self, abs_max: Tensor, element: ElementFormat) -> Tensor:
@@ -65,7 +65,9 @@ class ScaleFormat:
         """
         scale = self.propose(abs_max, element, 1.0)
         exponent = (power_of_two_below(scale).view(torch.int32) >> 23) - 127
-        return _power_of_two((exponent + (abs_max / scale > element.overflow_midpoint)).clamp_(max=127))
+        return _power_of_two(
+            (exponent + (abs_max / scale > element.overflow_midpoint)).clamp_(max=127 - element.max_exponent)
+        )
 
     def round(self, scale: Tensor) -> Tensor:
         """Round positive fp32 scales to storable ones, never to a subnormal fp32 number."""
@@ -107,8 +109,7 @@ def view_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent for int32 exponents from -127 to 127, built from the bits because exp2 may round."""
-    normal = (exponent + 127) << 23
-    return torch.where(exponent == -127, 1 << 22, normal).to(torch.int32).view(torch.float32)
+    return ((exponent + 127) << 23).clamp_(min=1 << 22).view(torch.float32)  # 2^-127 is the subnormal 1 << 22
 
 
 # Factors with the least error, measured by `benchmarks/scale_rules.py`. A power-of-two scale has one useful

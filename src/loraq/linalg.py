@@ -1,0 +1,72 @@
+"""Truncated SVD by subspace iteration, and its factored forms."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """The leading singular triplets of a matrix, W ≈ left · diag(values) · right."""
+
+    #: Orthonormal columns.
+    left: Float[Tensor, "out rank"]
+    #: Descending.
+    values: Float[Tensor, " rank"]
+    #: Orthonormal rows.
+    right: Float[Tensor, "rank in"]
+
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """Return (up, down) that share the singular values equally."""
+        root = self.values.sqrt()
+        return self.left * root, root[:, None] * self.right
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """Return (up, down) with an orthonormal `up`: all singular values are in `down`."""
+        return self.left, self.values[:, None] * self.right
+
+
+def truncated_svd(
+    matrix: Float[Tensor, "out in"], rank: int, *, seed: int, iterations: int = 8, start: Tensor | None = None
+) -> TruncatedSVD:
+    """Return the `rank` leading singular triplets by randomized subspace iteration.
+
+    Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4, with 16 extra directions. Eight iterations leave
+    about 0.1 % more error than the best rank-r matrix on weights of transformers; a matrix no larger than twice the
+    subspace is decomposed exactly.
+
+    Args:
+        matrix: fp32.
+        rank: number of triplets, at most min(out, in).
+        seed: of the random start.
+        iterations: passes over the matrix and its transpose.
+        start: (in, k) directions to begin with in place of random ones, from an earlier call.
+    """
+    n_out, n_in = matrix.shape
+    size = min(rank + 16, n_out, n_in)
+    if min(n_out, n_in) <= 2 * size:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return _cut(left, values, right, rank)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    directions = torch.randn((n_in, size), generator=generator).to(matrix.device)
+    if start is not None:
+        directions[:, : start.shape[1]] = start
+    basis = torch.linalg.qr(matrix @ directions).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return _cut(basis @ left, values, right, rank)
+
+
+def svd_of_product(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]) -> TruncatedSVD:
+    """Return the exact SVD of `up @ down` without forming the product."""
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.mT)
+    left, values, right = torch.linalg.svd(r_up @ r_down.mT)
+    return TruncatedSVD(q_up @ left, values, right @ q_down.mT)
+
+
+def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int) -> TruncatedSVD:
+    return TruncatedSVD(left[:, :rank], values[:rank], right[:rank])

@@ -1,0 +1,297 @@
+"""LoRaQ: optimize a quantized low-rank branch so that 4-bit rounding of the rest leaves little.
+
+With U = proj_up, D = proj_down, Qb the branch's rounding, Qw the main weight's and R = W − Qb(U) Qb(D), minimize
+
+    J(U, D) = ‖R − Qw(R)‖² + α ‖Qw(R)‖² + β ‖Qb(U) Qb(D)‖²
+
+LoRaQ, arXiv 2604.18117, states the first term: optimize the factors directly against the rounding error, with no
+data. Its gradient with Qw held constant is −2 (R − Qw(R)) in the product U D. The landscape is glassy: codes freeze
+after a few ordinary gradient steps, and what decides the result is to begin hot and to cool (docs/log.md). So a step
+here projects the gradient on the tangent space of the rank-r matrices, which makes its size the same for every
+shape, rank and format, and over-relaxes it: at first by so much that about a third of the codes change each time.
+
+Phase 1 anneals full-precision factors; phase 2 switches the branch's rounding on inside the loop and cools to zero.
+Rounding a branch *before* the main weight costs almost nothing, because the main weight absorbs its error.
+
+α and β price activation noise: with 4-bit activations a large 4-bit part and a large branch that cancel each other
+lose what they won on the weight (see `ActivationNoise`).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.errors import SchemeError, unknown
+from loraq.formats import CastFormat, Format, get_format
+from loraq.linalg import svd_of_product, truncated_svd
+from loraq.methods.base import prepare, quantize_branch, relative_error, require_branch
+from loraq.scheme import Branch, LayerSolution, Scheme
+
+#: (up, down) of one layer.
+Pair = tuple[Tensor, Tensor]
+
+#: Steps of the two phases for each effort level.
+EFFORTS = {"fast": (25, 10), "default": (100, 40), "best": (400, 160)}
+
+
+@dataclass(frozen=True)
+class LoRaQ:
+    """Anneal the branch against the rounding error of what it leaves; see the module text."""
+
+    #: Steps with full-precision factors, hot to stable.
+    steps: int = 100
+    #: Steps with rounded factors, stable to zero.
+    refine_steps: int = 40
+    #: First step, in units of the one that moves the weight by about one rounding error; flat from 1.4 to 2.4.
+    heat: float = 1.8
+    #: Over-relaxation that phase 1 cools to and phase 2 starts from; 2 is the limit of stability.
+    final_step: float = 1.5
+    #: Largest move of a row or column relative to its own error; keeps outlier channels from running away.
+    leverage_cap: float = 1.0
+    #: Extra weight of ‖Qw(R)‖² at the first step, gone at the end of phase 1; keeps Qw(R) and the branch small.
+    pull: float = 0.02
+    #: Extra shrinking of the branch in phase 1; `None` takes 0.01 for 6-bit factors, 0.005 for 4-bit ones, else 0.
+    decay: float | None = None
+    #: Whether J has the activation-noise terms α and β that follow from the scheme's activation formats.
+    activation_aware: bool = True
+    #: Scale rule of the last rounding; inside the loop it is always "fitted".
+    scale_rule: str | None = "search"
+
+    @classmethod
+    def at(cls, effort: str) -> Self:
+        """Return the settings of an effort level, one of `EFFORTS`."""
+        if effort not in EFFORTS:
+            raise SchemeError(unknown("effort", effort, EFFORTS))
+        steps, refine_steps = EFFORTS[effort]
+        return cls(steps=steps, refine_steps=refine_steps)
+
+    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
+        """Fit a quantized branch; never worse in J than one-shot SVDQuant or round-to-nearest in the same formats.
+
+        `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant.
+        See `Method.solve`.
+        """
+        return self.solve_batch([weight], scheme, seeds=[seed])[0]
+
+    def solve_batch(
+        self, weights: Sequence[Float[Tensor, "out in"]], scheme: Scheme, *, seeds: Sequence[int]
+    ) -> list[LayerSolution]:
+        """Solve weights of one shape together: on a GPU, where a small layer is bound by launches, this is faster."""
+        begin = time.perf_counter()
+        branch = require_branch(scheme, "loraq")
+        weight = torch.stack([prepare(w, scheme) for w in weights])
+        noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
+        problem = _Problem(weight, scheme.weight_format, branch.weight_format, noise)
+
+        svds = [truncated_svd(w, branch.rank, seed=seed) for w, seed in zip(weight, seeds, strict=True)]
+        annealed = self._anneal(problem, _stack([svd.balanced() for svd in svds]))
+        refined = self._refine(problem, annealed)
+        shared = (time.perf_counter() - begin) / len(weights)
+        solutions = []
+        for i, svd in enumerate(svds):
+            begin = time.perf_counter()
+            solution = self._best_of(weight[i], scheme, noise, (refined.up[i], refined.down[i]), svd.canonical())
+            seconds = shared + time.perf_counter() - begin
+            solutions.append(replace(solution, seconds=seconds))
+        return solutions
+
+    def _anneal(self, problem: "_Problem", factors: "_Factors") -> "_Factors":
+        """Phase 1: full-precision factors, over-relaxed from `heat` down to `final_step`."""
+        n_out, n_in = problem.weight.shape[-2:]
+        rank = factors.up.shape[-1]
+        # The tangent space has rank (out + in − rank) of out·in dimensions, so a step of 1 moves the product by that
+        # share of the error's energy; this step moves it by `heat` times the error itself.
+        hot = max(self.final_step, self.heat * math.sqrt(n_out * n_in / (rank * (n_out + n_in - rank))))
+        decay = max(problem.noise.branch, self._decay(problem.factor))
+        best: _Iterate | None = None
+        for t in range(self.steps):
+            left = 1 - t / self.steps
+            iterate = problem.evaluate(factors, rounded=False)
+            best = iterate if best is None else best.keep_better(iterate)
+            if best.objective.max() == 0:
+                break
+            step = self.final_step + (hot - self.final_step) * left
+            gradient = iterate.gradient(max(problem.noise.main, self.pull * left))
+            factors = _move(factors, factors, gradient, step, self.leverage_cap).shrunk(step * decay)
+        return factors if best is None else best.factors
+
+    def _refine(self, problem: "_Problem", factors: "_Factors") -> "_Factors":
+        """Phase 2: the same step seen through the branch's rounding, from `final_step` down to zero."""
+        factors = _stack([svd_of_product(*pair).canonical() for pair in zip(*factors, strict=True)])
+        best = iterate = problem.evaluate(factors, rounded=True)
+        for t in range(self.refine_steps):
+            if best.objective.max() == 0:
+                break
+            step = self.final_step * (1 - t / self.refine_steps)
+            gradient = iterate.gradient(problem.noise.main)
+            moved = _move(factors, iterate.seen, gradient, step, self.leverage_cap)
+            factors = moved.shrunk(step * problem.noise.branch)
+            iterate = problem.evaluate(factors, rounded=True)
+            best = best.keep_better(iterate)
+        return best.factors
+
+    def _best_of(
+        self, weight: Tensor, scheme: Scheme, noise: "ActivationNoise", refined: Pair, start: Pair
+    ) -> LayerSolution:
+        """Store the best of three in J: the refined factors, one-shot SVDQuant's, and none (round-to-nearest)."""
+        branch = require_branch(scheme, "loraq")
+        none = (torch.zeros_like(start[0]), torch.zeros_like(start[1]))
+        candidates = [
+            quantize_branch(*factors, branch, rule)
+            for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted"))
+        ]
+        stored, objectives = [], []
+        for candidate in candidates:
+            product = candidate.reconstruct()
+            residual = weight - product
+            stored.append(scheme.weight_format.quantize(residual, self.scale_rule))
+            rounded = stored[-1].dequantize()
+            objectives.append(noise.objective(residual - rounded, rounded, _energy(product)).item())
+        best = objectives.index(min(objectives))
+        norm = torch.linalg.vector_norm(weight).item() or 1.0
+        metrics = {
+            "objective": math.sqrt(objectives[best]) / norm,
+            "start_objective": math.sqrt(objectives[1]) / norm,
+        }
+        error = relative_error(weight, stored[best], candidates[best])
+        return LayerSolution(scheme, stored[best], candidates[best], error, metrics=metrics)
+
+    def _decay(self, factor: Format) -> float:
+        """Shrinking of the branch in phase 1: less signal in a low-bit branch is less rounding noise."""
+        if self.decay is not None:
+            return self.decay
+        return {4: 0.005, 5: 0.01, 6: 0.01}.get(factor.bits, 0.0)
+
+
+class ActivationNoise(NamedTuple):
+    """Price of activation rounding in J, for inputs with uncorrelated channels of equal power.
+
+    If rounding an activation adds relative noise τ, the main path adds τ² ‖Qw(R)‖² to the squared output error, and
+    the branch adds (τ_x² + τ_P²) ‖U D‖² for its input and its rank-space intermediate.
+    """
+
+    #: α, relative noise power of the main path's input.
+    main: float = 0.0
+    #: β, summed noise powers of the branch's input and of its intermediate.
+    branch: float = 0.0
+
+    @classmethod
+    def of(cls, scheme: Scheme, branch: Branch) -> Self:
+        """Return the noise powers of a scheme's activation formats."""
+        return cls(
+            main=rounding_noise(scheme.activation),
+            branch=rounding_noise(branch.activation) + rounding_noise(branch.intermediate or branch.activation),
+        )
+
+    def objective(self, error: Tensor, rounded: Tensor, branch_energy: Tensor) -> Tensor:
+        """Return J of each matrix from R − Qw(R), Qw(R) and ‖U D‖²."""
+        total = _energy(error) + self.branch * branch_energy
+        return total + self.main * _energy(rounded) if self.main else total
+
+
+@lru_cache(maxsize=64)
+def rounding_noise(name: str) -> float:
+    """Return the relative noise power of a format on a fixed heavy-tailed sample (Student t, 4 degrees of freedom).
+
+    Activations of transformers have heavy tails; a Gaussian would halve the noise of the 4-bit integer formats.
+    A 16-bit format counts as no noise.
+    """
+    fmt = get_format(name).for_rows()
+    if isinstance(fmt, CastFormat):
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn((5, 64, 1152), generator=generator)
+    sample = normal[0] / (normal[1:].square().sum(0) / 4).sqrt()
+    return ((sample - fmt.round(sample)).square().sum() / sample.square().sum()).item()
+
+
+class _Factors(NamedTuple):
+    up: Tensor  # (batch, out, rank)
+    down: Tensor  # (batch, rank, in)
+
+    def shrunk(self, share: float) -> "_Factors":
+        """Factors whose product is smaller by about `share`."""
+        return _Factors(self.up * (1 - share / 2), self.down * (1 - share / 2)) if share else self
+
+
+class _Iterate(NamedTuple):
+    factors: _Factors  # before the branch's rounding
+    seen: _Factors  # as the product used them
+    error: Tensor  # R − Qw(R), (batch, out, in); valid until the next evaluation
+    rounded: Tensor  # Qw(R); valid until the next evaluation
+    objective: Tensor  # J, (batch,)
+
+    def gradient(self, pull: float) -> Tensor:
+        """Direction in the product that lowers ‖R − Qw(R)‖² + pull ‖Qw(R)‖²; overwrites `error`."""
+        return self.error.add_(self.rounded, alpha=pull) if pull else self.error
+
+    def keep_better(self, other: "_Iterate") -> "_Iterate":
+        """The factors with the smaller J for each layer of the batch; everything else becomes the other's."""
+        better = (other.objective < self.objective)[:, None, None]
+        up = torch.where(better, other.factors.up, self.factors.up)
+        down = torch.where(better, other.factors.down, self.factors.down)
+        return other._replace(factors=_Factors(up, down), objective=torch.minimum(self.objective, other.objective))
+
+
+class _Problem:
+    """The weights of one batch, and two buffers that every evaluation reuses: fresh pages cost more than the sums."""
+
+    def __init__(self, weight: Tensor, main: Format, factor: Format, noise: ActivationNoise) -> None:
+        self.weight, self.main, self.factor, self.noise = weight, main, factor, noise
+        self._residual, self._rounded = torch.empty_like(weight), torch.empty_like(weight)
+
+    def evaluate(self, factors: _Factors, *, rounded: bool) -> _Iterate:
+        """Round what the factors leave of the weight, and price it; `rounded` looks through the branch's format."""
+        seen = _Factors(*(self.factor.round(f, "fitted") for f in factors)) if rounded else factors
+        torch.baddbmm(self.weight, *seen, alpha=-1, out=self._residual)
+        self.main.round(self._residual, "fitted", out=self._rounded)
+        error = self._residual.sub_(self._rounded)
+        branch_energy = ((seen.up.mT @ seen.up) * (seen.down @ seen.down.mT)).sum((-2, -1))
+        return _Iterate(factors, seen, error, self._rounded, self.noise.objective(error, self._rounded, branch_energy))
+
+
+def _move(latent: _Factors, seen: _Factors, gradient: Tensor, step: float, cap: float) -> _Factors:
+    """Step the latent factors along the gradient, projected on the tangent space at the factors that are seen.
+
+    The projection of G at U D is P_U G + G P_D − P_U G P_D with P_U = U (UᵀU)⁻¹ Uᵀ and P_D alike; the overlap is
+    shared by both factors. Rows and columns of G whose leverage (diagonal of P) times the step exceeds `cap` are
+    scaled down: there the branch has nearly all freedom, and an over-relaxed step would diverge.
+    """
+    up, down = seen
+    up_inverse = _inverse(up.mT @ up)
+    down_inverse = _inverse(down @ down.mT)
+    row_leverage = ((up @ up_inverse) * up).sum(-1, keepdim=True)
+    column_leverage = ((down_inverse @ down) * down).sum(-2, keepdim=True)
+    rows = (cap / (step * row_leverage)).clamp_(max=1)
+    columns = (cap / (step * column_leverage)).clamp_(max=1)
+    dual = down.mT @ down_inverse
+    down_step = (up_inverse @ ((up * rows).mT @ gradient)) * columns
+    up_step = rows * (gradient @ (columns.mT * dual))
+    overlap = down_step @ dual / 2
+    return _Factors(
+        latent.up + step * (up_step - up @ overlap),
+        latent.down + step * (down_step - overlap @ down),
+    )
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Inverse of a Gram matrix in double precision; a tiny ridge covers factors without full rank."""
+    gram = gram.double()
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    ridge = torch.where(mean > 0, 1e-7 * mean, 1.0)
+    return torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).float()
+
+
+def _energy(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1)).square()
+
+
+def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> _Factors:
+    return _Factors(torch.stack([up for up, _ in pairs]), torch.stack([down for _, down in pairs]))

@@ -1,0 +1,29 @@
+"""Round to nearest: the floor that every other method must beat."""
+
+import time
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.errors import SchemeError
+from loraq.methods.base import prepare, relative_error
+from loraq.scheme import LayerSolution, Scheme
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Round every weight to its nearest code; no branch."""
+
+    #: Scale rule of the weight; `None` is the direct rule of the format ("floor" or "absmax").
+    scale_rule: str | None = "search"
+
+    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
+        """Round the weight; see `Method.solve`."""
+        begin = time.perf_counter()
+        if scheme.branch is not None:
+            raise SchemeError("Method 'rtn' has no branch, but the scheme asks for one. Remove the branch.")
+        weight = prepare(weight, scheme)
+        residual = scheme.weight_format.quantize(weight, self.scale_rule)
+        error = relative_error(weight, residual, None)
+        return LayerSolution(scheme, residual, None, error, time.perf_counter() - begin)

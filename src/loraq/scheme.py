@@ -1,0 +1,150 @@
+"""The request and the answer for one layer: `Scheme` and `Branch` in, `LayerSolution` out.
+
+Formats are named, not passed as objects, so that a scheme is plain data: it compares, hashes and travels through
+TOML, JSON and a checkpoint's manifest as it is.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.errors import SchemeError
+from loraq.formats import Format, QTensor, get_format
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The low-rank side path of one layer: `Qp(Qb(x) Dᵀ) Uᵀ` with U = proj_up (out, rank), D = proj_down (rank, in)."""
+
+    #: Inner size of the branch, at least 1.
+    rank: int
+    #: Format of both factors.
+    weight: str = "bf16"
+    #: Format of the branch's input x; "bf16" leaves it as it is.
+    activation: str = "bf16"
+    #: Format of the rank-space intermediate x Dᵀ; `None` takes the format of the input.
+    intermediate: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SchemeError(
+                f"Branch rank is {self.rank}. It must be at least 1. For no branch, leave the branch out."
+            )
+        for name in (self.weight, self.activation, self.intermediate_format.name):
+            get_format(name)
+
+    @property
+    def weight_format(self) -> Format:
+        """Format of both factors."""
+        return get_format(self.weight)
+
+    @property
+    def activation_format(self) -> Format:
+        """Format of the branch's input, scales not shared by tokens."""
+        return get_format(self.activation).for_rows()
+
+    @property
+    def intermediate_format(self) -> Format:
+        """Format of the rank-space intermediate, scales not shared by tokens."""
+        return get_format(self.intermediate or self.activation).for_rows()
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Return the exact bytes of both factors for a weight of shape (out, in), scales counted."""
+        n_out, n_in = shape
+        return self.weight_format.nbytes((n_out, self.rank)) + self.weight_format.nbytes((self.rank, n_in))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is asked of one layer: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ`."""
+
+    #: Format of the main weight.
+    weight: str
+    #: Format of the main path's input; "bf16" leaves it as it is (weight-only quantization).
+    activation: str = "bf16"
+    #: The low-rank side path, or `None`.
+    branch: Branch | None = None
+
+    def __post_init__(self) -> None:
+        get_format(self.weight)
+        get_format(self.activation)
+
+    @property
+    def weight_format(self) -> Format:
+        """Format of the main weight."""
+        return get_format(self.weight)
+
+    @property
+    def activation_format(self) -> Format:
+        """Format of the main path's input, scales not shared by tokens."""
+        return get_format(self.activation).for_rows()
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Return the exact bytes that a weight of shape (out, in) takes, all scales counted, bias not."""
+        return self.weight_format.nbytes(shape) + (self.branch.nbytes(shape) if self.branch else 0)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise `SchemeError` unless a weight of this shape can be stored this way."""
+        if len(shape) != 2 or min(shape) < 1:
+            raise SchemeError(f"Weight has shape {tuple(shape)}. A matrix (out, in) is required.")
+        if self.branch and self.branch.rank > min(shape):
+            raise SchemeError(
+                f"Branch rank {self.branch.rank} is larger than min(out, in) of shape {tuple(shape)}. "
+                f"Use a rank of at most {min(shape)}, or skip this layer."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankBranch:
+    """Both quantized factors of a branch."""
+
+    #: (out, rank), blocks along rank.
+    proj_up: QTensor
+    #: (rank, in), blocks along in.
+    proj_down: QTensor
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """Return the dense product U D in fp32."""
+        return self.proj_up.dequantize() @ self.proj_down.dequantize()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """What a method returns for one weight: what is stored, and how good it is."""
+
+    #: The scheme that was asked for.
+    scheme: Scheme
+    #: The main weight, (out, in).
+    residual: QTensor
+    #: The low-rank branch, or `None` if the scheme has none.
+    branch: LowRankBranch | None
+    #: ‖W − Ŵ‖_F / ‖W‖_F, no unit; 0 for an all-zero weight that is reproduced.
+    relative_error: float
+    #: Wall time of the solver in seconds.
+    seconds: float = 0.0
+    #: What else the method measured, by name: "steps", "objective", "start_error" …
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """Return the effective dense weight Ŵ = residual + U D in fp32."""
+        dense = self.residual.dequantize()
+        return dense + self.branch.reconstruct() if self.branch else dense
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal-to-quantization-noise ratio of the weight in dB; infinite for an exact solution."""
+        return -20 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales and both factors."""
+        branch = self.branch
+        return self.residual.nbytes + (branch.proj_up.nbytes + branch.proj_down.nbytes if branch else 0)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the weight."""
+        n_out, n_in = self.residual.shape
+        return 8 * self.nbytes / (n_out * n_in)
