@@ -29,8 +29,8 @@ class QTensor:
 
     #: Packed codes, `uint8`, last axis of `packed_width(n)` bytes.
     packed: Tensor
-    #: Raw bytes of the block scales, `uint8`, last axis `n_blocks * bytes of one scale`; empty for 16-bit formats.
-    scale: Tensor
+    #: Raw bytes of the block scales, `uint8`, last axis `n_blocks * bytes of one scale`; `None` for 16-bit formats.
+    scale: Tensor | None
     #: Raw bytes of the fp32 scale(s) above the block scales, `uint8`; `None` unless the format has one.
     global_scale: Tensor | None
     #: Shape of the tensor that was quantized.
@@ -39,10 +39,15 @@ class QTensor:
     format: "Format"
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The `uint8` tensors that are stored, by the names of `Format.storage`."""
+        named = {"packed": self.packed, "scale": self.scale, "global_scale": self.global_scale}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes stored: codes and all scales."""
-        extra = 0 if self.global_scale is None else self.global_scale.numel()
-        return self.packed.numel() + self.scale.numel() + extra
+        return sum(tensor.numel() for tensor in self.tensors.values())
 
     def dequantize(self) -> Tensor:
         """Return the fp32 values."""
@@ -66,6 +71,10 @@ class Format(Protocol):
     @property
     def bits_per_value(self) -> float:
         """Stored bits for each value of a long row, block scales counted."""
+        ...
+
+    def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the `uint8` tensors that hold a tensor of this shape: "packed", "scale", …"""
         ...
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -128,13 +137,20 @@ class BlockFormat:
         """Return the blocks of a row of `n` values."""
         return -(-n // self.block_size) if self.block_size else 1
 
+    def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the `uint8` tensors that hold a tensor of this shape: "packed", "scale", …"""
+        *leading, n = shape
+        shapes: dict[str, tuple[int, ...]] = {
+            "packed": (*leading, packed_width(n, self.bits)),
+            "scale": (*leading, self.n_blocks(n) * self.scale_format.n_bytes),
+        }
+        if self.has_global_scale:
+            shapes["global_scale"] = (4 * math.prod(leading if self.global_scale_per_row else leading[:-1]),)
+        return shapes
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
-        *leading, n = shape
-        rows = math.prod(leading)
-        owners = rows if self.global_scale_per_row else math.prod(leading[:-1])
-        extra = 4 * owners if self.has_global_scale else 0
-        return rows * (packed_width(n, self.bits) + self.n_blocks(n) * self.scale_format.n_bytes) + extra
+        return sum(math.prod(stored) for stored in self.storage(shape).values())
 
     def for_rows(self) -> "BlockFormat":
         """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
@@ -193,6 +209,7 @@ class BlockFormat:
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
+        assert q.scale is not None, "a block format always stores scales"
         n = q.shape[-1]
         rows = q.packed.reshape(-1, q.packed.shape[-1])
         scale = self.scale_format.decode(q.scale.reshape(rows.shape[0], -1)).unsqueeze(-1)
@@ -265,6 +282,10 @@ class CastFormat:
     bits: int = 16
     bits_per_value: float = 16.0
 
+    def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the `uint8` tensor that holds a tensor of this shape."""
+        return {"packed": (*shape[:-1], 2 * shape[-1])}
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes that a tensor of this shape takes."""
         return 2 * math.prod(shape)
@@ -287,8 +308,7 @@ class CastFormat:
         """
         require_finite(x, self.name)
         packed = self.round(x).to(self.dtype).contiguous().view(torch.uint8)
-        scale = torch.empty((*x.shape[:-1], 0), dtype=torch.uint8, device=x.device)
-        return QTensor(packed, scale, None, tuple(x.shape), self)
+        return QTensor(packed, None, None, tuple(x.shape), self)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
