@@ -18,8 +18,8 @@ from loraq.formats import Format, QTensor, get_format
 class Branch:
     """The low-rank side path of one layer: `Qp(Qb(x) Dᵀ) Uᵀ` with U = proj_up (out, rank), D = proj_down (rank, in)."""
 
-    #: Inner size of the branch, at least 1.
-    rank: int
+    #: Inner size of the branch; 0 leaves it to a budget (`loraq.budget.with_rank`) and cannot be solved as it is.
+    rank: int = 0
     #: Format of both factors.
     weight: str = "bf16"
     #: Format of the branch's input x; "bf16" leaves it as it is.
@@ -89,6 +89,8 @@ class Scheme:
         """Raise `SchemeError` unless a weight of this shape can be stored this way."""
         if len(shape) != 2 or min(shape) < 1:
             raise SchemeError(f"Weight has shape {tuple(shape)}. A matrix (out, in) is required.")
+        if self.branch and self.branch.rank == 0:
+            raise SchemeError("The branch has no rank yet (0). Give it one, or let a budget choose: `with_rank`.")
         if self.branch and self.branch.rank > min(shape):
             raise SchemeError(
                 f"Branch rank {self.branch.rank} is larger than min(out, in) of shape {tuple(shape)}. "

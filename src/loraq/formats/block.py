@@ -74,7 +74,7 @@ class Format(Protocol):
         ...
 
     def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that hold a tensor of this shape: "packed", "scale", …"""
+        """Return the shapes of the `uint8` tensors that hold a tensor of this shape, by name ("packed", "scale")."""
         ...
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -138,7 +138,7 @@ class BlockFormat:
         return -(-n // self.block_size) if self.block_size else 1
 
     def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that hold a tensor of this shape: "packed", "scale", …"""
+        """Return the shapes of the `uint8` tensors that hold a tensor of this shape, by name ("packed", "scale")."""
         *leading, n = shape
         shapes: dict[str, tuple[int, ...]] = {
             "packed": (*leading, packed_width(n, self.bits)),
@@ -328,7 +328,10 @@ def require_finite(x: Tensor, what: str) -> None:
 
 
 def _row_chunks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, _CHUNK_VALUES // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler makes its own blocks
+        yield slice(None)
+        return
+    step = max(1, _CHUNK_VALUES // max(1, rows.shape[-1]))
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)
 

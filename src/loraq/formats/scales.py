@@ -52,7 +52,7 @@ class ScaleFormat:
     def propose(self, abs_max: Tensor, element: ElementFormat, factor: float) -> Tensor:
         """Return the storable fp32 scale for blocks of largest magnitude `factor * abs_max`."""
         if self.is_power_of_two:
-            # OCP MX v1.0, section 6.3: 2^(floor(log2 max) - emax); saturates at 2^-127 and where values would leave fp32.
+            # OCP MX v1.0, section 6.3: 2^(floor(log2 max) - emax); saturates inside fp32.
             binade = power_of_two_below(abs_max * factor)
             exponent = (binade.view(torch.int32) >> 23) - 127 - element.max_exponent
             return _power_of_two(exponent.clamp_(-127, 127 - element.max_exponent))

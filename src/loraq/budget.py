@@ -1,0 +1,84 @@
+"""Equal memory as a tool: a budget of stored bytes, and the rank that it buys."""
+
+import re
+from dataclasses import dataclass, replace
+
+from loraq.errors import SchemeError
+from loraq.scheme import Scheme
+
+_R16 = re.compile(r"r16=(\d+)")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a layer may store: bits for each weight, or the bytes of a 16-bit branch of some rank."""
+
+    #: Total bits for each weight, main weight and branch and all scales; or `None`.
+    bits_per_weight: float | None = None
+    #: Rank of the 16-bit branch whose bytes the branch may take; or `None`.
+    rank_16bit: int | None = None
+
+    @classmethod
+    def parse(cls, text: "str | float | Budget") -> "Budget":
+        """Return the budget that "5.25" (bits per weight) or "r16=32" (bytes of a 16-bit rank-32 branch) stands for.
+
+        Raises:
+            SchemeError: the text is neither.
+        """
+        if isinstance(text, Budget):
+            return text
+        if match := _R16.fullmatch(str(text).strip()):
+            if int(match[1]) > 0:
+                return cls(rank_16bit=int(match[1]))
+        else:
+            try:
+                if (bits := float(text)) > 0:
+                    return cls(bits_per_weight=bits)
+            except ValueError:
+                pass
+        raise SchemeError(
+            f"Cannot read the budget '{text}'. It is either bits per weight, such as '5.25', or the bytes of a 16-bit "
+            "branch, such as 'r16=32'."
+        )
+
+    def __str__(self) -> str:
+        return f"r16={self.rank_16bit}" if self.rank_16bit else f"{self.bits_per_weight:g}"
+
+    def branch_bytes(self, shape: tuple[int, int], main_bytes: int) -> float:
+        """Return the bytes that the budget leaves for both factors of one layer."""
+        n_out, n_in = shape
+        if self.rank_16bit is not None:
+            return 2 * self.rank_16bit * (n_out + n_in)
+        assert self.bits_per_weight is not None
+        return self.bits_per_weight * n_out * n_in / 8 - main_bytes
+
+
+#: The bytes of SVDQuant's branch.
+DEFAULT_BUDGET = Budget(rank_16bit=32)
+
+
+def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_BUDGET) -> Scheme:
+    """Return the scheme with a rank left open (0) set to the largest one the budget pays for, scales counted.
+
+    The rank is at most min(out, in). A scheme with a rank, or without a branch, is returned as it is.
+
+    Raises:
+        SchemeError: the budget does not even pay for rank 1.
+    """
+    branch = scheme.branch
+    if branch is None or branch.rank:
+        return scheme
+    main_bytes = scheme.weight_format.nbytes(shape)
+    allowed = budget.branch_bytes(shape, main_bytes)
+    low, high = 0, min(shape)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if replace(branch, rank=middle).nbytes(shape) <= allowed else (low, middle - 1)
+    if low == 0:
+        least = 8 * (main_bytes + replace(branch, rank=1).nbytes(shape)) / (shape[0] * shape[1])
+        raise SchemeError(
+            f"A budget of {budget} leaves {max(0, int(allowed))} bytes for the branch of a {shape[0]}×{shape[1]} weight in "
+            f"'{scheme.weight}'; rank 1 in '{branch.weight}' needs {least:.2f} bits per weight. Raise the budget, or use a "
+            "smaller main format."
+        )
+    return replace(scheme, branch=replace(branch, rank=low))

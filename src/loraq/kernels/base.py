@@ -1,0 +1,76 @@
+"""What a back end is: it prepares a layer's stored tensors once, and runs the layer on them."""
+
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loraq.formats import CastFormat, Format, QTensor, get_format
+from loraq.scheme import LowRankBranch, Scheme
+
+
+class Operands(NamedTuple):
+    """The two weights of a layer in the form a back end multiplies with."""
+
+    #: Main weight (out, in).
+    weight: Tensor
+    #: proj_up (out, rank), or `None`.
+    proj_up: Tensor | None
+    #: proj_down (rank, in), or `None`.
+    proj_down: Tensor | None
+
+
+class Backend(Protocol):
+    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`."""
+
+    #: Name for `get_backend`.
+    name: ClassVar[str]
+    #: Largest ‖y − y_reference‖ / ‖y_reference‖ that it keeps, by the dtype of its operands.
+    tolerance: ClassVar[dict[torch.dtype, float]]
+    #: Whether the layer keeps its operands between calls, which costs memory and saves the decoding.
+    keeps_operands: ClassVar[bool]
+
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the operands for an input of `dtype`."""
+        ...
+
+    def linear(self, x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+        """Return y (…, out) in the dtype of x (…, in)."""
+        ...
+
+
+def decode(weight: QTensor, branch: LowRankBranch | None, dtype: torch.dtype) -> Operands:
+    """Return the stored tensors as dense matrices of `dtype`."""
+    return Operands(
+        _decode(weight, dtype),
+        _decode(branch.proj_up, dtype) if branch else None,
+        _decode(branch.proj_down, dtype) if branch else None,
+    )
+
+
+def _decode(q: QTensor, dtype: torch.dtype) -> Tensor:
+    return _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+
+
+# One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on it.
+@torch.library.custom_op("loraq::dequantize", mutates_args=())
+def _dequantize(
+    packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
+) -> Tensor:
+    shape = (*packed.shape[:-1], n)
+    return QTensor(packed, scale, global_scale, shape, get_format(name)).dequantize().to(dtype)
+
+
+@_dequantize.register_fake
+def _(
+    packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
+
+
+def rounded(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """Return an activation on the grid of its format, scales dynamic for each token and block.
+
+    A 16-bit format leaves the activation as it is: its own dtype decides.
+    """
+    return x.to(dtype) if isinstance(fmt, CastFormat) else fmt.round(x).to(dtype)

@@ -1,0 +1,36 @@
+"""The definition of correct: plain torch, fp32 operands decoded at each call, fp32 accumulation, any device."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loraq.kernels.base import Operands, rounded
+from loraq.scheme import Scheme
+
+
+class Reference:
+    """Decode at each call and multiply in fp32: slow, small, exact by definition."""
+
+    name: ClassVar[str] = "reference"
+    tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 0.0}
+    keeps_operands: ClassVar[bool] = False
+
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return fp32 for every input."""
+        return torch.float32
+
+    def linear(self, x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+        """Return y (…, out) in the dtype of x (…, in)."""
+        return run(x, operands, scheme, bias, torch.float32)
+
+
+def run(x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Evaluate the layer's equation on operands of `dtype`."""
+    weight, proj_up, proj_down = operands
+    y = linear(rounded(x, scheme.activation_format, dtype), weight, None if bias is None else bias.to(dtype))
+    if scheme.branch is not None and proj_up is not None and proj_down is not None:
+        inner = linear(rounded(x, scheme.branch.activation_format, dtype), proj_down)
+        y = y + linear(rounded(inner, scheme.branch.intermediate_format, dtype), proj_up)
+    return y.to(x.dtype)

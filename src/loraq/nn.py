@@ -1,0 +1,160 @@
+"""`QuantizedLinear`: a linear layer that holds packed bytes and runs its scheme; no solver code."""
+
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loraq.formats import Format, QTensor
+from loraq.kernels import DEFAULT_BACKEND, get_backend
+from loraq.kernels.base import Operands, decode
+from loraq.scheme import LayerSolution, LowRankBranch, Scheme
+
+
+class QuantizedLinear(nn.Module):
+    """Drop-in for `nn.Linear`: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
+
+    Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the numbers alone:
+    `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`, `proj_up_packed`, `proj_up_scale`, and
+    a `…_global_scale` for each NVFP4 tensor. They are parameters, not buffers, because FSDP2 shards only those.
+    """
+
+    #: Decoded weights, if the back end keeps them; never part of the state.
+    _operands: Operands | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make an empty layer to load into.
+
+        Args:
+            in_features: size of the contraction axis.
+            out_features: number of output channels.
+            scheme: formats and rank.
+            bias: whether there is a bias, the only tensor of `dtype`.
+            device: of all parameters.
+            dtype: of the bias.
+
+        Raises:
+            SchemeError: the scheme does not fit the shape.
+        """
+        super().__init__()
+        scheme.check((out_features, in_features))
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        for part, (fmt, shape) in self._parts().items():
+            for name, stored in fmt.storage(shape).items():
+                empty = torch.empty(stored, dtype=torch.uint8, device=device)
+                self.register_parameter(f"{part}_{name}", nn.Parameter(empty, requires_grad=False))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._backend = get_backend(DEFAULT_BACKEND)
+        self._operands = None
+
+    @classmethod
+    def from_solution(cls, solution: LayerSolution, bias: Tensor | None = None) -> Self:
+        """Return the layer that stores a solution, on the solution's device.
+
+        The bias is taken over as it is, a `Parameter` stays the same object.
+        """
+        n_out, n_in = solution.residual.shape
+        layer = cls(n_in, n_out, solution.scheme, bias=False, device="meta")
+        stored = {"weight": solution.residual}
+        if solution.branch is not None:
+            stored |= {"proj_down": solution.branch.proj_down, "proj_up": solution.branch.proj_up}
+        for part, q in stored.items():
+            for name, tensor in q.tensors.items():
+                setattr(layer, f"{part}_{name}", nn.Parameter(tensor, requires_grad=False))
+        layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    @property
+    def backend(self) -> str:
+        """Name of the back end that runs the layer; assign another name to switch."""
+        return self._backend.name
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = get_backend(name)
+        self._operands = None
+
+    @property
+    def stored_weight(self) -> QTensor:
+        """The main weight as it is stored."""
+        return self._qtensor("weight")
+
+    @property
+    def branch(self) -> LowRankBranch | None:
+        """The low-rank branch as it is stored, or `None`."""
+        if self.scheme.branch is None:
+            return None
+        return LowRankBranch(proj_up=self._qtensor("proj_up"), proj_down=self._qtensor("proj_down"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored for the weight: codes, scales and both factors; bias not counted."""
+        return sum(p.numel() for name, p in self.named_parameters(recurse=False) if name != "bias")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the weight."""
+        return 8 * self.nbytes / (self.in_features * self.out_features)
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """Return the effective dense weight in fp32."""
+        dense = self.stored_weight.dequantize()
+        branch = self.branch
+        return dense if branch is None else dense + branch.reconstruct()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (…, out) in the dtype of x (…, in)."""
+        dtype = self._backend.operand_dtype(x.dtype)
+        operands = self._operands
+        if operands is None or operands.weight.dtype != dtype:
+            operands = decode(self.stored_weight, self.branch, dtype)
+            if self._backend.keeps_operands:
+                self._operands = operands
+        return self._backend.linear(x, operands, self.scheme, self.bias)
+
+    def extra_repr(self) -> str:
+        """Formats, rank and bits per weight, for `repr`."""
+        scheme, branch = self.scheme, self.scheme.branch
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+        text += f"weight={scheme.weight}, activation={scheme.activation}, "
+        if branch is not None:
+            text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
+        return text + f"{self.bits_per_weight:.2f} bits per weight, backend={self.backend}"
+
+    def _parts(self) -> dict[str, tuple[Format, tuple[int, int]]]:
+        """Format and shape of each quantized matrix, by its name on disk."""
+        parts = {"weight": (self.scheme.weight_format, (self.out_features, self.in_features))}
+        if branch := self.scheme.branch:
+            parts["proj_down"] = (branch.weight_format, (branch.rank, self.in_features))
+            parts["proj_up"] = (branch.weight_format, (self.out_features, branch.rank))
+        return parts
+
+    def _qtensor(self, part: str) -> QTensor:
+        fmt, shape = self._parts()[part]
+        stored = (getattr(self, f"{part}_{name}", None) for name in ("packed", "scale", "global_scale"))
+        packed, scale, global_scale = (None if tensor is None else tensor.detach() for tensor in stored)
+        assert packed is not None
+        return QTensor(packed, scale, global_scale, shape, fmt)
+
+    # The decoded operands follow from the parameters: whatever may change those drops them.
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._operands = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._operands = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_operands": None}
