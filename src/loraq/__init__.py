@@ -1,3 +1,71 @@
-"""loraq."""
+"""Data-free 4-bit quantization of diffusion transformers with an optimized, quantized low-rank branch (LoRaQ).
+
+The public names below are imported on first use, so that `import loraq` and `loraq --help` stay light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loraq.budget import Budget
+    from loraq.checkpoint import load_into, save
+    from loraq.errors import LoraqError
+    from loraq.formats import QTensor, get_format
+    from loraq.integrations.diffusers import load
+    from loraq.layers import set_backend
+    from loraq.nn import QuantizedLinear
+    from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
+    from loraq.recipe import Recipe, Rule
+    from loraq.scheme import Branch, LayerSolution, Scheme
+
+_HOMES = {
+    "Branch": "loraq.scheme",
+    "Budget": "loraq.budget",
+    "LayerSolution": "loraq.scheme",
+    "LoraqError": "loraq.errors",
+    "QTensor": "loraq.formats",
+    "QuantizedLinear": "loraq.nn",
+    "Recipe": "loraq.recipe",
+    "Rule": "loraq.recipe",
+    "Scheme": "loraq.scheme",
+    "get_format": "loraq.formats",
+    "load": "loraq.integrations.diffusers",
+    "load_into": "loraq.checkpoint",
+    "plan_model": "loraq.pipeline.quantize",
+    "quantize_": "loraq.pipeline.quantize",
+    "quantize_weight": "loraq.pipeline.quantize",
+    "save": "loraq.checkpoint",
+    "set_backend": "loraq.layers",
+}
+
+__all__ = [
+    "Branch",
+    "Budget",
+    "LayerSolution",
+    "LoraqError",
+    "QTensor",
+    "QuantizedLinear",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "get_format",
+    "load",
+    "load_into",
+    "plan_model",
+    "quantize_",
+    "quantize_weight",
+    "save",
+    "set_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'loraq' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -75,10 +75,11 @@ def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_B
         middle = (low + high + 1) // 2
         low, high = (middle, high) if replace(branch, rank=middle).nbytes(shape) <= allowed else (low, middle - 1)
     if low == 0:
+        n_out, n_in = shape
         least = 8 * (main_bytes + replace(branch, rank=1).nbytes(shape)) / (shape[0] * shape[1])
         raise SchemeError(
-            f"A budget of {budget} leaves {max(0, int(allowed))} bytes for the branch of a {shape[0]}×{shape[1]} weight in "
-            f"'{scheme.weight}'; rank 1 in '{branch.weight}' needs {least:.2f} bits per weight. Raise the budget, or use a "
-            "smaller main format."
+            f"A budget of {budget} leaves {max(0, int(allowed))} bytes for the branch of a {n_out}×{n_in} weight "
+            f"in '{scheme.weight}'; with rank 1 in '{branch.weight}' it takes {least:.2f} bits per weight. Raise "
+            "the budget, or use a smaller main format."
         )
     return replace(scheme, branch=replace(branch, rank=low))

@@ -1,0 +1,80 @@
+"""What a run would do, settled and checked before any long work starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loraq.recipe import Recipe
+from loraq.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one linear layer gets."""
+
+    #: Dotted name in the model.
+    name: str
+    #: (out, in).
+    shape: tuple[int, int]
+    #: The scheme with its rank settled, or `None` if the layer stays as it is.
+    scheme: Scheme | None
+    #: Why the layer stays as it is; empty if it does not.
+    reason: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight after the run; a layer that stays is counted at 16 bits."""
+        return self.scheme.nbytes(self.shape) if self.scheme else 2 * math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the weight after the run."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every linear layer of a model gets, in the order of the model."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = "") -> "Plan":
+        """Settle the scheme of every layer.
+
+        Args:
+            shapes: (out, in) of every linear layer by dotted name.
+            recipe: what is asked.
+            model_class: class name of the model, which selects its skip rules.
+
+        Raises:
+            SchemeError: a layer cannot be quantized as asked; the message carries its name.
+        """
+        layers = []
+        for name, shape in shapes.items():
+            scheme = recipe.scheme_for(name, shape, model_class)
+            rule = recipe.rule_for(name, model_class) if scheme is None else None
+            reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
+            layers.append(LayerPlan(name, shape, scheme, reason))
+        return cls(tuple(layers))
+
+    @property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        """The layers that are quantized."""
+        return tuple(layer for layer in self.layers if layer.scheme is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all linear weights after the run."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def nbytes_bf16(self) -> int:
+        """Bytes of all linear weights in bf16."""
+        return sum(2 * math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits for each weight of the quantized layers."""
+        weights = sum(math.prod(layer.shape) for layer in self.quantized)
+        return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0

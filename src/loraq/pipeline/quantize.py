@@ -1,0 +1,241 @@
+"""`quantize_weight` and `quantize_`: the same pure layer job for one matrix and for every layer of a module."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loraq.errors import FormatError, LayerError, RecipeError, SchemeError, unknown
+from loraq.formats.block import require_finite
+from loraq.layers import linear_layers, quantized_layers, replace_layer
+from loraq.methods import layer_seed
+from loraq.nn import QuantizedLinear
+from loraq.pipeline.plan import LayerPlan, Plan
+from loraq.pipeline.progress import ProgressCallback, progress_bar
+from loraq.recipe import METHODS, Recipe
+from loraq.scheme import LayerSolution, Scheme
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer; plain data, stored in the manifest."""
+
+    name: str
+    #: (out, in).
+    shape: tuple[int, int]
+    scheme: Scheme
+    #: ‖W − Ŵ‖_F / ‖W‖_F.
+    relative_error: float
+    sqnr_db: float
+    bits_per_weight: float
+    #: Bytes stored for the weight.
+    nbytes: int
+    #: Wall time of the solver.
+    seconds: float
+    #: SHA-256 of the float weight's bytes, in its own dtype.
+    source_sha256: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model."""
+
+    recipe: Recipe
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean of the layers' relative errors."""
+        return sum(layer.relative_error for layer in self.layers) / max(1, len(self.layers))
+
+
+def quantize_weight(
+    weight: Float[Tensor, "out in"],
+    recipe: str | Path | Scheme | Recipe,
+    *,
+    method: str | None = None,
+    seed: int | None = None,
+    name: str = "",
+) -> LayerSolution:
+    """Quantize one weight.
+
+    Args:
+        weight: full-precision weight, rows are output channels; any float dtype and device.
+        recipe: a recipe, a scheme, a name such as "mxfp4-w8a8-r64-a4", or a path to a .toml or .json file.
+        method: overrides the recipe's method ("loraq", "svdquant", "lqer", "rtn").
+        seed: overrides the recipe's seed.
+        name: name of the layer: selects the recipe's rules, and goes into the seed.
+
+    Returns:
+        The solution: `.reconstruct()`, `.relative_error`, `.sqnr_db`, `.bits_per_weight`, `.nbytes`, `.seconds`.
+
+    Raises:
+        FormatError: a weight is NaN or infinite.
+        RecipeError: the recipe cannot be read, or skips this layer.
+        SchemeError: the scheme does not fit the weight.
+    """
+    recipe = Recipe.of(recipe)
+    if method is not None:
+        if method not in METHODS:
+            raise RecipeError(unknown("method", method, METHODS))
+        recipe = replace(recipe, method=method)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    if weight.dim() != 2:
+        raise SchemeError(f"Weight has shape {tuple(weight.shape)}. A matrix (out, in) is required.")
+    scheme = recipe.scheme_for(name, (weight.shape[0], weight.shape[1]))
+    if scheme is None:
+        raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
+    return _solve(weight, recipe, scheme, name)
+
+
+def plan_model(model: nn.Module, recipe: str | Path | Scheme | Recipe) -> Plan:
+    """Return what `quantize_` would do with a module.
+
+    Raises:
+        RecipeError: the recipe cannot be read.
+        SchemeError: a layer cannot be quantized as asked; the message carries its name.
+    """
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_layers(model).items()}
+    return Plan.of(shapes, Recipe.of(recipe), type(model).__name__)
+
+
+def quantize_(
+    model: nn.Module,
+    recipe: str | Path | Scheme | Recipe,
+    *,
+    workers: int = 1,
+    progress: ProgressCallback | bool = True,
+) -> Report:
+    """Quantize the linear layers of a module in place, layer by layer.
+
+    Each float weight is freed as soon as its layer is done, so memory peaks at the model plus one layer for each
+    worker. The result does not depend on `workers`. A layer that is already quantized is left alone, so a run
+    that was interrupted is finished by calling again.
+
+    Args:
+        model: any module; its class name selects the skip rules.
+        recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
+        workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to use cores.
+        progress: False for silence, True for a display on stderr, or a function to call after each layer.
+
+    Returns:
+        The plan and what became of each layer.
+
+    Raises:
+        LayerError: a layer failed; the message names it. The layers before it are quantized.
+        RecipeError: the recipe cannot be read, or leaves nothing to quantize.
+        SchemeError: a layer cannot be quantized as asked. Nothing was changed.
+    """
+    recipe = Recipe.of(recipe)
+    plan = plan_model(model, recipe)
+    layers = linear_layers(model)
+    if not plan.quantized and not quantized_layers(model):
+        raise RecipeError(
+            f"Nothing to quantize: {len(layers)} linear layers were found in {type(model).__name__}, and all are "
+            "skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
+        )
+    for job in plan.quantized:
+        _require_usable(job.name, layers[job.name])
+    reports = []
+    with _shown(progress) as show:
+        for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
+            layer = layers.pop(job.name)
+            solution = future.result()
+            report = _report(job, layer.weight, solution)
+            replace_layer(model, job.name, QuantizedLinear.from_solution(solution, layer.bias))
+            reports.append(report)
+            show(len(reports), len(plan.quantized), job.name, report.relative_error)
+    return Report(recipe, plan, tuple(reports))
+
+
+def _solved(
+    jobs: tuple[LayerPlan, ...], layers: dict[str, nn.Linear], recipe: Recipe, workers: int
+) -> Iterator[tuple[LayerPlan, "Future[LayerSolution]"]]:
+    """Yield finished jobs in order, with at most `workers` of them in flight."""
+
+    def run(job: LayerPlan) -> LayerSolution:
+        assert job.scheme is not None
+        try:
+            return _solve(layers[job.name].weight, recipe, job.scheme, job.name)
+        except Exception as error:
+            raise LayerError(f"Layer '{job.name}' failed: {error}") from error
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting = [(job, pool.submit(run, job)) for job in jobs[:workers]]
+        try:
+            for i in range(len(jobs)):
+                job, future = waiting.pop(0)
+                future.result()
+                if i + workers < len(jobs):
+                    waiting.append((jobs[i + workers], pool.submit(run, jobs[i + workers])))
+                yield job, future
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _solve(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:
+    """The layer job: pure, and the same bytes whoever runs it."""
+    with torch.no_grad(), _one_thread() if weight.device.type == "cpu" else nullcontext():
+        return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One BLAS thread for the calling thread: sums do not depend on the core count, and layers run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _require_usable(name: str, layer: nn.Linear) -> None:
+    if layer.weight.is_meta:
+        raise LayerError(f"Layer '{name}' has no weights (it is on the meta device). Load the model first.")
+    if not layer.weight.is_floating_point():
+        raise LayerError(f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights are required.")
+    try:
+        require_finite(layer.weight, "any format")
+    except FormatError as error:
+        raise LayerError(f"Layer '{name}': {error}") from error
+
+
+def _report(job: LayerPlan, weight: Tensor, solution: LayerSolution) -> LayerReport:
+    return LayerReport(
+        name=job.name,
+        shape=job.shape,
+        scheme=solution.scheme,
+        relative_error=solution.relative_error,
+        sqnr_db=solution.sqnr_db,
+        bits_per_weight=solution.bits_per_weight,
+        nbytes=solution.nbytes,
+        seconds=solution.seconds,
+        source_sha256=tensor_sha256(weight),
+    )
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in row-major order."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(memoryview(raw.numpy().data)).hexdigest()
+
+
+@contextmanager
+def _shown(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
+    if callable(progress):
+        yield progress
+    elif progress:
+        with progress_bar("quantize") as show:
+            yield show
+    else:
+        yield lambda *_: None

@@ -1,0 +1,290 @@
+"""Which scheme and method a model's layers get: `Recipe`, its TOML and JSON forms, and the grammar of its names."""
+
+import json
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
+from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
+from loraq.formats import FORMATS, get_format
+from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, Method, SVDQuant
+from loraq.scheme import Branch, Scheme
+
+METHODS: dict[str, type] = {"rtn": RTN, "lqer": LQER, "svdquant": SVDQuant, "loraq": LoRaQ}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is different for the layers whose name matches; fields that are `None` change nothing."""
+
+    #: Shell pattern for the dotted layer name; `*` also matches dots.
+    match: str
+    #: True leaves the layer as it is; False quantizes it even where the model's class skips it.
+    skip: bool | None = None
+    #: Why, shown by `loraq plan`.
+    reason: str | None = None
+    #: Format of the main weight.
+    weight: str | None = None
+    #: Format of the main path's input.
+    activation: str | None = None
+    #: Fields of the branch that change; `{}` changes none.
+    branch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which scheme and method, where."""
+
+    #: What every layer gets unless a rule says otherwise; a branch of rank 0 is sized by `budget`.
+    scheme: Scheme
+    #: One of `METHODS`; without a branch, every method means round to nearest.
+    method: str = "loraq"
+    #: How long method "loraq" works: "fast", "default" or "best".
+    effort: str = "default"
+    #: Other fields of the method's dataclass.
+    options: dict[str, Any] = field(default_factory=dict)
+    #: Seed of everything random; each layer derives its own from this and its name.
+    seed: int = 0
+    #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit branch's bytes).
+    budget: str = str(DEFAULT_BUDGET)
+    #: Read from top to bottom before the rules of the model's class; the first match wins.
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise RecipeError(unknown("method", self.method, METHODS))
+        if self.effort not in EFFORTS:
+            raise RecipeError(unknown("effort", self.effort, EFFORTS))
+        legal = [f.name for f in fields(METHODS[self.method])]
+        for name in self.options:
+            if name not in legal:
+                raise RecipeError(unknown(f"option of method '{self.method}'", name, legal))
+        Budget.parse(self.budget)
+
+    def solver(self, scheme: Scheme) -> Method:
+        """Return the method for a layer of this scheme."""
+        if scheme.branch is None and self.method != "rtn":
+            return RTN()
+        if self.method == "loraq":
+            return replace(LoRaQ.at(self.effort), **self.options)
+        return METHODS[self.method](**self.options)
+
+    def rule_for(self, name: str, model_class: str = "") -> Rule | None:
+        """Return the first rule that matches a layer of a model class, or `None`."""
+        rules = (*self.rules, *skip_rules().get(model_class, ()), *skip_rules()["any"])
+        return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
+
+    def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
+        """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.
+
+        Raises:
+            SchemeError: what the recipe asks for does not fit the shape; the message carries the layer's name.
+        """
+        rule = self.rule_for(name, model_class)
+        if rule is not None and rule.skip:
+            return None
+        try:
+            scheme = with_rank(_changed(self.scheme, rule), shape, Budget.parse(self.budget))
+            scheme.check(shape)
+        except SchemeError as error:
+            raise SchemeError(f"Layer '{name}': {error}") from error
+        return scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data from which `from_dict` makes an equal recipe."""
+        plain = asdict(self)
+        plain["rules"] = [
+            {key: value for key, value in asdict(rule).items() if value not in (None, {})} for rule in self.rules
+        ]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Recipe":
+        """Return the recipe that plain data describes.
+
+        Raises:
+            RecipeError: a key is unknown or missing, or a value has the wrong type.
+        """
+        plain = _checked(cls, plain, "recipe")
+        if "scheme" not in plain:
+            raise RecipeError("The recipe has no scheme. Add a [scheme] table with at least `weight`.")
+        scheme = plain.pop("scheme")
+        if isinstance(scheme, str):
+            base = Recipe.named(scheme).scheme
+        else:
+            table = _checked(Scheme, scheme, "scheme")
+            if isinstance(table.get("branch"), dict):
+                table["branch"] = Branch(**_checked(Branch, table["branch"], "scheme.branch"))
+            base = Scheme(**table)
+        rules = tuple(Rule(**_checked(Rule, rule, f"rules[{i}]")) for i, rule in enumerate(plain.pop("rules", ())))
+        for rule in rules:
+            _checked(Branch, rule.branch, f"branch of rule '{rule.match}'")
+            _changed(base, rule)  # unknown formats are found now, not at the layer
+        if "budget" in plain:
+            plain["budget"] = str(plain["budget"])
+        return cls(scheme=base, rules=rules, **plain)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """Read a `.toml` or `.json` recipe.
+
+        Raises:
+            RecipeError: the file is missing, is neither TOML nor JSON, or is no recipe.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            plain = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+            return cls.from_dict(plain)
+        except (OSError, ValueError, LoraqError) as error:
+            raise RecipeError(f"Cannot read the recipe '{path}': {error}") from error
+
+    @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """Return the recipe that a name stands for; see `GRAMMAR`.
+
+        Raises:
+            RecipeError: the name does not follow the grammar.
+        """
+        return cls(scheme=parse_scheme(NAMED.get(name, name)))
+
+    @classmethod
+    def of(cls, what: "str | Path | Scheme | Recipe") -> "Recipe":
+        """Return a recipe from any of its forms: itself, a scheme, a name, or a path to a .toml or .json file."""
+        if isinstance(what, Recipe):
+            return what
+        if isinstance(what, Scheme):
+            return cls(scheme=what)
+        if str(what).endswith((".toml", ".json")):
+            return cls.read(what)
+        return cls.named(str(what))
+
+
+GRAMMAR = """MAIN[-BRANCH][-rRANK][-aBITS]
+
+MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
+BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3),
+        w4a8 (mxfp4 weights, mxint8 activations), or one format for both
+RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all scales counted
+        (a RANK without BRANCH means w16a16)
+BITS    activations of the main path: 4, 8 or 16; left out: 4 for a 4-bit MAIN, else 8.
+        a16 is weight-only: the branch leaves its activations in 16 bits too"""
+
+#: Names beyond the grammar. The default is the least velocity error of the demo among recipes without 16-bit parts.
+NAMED = {"default": "mxfp4-w6a6-a8"}
+
+#: Names worth knowing, with a line for `loraq formats`.
+SHOWCASE = {
+    "default": f"{NAMED['default']}: the best recipe without any 16-bit part, by the demo's velocity error",
+    "mxfp4-w8a8": "W4A4 with an 8-bit branch; -a8 and -a16 for wider activations",
+    "mxfp4-w6a6": "W4A4 with a 6-bit branch",
+    "mxfp4-w4a8": "W4A4 with a 4-bit branch of high rank",
+    "mxfp4-r32": "W4A4 with SVDQuant's 16-bit branch",
+    "mxint4-w8a8": "MX integers",
+    "nvfp4-w8a8": "NVFP4 main weight",
+    "nvfp4-r32": "SVDQuant's native NVFP4 form",
+    "int4-r32": "SVDQuant's native INT4 form",
+    "mxfp4-w8a8-a16": "weight-only",
+    "int5-a16": "a plain 5-bit format without a branch",
+}
+
+#: Weight and activation formats of the named branch precisions.
+_BRANCHES = {
+    "w16a16": ("bf16", "bf16"),
+    "w8a8": ("mxint8", "mxint8"),
+    "w6a6": ("mxfp6_e2m3", "mxfp6_e2m3"),
+    "w4a8": ("mxfp4", "mxint8"),
+}
+
+#: Activation format of the main path for each family of main formats and width.
+_ACTIVATIONS = {
+    "mxint": {4: "mxint4", 8: "mxint8"},
+    "mxfp": {4: "mxfp4", 8: "mxfp8_e4m3"},
+    "nvfp": {4: "nvfp4", 8: "fp8_e4m3"},
+    "int": {4: "int4", 8: "int8"},
+    "fp8": {4: "mxfp4", 8: "fp8_e4m3"},
+}
+
+_NAME = re.compile(r"(?P<main>[a-z0-9_]+)(?:-(?P<branch>[a-qs-z][a-z0-9_]*))?(?:-r(?P<rank>\d+))?(?:-a(?P<bits>\d+))?")
+_NAME_NO_BRANCH = re.compile(r"(?P<main>[a-z0-9_]+)(?:-r(?P<rank>\d+))?(?:-a(?P<bits>\d+))?")
+
+
+def parse_scheme(name: str) -> Scheme:
+    """Return the scheme that a name of the grammar stands for.
+
+    Raises:
+        RecipeError: the name does not follow `GRAMMAR`.
+    """
+    match = _NAME_NO_BRANCH.fullmatch(name) or _NAME.fullmatch(name)
+    if match is None:
+        raise RecipeError(
+            f"Cannot read the recipe name '{name}'. A name is\n\n{GRAMMAR}\n\n`loraq formats` lists them."
+        )
+    parts = match.groupdict()
+    try:
+        main = get_format(parts["main"])
+    except LoraqError as error:
+        raise RecipeError(f"Recipe name '{name}': {error} Named recipes: {', '.join(NAMED)}.") from error
+    if not 4 <= main.bits <= 8:
+        raise RecipeError(
+            f"Recipe name '{name}': MAIN '{main.name}' has {main.bits} bits. Use a format of 4 to 8 bits."
+        )
+    bits = int(parts["bits"] or (4 if main.bits == 4 else 8))
+    if bits not in (4, 8, 16):
+        raise RecipeError(f"Recipe name '{name}': activations of {bits} bits. Use -a4, -a8 or -a16.")
+    family = next(prefix for prefix in _ACTIVATIONS if main.name.startswith(prefix))
+    activation = "bf16" if bits == 16 else _ACTIVATIONS[family][bits]
+    branch_name = parts.get("branch")
+    if branch_name is None and parts["rank"] is None:
+        return Scheme(main.name, activation)
+    branch_name = branch_name or "w16a16"
+    if branch_name in _BRANCHES:
+        weight, branch_activation = _BRANCHES[branch_name]
+    elif branch_name in FORMATS:
+        weight = branch_activation = branch_name
+    else:
+        raise RecipeError(f"Recipe name '{name}': {unknown('branch', branch_name, (*_BRANCHES, *FORMATS))}")
+    if parts["rank"] is not None and int(parts["rank"]) < 1:
+        raise RecipeError(f"Recipe name '{name}': rank 0. Use a rank of at least 1, or leave the branch out.")
+    rank = int(parts["rank"] or 0)
+    return Scheme(main.name, activation, Branch(rank, weight, "bf16" if bits == 16 else branch_activation))
+
+
+@lru_cache(maxsize=1)
+def skip_rules() -> dict[str, tuple[Rule, ...]]:
+    """Return the layers that stay as they are, by model class; "any" is for all classes."""
+    tables = tomllib.loads(files("loraq").joinpath("data/skip_rules.toml").read_text(encoding="utf-8"))
+    return {name: tuple(Rule(**rule, skip=True) for rule in rules) for name, rules in tables.items()}
+
+
+def _changed(scheme: Scheme, rule: Rule | None) -> Scheme:
+    if rule is None:
+        return scheme
+    if rule.branch and scheme.branch is None:
+        scheme = replace(scheme, branch=Branch())
+    if rule.branch and scheme.branch is not None:
+        scheme = replace(scheme, branch=replace(scheme.branch, **rule.branch))
+    changes = {key: value for key in ("weight", "activation") if (value := getattr(rule, key)) is not None}
+    return replace(scheme, **changes) if changes else scheme
+
+
+def _checked(kind: type, table: Any, where: str) -> dict[str, Any]:
+    """Return a copy of a table whose keys are all fields of a dataclass and whose plain values have its types."""
+    if not isinstance(table, dict):
+        raise RecipeError(f"'{where}' is {table!r}. A table is required.")
+    known = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in known:
+            raise RecipeError(unknown(f"key in {where}", key, known))
+        if known[key] in (str, int, bool, str | None, bool | None) and key != "budget":
+            fits = isinstance(value, known[key]) and not (isinstance(value, bool) and known[key] is int)
+            if not fits:
+                kind_name = getattr(known[key], "__name__", str(known[key]))
+                raise RecipeError(f"'{key}' in {where} is {value!r}. It must be of type {kind_name}.")
+    return dict(table)

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, sqnr_db
+
+
+def test_relative_error_of_a_hand_computed_vector():
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) == pytest.approx(1 / 5)
+
+
+def test_relative_error_of_a_zero_reference_is_zero_or_infinite():
+    zero = torch.zeros(2, 3)
+    assert relative_error(zero, zero) == 0
+    assert relative_error(zero, zero + 1) == math.inf
+
+
+def test_relative_error_of_bfloat16_tensors_sums_in_float64():
+    reference = torch.ones(100_000, dtype=torch.bfloat16)
+    assert relative_error(reference, reference * 1.5) == pytest.approx(0.5, rel=1e-12)
+
+
+def test_sqnr_is_20_db_for_an_error_of_one_tenth():
+    reference = torch.tensor([[10.0, 0.0]])
+    assert sqnr_db(reference, torch.tensor([[10.0, 1.0]])) == pytest.approx(20)
+    assert sqnr_db(reference, reference) == math.inf
+
+
+def test_psnr_is_computed_for_each_image():
+    reference = torch.zeros(3, 1, 2, 2)
+    image = reference.clone()
+    image[0] = 0.2  # mean square 0.04, peak 2: 10 log10(4 / 0.04) = 20 dB
+    image[1, 0, 0, 0] = 2.0  # mean square 1: 10 log10(4) dB
+    torch.testing.assert_close(
+        psnr_db(reference, image, 2.0), torch.tensor([20.0, 10 * math.log10(4), math.inf]).double(), rtol=1e-6, atol=0
+    )
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero(generator):
+    features = torch.randn(50, 6, generator=generator)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_a_shifted_set_is_the_squared_shift(generator):
+    features = torch.randn(50, 3, generator=generator)
+    assert frechet_distance(features, features + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(5, rel=1e-5)
+
+
+def test_frechet_distance_of_a_scaled_set_has_the_analytic_value(generator):
+    features = torch.randn(50, 3, generator=generator).double()
+    features -= features.mean(dim=0)
+    # (Σ^½ 9Σ Σ^½)^½ = 3Σ, so the distance is tr(Σ + 9Σ − 6Σ) = 4 tr Σ
+    assert frechet_distance(features, 3 * features) == pytest.approx(4 * features.T.cov().trace().item())
+
+
+def test_frechet_distance_is_symmetric_and_takes_fewer_rows_than_columns(generator):
+    a, b = torch.randn(4, 8, generator=generator), torch.randn(5, 8, generator=generator) + 1
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+    assert frechet_distance(a, b) > 0
+
+
+def test_frechet_distance_takes_one_column(generator):
+    features = torch.randn(9, 1, generator=generator)
+    assert frechet_distance(features, features + 2) == pytest.approx(4, rel=1e-5)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
