@@ -12,9 +12,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every `nn.Linear` below a module by its dotted name, in the order of the module tree.
 
     A layer that stands in several places appears once, under its first name. Subclasses are left out, because they
-    may compute something else.
+    may compute something else, and so is the module itself, because it cannot be replaced in place.
     """
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -44,5 +44,5 @@ def set_backend(model: nn.Module, name: str) -> None:
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
-        for child, _ in module.named_children():
+        for child in module._modules:  # `named_children` leaves out a module's second name
             yield module, child

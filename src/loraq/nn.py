@@ -20,6 +20,8 @@ class QuantizedLinear(nn.Module):
     a `…_global_scale` for each NVFP4 tensor. They are parameters, not buffers, because FSDP2 shards only those.
     """
 
+    #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
+    record: dict[str, Any]
     #: Decoded weights, if the back end keeps them; never part of the state.
     _operands: Operands | None
 
@@ -56,6 +58,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._backend = get_backend(DEFAULT_BACKEND)
         self._operands = None
+        self.record = {}
 
     @classmethod
     def from_solution(cls, solution: LayerSolution, bias: Tensor | None = None) -> Self:
@@ -117,7 +120,8 @@ class QuantizedLinear(nn.Module):
         dtype = self._backend.operand_dtype(x.dtype)
         operands = self._operands
         if operands is None or operands.weight.dtype != dtype:
-            operands = decode(self.stored_weight, self.branch, dtype)
+            with torch.inference_mode(False):  # what is kept must also serve a later call that tracks gradients
+                operands = decode(self.stored_weight, self.branch, dtype)
             if self._backend.keeps_operands:
                 self._operands = operands
         return self._backend.linear(x, operands, self.scheme, self.bias)

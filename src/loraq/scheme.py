@@ -28,7 +28,7 @@ class Branch:
     intermediate: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if self.rank < 0:
             raise SchemeError(
                 f"Branch rank is {self.rank}. It must be at least 1. For no branch, leave the branch out."
             )

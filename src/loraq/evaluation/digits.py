@@ -9,9 +9,6 @@ transformer predicts the velocity `noise − image`.
 """
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraq.errors import LoraqError
+from loraq.integrations.diffusers import load_float
 
 #: Label of the empty caption, used by classifier-free guidance; 0 to 9 are the digits.
 NULL_LABEL = 10
@@ -71,19 +69,8 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     Raises:
         LoraqError: diffusers is not installed.
     """
-    with _quiet():
-        try:
-            from diffusers import PixArtTransformer2DModel
-        except ImportError as error:
-            raise LoraqError(
-                "The digits model is a diffusers transformer, and diffusers is not installed. "
-                'Install it with `pip install "loraq[diffusers]"`.'
-            ) from error
-        folder = assets_folder() / "transformer"
-        transformer: nn.Module = PixArtTransformer2DModel.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    return transformer.eval()
+    # The method of nn.Module, because that of diffusers warns about layers to keep in float32 even if there are none.
+    return nn.Module.to(load_float(assets_folder() / "transformer"), dtype)
 
 
 def predict_velocity(
@@ -222,14 +209,3 @@ def _noise(count: int, seed: int) -> Tensor:
 def _first_weight(module: nn.Module) -> Tensor:
     """Give the module's first floating-point parameter: packed weights are integers and say nothing of its dtype."""
     return next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back log records below errors: diffusers reports every optional package that it cannot use."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

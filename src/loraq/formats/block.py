@@ -22,6 +22,9 @@ from loraq.formats.scales import E4M3_SCALE, ScaleFormat, ScaleRule, scale_rule,
 #: Values handled at a time on a CPU, so that the passes over them stay in cache (512 KiB of fp32).
 _CHUNK_VALUES = 1 << 17
 
+#: Larger magnitudes saturate: a bf16 scale for them could be rounded up until its values overflow fp32.
+_LARGEST = 0.99 * torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
@@ -234,13 +237,13 @@ class BlockFormat:
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.global_scale_per_row or x.dim() == 1 else (-2, -1)
-        largest = x.float().abs().amax(dims).flatten().clamp_(max=torch.finfo(torch.float32).max)
+        largest = x.float().abs().amax(dims).flatten().clamp_(max=_LARGEST)
         top = largest / (self.element.max * 448.0)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
     def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
         """Storable fp32 scale of every block, (rows, n_blocks, 1), `above` (the global scale) multiplied in."""
-        abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=torch.finfo(torch.float32).max)
+        abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=_LARGEST)
         if above is not None:
             abs_max = abs_max / above
         if rule.name == "midmax":

@@ -1,6 +1,6 @@
 """What a back end is: it prepares a layer's stored tensors once, and runs the layer on them."""
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +71,21 @@ def _(
 def rounded(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """Return an activation on the grid of its format, scales dynamic for each token and block.
 
-    A 16-bit format leaves the activation as it is: its own dtype decides.
+    A 16-bit format leaves the activation as it is: its own dtype decides. A gradient passes straight through.
     """
-    return x.to(dtype) if isinstance(fmt, CastFormat) else fmt.round(x).to(dtype)
+    if isinstance(fmt, CastFormat):
+        return x.to(dtype)
+    tracked = x.requires_grad and torch.is_grad_enabled()
+    return (_StraightThrough.apply(x, fmt) if tracked else fmt.round(x)).to(dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding whose derivative counts as 1, so that adapters in front of a quantized layer can be trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: Format) -> Tensor:
+        return fmt.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

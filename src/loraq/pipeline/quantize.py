@@ -41,6 +41,11 @@ class LayerReport:
     #: SHA-256 of the float weight's bytes, in its own dtype.
     source_sha256: str
 
+    def record(self) -> dict[str, float | int | str]:
+        """Return what a checkpoint keeps of this besides shape and scheme: plain data, the same for every run."""
+        names = ("relative_error", "bits_per_weight", "nbytes", "source_sha256")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -144,13 +149,17 @@ def quantize_(
         )
     for job in plan.quantized:
         _require_usable(job.name, layers[job.name])
-    reports = []
+    reports: list[LayerReport] = []
+    plain_recipe = recipe.to_dict()
     with _shown(progress) as show:
         for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
             layer = layers.pop(job.name)
             solution = future.result()
             report = _report(job, layer.weight, solution)
-            replace_layer(model, job.name, QuantizedLinear.from_solution(solution, layer.bias))
+            quantized = QuantizedLinear.from_solution(solution, layer.bias)
+            quantized.record = {**report.record(), "recipe": plain_recipe}
+            replace_layer(model, job.name, quantized)
+            del layer  # frees its float weight now, not after the next layer
             reports.append(report)
             show(len(reports), len(plan.quantized), job.name, report.relative_error)
     return Report(recipe, plan, tuple(reports))

@@ -1,0 +1,54 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv by itself; nothing else is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check-fast lint fmt bench docs clean
+
+demo: .venv/demo.stamp
+	@echo "demo: quantizing the trained digits transformer in 18 ways; the report goes to demo/report.png"
+	@$(BIN)/loraq demo --out demo
+
+test: .venv/dev.stamp lint
+	@echo "test: the whole suite"
+	@$(BIN)/pytest
+
+check-fast: .venv/dev.stamp lint
+	@echo "check-fast: the suite without slow tests"
+	@$(BIN)/pytest -m "not slow"
+
+lint: .venv/dev.stamp
+	@echo "lint: format, style, types"
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy --no-error-summary
+
+fmt: .venv/dev.stamp
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: .venv/dev.stamp
+	@echo "bench: quantize throughput, scale rules, solver error per second"
+	@for question in quantize_throughput scale_rules solver_error_per_second; do \
+		$(BIN)/python benchmarks/$$question.py || exit 1; done
+
+docs: .venv/dev.stamp
+	@echo "docs: the pages that are generated"
+	@$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv demo
+
+.venv/torch.stamp: constraints.txt
+	@echo "setup: making .venv and installing torch (once, about a minute)"
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is required: make PYTHON=..."'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@touch $@
+
+.venv/demo.stamp: .venv/torch.stamp pyproject.toml
+	@echo "setup: installing loraq with the demo's packages"
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/dev.stamp: .venv/torch.stamp pyproject.toml
+	@echo "setup: installing loraq with the packages for tests"
+	@$(PIP) -e '.[dev]'
+	@touch $@ .venv/demo.stamp

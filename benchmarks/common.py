@@ -1,0 +1,82 @@
+"""What all benchmarks share: options, timing, the record of the environment, the JSON line at the end."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """Read the options every benchmark has and set the number of threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the fastest counts (default: 7)")
+    parser.add_argument(
+        "--save", action="store_true", help="also write benchmarks/results/<device>/<date>-<commit>.json"
+    )
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen
+
+
+def best_cpu_seconds(run: Callable[[], object], repeats: int = 7) -> float:
+    """Return the least process time of `repeats` runs, after one that does not count.
+
+    Process time adds up all threads and leaves out the time other programs had the core. Read it as +- 10 %.
+    """
+    run()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def environment() -> dict[str, object]:
+    """Return what a number depends on besides the code."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") -> None:
+    """Print one JSON line with the environment and all rows; with `save`, write it to a file as well.
+
+    A second benchmark saved at the same commit on the same day is added to the same file, one line each.
+    """
+    record = {"benchmark": Path(sys.argv[0]).stem, "device": device, **environment(), "rows": rows}
+    line = json.dumps(record)
+    print(line)
+    if save:
+        path = HERE / "results" / device / f"{str(record['date'])[:10]}-{record['commit']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line + "\n")
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in this repository, or an empty string where there is none."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,80 @@
+"""Look into a checkpoint without building its model: what each layer is, and how two folders differ."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraq.checkpoint.manifest import FILE_NAME, Manifest
+from loraq.checkpoint.reader import ShardReader
+from loraq.errors import CheckpointError
+from loraq.formats import Format, QTensor
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far a layer of one folder is from the same layer of another."""
+
+    name: str
+    #: (out, in).
+    shape: tuple[int, int]
+    #: ‖A − B‖_F / ‖A‖_F.
+    relative_error: float
+
+
+class DenseWeights:
+    """The linear weights of a folder as dense matrices, one at a time, whether the folder is quantized or not."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a transformer folder; raises `CheckpointError` if it cannot be read."""
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder, verify=False) if (self.folder / FILE_NAME).is_file() else None
+        self.reader = ShardReader(self.folder)
+
+    @property
+    def quantized(self) -> list[str]:
+        """Names of the quantized layers."""
+        return list(self.manifest.layers) if self.manifest else []
+
+    def read(self, layer: str) -> Tensor:
+        """Return the effective weight of a layer, (out, in) in fp32.
+
+        Raises:
+            CheckpointError: the folder has no such layer.
+        """
+        stored = self.manifest.layers.get(layer) if self.manifest else None
+        if stored is None:
+            return self.reader.read(f"{layer}.weight").float()
+        n_out, n_in = stored.shape
+        dense = self._dequantized(f"{layer}.weight", stored.scheme.weight_format, stored.shape)
+        if (branch := stored.scheme.branch) is not None:
+            up = self._dequantized(f"{layer}.proj_up", branch.weight_format, (n_out, branch.rank))
+            down = self._dequantized(f"{layer}.proj_down", branch.weight_format, (branch.rank, n_in))
+            dense += up @ down
+        return dense
+
+    def _dequantized(self, part: str, fmt: Format, shape: tuple[int, int]) -> Tensor:
+        stored = {name: self.reader.read(f"{part}_{name}") for name in fmt.storage(shape)}
+        return QTensor(stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt).dequantize()
+
+
+def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
+    """Return the difference of every layer that is quantized in either of two transformer folders.
+
+    Raises:
+        CheckpointError: a folder cannot be read, both are float, or a layer is missing or has another shape.
+    """
+    first, second = DenseWeights(a), DenseWeights(b)
+    names = list(dict.fromkeys([*first.quantized, *second.quantized]))
+    if not names:
+        raise CheckpointError(f"Neither '{a}' nor '{b}' is quantized: there is nothing to compare.")
+    differences = []
+    for name in names:
+        x, y = first.read(name), second.read(name)
+        if x.shape != y.shape:
+            raise CheckpointError(f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'.")
+        norm = torch.linalg.vector_norm(x).item()
+        error = torch.linalg.vector_norm(x - y).item() / (norm or 1.0)
+        differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), error))
+    return differences

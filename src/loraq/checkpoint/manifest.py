@@ -1,0 +1,106 @@
+"""`loraq.json`: how a folder's tensors are read, and how they came to be. The format is docs/checkpoint-format.md."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loraq
+from loraq.checkpoint.reader import read_json
+from loraq.checkpoint.writer import file_sha256, write_json
+from loraq.errors import CheckpointError, LoraqError
+from loraq.scheme import Branch, Scheme
+
+FILE_NAME = "loraq.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized layer of a folder."""
+
+    #: (out, in).
+    shape: tuple[int, int]
+    scheme: Scheme
+    #: What `quantize_` noted: errors, seconds, source hash, and the recipe's place in `Manifest.recipes`.
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is in `loraq.json`."""
+
+    layers: dict[str, StoredLayer]
+    #: The recipes that made the layers, as plain data; usually one.
+    recipes: list[dict[str, Any]]
+    #: Names that share the tensor of another name.
+    tied: dict[str, str]
+
+    def write(self, folder: Path, files: list[str]) -> None:
+        """Write `loraq.json` beside `files`, with their sizes and hashes."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "versions": {"loraq": loraq.__version__, "torch": torch.__version__},
+            "recipes": self.recipes,
+            "tied": self.tied,
+            "layers": {
+                name: {"shape": list(layer.shape), "scheme": asdict(layer.scheme), **layer.record}
+                for name, layer in self.layers.items()
+            },
+            "files": {
+                file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)} for file in files
+            },
+        }
+        write_json(folder / FILE_NAME, content)
+
+    @classmethod
+    def read(cls, folder: Path, *, verify: bool = True) -> "Manifest":
+        """Read `loraq.json` and check the files it lists.
+
+        Args:
+            folder: what `loraq.save` or `loraq quantize` wrote.
+            verify: whether the files' hashes are compared too, not only their sizes.
+
+        Raises:
+            CheckpointError: not such a folder, a newer format, or files that are missing, truncated or changed.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(
+                f"'{folder}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize SRC DST` makes one."
+            )
+        content = read_json(path)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"'{path}' has format version {version!r}; this loraq reads {FORMAT_VERSION}. Update loraq."
+            )
+        try:
+            layers = {name: _stored_layer(dict(entry)) for name, entry in content["layers"].items()}
+            manifest = cls(layers, list(content["recipes"]), dict(content["tied"]))
+            files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, LoraqError) as error:
+            raise CheckpointError(f"'{path}' is damaged: {error!r}. Quantize again, or restore the file.") from error
+        for file, (size, sha256) in files.items():
+            _check_file(folder, file, size, sha256 if verify else None)
+        return manifest
+
+
+def _stored_layer(entry: dict[str, Any]) -> StoredLayer:
+    n_out, n_in = entry.pop("shape")
+    scheme = dict(entry.pop("scheme"))
+    branch = scheme.pop("branch")
+    return StoredLayer((int(n_out), int(n_in)), Scheme(**scheme, branch=Branch(**branch) if branch else None), entry)
+
+
+def _check_file(folder: Path, file: str, size: int, sha256: str | None) -> None:
+    path = folder / file
+    if Path(file).name != file:
+        raise CheckpointError(f"'{folder / FILE_NAME}' names the file '{file}'. Only files beside it are read.")
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' is missing. Copy the whole folder again.")
+    if path.stat().st_size != size:
+        raise CheckpointError(f"'{path}' has {path.stat().st_size} bytes, {size} are expected. Copy it again.")
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise CheckpointError(f"'{path}' was changed after it was written: its hash differs. Copy it again.")

@@ -1,0 +1,180 @@
+"""`save` and `load_into`: a module with quantized layers to a folder and back, bit for bit."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.reader import ShardReader
+from loraq.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_folder, write_json, write_shards
+from loraq.errors import CheckpointError, KernelError, SchemeError
+from loraq.kernels import DEFAULT_BACKEND, get_backend
+from loraq.layers import quantized_layers, replace_layer
+from loraq.nn import QuantizedLinear
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
+    """Write a module with quantized layers as safetensors shards, `config.json` (if it has one) and `loraq.json`.
+
+    The folder appears under its name only when it is whole.
+
+    Args:
+        model: a module after `quantize_`.
+        folder: where to; made, with its parents.
+        overwrite: whether a folder that is not empty may be replaced.
+        shard_bytes: largest shard, unless one tensor alone is larger.
+
+    Raises:
+        CheckpointError: the module has no quantized layer, the folder is not empty, or the disk refuses.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise CheckpointError("Nothing to save: the model has no quantized layer. Call `loraq.quantize_` first.")
+    tensors, tied = _unique(model.state_dict())
+    recipes: list[dict[str, object]] = []
+    stored = {}
+    for name, layer in layers.items():
+        record = dict(layer.record)
+        recipe = record.pop("recipe", None)
+        if recipe is not None:
+            if recipe not in recipes:
+                recipes.append(recipe)
+            record["recipe"] = recipes.index(recipe)
+        stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
+    config = _config(model)
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    with atomic_folder(Path(folder), overwrite=overwrite) as partial:
+        files = write_shards(tensors, partial, stem, shard_bytes)
+        if config:
+            write_json(partial / "config.json", config)
+            files.append("config.json")
+        Manifest(stored, recipes, tied).write(partial, files)
+
+
+def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> None:
+    """Load a folder written by `save` into a module of the same architecture, in place.
+
+    The module's linear layers are replaced by quantized ones as the manifest says; every tensor takes the dtype it
+    was saved with and the device of the one it replaces (the CPU in place of the meta device). Nothing is changed
+    unless the whole folder fits.
+
+    Args:
+        model: the float architecture, on any device, its weights do not matter; or a quantized one.
+        folder: what `save` or `loraq quantize` wrote.
+        backend: back end of the quantized layers.
+        verify: whether the files' hashes are checked.
+
+    Raises:
+        CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected keys are listed.
+        KernelError: there is no such back end.
+    """
+    folder = Path(folder)
+    get_backend(backend)
+    manifest = Manifest.read(folder, verify=verify)
+    reader = ShardReader(folder)
+    layers = {name: _empty_layer(model, name, layer) for name, layer in manifest.layers.items()}
+    devices = _check(model, layers, reader, manifest, folder)
+    for name, layer in layers.items():
+        replace_layer(model, name, layer)
+        layer.backend = backend
+    read: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, device in devices.items():
+            source = manifest.tied.get(name, name)
+            tensor = read[source] if source in read else reader.read(source).to(device)
+            if source in manifest.tied.values():
+                read[source] = tensor
+            _assign(model, name, tensor)
+
+
+def _check(
+    model: nn.Module, layers: dict[str, QuantizedLinear], reader: ShardReader, manifest: Manifest, folder: Path
+) -> dict[str, torch.device]:
+    """Return the device of every tensor to load, or raise `CheckpointError` that lists what does not fit."""
+    expected: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        if owner not in layers or leaf == "bias":
+            expected[key] = tensor
+    devices = {key: tensor.device for key, tensor in expected.items()}
+    for name, layer in layers.items():
+        old = model.get_submodule(name)
+        device = next(old.parameters()).device
+        for key, tensor in layer.state_dict().items():
+            expected[f"{name}.{key}"] = tensor
+            devices[f"{name}.{key}"] = device
+    stored = {*reader.names, *manifest.tied}
+    missing, unexpected = sorted(set(expected) - stored), sorted(stored - set(expected))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"'{folder}' does not fit {type(model).__name__}. Missing keys: {', '.join(missing) or 'none'}. "
+            f"Unexpected keys: {', '.join(unexpected) or 'none'}. Load it into the architecture it was made from."
+        )
+    for key, tensor in expected.items():
+        shape = reader.shape(manifest.tied.get(key, key))
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"'{folder}': tensor '{key}' has shape {shape}, the model wants {tuple(tensor.shape)}."
+            )
+        if tensor.dtype == torch.uint8 and reader.dtype(manifest.tied.get(key, key)) != "U8":
+            raise CheckpointError(
+                f"'{folder}': tensor '{key}' is {reader.dtype(key)}. Packed tensors are raw bytes (U8)."
+            )
+    meta = torch.device("meta")
+    return {key: torch.device("cpu") if device == meta else device for key, device in devices.items()}
+
+
+def _empty_layer(model: nn.Module, name: str, stored: StoredLayer) -> QuantizedLinear:
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"The model has no layer '{name}'. Load into the architecture it was made from."
+        ) from error
+    if not isinstance(old, nn.Linear | QuantizedLinear) or (old.out_features, old.in_features) != stored.shape:
+        raise CheckpointError(f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}.")
+    try:
+        layer = QuantizedLinear(
+            old.in_features, old.out_features, stored.scheme, bias=old.bias is not None, device="meta"
+        )
+    except (SchemeError, KernelError) as error:
+        raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
+    layer.record = stored.record
+    return layer
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        old = owner._parameters[leaf]
+        trainable = old is not None and old.requires_grad and tensor.is_floating_point()
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=trainable)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into distinct tensors and the names that share one of them."""
+    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tensors, tied = {}, {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.numel(), tuple(tensor.shape), tuple(tensor.stride()))
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor
+    return tensors, tied
+
+
+def _config(model: nn.Module) -> dict[str, object]:
+    """Return the configuration of a diffusers model, marked as quantized so that nothing loads it as floats."""
+    to_json = getattr(model, "to_json_string", None)
+    if to_json is None:
+        return {}
+    return {**json.loads(to_json()), "quantization_config": {"quant_method": "loraq"}}

@@ -1,0 +1,104 @@
+"""Write folders that are whole or not there: shards, an index, and one rename at the end."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraq.errors import CheckpointError
+
+#: Bytes of one shard unless the caller says otherwise.
+DEFAULT_SHARD_BYTES = 2_000_000_000
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` unless a folder of this name can be created."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"Cannot write '{folder}': a file of this name exists. Choose another folder.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting."
+        )
+    parent = folder.absolute().parent
+    if parent.exists() and not os.access(parent, os.W_OK):
+        raise CheckpointError(f"Cannot write '{folder}': '{parent}' is read-only. Choose another folder.")
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that takes its name when the block ends without an error.
+
+    Raises:
+        CheckpointError: the target exists, or the disk refuses.
+    """
+    folder = folder.absolute()
+    require_free(folder, overwrite=overwrite)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(folder)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise CheckpointError(
+            f"Cannot write '{folder}': {reason}. Nothing was left there. Free space, and try again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: Path, stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[str]:
+    """Write tensors as `<stem>.safetensors`, or as numbered shards with an index; return the file names.
+
+    The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of its own.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor.detach().contiguous().cpu()
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        }
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    return names if len(shards) == 1 else [*names, f"{stem}.safetensors.index.json"]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write canonical JSON: sorted keys, two spaces, a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,160 @@
+"""The main job on the embedded default: quantize the digits transformer in every way at equal bytes, and measure."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
+from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
+from loraq.pipeline.quantize import Report, quantize_
+from loraq.recipe import NAMED, Recipe
+
+#: 16-bit rank 5 of width 192 is the share of the weights that rank 32 is of width 1152: the equal-bytes budget.
+BUDGET = "r16=5"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to quantize the model."""
+
+    label: str
+    #: Name of the recipe's scheme.
+    recipe: str
+    method: str = "loraq"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+#: Grouped by the activations of the main path, which are never mixed in one comparison.
+CONTENDERS: dict[str, tuple[Contender, ...]] = {
+    "weight-only": (
+        Contender("round to nearest", "mxfp4-a16", "rtn"),
+        Contender("plain INT5 (more bytes)", "int5-a16", "rtn"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a16", "svdquant", (("scale_rule", None),)),
+        Contender("SVDQuant ×100 + scale search", "mxfp4-w16a16-a16", "svdquant", (("rounds", 100),)),
+        Contender("LoRaQ, 16-bit branch", "mxfp4-w16a16-a16"),
+        Contender("LoRaQ, 8-bit branch", "mxfp4-w8a8-a16"),
+        Contender("LoRaQ, 6-bit branch", "mxfp4-w6a6-a16"),
+        Contender("LoRaQ, 4-bit branch", "mxfp4-w4a8-a16"),
+    ),
+    "4-bit weights, 8-bit activations": (
+        Contender("round to nearest", "mxfp4-a8", "rtn"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a8", "svdquant", (("scale_rule", None),)),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8"),
+        Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a8"),
+        Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a8"),
+    ),
+    "4-bit weights, 4-bit activations": (
+        Contender("round to nearest", "mxfp4-a4", "rtn"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a4", "svdquant", (("scale_rule", None),)),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4"),
+        Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a4"),
+        Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a4"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one contender."""
+
+    group: str
+    label: str
+    recipe: str
+    #: Bytes of the quantized layers.
+    nbytes: int
+    bits_per_weight: float
+    #: Mean over the layers of ‖W − Ŵ‖ / ‖W‖.
+    weight_error: float
+    #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The discriminating figure.
+    velocity_error: float
+    #: Median over the samples, against the sample of the model as trained from the same noise.
+    psnr_db: float
+    #: Share of samples that the judge reads as their class. Cannot see differences at 4 bits.
+    accuracy: float
+    #: Fréchet distance of the judge's features to real digits. Cannot see differences at 4 bits.
+    frechet: float
+    #: Wall time of the solver, all layers.
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All rows, and what the report draws."""
+
+    rows: tuple[Row, ...]
+    #: Samples of the model as trained, under "as trained", and of every row under its recipe and label.
+    images: dict[str, Tensor]
+    #: Relative error of every layer, by recipe and label.
+    layer_errors: dict[str, list[float]]
+
+
+def run(
+    *, n_images: int = 100, steps: int = 10, effort: str = "default", workers: int = 1, progress: Callable[[str], None]
+) -> DemoResult:
+    """Quantize, generate and measure every contender.
+
+    Args:
+        n_images: samples for each contender, from the same noise.
+        steps: Euler steps of the sampler.
+        effort: of method "loraq".
+        workers: layers solved at a time.
+        progress: called with a line before each contender.
+    """
+    trained = load_transformer(torch.float32)
+    judge = Judge.from_assets()
+    labels = torch.arange(n_images) % 10
+    real = judge.features(real_digits()[0])
+    velocity = velocity_probe(trained)
+    reference = sample(trained, labels, seed=0, steps=steps)
+
+    def measured(model: torch.nn.Module, images: Tensor) -> dict[str, float]:
+        psnr = psnr_db(reference, images, data_range=2.0)
+        return {
+            "velocity_error": relative_error(velocity, velocity_probe(model)),
+            "psnr_db": psnr.median().item() if psnr.isfinite().all() else math.inf,
+            "accuracy": judge.accuracy(images, labels),
+            "frechet": frechet_distance(judge.features(images), real),
+        }
+
+    n_weights = 0
+    rows: list[Row] = []
+    pictures = {"as trained": reference}
+    layer_errors: dict[str, list[float]] = {}
+    total = sum(len(group) for group in CONTENDERS.values())
+    for group, contenders in CONTENDERS.items():
+        for contender in contenders:
+            progress(f"[{len(rows) + 1} of {total}] {group}: {contender.label} ({contender.recipe})")
+            model = copy.deepcopy(trained)
+            report = quantize_(model, _recipe(contender, effort), workers=workers, progress=False)
+            images = sample(model, labels, seed=0, steps=steps)
+            rows.append(_row(group, contender, report, measured(model, images)))
+            pictures[f"{contender.recipe} {contender.label}"] = images
+            layer_errors[f"{contender.recipe} {contender.label}"] = [layer.relative_error for layer in report.layers]
+            n_weights = sum(math.prod(layer.shape) for layer in report.layers)
+    trained_row = Row(
+        "as trained", "bf16 weights", "", 2 * n_weights, 16.0, 0.0, **measured(trained, reference), seconds=0.0
+    )
+    return DemoResult((trained_row, *rows), pictures, layer_errors)
+
+
+def _recipe(contender: Contender, effort: str) -> Recipe:
+    recipe = Recipe.named(contender.recipe)
+    return replace(recipe, method=contender.method, effort=effort, options=dict(contender.options), budget=BUDGET)
+
+
+def _row(group: str, contender: Contender, report: Report, measured: dict[str, float]) -> Row:
+    return Row(
+        group=group,
+        label=contender.label + (" ★" if contender.recipe == NAMED["default"] and contender.method == "loraq" else ""),
+        recipe=contender.recipe,
+        nbytes=sum(layer.nbytes for layer in report.layers),
+        bits_per_weight=report.plan.bits_per_weight,
+        weight_error=report.mean_relative_error,
+        seconds=sum(layer.seconds for layer in report.layers),
+        **measured,
+    )

@@ -1,0 +1,113 @@
+"""Truncated SVD against the full one, and the factored forms."""
+
+import pytest
+import torch
+
+from loraq.linalg import svd_of_product, truncated_svd
+from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
+
+FAMILIES = {"dit_like": dit_like, "gaussian": gaussian, "heavy_tailed": heavy_tailed, "outliers": outlier_columns}
+each_family = pytest.mark.parametrize("matrix", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+def remaining(matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(matrix - up @ down).item()
+
+
+def least(matrix: torch.Tensor, rank: int) -> float:
+    """What the best matrix of a rank leaves over, by the full decomposition in double precision."""
+    return torch.linalg.svdvals(matrix.double())[rank:].square().sum().sqrt().item()
+
+
+def assert_orthonormal(columns: torch.Tensor) -> None:
+    torch.testing.assert_close(columns.T @ columns, torch.eye(columns.shape[1]), rtol=0, atol=2e-5)
+
+
+@each_family
+@pytest.mark.parametrize(("shape", "rank"), [((256, 256), 8), ((160, 480), 16), ((480, 160), 32)], ids=str)
+def test_truncation_leaves_hardly_more_than_the_best_matrix_of_its_rank(matrix, shape, rank):
+    weight = matrix(*shape)
+    svd = truncated_svd(weight, rank, seed=0)
+    assert remaining(weight, *svd.canonical()) < 1.005 * least(weight, rank)
+    assert_orthonormal(svd.left)
+    assert_orthonormal(svd.right.T)
+    assert (svd.values.diff() <= 0).all()
+
+
+def test_more_iterations_are_better():
+    weight = gaussian(256, 256)  # no gap in the spectrum: the hardest case
+    errors = [remaining(weight, *truncated_svd(weight, 16, seed=0, iterations=n).canonical()) for n in (0, 1, 8)]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_directions_of_an_earlier_call_save_iterations():
+    weight = gaussian(256, 256)
+    start = truncated_svd(weight, 16, seed=0).right.mT
+    cold = truncated_svd(weight, 16, seed=1, iterations=1)
+    warm = truncated_svd(weight, 16, seed=1, iterations=1, start=start)
+    assert remaining(weight, *warm.canonical()) < remaining(weight, *cold.canonical())
+    assert remaining(weight, *warm.canonical()) < 1.005 * least(weight, 16)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((48, 96), 8), ((7, 5), 5), ((1, 64), 1), ((64, 1), 1)], ids=str)
+def test_a_small_matrix_is_decomposed_exactly(shape, rank):
+    weight = gaussian(*shape)
+    assert remaining(weight, *truncated_svd(weight, rank, seed=0).canonical()) <= 1e-5 + least(weight, rank) * 1.00001
+
+
+def test_a_matrix_of_low_rank_is_recovered():
+    weight = low_rank(200, 300, 6)
+    for rank in (6, 12):  # twelve: half of the directions lead nowhere
+        svd = truncated_svd(weight, rank, seed=0)
+        assert remaining(weight, *svd.canonical()) < 1e-5 * torch.linalg.vector_norm(weight)
+        assert all(part.isfinite().all() for part in (svd.left, svd.values, svd.right))
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (200, 300)], ids=str)
+def test_a_zero_matrix_has_finite_factors(shape):
+    svd = truncated_svd(zeros(*shape), 4, seed=0)
+    assert not svd.values.any()
+    assert all(factor.isfinite().all() for factor in (*svd.balanced(), *svd.canonical()))
+
+
+def test_the_seed_decides_every_bit():
+    weight = dit_like(200, 300)
+    one, same, other = (truncated_svd(weight, 8, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one.left, same.left)
+    assert torch.equal(one.values, same.values)
+    assert torch.equal(one.right, same.right)
+    assert not torch.equal(one.left, other.left)
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.random.get_rng_state()
+    truncated_svd(gaussian(200, 300), 8, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_both_factored_forms_have_one_product():
+    svd = truncated_svd(dit_like(96, 128), 8, seed=0)
+    balanced, canonical = svd.balanced(), svd.canonical()
+    torch.testing.assert_close(balanced[0] @ balanced[1], canonical[0] @ canonical[1])
+    torch.testing.assert_close(balanced[0].norm(dim=0), balanced[1].norm(dim=1))
+    assert_orthonormal(canonical[0])
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((96, 128), 8), ((128, 96), 96), ((5, 7), 1), ((64, 1), 1)], ids=str)
+def test_the_svd_of_a_product_is_exact(shape, rank):
+    up, down = gaussian(shape[0], rank), gaussian(rank, shape[1], seed=1)
+    svd = svd_of_product(up, down)
+    product = up @ down
+    torch.testing.assert_close((svd.left * svd.values) @ svd.right, product, rtol=0, atol=1e-5 * float(product.norm()))
+    expected = torch.linalg.svdvals(product.double())[:rank].float()
+    torch.testing.assert_close(svd.values, expected, rtol=0, atol=1e-5 * float(expected[0]))
+    assert_orthonormal(svd.left)
+    assert_orthonormal(svd.right.T)
+
+
+def test_the_svd_of_a_product_may_lack_rank():
+    up, down = gaussian(40, 6), gaussian(6, 50, seed=1)
+    up[:, 3], down[5] = 0, 0
+    svd = svd_of_product(up, down)
+    torch.testing.assert_close((svd.left * svd.values) @ svd.right, up @ down, rtol=0, atol=1e-4)
+    assert (svd.values[4:] < 1e-4).all()
