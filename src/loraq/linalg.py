@@ -1,4 +1,4 @@
-"""Truncated SVD by subspace iteration, and its factored forms."""
+"""Truncated SVD by subspace iteration, its factored forms, and a rotation that spreads."""
 
 from dataclasses import dataclass
 
@@ -66,6 +66,19 @@ def svd_of_product(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
     q_down, r_down = torch.linalg.qr(down.mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT)
     return TruncatedSVD(q_up @ left, values, right @ q_down.mT)
+
+
+def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:
+    """Return an orthogonal matrix whose entries are all of about one magnitude: a DCT-II with random signs.
+
+    It is a Hadamard matrix for sizes that have none: applied to a vector with one large entry, it spreads it evenly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
+    rows, columns = torch.arange(size).double()[:, None], torch.arange(size).double()[None]
+    cosines = torch.cos(torch.pi * (rows + 0.5) * columns / size) * (2 / size) ** 0.5
+    cosines[:, 0] /= 2**0.5
+    return (signs * cosines).float()
 
 
 def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int) -> TruncatedSVD:

@@ -171,8 +171,8 @@ class Recipe:
 GRAMMAR = """MAIN[-BRANCH][-rRANK][-aBITS]
 
 MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
-BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3),
-        w4a8 (mxfp4 weights, mxint8 activations), or one format for both
+BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3, with the
+        rank-space intermediate in mxint8), w4a8 (mxfp4 weights, mxint8 activations), or one format for all
 RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all scales counted
         (a RANK without BRANCH means w16a16)
 BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 4 for a 4-bit MAIN, else 8.
@@ -196,12 +196,13 @@ SHOWCASE = {
     "int5-a16": "a plain 5-bit format without a branch",
 }
 
-#: Weight and activation formats of the named branch precisions.
+#: The named branch precisions. The intermediate is 8-bit in all that are quantized: it is never stored, small, and at
+#: 6 bits costs more than everything else in the branch (docs/log.md).
 _BRANCHES = {
-    "w16a16": ("bf16", "bf16"),
-    "w8a8": ("mxint8", "mxint8"),
-    "w6a6": ("mxfp6_e2m3", "mxfp6_e2m3"),
-    "w4a8": ("mxfp4", "mxint8"),
+    "w16a16": Branch(weight="bf16", activation="bf16"),
+    "w8a8": Branch(weight="mxint8", activation="mxint8"),
+    "w6a6": Branch(weight="mxfp6_e2m3", activation="mxfp6_e2m3", intermediate="mxint8"),
+    "w4a8": Branch(weight="mxfp4", activation="mxint8"),
 }
 
 #: Activation format of the main path for each family of main formats and width.
@@ -253,15 +254,16 @@ def parse_scheme(name: str) -> Scheme:
         return Scheme(main.name, activation)
     branch_name = branch_name or "w16a16"
     if branch_name in _BRANCHES:
-        weight, branch_activation = _BRANCHES[branch_name]
+        branch = _BRANCHES[branch_name]
     elif branch_name in FORMATS:
-        weight = branch_activation = branch_name
+        branch = Branch(weight=branch_name, activation=branch_name)
     else:
         raise RecipeError(f"Recipe name '{name}': {unknown('branch', branch_name, (*_BRANCHES, *FORMATS))}")
     if parts["rank"] is not None and int(parts["rank"]) < 1:
         raise RecipeError(f"Recipe name '{name}': rank 0. Use a rank of at least 1, or leave the branch out.")
-    rank = int(parts["rank"] or 0)
-    return Scheme(main.name, activation, Branch(rank, weight, "bf16" if bits == "16" else branch_activation))
+    if bits == "16":
+        branch = Branch(weight=branch.weight)
+    return Scheme(main.name, activation, replace(branch, rank=int(parts["rank"] or 0)))
 
 
 @lru_cache(maxsize=1)

@@ -73,19 +73,24 @@ def rounded(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
 
     A 16-bit format leaves the activation as it is: its own dtype decides. A gradient passes straight through.
     """
-    if isinstance(fmt, CastFormat):
-        return x.to(dtype)
-    tracked = x.requires_grad and torch.is_grad_enabled()
-    return (_StraightThrough.apply(x, fmt) if tracked else fmt.round(x)).to(dtype)
+    return x.to(dtype) if isinstance(fmt, CastFormat) else _round(x, fmt.name).to(dtype)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounding whose derivative counts as 1, so that adapters in front of a quantized layer can be trained."""
+# Opaque as well: a compiler that sees inside fuses the casts of scales away, and torch 2.13's misreads on a CPU the
+# padding of a shorter last block, so that its output would not be that of the uncompiled layer.
+@torch.library.custom_op("loraq::round", mutates_args=())
+def _round(x: Tensor, name: str) -> Tensor:
+    return get_format(name).for_rows().round(x)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format) -> Tensor:
-        return fmt.round(x)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+@_round.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    """Count the derivative of rounding as 1, so that adapters in front of a quantized layer can be trained."""
+    return gradient, None
+
+
+_round.register_autograd(_straight_through)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from loraq.errors import SchemeError, unknown
 from loraq.formats import CastFormat, Format, get_format
-from loraq.linalg import svd_of_product, truncated_svd
+from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
 from loraq.methods.base import prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import Branch, LayerSolution, Scheme
 
@@ -92,7 +92,7 @@ class LoRaQ:
 
         svds = [truncated_svd(w, branch.rank, seed=seed) for w, seed in zip(weight, seeds, strict=True)]
         annealed = self._anneal(problem, _stack([svd.balanced() for svd in svds]))
-        refined = self._refine(problem, annealed)
+        refined = self._refine(problem, annealed, seeds)
         shared = (time.perf_counter() - begin) / len(weights)
         solutions = []
         for i, svd in enumerate(svds):
@@ -122,9 +122,9 @@ class LoRaQ:
             factors = _move(factors, factors, gradient, step, self.leverage_cap).shrunk(step * decay)
         return factors if best is None else best.factors
 
-    def _refine(self, problem: "_Problem", factors: "_Factors") -> "_Factors":
+    def _refine(self, problem: "_Problem", factors: "_Factors", seeds: Sequence[int]) -> "_Factors":
         """Phase 2: the same step seen through the branch's rounding, from `final_step` down to zero."""
-        factors = _stack([svd_of_product(*pair).canonical() for pair in zip(*factors, strict=True)])
+        factors = _stack([_spread(up, down, seed) for up, down, seed in zip(*factors, seeds, strict=True)])
         best = iterate = problem.evaluate(factors, rounded=True)
         for t in range(self.refine_steps):
             if best.objective.max() == 0:
@@ -287,6 +287,17 @@ def _inverse(gram: Tensor) -> Tensor:
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     ridge = torch.where(mean > 0, 1e-7 * mean, 1.0)
     return torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).float()
+
+
+def _spread(up: Tensor, down: Tensor, seed: int) -> Pair:
+    """The same product with balanced factors, rotated in rank space so that no rank direction stands out.
+
+    It does nothing for the weight, but the intermediate x Dᵀ shares scales along the rank: in an SVD's own basis its
+    first entries would drown the others (docs/log.md).
+    """
+    left, right = svd_of_product(up, down).balanced()
+    rotation = spreading_rotation(left.shape[-1], seed=seed).to(left.device)
+    return left @ rotation, rotation.mT @ right
 
 
 def _energy(matrix: Tensor) -> Tensor:
