@@ -16,14 +16,21 @@ import torch
 HERE = Path(__file__).parent
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """Read the options every benchmark has and set the number of threads."""
+def options(description: str | None, **flags: str) -> argparse.Namespace:
+    """Read the options every benchmark has and set the number of threads.
+
+    Args:
+        description: the text of `--help`.
+        flags: further switches of one benchmark, each with its line for `--help`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     parser.add_argument("--repeats", type=int, default=7, help="runs of which the fastest counts (default: 7)")
     parser.add_argument(
         "--save", action="store_true", help="also write benchmarks/results/<device>/<date>-<commit>.json"
     )
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     return chosen

@@ -61,6 +61,8 @@ class LoRaQ:
     decay: float | None = None
     #: Whether J has the activation-noise terms α and β that follow from the scheme's activation formats.
     activation_aware: bool = True
+    #: Whether phase 2 starts from factors rotated in rank space, which the intermediate x Dᵀ needs; see `_spread`.
+    rotate: bool = True
     #: Scale rule of the last rounding; inside the loop it is always "fitted".
     scale_rule: str | None = "search"
 
@@ -124,7 +126,10 @@ class LoRaQ:
 
     def _refine(self, problem: "_Problem", factors: "_Factors", seeds: Sequence[int]) -> "_Factors":
         """Phase 2: the same step seen through the branch's rounding, from `final_step` down to zero."""
-        factors = _stack([_spread(up, down, seed) for up, down, seed in zip(*factors, seeds, strict=True)])
+        pairs = zip(*factors, seeds, strict=True)
+        factors = _stack(
+            [_spread(*svd_of_product(u, d).balanced(), seed if self.rotate else None) for u, d, seed in pairs]
+        )
         best = iterate = problem.evaluate(factors, rounded=True)
         for t in range(self.refine_steps):
             if best.objective.max() == 0:
@@ -289,15 +294,16 @@ def _inverse(gram: Tensor) -> Tensor:
     return torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).float()
 
 
-def _spread(up: Tensor, down: Tensor, seed: int) -> Pair:
-    """The same product with balanced factors, rotated in rank space so that no rank direction stands out.
+def _spread(up: Tensor, down: Tensor, seed: int | None) -> Pair:
+    """The same product, rotated in rank space so that no rank direction stands out; unchanged without a seed.
 
     It does nothing for the weight, but the intermediate x Dᵀ shares scales along the rank: in an SVD's own basis its
     first entries would drown the others (docs/log.md).
     """
-    left, right = svd_of_product(up, down).balanced()
-    rotation = spreading_rotation(left.shape[-1], seed=seed).to(left.device)
-    return left @ rotation, rotation.mT @ right
+    if seed is None:
+        return up, down
+    rotation = spreading_rotation(up.shape[-1], seed=seed).to(up.device)
+    return up @ rotation, rotation.mT @ down
 
 
 def _energy(matrix: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Finding, replacing and switching the linear layers of a module."""
+
+import pytest
+import torch
+from matrices import gaussian
+from torch import nn
+
+from loraq.errors import KernelError
+from loraq.layers import linear_layers, quantized_layers, replace_layer, set_backend
+from loraq.nn import QuantizedLinear
+from loraq.pipeline.quantize import quantize_weight
+
+
+class OwnLinear(nn.Linear):
+    """A subclass may compute something else."""
+
+
+class Tower(nn.Module):
+    """Linear layers in every kind of place, some of them in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again = self.first
+        self.steps = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Sequential(nn.Linear(8, 8), self.first))
+        self.listed = nn.ModuleList([nn.Linear(8, 8), self.steps[0]])
+        self.named = nn.ModuleDict({"a": nn.Linear(8, 8)})
+        self.own = OwnLinear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.nothing = None
+
+
+def quantized(bias: torch.Tensor | None = None) -> QuantizedLinear:
+    return QuantizedLinear.from_solution(quantize_weight(gaussian(8, 8), "mxfp4"), bias)
+
+
+def test_linear_layers_are_found_once_in_the_order_of_the_tree():
+    tower = Tower()
+    found = linear_layers(tower)
+    assert list(found) == ["first", "steps.0", "steps.2.0", "listed.0", "named.a"]
+    assert all(found[name] is tower.get_submodule(name) for name in found)
+
+
+def test_subclasses_are_left_out():
+    assert not {"own", "attention.out_proj"} & set(linear_layers(Tower()))
+
+
+def test_a_layer_that_is_the_whole_module_is_left_out_because_it_stands_in_no_place():
+    assert linear_layers(nn.Linear(8, 8)) == {}
+    assert list(linear_layers(nn.Sequential(nn.Linear(8, 8)))) == ["0"]
+
+
+def test_quantized_layers_are_found_by_name():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"a": quantized()}))
+    assert list(quantized_layers(model)) == ["1.a"]
+    assert quantized_layers(Tower()) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("first", ["first", "again", "steps.2.1"]),
+        ("again", ["first", "again", "steps.2.1"]),
+        ("steps.2.1", ["first", "again", "steps.2.1"]),
+        ("steps.0", ["steps.0", "listed.1"]),
+        ("listed.0", ["listed.0"]),
+        ("named.a", ["named.a"]),
+    ],
+)
+def test_a_layer_is_replaced_at_every_place_where_it_stands(name, places):
+    tower, new = Tower(), quantized()
+    before = dict(tower.named_modules(remove_duplicate=False))
+    replace_layer(tower, name, new)
+    after = dict(tower.named_modules(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    assert {place for place in after if after[place] is new} == set(places)
+    assert all(after[place] is before[place] for place in after if place not in places)
+
+
+def test_the_order_of_the_modules_stays():
+    tower = Tower()
+    names = [name for name, _ in tower.named_modules(remove_duplicate=False)]
+    replace_layer(tower, "first", quantized())
+    assert [name for name, _ in tower.named_modules(remove_duplicate=False)] == names
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_new_layer_takes_over_the_mode(training):
+    tower = Tower().train(training)
+    replace_layer(tower, "steps.0", quantized())
+    assert tower.steps[0].training is training
+
+
+def test_a_name_that_does_not_exist_changes_nothing():
+    tower = Tower()
+    with pytest.raises(AttributeError, match="steps"):
+        replace_layer(tower, "steps.7", quantized())
+    assert not quantized_layers(tower)
+
+
+def test_the_back_end_is_switched_in_every_layer():
+    model = nn.Sequential(quantized(), nn.Sequential(quantized(), nn.Linear(8, 8)))
+    set_backend(model, "reference")
+    assert [layer.backend for layer in quantized_layers(model).values()] == ["reference"] * 2
+    set_backend(model[1], "resident")
+    assert [layer.backend for layer in quantized_layers(model).values()] == ["reference", "resident"]
+
+
+def test_a_single_layer_can_be_switched_like_a_model():
+    layer = quantized()
+    set_backend(layer, "reference")
+    assert layer.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(quantized(), quantized()), nn.Linear(2, 2)], ids=["quantized", "plain"]
+)
+def test_an_unknown_back_end_is_refused_and_nothing_is_switched(model):
+    with pytest.raises(KernelError, match=r"Unknown back end 'residend'\. Did you mean 'resident'"):
+        set_backend(model, "residend")
+    assert all(layer.backend == "resident" for layer in quantized_layers(model).values())
+
+
+def test_a_replaced_layer_computes_in_place_of_the_old_one():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.SiLU()), gaussian(4, 8)
+    new = quantized(torch.ones(8))
+    expected = nn.functional.silu(new(x))
+    replace_layer(model, "0", new)
+    assert torch.equal(model(x), expected)

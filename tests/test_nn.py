@@ -1,0 +1,428 @@
+"""`QuantizedLinear`: its equation, what it accepts, and that nothing changes the packed bytes."""
+
+import copy
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraq.errors import KernelError, SchemeError
+from loraq.formats import CastFormat, get_format
+from loraq.nn import QuantizedLinear
+from loraq.pipeline.quantize import quantize_weight
+from loraq.scheme import Branch, LayerSolution, Scheme
+from matrices import dit_like, gaussian
+
+N_OUT, N_IN = 40, 112  # the last block is shorter for block sizes 32 and 64
+MAINS = ("mxfp4", "int4", "nvfp4", "mxint4", "int5")
+BRANCHES = ("", "-w16a16-r12", "-w8a8-r12", "-w6a6-r12", "-w4a8-r12")
+WIDTHS = ("-a4", "-a8", "-a16")
+FAMILIES = [main + branch + width for main in MAINS for branch in BRANCHES for width in WIDTHS]
+#: One name for every kind of stored tensor and of activation.
+VARIED = ["mxfp4-w8a8-r12-a4", "nvfp4-w6a6-r12-a4", "int4-r12-a8", "mxint4-w4a8-r12-a16", "int5-a16"]
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+each_variety = pytest.mark.parametrize("name", VARIED)
+each_backend = pytest.mark.parametrize("backend", ["reference", "resident"])
+
+
+@cache
+def solution_of(name: str) -> LayerSolution:
+    return quantize_weight(dit_like(N_OUT, N_IN), name, method="svdquant")
+
+
+def layer_of(name: str, *, backend: str = "resident", bias: bool = True) -> QuantizedLinear:
+    layer = QuantizedLinear.from_solution(copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None)
+    layer.backend = backend
+    return layer
+
+
+def tokens(*leading: int, seed: int = 1) -> Tensor:
+    return torch.randn((*leading, N_IN), generator=torch.Generator().manual_seed(seed))
+
+
+def packed_bytes(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in layer.state_dict().items() if tensor.dtype == torch.uint8}
+
+
+def assert_same_bytes(layer: nn.Module, before: dict[str, Tensor]) -> None:
+    after = packed_bytes(layer)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    return (torch.linalg.vector_norm(y.double() - expected) / torch.linalg.vector_norm(expected.double())).item()
+
+
+def on_the_grid(token: Tensor, name: str) -> Tensor:
+    """A single token in a number format; nothing else is there to share a scale with."""
+    fmt = get_format(name)
+    return token if isinstance(fmt, CastFormat) else fmt.quantize(token[None]).dequantize()[0]
+
+
+def evaluate(solution: LayerSolution, bias: Tensor, x: Tensor) -> Tensor:
+    """Y = Qa(x) Wqᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b in double precision, token by token."""
+    scheme, weight = solution.scheme, solution.residual.dequantize().double()
+    rows = []
+    for token in x:
+        y = weight @ on_the_grid(token, scheme.activation).double() + bias.double()
+        if solution.branch is not None:
+            down, up = (q.dequantize().double() for q in (solution.branch.proj_down, solution.branch.proj_up))
+            inner = (down @ on_the_grid(token, scheme.branch.activation).double()).float()
+            y += up @ on_the_grid(inner, scheme.branch.intermediate or scheme.branch.activation).double()
+        rows.append(y)
+    return torch.stack(rows)
+
+
+# --- the equation ---------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@each_family
+def test_forward_is_the_equation(name, backend):
+    layer, x = layer_of(name, backend=backend), tokens(6)
+    assert error(layer(x), evaluate(solution_of(name), layer.bias, x)) < 1e-5
+
+
+@each_backend
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.endswith("-a16")])
+def test_with_16_bit_activations_it_is_a_linear_layer_of_the_reconstruction(name, backend):
+    layer, x = layer_of(name, backend=backend), tokens(6)
+    assert torch.equal(layer.reconstruct(), solution_of(name).reconstruct())
+    assert error(layer(x), nn.functional.linear(x.double(), layer.reconstruct().double(), layer.bias.double())) < 1e-6
+
+
+@pytest.mark.parametrize("intermediate", ["bf16", "mxint8", "mxfp4"])
+def test_the_rank_space_intermediate_has_a_format_of_its_own(intermediate):
+    scheme = Scheme("mxfp4", "mxfp4", Branch(12, "mxint8", "mxint8", intermediate))
+    solution, x = quantize_weight(dit_like(N_OUT, N_IN), scheme, method="svdquant"), tokens(6)
+    bias = torch.zeros(N_OUT)
+    assert error(QuantizedLinear.from_solution(solution)(x), evaluate(solution, bias, x)) < 1e-5
+
+
+def test_the_formats_of_the_activations_make_a_difference():
+    x = tokens(6)
+    outputs = [layer_of(f"mxfp4-w8a8-r12{width}")(x) for width in WIDTHS]
+    exact = nn.functional.linear(x, layer_of("mxfp4-w8a8-r12-a16").reconstruct(), gaussian(1, N_OUT, 5)[0]).double()
+    coarse, fine, none = (error(y, exact) for y in outputs)
+    assert coarse > 3 * fine > 0
+    assert fine > 1e3 * none
+
+
+@each_variety
+def test_a_layer_without_bias_leaves_it_out(name):
+    x = tokens(4)
+    torch.testing.assert_close(layer_of(name, bias=False)(x) + gaussian(1, N_OUT, 5)[0], layer_of(name)(x))
+
+
+# --- what it accepts ------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (3,), (2, 3), (2, 0, 3), (1, 2, 1, 2)], ids=str)
+@each_variety
+def test_any_leading_shape(name, leading, backend):
+    layer, x = layer_of(name, backend=backend), tokens(*leading)
+    y = layer(x)
+    assert y.shape == (*leading, N_OUT)
+    if x.numel():
+        flat = x.reshape(-1, N_IN)
+        assert error(y.reshape(-1, N_OUT), evaluate(solution_of(name), layer.bias, flat)) < 1e-5
+
+
+@each_variety
+def test_strides_do_not_matter(name):
+    layer, x = layer_of(name), tokens(3, 4)
+    expected = layer(x)
+    assert torch.equal(layer(x.transpose(0, 1).contiguous().transpose(0, 1)), expected)
+    assert torch.equal(layer(x.repeat_interleave(2, -1)[..., ::2]), expected)
+    assert torch.equal(layer(x[:1].expand(3, 4, N_IN)), expected[:1].expand(3, 4, N_OUT))
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 1e-3)],
+    ids=str,
+)
+@each_variety
+def test_the_output_has_the_dtype_of_the_input(name, dtype, bound, backend):
+    layer, x = layer_of(name, backend=backend), tokens(8).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert error(y, evaluate(solution_of(name), layer.bias, x.float())) < bound
+
+
+def test_inputs_of_another_dtype_get_operands_of_their_own():
+    layer, x = layer_of("mxfp4-w8a8-r12-a16"), tokens(4)
+    exact, short = layer(x), layer(x.bfloat16())
+    assert torch.equal(layer(x), exact)
+    assert torch.equal(layer(x.bfloat16()), short)
+    assert error(layer(x.half()), exact.double()) < 1e-3
+
+
+@each_backend
+@each_variety
+def test_tokens_do_not_see_each_other(name, backend):
+    layer, x = layer_of(name, backend=backend), tokens(5)
+    alone = layer(x)
+    for neighbour in (1e6 * x, 0 * x, torch.full_like(x, torch.nan)):
+        mixed = neighbour.clone()
+        mixed[2] = x[2]
+        assert torch.equal(layer(mixed)[2], alone[2])
+
+
+@each_variety
+def test_a_token_of_zeros_gives_the_bias(name):
+    layer = layer_of(name)
+    assert torch.equal(layer(torch.zeros(2, N_IN)), layer.bias.detach().expand(2, -1))
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+@each_family
+def test_state_dict_round_trip_is_strict_and_exact(name):
+    layer, x = layer_of(name), tokens(3)
+    empty = QuantizedLinear(N_IN, N_OUT, layer.scheme)
+    result = empty.load_state_dict(layer.state_dict(), strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert_same_bytes(empty, packed_bytes(layer))
+    assert torch.equal(empty(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("int5-a16", ["weight_packed", "weight_scale"]),
+        ("nvfp4-a4", ["weight_global_scale", "weight_packed", "weight_scale"]),
+        (
+            "mxfp4-w8a8-r12-a4",
+            [f"{part}_{kind}" for part in ("proj_down", "proj_up", "weight") for kind in ("packed", "scale")],
+        ),
+        ("mxfp4-r12-a4", ["proj_down_packed", "proj_up_packed", "weight_packed", "weight_scale"]),
+    ],
+)
+def test_every_tensor_but_the_bias_is_raw_bytes_that_take_no_gradient(name, parts):
+    layer = layer_of(name)
+    parameters = dict(layer.named_parameters())
+    assert sorted(parameters) == sorted(["bias", *parts])
+    assert sorted(layer.state_dict()) == sorted(parameters)
+    assert not list(layer.buffers())
+    assert {name for name, p in parameters.items() if p.dtype != torch.uint8} == {"bias"}
+    assert not any(p.requires_grad for name, p in parameters.items() if name != "bias")
+    layer(tokens(2))
+    assert dict(layer.named_parameters()).keys() == parameters.keys()  # kept operands are not part of the state
+    assert layer.state_dict().keys() == parameters.keys()
+
+
+@each_family
+def test_its_bytes_are_those_of_the_solution_and_of_the_scheme(name):
+    layer, solution = layer_of(name), solution_of(name)
+    assert layer.nbytes == solution.nbytes == layer.scheme.nbytes((N_OUT, N_IN))
+    assert layer.bits_per_weight == solution.bits_per_weight == 8 * layer.nbytes / (N_OUT * N_IN)
+    assert torch.equal(layer.stored_weight.dequantize(), solution.residual.dequantize())
+    assert (layer.branch is None) == (solution.branch is None)
+
+
+def test_a_state_of_another_scheme_is_refused():
+    state = layer_of("mxfp4-w8a8-r12-a4").state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*proj_down_packed"):
+        QuantizedLinear(N_IN, N_OUT, Scheme("mxfp4")).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_global_scale"):
+        QuantizedLinear(N_IN, N_OUT, Scheme("nvfp4", branch=Branch(12, "mxint8"))).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch for proj_up_packed"):
+        QuantizedLinear(N_IN, N_OUT, Scheme("mxfp4", branch=Branch(8, "mxint8"))).load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@each_variety
+def test_loading_a_state_drops_decoded_operands(name, assign):
+    layer, x = layer_of(name), tokens(3)
+    layer(x)
+    other = QuantizedLinear.from_solution(
+        quantize_weight(dit_like(N_OUT, N_IN, 9), layer.scheme, method="svdquant"), gaussian(1, N_OUT, 6)[0]
+    )
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    assert_same_bytes(layer, packed_bytes(other))
+    assert torch.equal(layer(x), other(x))
+
+
+def test_loading_a_state_into_a_model_drops_decoded_operands_too():
+    model, x = nn.Sequential(layer_of("mxfp4-a4"), nn.SiLU()), tokens(3)
+    before = model(x)
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), torch.zeros(3, N_OUT))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: model.bfloat16(),
+        lambda model: model.double(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("cpu", torch.float16),
+        lambda model: model.train().eval().requires_grad_(False),
+        copy.deepcopy,
+        copy.copy,
+    ],
+    ids=["half", "bfloat16", "double", "to dtype", "to both", "modes", "deepcopy", "copy"],
+)
+@each_variety
+def test_casts_and_copies_leave_the_packed_bytes_alone(name, change):
+    model, x = nn.Sequential(layer_of(name)), tokens(3)
+    before, output = packed_bytes(model), model(x)
+    changed = change(model)
+    assert_same_bytes(changed, before)
+    assert changed[0].scheme == model[0].scheme
+    assert changed[0].bits_per_weight == model[0].bits_per_weight
+    assert error(changed(x), output.double()) < 5e-3  # the bias may have become shorter
+
+
+def test_a_cast_reaches_the_bias():
+    assert layer_of("mxfp4-a4").half().bias.dtype == torch.float16
+
+
+def test_a_deep_copy_shares_nothing_and_decodes_anew():
+    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
+    output = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), output)
+    for name, parameter in twin.named_parameters():
+        parameter.data.zero_()
+        assert dict(layer.named_parameters())[name].any()
+    twin.load_state_dict(twin.state_dict())
+    assert torch.equal(twin(x), torch.zeros(3, N_OUT))
+    assert torch.equal(layer(x), output)
+
+
+@each_variety
+def test_the_meta_device_keeps_shapes_and_assign_brings_the_bytes_back(name):
+    layer, x = layer_of(name), tokens(3)
+    state, output = layer.state_dict(), layer(x)
+    ghost = copy.deepcopy(layer).to("meta")
+    assert all(p.is_meta for p in ghost.parameters())
+    assert {n: (p.shape, p.dtype) for n, p in ghost.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in layer.named_parameters()
+    }
+    assert ghost(torch.empty(2, 5, N_IN, device="meta")).shape == (2, 5, N_OUT)
+    assert ghost.nbytes == layer.nbytes
+    ghost.load_state_dict(state, assign=True)
+    assert_same_bytes(ghost, packed_bytes(layer))
+    assert torch.equal(ghost(x), output)
+
+
+@each_variety
+def test_an_empty_layer_on_the_meta_device_has_the_shapes_of_a_filled_one(name):
+    layer = layer_of(name)
+    empty = QuantizedLinear(N_IN, N_OUT, layer.scheme, device="meta", dtype=torch.bfloat16)
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in layer.named_parameters()}
+    assert empty.bias.dtype == torch.bfloat16
+    assert QuantizedLinear(N_IN, N_OUT, layer.scheme, bias=False, device="meta").bias is None
+
+
+def test_the_bias_is_taken_over_as_it_is():
+    bias = nn.Parameter(torch.randn(N_OUT), requires_grad=False)
+    assert QuantizedLinear.from_solution(solution_of("mxfp4-a4"), bias).bias is bias
+    assert QuantizedLinear.from_solution(solution_of("mxfp4-a4")).bias is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Scheme("mxfp4", branch=Branch(41)), r"Branch rank 41 is larger than min\(out, in\).*rank of at most 40"),
+        (Scheme("mxfp4", branch=Branch()), r"no rank yet \(0\).*budget"),
+    ],
+)
+def test_a_scheme_that_does_not_fit_makes_no_layer(scheme, message):
+    with pytest.raises(SchemeError, match=message):
+        QuantizedLinear(N_IN, N_OUT, scheme)
+
+
+# --- back ends ------------------------------------------------------------------------------------------------------
+
+
+def test_the_back_end_is_switched_by_name():
+    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
+    assert layer.backend == "resident"
+    output = layer(x)
+    layer.backend = "reference"
+    assert layer.backend == "reference"
+    assert torch.equal(layer(x), output)
+    with pytest.raises(KernelError, match=r"Unknown back end 'resistant'\. Did you mean 'resident'"):
+        layer.backend = "resistant"
+    assert layer.backend == "reference"
+
+
+def test_the_representation_says_formats_rank_bits_and_back_end():
+    assert repr(layer_of("mxfp4-w8a8-r12-a4")) == (
+        "QuantizedLinear(in_features=112, out_features=40, bias=True, weight=mxfp4, activation=mxfp4, "
+        "branch=r12 mxint8/mxint8, 7.70 bits per weight, backend=resident)"
+    )
+    assert repr(layer_of("int5-a16", backend="reference", bias=False)) == (
+        "QuantizedLinear(in_features=112, out_features=40, bias=False, weight=int5, activation=bf16, "
+        "5.29 bits per weight, backend=reference)"
+    )
+
+
+# --- gradients and compilation --------------------------------------------------------------------------------------
+
+
+@each_backend
+@each_family
+def test_the_gradient_of_the_input_is_that_of_the_reconstruction(name, backend):
+    # Exact for 16-bit activations; rounded ones let it pass straight through, so that adapters can be trained.
+    layer, x = layer_of(name, backend=backend), tokens(3).requires_grad_()
+    toward = gaussian(3, N_OUT, 8)
+    (layer(x) * toward).sum().backward()
+    assert error(x.grad, toward.double() @ layer.reconstruct().double()) < 1e-5
+    torch.testing.assert_close(layer.bias.grad, toward.sum(0))
+    assert all(p.grad is None for name, p in layer.named_parameters() if name != "bias")
+
+
+def test_the_gradient_has_the_dtype_of_the_input():
+    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3).bfloat16().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    assert error(x.grad, layer.reconstruct().double().sum(0).expand(3, -1)) < 2e-2
+
+
+@each_variety
+def test_tracking_gradients_does_not_change_the_output(name):
+    layer, x = layer_of(name), tokens(3)
+    with torch.no_grad():
+        expected = layer(x)
+    assert torch.equal(layer(x.requires_grad_()), expected)
+
+
+def test_a_layer_first_run_in_inference_mode_can_be_trained_through_later():
+    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y, expected.clone())
+    assert x.grad is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize("name", ["mxfp4-w8a8-r12-a4", "nvfp4-r12-a16", "int4-r12-a4"])
+def test_compiled_it_is_one_graph_with_the_same_output(name):
+    layer, x = layer_of(name), tokens(3)
+    expected, before = layer_of(name)(x), packed_bytes(layer)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        first, second = compiled(x), compiled(x)  # the first call decodes the operands, the second finds them
+    assert error(first, expected.detach().double()) < 1e-5
+    assert error(second, expected.detach().double()) < 1e-5
+    assert_same_bytes(layer, before)
