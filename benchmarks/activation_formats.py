@@ -12,8 +12,8 @@ import copy
 from dataclasses import replace
 
 import torch
-from common import options, report
 
+from common import options, report
 from loraq.evaluation.digits import load_transformer, velocity_probe
 from loraq.evaluation.metrics import relative_error
 from loraq.layers import quantized_layers

@@ -172,7 +172,8 @@ GRAMMAR = """MAIN[-BRANCH][-rRANK][-aBITS]
 
 MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
 BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3, with the
-        rank-space intermediate in mxint8), w4a8 (mxfp4 weights, mxint8 activations), or one format for all
+        rank-space intermediate in mxint8), w6a8 and w4a8 (mxfp6_e2m3 or mxfp4 weights, mxint8 activations), or one
+        format for all
 RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all scales counted
         (a RANK without BRANCH means w16a16)
 BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 4 for a 4-bit MAIN, else 8.
@@ -180,13 +181,14 @@ BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 
 
 #: Names beyond the grammar. The default has the least velocity error in the demo of all recipes that store and multiply
 #: nothing in 16 bits, block scales included (which leaves out int4, whose scales are bf16).
-NAMED = {"default": "mxfp4-w8a8-a8"}
+NAMED = {"default": "mxfp4-w6a8-a8"}
 
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
     "default": f"{NAMED['default']}: the best recipe without any 16-bit part, by the demo's velocity error",
     "mxfp4-w8a8": "W4A4 with an 8-bit branch; -a8 and -a16 for wider activations",
     "mxfp4-w6a6": "W4A4 with a 6-bit branch",
+    "mxfp4-w6a8": "W4A4 with a 6-bit branch that runs on 8-bit activations",
     "mxfp4-w4a8": "W4A4 with a 4-bit branch of high rank",
     "mxfp4-r32": "W4A4 with SVDQuant's 16-bit branch",
     "mxint4-w8a8": "MX integers",
@@ -203,6 +205,7 @@ _BRANCHES = {
     "w16a16": Branch(weight="bf16", activation="bf16"),
     "w8a8": Branch(weight="mxint8", activation="mxint8"),
     "w6a6": Branch(weight="mxfp6_e2m3", activation="mxfp6_e2m3", intermediate="mxint8"),
+    "w6a8": Branch(weight="mxfp6_e2m3", activation="mxint8"),
     "w4a8": Branch(weight="mxfp4", activation="mxint8"),
 }
 

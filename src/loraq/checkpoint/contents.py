@@ -56,6 +56,12 @@ class DenseWeights:
 
     def _dequantized(self, part: str, fmt: Format, shape: tuple[int, int]) -> Tensor:
         stored = {name: self.reader.read(f"{part}_{name}") for name in fmt.storage(shape)}
+        for name, expected in fmt.storage(shape).items():
+            if tuple(stored[name].shape) != tuple(expected) or stored[name].dtype != torch.uint8:
+                raise CheckpointError(
+                    f"'{self.folder}': tensor '{part}_{name}' is {stored[name].dtype} of shape "
+                    f"{tuple(stored[name].shape)}. Raw bytes (uint8) of shape {tuple(expected)} are required."
+                )
         return QTensor(stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt).dequantize()
 
 

@@ -80,11 +80,31 @@ class Manifest:
             layers = {name: _stored_layer(dict(entry)) for name, entry in content["layers"].items()}
             manifest = cls(layers, list(content["recipes"]), dict(content["tied"]))
             files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError, LoraqError) as error:
+            manifest._check()
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, LoraqError) as error:
             raise CheckpointError(f"'{path}' is damaged: {error!r}. Quantize again, or restore the file.") from error
         for file, (size, sha256) in files.items():
             _check_file(folder, file, size, sha256 if verify else None)
         return manifest
+
+    def record(self, layer: str) -> dict[str, Any]:
+        """Return what `quantize_` noted of a layer, with the recipe itself instead of its place."""
+        record = dict(self.layers[layer].record)
+        if "recipe" in record:
+            record["recipe"] = self.recipes[record["recipe"]]
+        return record
+
+    def _check(self) -> None:
+        """Raise `ValueError` if a layer or a tied name points to nothing."""
+        for name, layer in self.layers.items():
+            layer.scheme.check(layer.shape)
+            if layer.scheme.branch and type(layer.scheme.branch.rank) is not int:
+                raise ValueError(f"layer '{name}' has rank {layer.scheme.branch.rank!r}")
+            place = layer.record.get("recipe", 0)
+            if not isinstance(place, int) or not 0 <= place < max(1, len(self.recipes)):
+                raise ValueError(f"layer '{name}' has recipe {place!r} of {len(self.recipes)}")
+        if not all(isinstance(name, str) for name in self.tied.values()):
+            raise ValueError("'tied' does not map names to names")
 
 
 def _stored_layer(entry: dict[str, Any]) -> StoredLayer:

@@ -34,6 +34,8 @@ def save(
     layers = quantized_layers(model)
     if not layers:
         raise CheckpointError("Nothing to save: the model has no quantized layer. Call `loraq.quantize_` first.")
+    if "" in layers:
+        raise CheckpointError("A bare QuantizedLinear has no name to save it under. Save the module that holds it.")
     tensors, tied = _unique(model.state_dict())
     recipes: list[dict[str, object]] = []
     stored = {}
@@ -76,7 +78,7 @@ def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BA
     get_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
-    layers = {name: _empty_layer(model, name, layer) for name, layer in manifest.layers.items()}
+    layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
     for name, layer in layers.items():
         replace_layer(model, name, layer)
@@ -86,9 +88,9 @@ def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BA
         for name, device in devices.items():
             source = manifest.tied.get(name, name)
             tensor = read[source] if source in read else reader.read(source).to(device)
+            new = _assign(model, name, tensor)
             if source in manifest.tied.values():
-                read[source] = tensor
-            _assign(model, name, tensor)
+                read[source] = new
 
 
 def _check(
@@ -96,18 +98,20 @@ def _check(
 ) -> dict[str, torch.device]:
     """Return the device of every tensor to load, or raise `CheckpointError` that lists what does not fit."""
     expected: dict[str, Tensor] = {}
+    places = _places(model, layers)
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
-        if owner not in layers or leaf == "bias":
+        if owner not in places or leaf == "bias":
             expected[key] = tensor
     devices = {key: tensor.device for key, tensor in expected.items()}
-    for name, layer in layers.items():
+    for name, layer in places.items():
         old = model.get_submodule(name)
         device = next(old.parameters()).device
         for key, tensor in layer.state_dict().items():
             expected[f"{name}.{key}"] = tensor
             devices[f"{name}.{key}"] = device
-    stored = {*reader.names, *manifest.tied}
+    tied = {name for name, source in manifest.tied.items() if source in reader.names}
+    stored = {*reader.names, *tied}
     missing, unexpected = sorted(set(expected) - stored), sorted(stored - set(expected))
     if missing or unexpected:
         raise CheckpointError(
@@ -115,20 +119,28 @@ def _check(
             f"Unexpected keys: {', '.join(unexpected) or 'none'}. Load it into the architecture it was made from."
         )
     for key, tensor in expected.items():
-        shape = reader.shape(manifest.tied.get(key, key))
+        source = manifest.tied.get(key, key)
+        shape, dtype = reader.shape(source), reader.dtype(source)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"'{folder}': tensor '{key}' has shape {shape}, the model wants {tuple(tensor.shape)}."
             )
-        if tensor.dtype == torch.uint8 and reader.dtype(manifest.tied.get(key, key)) != "U8":
-            raise CheckpointError(
-                f"'{folder}': tensor '{key}' is {reader.dtype(key)}. Packed tensors are raw bytes (U8)."
-            )
+        if tensor.dtype == torch.uint8 and dtype != "U8":
+            raise CheckpointError(f"'{folder}': tensor '{key}' is {dtype}. Packed tensors are raw bytes (U8).")
+        if tensor.is_floating_point() and not dtype.startswith(("F", "BF")):
+            raise CheckpointError(f"'{folder}': tensor '{key}' is {dtype}, the model wants {tensor.dtype}.")
     meta = torch.device("meta")
     return {key: torch.device("cpu") if device == meta else device for key, device in devices.items()}
 
 
-def _empty_layer(model: nn.Module, name: str, stored: StoredLayer) -> QuantizedLinear:
+def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
+    """Return the new layers by every name that the modules they replace have: one module may stand in two places."""
+    new = {model.get_submodule(name): layer for name, layer in layers.items()}
+    return {name: new[module] for name, module in model.named_modules(remove_duplicate=False) if module in new}
+
+
+def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
+    stored = manifest.layers[name]
     try:
         old = model.get_submodule(name)
     except AttributeError as error:
@@ -143,19 +155,23 @@ def _empty_layer(model: nn.Module, name: str, stored: StoredLayer) -> QuantizedL
         )
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
-    layer.record = stored.record
+    layer.record = manifest.record(name)
     return layer
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Put a tensor into the model, and return what now stands there; a `Parameter` stays the same object."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        old = owner._parameters[leaf]
+    if leaf not in owner._parameters:
+        owner._buffers[leaf] = tensor.detach()
+        return tensor
+    old = owner._parameters[leaf]
+    if not isinstance(tensor, nn.Parameter):
         trainable = old is not None and old.requires_grad and tensor.is_floating_point()
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=trainable)
-    else:
-        owner._buffers[leaf] = tensor
+        tensor = nn.Parameter(tensor, requires_grad=trainable)
+    owner._parameters[leaf] = tensor
+    return tensor
 
 
 def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

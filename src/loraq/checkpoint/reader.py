@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"'{path}' is missing.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read '{path}': {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' holds a {type(content).__name__}. A JSON object is required.")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,14 +22,17 @@ DEFAULT_SHARD_BYTES = 2_000_000_000
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` unless a folder of this name can be created."""
+    folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"Cannot write '{folder}': a file of this name exists. Choose another folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(
             f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting."
         )
-    parent = folder.absolute().parent
-    if parent.exists() and not os.access(parent, os.W_OK):
+    parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
+    if not parent.is_dir():
+        raise CheckpointError(f"Cannot write '{folder}': '{parent}' is a file. Choose another folder.")
+    if not os.access(parent, os.W_OK):
         raise CheckpointError(f"Cannot write '{folder}': '{parent}' is read-only. Choose another folder.")
 
 
@@ -39,7 +43,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         CheckpointError: the target exists, or the disk refuses.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link stays, and what it points to is replaced
     require_free(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -49,14 +53,18 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if folder.exists():
             replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
             folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
+            try:
+                partial.rename(folder)
+            except BaseException:
+                replaced.rename(folder)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             partial.rename(folder)
     except CheckpointError:
         raise
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+    except (OSError, SafetensorError) as error:
+        reason = "the disk is full" if _disk_is_full(error) else str(error)
         raise CheckpointError(
             f"Cannot write '{folder}': {reason}. Nothing was left there. Free space, and try again."
         ) from error
@@ -77,7 +85,7 @@ def write_shards(
         if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = tensor.detach().contiguous().cpu()
+        shards[-1][name] = _alone(tensor)
         filled += tensor.nbytes
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
@@ -89,8 +97,23 @@ def write_shards(
         }
         write_json(folder / f"{stem}.safetensors.index.json", index)
     for file, shard in zip(names, shards, strict=True):
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)  # safetensors makes files that only the owner may read
     return names if len(shards) == 1 else [*names, f"{stem}.safetensors.index.json"]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a row-major tensor on the CPU that has its storage for itself, as safetensors demands."""
+    if tensor.is_meta:
+        raise CheckpointError("Cannot write tensors of the meta device: they hold no numbers. Load the model first.")
+    tensor = tensor.detach().contiguous().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _disk_is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def write_json(path: Path, content: Any) -> None:

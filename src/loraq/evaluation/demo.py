@@ -46,6 +46,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a8", "svdquant", (("scale_rule", None),)),
         Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8"),
         Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a8"),
+        Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a8"),
         Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a8"),
     ),
     "4-bit weights, 4-bit activations": (
@@ -53,6 +54,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a4", "svdquant", (("scale_rule", None),)),
         Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4"),
         Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a4"),
+        Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a4"),
         Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a4"),
     ),
 }

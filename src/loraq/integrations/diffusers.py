@@ -40,7 +40,7 @@ def transformer_folder(source: Path) -> Path:
         raise CheckpointError(
             f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize itself."
         )
-    if not (source / "config.json").is_file():
+    if not (source / "config.json").is_file() and not (source / FILE_NAME).is_file():
         raise CheckpointError(
             f"'{source}' has neither 'config.json' nor 'model_index.json': it is no diffusers folder."
         )
@@ -102,10 +102,9 @@ def quantize_folder(
         LayerError, RecipeError, SchemeError: as `quantize_`.
     """
     source, target = Path(source), Path(target)
-    require_free(target, overwrite=overwrite)
-    if target.absolute() == source.absolute():
-        raise CheckpointError(f"Source and target are both '{source}'. Choose another target.")
     folder = _float_folder(source)
+    _require_apart(source, target)
+    require_free(target, overwrite=overwrite)
     plan = plan_folder(source, recipe)
     _require_space(target, source, plan)
     model = load_float(folder)
@@ -138,6 +137,10 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     if not (place / FILE_NAME).is_file():
         raise CheckpointError(
             f"'{place}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes one."
+        )
+    if not (place / "config.json").is_file():
+        raise CheckpointError(
+            f"'{place}' has no 'config.json' that says what to build. Build the model, and use `loraq.load_into`."
         )
     model = empty_model(place)
     load_into(model, place, backend=backend, verify=verify)
@@ -178,6 +181,16 @@ def load_float(folder: Path) -> nn.Module:
             )
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
     return model.eval()
+
+
+def _require_apart(source: Path, target: Path) -> None:
+    """Raise `CheckpointError` if writing the target could touch the source."""
+    a, b = source.resolve(), target.resolve()
+    if a == b:
+        raise CheckpointError(f"Source and target are both '{source}'. Choose another target.")
+    if a in b.parents or b in a.parents:
+        inner, outer = (target, source) if a in b.parents else (source, target)
+        raise CheckpointError(f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another target.")
 
 
 def _require_space(target: Path, source: Path, plan: Plan) -> None:

@@ -1,0 +1,104 @@
+"""Plans: every layer's scheme, bytes and reason, before any work."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from loraq.errors import RecipeError, SchemeError
+from loraq.pipeline.plan import LayerPlan, Plan
+from loraq.pipeline.quantize import plan_model
+from loraq.recipe import Recipe, Rule
+from loraq.scheme import Branch, Scheme
+
+SHAPES = {
+    "patch_embed.proj": (64, 16),
+    "blocks.0.attn.to_q": (64, 64),
+    "blocks.0.attn.to_k": (64, 64),
+    "blocks.0.ff.up": (256, 64),
+    "head": (10, 64),
+}
+RECIPE = Recipe(Scheme("mxfp4", "mxfp4", Branch(8, "mxint8", "mxint8")), rules=(Rule("head", skip=True),))
+
+
+def test_a_plan_has_every_layer_in_the_order_given():
+    plan = Plan.of(SHAPES, RECIPE)
+    assert {layer.name: layer.shape for layer in plan.layers} == SHAPES
+    assert [layer.name for layer in plan.layers] == list(SHAPES)
+    assert [layer.name for layer in plan.quantized] == ["blocks.0.attn.to_q", "blocks.0.attn.to_k", "blocks.0.ff.up"]
+    assert all(layer.scheme == RECIPE.scheme for layer in plan.quantized)
+
+
+def test_a_layer_that_stays_has_a_reason_and_the_others_have_none():
+    plan = Plan.of(SHAPES, RECIPE)
+    reasons = {layer.name: layer.reason for layer in plan.layers if layer.scheme is None}
+    assert reasons == {"patch_embed.proj": "embedding", "head": "rule 'head'"}
+    assert all(layer.reason == "" for layer in plan.quantized)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "nbytes"),
+    [
+        (None, (10, 64), 2 * 640),
+        (Scheme("mxfp4"), (64, 64), 64 * 32 + 64 * 2),
+        (Scheme("mxfp4"), (3, 40), 3 * 20 + 3 * 2),
+        (Scheme("nvfp4"), (64, 64), 64 * 32 + 64 * 4 + 4),
+        (Scheme("int4", branch=Branch(8)), (64, 128), 64 * 64 + 64 * 2 * 2 + 2 * 8 * (64 + 128)),
+        (Scheme("mxfp4", branch=Branch(8, "mxint8")), (64, 64), 64 * 34 + 64 * (8 + 1) + 8 * (64 + 2)),
+    ],
+)
+def test_the_bytes_of_a_layer(scheme, shape, nbytes):
+    layer = LayerPlan("a", shape, scheme)
+    assert layer.nbytes == nbytes
+    assert layer.bits_per_weight == 8 * nbytes / math.prod(shape)
+
+
+def test_the_totals_of_a_plan():
+    plan = Plan.of(SHAPES, RECIPE)
+    assert plan.nbytes == sum(layer.nbytes for layer in plan.layers)
+    assert plan.nbytes_bf16 == 2 * (64 * 16 + 2 * 64 * 64 + 256 * 64 + 640)
+    quantized = 64 * 64 + 64 * 64 + 256 * 64
+    assert plan.bits_per_weight == 8 * sum(layer.nbytes for layer in plan.quantized) / quantized
+    assert plan.nbytes < plan.nbytes_bf16
+
+
+def test_a_plan_of_nothing():
+    plan = Plan.of({}, RECIPE)
+    assert plan.layers == plan.quantized == ()
+    assert plan.nbytes == plan.nbytes_bf16 == 0
+    assert plan.bits_per_weight == 0.0
+
+
+def test_a_rank_left_open_is_settled_for_each_layer():
+    plan = Plan.of(SHAPES, Recipe.from_dict({"scheme": "mxfp4-w8a8", "budget": "r16=4"}))
+    for layer in plan.quantized:
+        assert 0 < layer.scheme.branch.rank <= 7
+        assert layer.nbytes <= Scheme("mxfp4").nbytes(layer.shape) + 8 * sum(layer.shape)
+
+
+def test_the_class_of_the_model_selects_its_rules():
+    shapes = {"transformer_blocks.0.attn2.to_k": (64, 64)}
+    assert Plan.of(shapes, RECIPE).quantized
+    plan = Plan.of(shapes, RECIPE, "PixArtTransformer2DModel")
+    assert plan.layers[0].reason == "text-side projection of the cross-attention"
+
+
+def test_a_layer_that_does_not_fit_is_named():
+    with pytest.raises(SchemeError, match=r"Layer 'small': Branch rank 8 is larger .* at most 4, or skip this layer"):
+        Plan.of({**SHAPES, "small": (4, 64)}, RECIPE)
+    assert Plan.of({"small": (4, 64)}, Recipe(RECIPE.scheme, rules=(Rule("small", skip=True),))).quantized == ()
+
+
+def test_a_model_is_planned_without_its_weights():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 64, bias=False))
+    plan = plan_model(model, "mxfp4-w8a8-r8")
+    assert {layer.name: layer.shape for layer in plan.layers} == {"0": (256, 64), "2": (64, 256)}
+    assert plan_model(model, RECIPE).layers[0].scheme == RECIPE.scheme
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_recipe_that_cannot_be_read_makes_no_plan():
+    with pytest.raises(RecipeError, match="Unknown branch 'w9a9'"):
+        plan_model(nn.Sequential(nn.Linear(8, 8)), "mxfp4-w9a9")
