@@ -1,5 +1,6 @@
 """Equal memory as a tool: a budget of stored bytes, and the rank that it buys."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,7 @@ class Budget:
                 return cls(rank_16bit=int(match[1]))
         else:
             try:
-                if (bits := float(text)) > 0:
+                if 0 < (bits := float(text)) < math.inf:
                     return cls(bits_per_weight=bits)
             except ValueError:
                 pass

@@ -148,7 +148,8 @@ def test_midmax_doubles_the_floor_scale_above_the_last_midpoint(element, largest
         ("mxfp4", 7.3, 2.0),  # 1.1 * 7.3 > 8: headroom
         ("mxfp8_e4m3", 440.0, 1.0),
         ("mxfp8_e4m3", 450.0, 2.0),
-        ("mxfp6_e2m3", 7.9, 1.0),
+        ("mxfp6_e2m3", 7.8, 1.0),
+        ("mxfp6_e2m3", 7.9, 2.0),  # 1.02 * 7.9 > 8
     ],
 )
 def test_fitted_moves_the_step_between_two_powers_of_two(name, largest, scale):
@@ -336,7 +337,7 @@ def test_no_rule_means_the_direct_rule(name):
 def test_named_rules_carry_their_numbers():
     assert scale_rule("floor", E8M0_SCALE, E2M1) == ScaleRule("floor")
     assert scale_rule("fitted", E8M0_SCALE, mx_integer(4)) == ScaleRule("fitted", (0.85,))
-    assert scale_rule("fitted", E8M0_SCALE, E2M3) == ScaleRule("fitted", (1.0,))
+    assert scale_rule("fitted", E8M0_SCALE, E2M3) == ScaleRule("fitted", (1.02,))
     assert scale_rule("search", E8M0_SCALE, E4M3) == ScaleRule("search", (1.0, 2.0))
     assert scale_rule("search", E8M0_SCALE, mx_integer(8)) == ScaleRule("search", (1.0, 0.5))
     assert scale_rule("fitted", FP32_SCALE, E4M3) == ScaleRule("fitted")

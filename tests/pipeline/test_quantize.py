@@ -138,15 +138,21 @@ def test_weights_of_any_float_dtype(dtype):
     torch.testing.assert_close(model(torch.ones(2, 64, dtype=dtype)).float(), exact, atol=0.2, rtol=0.1)
 
 
-def test_a_pixart_transformer_is_quantized_and_runs():
+@pytest.fixture(scope="module")
+def pixart() -> type[nn.Module]:
     pytest.importorskip("diffusers")
     from loraq.integrations.diffusers import _quiet_diffusers
 
     with _quiet_diffusers() as diffusers:
-        kind = diffusers.PixArtTransformer2DModel
+        return diffusers.PixArtTransformer2DModel
+
+
+def test_a_pixart_transformer_is_quantized_and_runs(pixart):
     torch.manual_seed(0)
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2}
-    model = kind(**size, sample_size=8, caption_channels=24, use_additional_conditions=False, norm_num_groups=4).eval()
+    model = pixart(
+        **size, sample_size=8, caption_channels=24, use_additional_conditions=False, norm_num_groups=4
+    ).eval()
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": torch.randn(2, 3, 24),
@@ -222,6 +228,19 @@ def test_the_bytes_do_not_depend_on_the_threads_of_torch(model, expected, thread
     finally:
         torch.set_num_threads(before)
     assert_same_state(model, expected)
+
+
+def test_the_threads_of_torch_are_those_from_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quantize_weight(gaussian(32, 32), "mxfp4")
+        assert torch.get_num_threads() == 2
+        with pytest.raises(FormatError):
+            quantize_weight(poisoned(math.nan), "mxfp4")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_weight_gives_the_bytes_of_its_layer(model, expected):

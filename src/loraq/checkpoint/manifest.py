@@ -90,18 +90,20 @@ class Manifest:
     def record(self, layer: str) -> dict[str, Any]:
         """Return what `quantize_` noted of a layer, with the recipe itself instead of its place."""
         record = dict(self.layers[layer].record)
-        if "recipe" in record:
+        if record.get("recipe") is not None:
             record["recipe"] = self.recipes[record["recipe"]]
         return record
 
     def _check(self) -> None:
         """Raise `ValueError` if a layer or a tied name points to nothing."""
         for name, layer in self.layers.items():
-            layer.scheme.check(layer.shape)
-            if layer.scheme.branch and type(layer.scheme.branch.rank) is not int:
-                raise ValueError(f"layer '{name}' has rank {layer.scheme.branch.rank!r}")
-            place = layer.record.get("recipe", 0)
-            if not isinstance(place, int) or not 0 <= place < max(1, len(self.recipes)):
+            scheme, branch = layer.scheme, layer.scheme.branch
+            formats = (scheme.weight, scheme.activation, *((branch.weight, branch.activation) if branch else ()))
+            if not all(isinstance(fmt, str) for fmt in formats) or (branch and type(branch.rank) is not int):
+                raise ValueError(f"layer '{name}' has the scheme {scheme}")
+            scheme.check(layer.shape)
+            place = layer.record.get("recipe")
+            if place is not None and place not in range(len(self.recipes)):
                 raise ValueError(f"layer '{name}' has recipe {place!r} of {len(self.recipes)}")
         if not all(isinstance(name, str) for name in self.tied.values()):
             raise ValueError("'tied' does not map names to names")

@@ -72,5 +72,9 @@ def relative_error(weight: Tensor, residual: QTensor, branch: LowRankBranch | No
     error = weight - residual.dequantize()
     if branch is not None:
         error -= branch.reconstruct()
-    norm = torch.linalg.vector_norm(weight).item()
-    return torch.linalg.vector_norm(error).item() / (norm or 1.0)
+    return frobenius(error).item() / (frobenius(weight).item() or 1.0)
+
+
+def frobenius(matrix: Tensor) -> Tensor:
+    """Return the Frobenius norm of each matrix in double precision, in which squares of fp32 numbers always fit."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)

@@ -31,7 +31,7 @@ from torch import Tensor
 from loraq.errors import SchemeError, unknown
 from loraq.formats import CastFormat, Format, get_format
 from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
-from loraq.methods.base import prepare, quantize_branch, relative_error, require_branch
+from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import Branch, LayerSolution, Scheme
 
 #: (up, down) of one layer.
@@ -160,7 +160,7 @@ class LoRaQ:
             rounded = stored[-1].dequantize()
             objectives.append(noise.objective(residual - rounded, rounded, _energy(product)).item())
         best = objectives.index(min(objectives))
-        norm = torch.linalg.vector_norm(weight).item() or 1.0
+        norm = frobenius(weight).item() or 1.0
         metrics = {
             "objective": math.sqrt(objectives[best]) / norm,
             "start_objective": math.sqrt(objectives[1]) / norm,
@@ -258,7 +258,7 @@ class _Problem:
         torch.baddbmm(self.weight, *seen, alpha=-1, out=self._residual)
         self.main.round(self._residual, "fitted", out=self._rounded)
         error = self._residual.sub_(self._rounded)
-        branch_energy = ((seen.up.mT @ seen.up) * (seen.down @ seen.down.mT)).sum((-2, -1))
+        branch_energy = ((seen.up.mT @ seen.up).double() * (seen.down @ seen.down.mT)).sum((-2, -1))
         return _Iterate(factors, seen, error, self._rounded, self.noise.objective(error, self._rounded, branch_energy))
 
 
@@ -307,7 +307,7 @@ def _spread(up: Tensor, down: Tensor, seed: int | None) -> Pair:
 
 
 def _energy(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1)).square()
+    return frobenius(matrix).square()
 
 
 def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> _Factors:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.linalg import truncated_svd
-from loraq.methods.base import prepare, quantize_branch, relative_error, require_branch
+from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import LayerSolution, Scheme
 
 
@@ -44,7 +44,7 @@ class SVDQuant:
             up, down = svd.canonical()
             residual = weight - factor.round(up, self.scale_rule) @ factor.round(down, self.scale_rule)
             rounded = main.round(residual, self.scale_rule)
-            error = torch.linalg.vector_norm(residual - rounded).item()
+            error = frobenius(residual - rounded).item()
             if error < best_error:
                 best, best_error, best_round = (up, down), error, t
             elif t - best_round >= self.patience:
