@@ -20,6 +20,7 @@ from loraq.scheme import Branch, Scheme
 #: What the branch names mean: weight, activation, intermediate.
 W8A8 = ("mxint8", "mxint8", None)
 W6A6 = ("mxfp6_e2m3", "mxfp6_e2m3", "mxint8")
+W6A8 = ("mxfp6_e2m3", "mxint8", None)
 W4A8 = ("mxfp4", "mxint8", None)
 W16A16 = ("bf16", "bf16", None)
 
@@ -28,6 +29,8 @@ MEANING = {
     "mxfp4": ("mxfp4", "mxfp4", None, None),
     "mxfp4-w8a8": ("mxfp4", "mxfp4", 0, W8A8),
     "mxfp4-w6a6": ("mxfp4", "mxfp4", 0, W6A6),
+    "mxfp4-w6a8": ("mxfp4", "mxfp4", 0, W6A8),
+    "mxfp4-w6a8-a8": ("mxfp4", "mxint8", 0, W6A8),
     "mxfp4-w4a8": ("mxfp4", "mxfp4", 0, W4A8),
     "mxfp4-w16a16": ("mxfp4", "mxfp4", 0, W16A16),
     "mxfp4-r32": ("mxfp4", "mxfp4", 32, W16A16),
@@ -129,7 +132,7 @@ def test_a_name_worth_knowing_can_be_used_and_fits_a_layer(name):
 
 
 @pytest.mark.parametrize("main", ["mxfp4", "nvfp4", "int4", "mxint4", "int5"])
-@pytest.mark.parametrize("branch", ["", "-w16a16", "-w8a8", "-w6a6", "-w4a8", "-r32", "-w8a8-r7"])
+@pytest.mark.parametrize("branch", ["", "-w16a16", "-w8a8", "-w6a6", "-w6a8", "-w4a8", "-r32", "-w8a8-r7"])
 @pytest.mark.parametrize("width", ["", "-a4", "-a8", "-a16"])
 def test_any_combination_can_be_asked_for(main, branch, width):
     scheme = parse_scheme(main + branch + width)

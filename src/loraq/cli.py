@@ -1,6 +1,7 @@
 """The command line: parse, call the library, print. Results go to stdout, progress and errors to stderr."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -39,7 +40,9 @@ def command(function: Callable[..., None]) -> click.Command:
     def run(*, debug: bool, **kwargs: Any) -> None:
         try:
             function(**kwargs)
-        except LoraqError as error:
+        except BrokenPipeError:
+            raise  # the reader has gone, as in `loraq formats | head`
+        except (LoraqError, OSError) as error:
             if debug:
                 raise
             click.echo(f"Error: {error}", err=True)
@@ -247,8 +250,9 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     from dataclasses import asdict
 
     from loraq.evaluation.demo import run
-    from loraq.evaluation.report import draw
+    from loraq.evaluation.report import draw, require_drawable
 
+    require_drawable(out / "report.png")
     result = run(n_images=images, workers=workers, progress=lambda line: click.echo(line, err=True))
     draw(result, out / "report.png")
     if as_json:
@@ -310,7 +314,16 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
 
 
 def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(document: Any) -> Any:
+    """JSON has no infinity (the PSNR of equal images) and no NaN: they become null."""
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -230,7 +231,7 @@ def test_the_bytes_do_not_depend_on_the_threads_of_torch(model, expected, thread
     assert_same_state(model, expected)
 
 
-def test_the_threads_of_torch_are_those_from_before():
+def test_the_threads_of_torch_are_those_from_before(model):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -239,6 +240,10 @@ def test_the_threads_of_torch_are_those_from_before():
         with pytest.raises(FormatError):
             quantize_weight(poisoned(math.nan), "mxfp4")
         assert torch.get_num_threads() == 2
+        quantize_(model, FAST, workers=4, progress=False)
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor() as pool:  # a new thread starts with what the process was left with
+            assert pool.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
 

@@ -118,7 +118,7 @@ def run(
         psnr = psnr_db(reference, images, data_range=2.0)
         return {
             "velocity_error": relative_error(velocity, velocity_probe(model)),
-            "psnr_db": psnr.median().item() if psnr.isfinite().all() else math.inf,
+            "psnr_db": psnr.median().item(),
             "accuracy": judge.accuracy(images, labels),
             "frechet": frechet_distance(judge.features(images), real),
         }
@@ -134,9 +134,10 @@ def run(
             model = copy.deepcopy(trained)
             report = quantize_(model, _recipe(contender, effort), workers=workers, progress=False)
             images = sample(model, labels, seed=0, steps=steps)
-            rows.append(_row(group, contender, report, measured(model, images)))
-            pictures[f"{contender.recipe} {contender.label}"] = images
-            layer_errors[f"{contender.recipe} {contender.label}"] = [layer.relative_error for layer in report.layers]
+            row = _row(group, contender, report, measured(model, images))
+            rows.append(row)
+            pictures[f"{row.recipe} {row.label}"] = images
+            layer_errors[f"{row.recipe} {row.label}"] = [layer.relative_error for layer in report.layers]
             n_weights = sum(math.prod(layer.shape) for layer in report.layers)
     trained_row = Row(
         "as trained", "bf16 weights", "", 2 * n_weights, 16.0, 0.0, **measured(trained, reference), seconds=0.0

@@ -1,5 +1,6 @@
 """Draw the demo's report: samples side by side with their numbers, and the error of every layer."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,38 @@ from loraq.evaluation.demo import DemoResult
 _SHOWN = 10
 
 
+def require_drawable(path: Path) -> None:
+    """Make the folder of a report, so that what is wrong is known before the minutes of measuring and not after.
+
+    Raises:
+        LoraqError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise LoraqError('The report needs matplotlib. Run: pip install "loraq[demo]"') from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoraqError(f"Cannot write '{path}': {error}. Choose another folder.") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise LoraqError(f"Cannot write '{path}': it is a folder, or its folder is read-only. Choose another folder.")
+
+
 def draw(result: DemoResult, path: Path) -> None:
     """Write the report as a PNG.
 
     Raises:
-        LoraqError: matplotlib is not installed.
+        LoraqError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LoraqError('The report needs matplotlib. Run: pip install "loraq[demo]"') from error
+    require_drawable(path)
+    from matplotlib.figure import Figure
+
     strips = [("as trained", "bf16", result.images["as trained"])]
     for row in result.rows[1:]:
         bits, velocity = f"{row.bits_per_weight:.2f} bits", f"velocity error {row.velocity_error:.4f}"
         text = f"{row.recipe} · {bits} · {velocity} · {row.psnr_db:.1f} dB"
-        strips.append(
-            (row.label.removesuffix(" ★"), text, result.images[f"{row.recipe} {row.label.removesuffix(' ★')}"])
-        )
+        strips.append((row.label.removesuffix(" ★"), text, result.images[f"{row.recipe} {row.label}"]))
 
     figure = Figure(figsize=(14, 0.8 * len(strips) + 5), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(strips), 5])
@@ -39,7 +55,6 @@ def draw(result: DemoResult, path: Path) -> None:
         axis.text(-2, 4, label, ha="right", va="bottom", fontsize=9, fontweight="bold")
         axis.text(-2, 4.5, text, ha="right", va="top", fontsize=8)
     _draw_errors(bottom.subplots(1, 1), result)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 

@@ -69,7 +69,7 @@ def empty_model(folder: Path) -> nn.Module:
         try:
             with init_empty_weights(include_buffers=False):
                 return kind.from_config(config)  # type: ignore[attr-defined]
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # constructors of diffusers raise what they like
             raise CheckpointError(f"{name} refuses '{folder / 'config.json'}': {error}") from error
 
 
@@ -144,7 +144,23 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
         )
     model = empty_model(place)
     load_into(model, place, backend=backend, verify=verify)
+    _cast_unsaved(model)
     return model.eval()
+
+
+def _cast_unsaved(model: nn.Module) -> None:
+    """Give buffers that no file holds, such as position tables, the dtype of the weights, as diffusers does.
+
+    Without this the output after a round trip would not be that of the model that was saved.
+    """
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    if len(dtypes) != 1:
+        return
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(*dtypes)
 
 
 def _float_folder(source: Path) -> Path:
@@ -190,7 +206,9 @@ def _require_apart(source: Path, target: Path) -> None:
         raise CheckpointError(f"Source and target are both '{source}'. Choose another target.")
     if a in b.parents or b in a.parents:
         inner, outer = (target, source) if a in b.parents else (source, target)
-        raise CheckpointError(f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another target.")
+        raise CheckpointError(
+            f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another target."
+        )
 
 
 def _require_space(target: Path, source: Path, plan: Plan) -> None:

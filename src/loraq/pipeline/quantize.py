@@ -177,7 +177,7 @@ def _solved(
         except Exception as error:
             raise LayerError(f"Layer '{job.name}' failed: {error}") from error
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with _pool(workers) as pool:
         waiting = [(job, pool.submit(run, job)) for job in jobs[:workers]]
         try:
             for i in range(len(jobs)):
@@ -189,6 +189,17 @@ def _solved(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that leave nothing behind: with several, `_one_thread` races for what new threads of torch start with."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _solve(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:

@@ -1,0 +1,159 @@
+"""The demo: its rows are comparable, and the report is drawn."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraq.budget import Budget
+from loraq.errors import LoraqError
+from loraq.evaluation import demo
+from loraq.evaluation.demo import CONTENDERS, DemoResult, Row, _recipe, run
+from loraq.evaluation.report import draw, require_drawable
+from loraq.recipe import NAMED, Recipe
+
+#: The shapes of the layers that are quantized in the shipped transformer.
+SHAPES = [(192, 192), (768, 192), (192, 768)]
+
+each_group = pytest.mark.parametrize("group", CONTENDERS)
+
+
+@each_group
+def test_every_contender_is_a_recipe_that_can_be_planned(group):
+    for contender in CONTENDERS[group]:
+        recipe = _recipe(contender, "fast")
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert recipe.method == contender.method
+        for shape in SHAPES:
+            scheme = recipe.scheme_for("transformer_blocks.0.ff.net.2", shape)
+            assert (scheme.branch is None) == (contender.method == "rtn")
+
+
+@each_group
+def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
+    def nbytes(contender: demo.Contender) -> list[int]:
+        recipe = _recipe(contender, "fast")
+        return [recipe.scheme_for("layer", shape).nbytes(shape) for shape in SHAPES]
+
+    limit = nbytes(next(c for c in CONTENDERS[group] if "w16a16" in c.recipe))
+    rank = Budget.parse(demo.BUDGET).rank_16bit
+    for contender in CONTENDERS[group]:
+        if "more bytes" in contender.label:
+            assert nbytes(contender) > limit
+            continue
+        sizes = nbytes(contender)
+        assert all(size <= most for size, most in zip(sizes, limit, strict=True)), contender
+        if contender.method != "rtn":  # and it uses what it is given, up to one more rank
+            branch = _recipe(contender, "fast").scheme_for("layer", SHAPES[0]).branch
+            assert limit[0] - sizes[0] < 2 * rank * 384 / branch.rank * 1.6
+
+
+@each_group
+def test_activations_are_not_mixed_in_a_group(group):
+    assert len({_recipe(c, "fast").scheme.activation for c in CONTENDERS[group]}) == 1
+
+
+def test_labels_are_unique_because_pictures_are_found_by_them():
+    names = [(contender.recipe, contender.label) for group in CONTENDERS.values() for contender in group]
+    assert len(set(names)) == len(names)
+
+
+def test_the_default_recipe_takes_part():
+    recipes = {contender.recipe for group in CONTENDERS.values() for contender in group}
+    assert NAMED["default"] in recipes
+
+
+@pytest.fixture(scope="module")
+def result() -> DemoResult:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("sklearn")
+    star = next(c for group in CONTENDERS.values() for c in group if c.recipe == NAMED["default"])
+    few = {name: (group[0], group[-1]) for name, group in CONTENDERS.items()}
+    few["weight-only"] = (CONTENDERS["weight-only"][0], star)  # the default must also be drawn where lines are
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "CONTENDERS", few)
+        result = run(n_images=10, steps=4, effort="fast", progress=lines.append)
+    assert len(lines) == 6
+    assert lines[0].startswith("[1 of 6] weight-only: ")
+    return result
+
+
+@pytest.mark.slow
+def test_rows_are_plausible(result):
+    first, *rows = result.rows
+    assert (first.label, first.weight_error, first.velocity_error, first.bits_per_weight) == ("bf16 weights", 0, 0, 16)
+    assert first.psnr_db == math.inf
+    assert first.accuracy >= 0.8
+    assert [row.group for row in rows] == [name for name in CONTENDERS for _ in range(2)]
+    for row in rows:
+        assert 4.2 < row.bits_per_weight < 6
+        assert row.nbytes == pytest.approx(first.nbytes * row.bits_per_weight / 16, rel=1e-6)
+        assert 0.02 < row.weight_error < 0.15
+        assert 0.001 < row.velocity_error < 0.3
+        assert 10 < row.psnr_db < 60
+        assert 0.5 <= row.accuracy <= 1
+        assert math.isfinite(row.frechet)
+        assert row.seconds > 0
+    for plain, branched in zip(rows[::2], rows[1::2], strict=True):
+        assert branched.weight_error < plain.weight_error
+    assert [row.label.endswith(" ★") for row in rows] == [False, True, False, False, False, False]
+
+
+@pytest.mark.slow
+def test_pictures_and_layer_errors_are_found_by_recipe_and_label(result):
+    keys = {f"{row.recipe} {row.label}" for row in result.rows[1:]}
+    assert set(result.images) == keys | {"as trained"}
+    assert set(result.layer_errors) == keys
+    assert {images.shape for images in result.images.values()} == {(10, 1, 8, 8)}
+    assert all(0 <= error < 1 for errors in result.layer_errors.values() for error in errors)
+
+
+@pytest.mark.slow
+def test_the_report_is_a_picture(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(result, tmp_path / "deep" / "report.png")
+    content = (tmp_path / "deep" / "report.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 20_000
+
+
+def invented() -> DemoResult:
+    row = Row("weight-only", "LoRaQ ★", "mxfp4", 1024, 5.0, 0.07, 0.02, 30.0, 0.99, 1.0, 2.0)
+    pictures = torch.zeros(12, 1, 8, 8)
+    trained = replace(row, group="as trained", label="bf16 weights", recipe="")
+    return DemoResult((trained, row), {"as trained": pictures, "mxfp4 LoRaQ ★": pictures}, {"mxfp4 LoRaQ ★": [0.1]})
+
+
+def test_the_line_of_the_starred_row_is_drawn_too(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    labels = []
+    plot = Axes.plot
+
+    def noting(self, *args, label, **kwargs):
+        labels.append(label)
+        return plot(self, *args, label=label, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", noting)
+    draw(invented(), tmp_path / "report.png")
+    assert labels == ["LoRaQ ★ (5.00 bits)"]
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "report.png", tmp_path):
+        with pytest.raises(LoraqError, match="Cannot write"):
+            require_drawable(path)
+        with pytest.raises(LoraqError, match="Cannot write"):
+            draw(invented(), path)
+
+
+def test_looking_whether_a_report_can_be_written_writes_none(tmp_path):
+    pytest.importorskip("matplotlib")
+    require_drawable(Path(tmp_path / "a" / "report.png"))
+    assert list((tmp_path / "a").iterdir()) == []

@@ -1,0 +1,467 @@
+"""The command line: every command succeeds, fails with one message, and prints one JSON document when asked to."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+import loraq
+from loraq.cli import main
+from loraq.errors import CheckpointError
+from loraq.recipe import Recipe
+
+pytest.importorskip("diffusers")
+
+COMMANDS = ["quantize", "plan", "inspect", "compare", "formats", "demo"]
+FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments: object) -> str:
+    """Return stdout of a command that must succeed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def document(*arguments: object) -> dict:
+    """Return the one JSON document that is all of stdout."""
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads(succeeds(*arguments, "--json"), parse_constant=no_constant)
+    assert isinstance(found, dict)
+    return found
+
+
+def fails(*arguments: object) -> str:
+    """Return the message of a command that must fail, on stderr, alone and without a traceback."""
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("Error") == 1
+    return result.stderr.removeprefix("Error: ").strip()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a small float transformer, a pipeline around it, and what `quantize` made of both."""
+    from loraq.integrations.diffusers import _quiet_diffusers
+
+    place = tmp_path_factory.mktemp("place")
+    with _quiet_diffusers() as diffusers:
+        torch.manual_seed(0)
+        model = diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=1,
+            sample_size=4,
+            in_channels=1,
+            out_channels=1,
+            caption_channels=16,
+            use_additional_conditions=False,
+        )
+    model.save_pretrained(place / "float")
+    model.save_pretrained(place / "pipeline" / "transformer")
+    (place / "pipeline" / "model_index.json").write_text("{}")
+    succeeds("quantize", place / "float", place / "quantized", *FAST)
+    succeeds("quantize", place / "pipeline", place / "quantized-pipeline", *FAST)
+    return place
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command():
+    assert sorted(main.commands) == sorted(COMMANDS)
+    for flag in ("--help", "-h"):
+        text = succeeds(flag)
+        assert all(f"  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_ends_its_text_with_an_example(name):
+    text = succeeds(name, "--help")
+    assert f"Usage: main {name} [OPTIONS]" in text
+    assert f"Example: loraq {name}" in text
+    assert "--json" in text
+    assert "--debug" in text
+    assert succeeds(name, "-h") == text
+
+
+def test_the_version():
+    assert succeeds("--version") == f"loraq, version {loraq.__version__}\n"
+
+
+HELP_ONLY = """
+import sys
+from loraq.cli import main
+for arguments in (["--help"], *([name, "--help"] for name in main.commands)):
+    main(arguments, standalone_mode=False)
+heavy = {"torch", "numpy", "safetensors", "diffusers", "transformers", "matplotlib", "sklearn", "rich"}
+sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
+"""
+
+
+def test_help_loads_nothing_heavy():
+    finished = subprocess.run([sys.executable, "-c", HELP_ONLY], capture_output=True, text=True, check=True)
+    assert finished.stderr == ""
+    assert finished.stdout.count("Usage:") == 1 + len(COMMANDS)
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "loraq", "--version"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished.stdout.endswith(f"version {loraq.__version__}\n")
+    assert finished.stderr == ""
+
+
+# --- usage errors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("quantize",),
+        ("quantize", "a"),
+        ("quantize", "a", "b", "c"),
+        ("quantize", "a", "b", "--workers", "0"),
+        ("quantize", "a", "b", "--workers", "many"),
+        ("quantize", "a", "b", "--effort", "huge"),
+        ("quantize", "a", "b", "--seed", "x"),
+        ("quantize", "a", "b", "--nonsense"),
+        ("plan",),
+        ("inspect",),
+        ("compare", "a"),
+        ("formats", "a"),
+        ("demo", "--images", "3"),
+    ],
+    ids=" ".join,
+)
+def test_a_usage_error_is_exit_code_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+    assert "Error: " in result.stderr
+
+
+# --- quantize -------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_prints_results_on_stdout_and_progress_on_stderr(place, tmp_path):
+    result = run("quantize", place / "float", tmp_path / "out", *FAST)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == "8 layers quantized, 8 kept."
+    assert lines[1].startswith("Linear weights: ")
+    assert lines[-1] == f"Written to {tmp_path / 'out'}."
+    progress = result.stderr.splitlines()
+    assert len(progress) == 8
+    assert progress[0].startswith("quantize: layer 1 of 8, error 0.")
+    assert len(loraq.load(tmp_path / "out").transformer_blocks) == 1
+
+
+def test_quantize_gives_one_document(place, tmp_path):
+    found = document("quantize", place / "float", tmp_path / "out", *FAST, "--seed", 3)
+    assert found["target"] == str(tmp_path / "out")
+    assert Recipe.from_dict(found["recipe"]) == replace(Recipe.named("mxfp4-w8a8-r8"), effort="fast", seed=3)
+    assert len(found["layers"]) == 8
+    assert found["layers"][0]["name"] == "transformer_blocks.0.attn1.to_q"
+    errors = [layer["relative_error"] for layer in found["layers"]]
+    assert found["mean_relative_error"] == pytest.approx(sum(errors) / 8)
+    assert 4 < found["bits_per_weight"] < 16
+
+
+def test_quantize_takes_a_recipe_file(place, tmp_path):
+    (tmp_path / "recipe.toml").write_text('scheme = "int4-r4"\nmethod = "svdquant"\n')
+    found = document("quantize", place / "float", tmp_path / "out", "--recipe", tmp_path / "recipe.toml")
+    assert found["recipe"]["method"] == "svdquant"
+    assert found["recipe"]["scheme"]["branch"]["rank"] == 4
+
+
+def test_quantize_does_not_touch_a_target_that_is_not_empty(place, tmp_path):
+    (tmp_path / "precious").touch()
+    assert "the folder is not empty" in fails("quantize", place / "float", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    succeeds("quantize", place / "float", tmp_path / "out", "--overwrite", "--recipe", "mxfp4", "--method", "rtn")
+    assert not (tmp_path / "out" / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--recipe", "mxfp5"), "Unknown number format 'mxfp5'. Did you mean 'mxfp4'?"),
+        (("--recipe", "nowhere.toml"), "Cannot read the recipe 'nowhere.toml'"),
+        (("--method", "magic"), "Unknown method 'magic'. Known: loraq, lqer, rtn, svdquant."),
+        (("--budget", "plenty"), "plenty"),
+        (("--recipe", "mxfp4-w8a8", "--budget", "2"), "transformer_blocks.0.attn1.to_q"),
+        (("--recipe", "mxfp4-r999"), "Branch rank 999 is larger than min(out, in)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_a_recipe_that_cannot_be_used_is_one_message(place, tmp_path, command, options, match):
+    targets = [tmp_path / "out"] if command == "quantize" else []
+    assert match in fails(command, place / "float", *targets, *options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "inspect", "compare"])
+def test_a_folder_that_is_not_there_is_one_message(tmp_path, command):
+    others = [tmp_path / "out"] if command in ("quantize", "compare") else []
+    assert "nowhere' is not a folder" in fails(command, tmp_path / "nowhere", *others)
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_every_layer_and_why_it_is_kept(place):
+    text = succeeds("plan", place / "float", *FAST)
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight"]
+    assert len(lines) == 1 + 16 + 2
+    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-2]}
+    assert shown["transformer_blocks.0.attn1.to_q"] == ["32×32", "mxfp4", "mxfp4"]
+    assert shown["transformer_blocks.0.attn2.to_k"] == ["32×32", "kept", "text-side"]
+    assert "text-side projection of the cross-attention" in text
+    assert lines[-2].startswith("8 layers quantized at ")
+    assert lines[-2].endswith(" bits per weight, 8 kept.")
+
+
+def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
+    planned = document("plan", place / "float", *FAST)
+    inspected = document("inspect", place / "quantized")
+    schemes = {layer["name"]: layer["scheme"] for layer in planned["layers"] if layer["scheme"]}
+    assert schemes == {name: layer["scheme"] for name, layer in inspected["layers"].items()}
+    assert planned["nbytes"] < planned["nbytes_bf16"]
+    kept = [layer for layer in planned["layers"] if layer["scheme"] is None]
+    assert all(layer["reason"] for layer in kept)
+    assert planned == document("plan", place / "pipeline", *FAST)
+
+
+def test_a_budget_sets_the_rank(place):
+    small, large = (
+        document("plan", place / "float", "--recipe", "mxfp4-w8a8", "--budget", budget) for budget in ("r16=2", "r16=8")
+    )
+    ranks = [[layer["scheme"]["branch"]["rank"] for layer in p["layers"] if layer["scheme"]] for p in (small, large)]
+    assert all(a < b for a, b in zip(*ranks, strict=True))
+    assert small["bits_per_weight"] < large["bits_per_weight"]
+
+
+# --- inspect and compare --------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_every_layer(place):
+    text = succeeds("inspect", place / "quantized")
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "out×in", "weight", "activation", "branch", "size", "error"]
+    assert len(lines) == 1 + 8 + 2
+    assert "r8 mxint8/mxint8" in lines[1]
+    assert lines[-2].startswith("8 quantized layers, ")
+    assert lines[-1] == "All files are as they were written."
+    assert succeeds("inspect", place / "quantized-pipeline") == text
+
+
+def test_inspect_gives_one_document(place):
+    found = document("inspect", place / "quantized")
+    assert Recipe.from_dict(found["recipes"][0]).effort == "fast"
+    layer = found["layers"]["transformer_blocks.0.ff.net.2"]
+    assert layer["shape"] == [32, 128]
+    assert layer["recipe"] == 0
+    assert 0 < layer["relative_error"] < 0.2
+
+
+def test_inspect_finds_a_changed_file(place, tmp_path):
+    succeeds("quantize", place / "float", tmp_path / "out", *FAST)
+    path = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert "was changed after it was written" in fails("inspect", tmp_path / "out")
+
+
+def test_inspecting_a_float_folder_says_what_makes_a_quantized_one(place):
+    assert "is not a loraq checkpoint" in fails("inspect", place / "float")
+    assert "loraq quantize" in fails("inspect", place / "float")
+
+
+def test_a_module_that_is_no_diffusers_model_can_be_inspected_and_compared(tmp_path):
+    torch.manual_seed(0)
+    for name, recipe in (("a", "mxfp4"), ("b", "int4")):
+        model = nn.Sequential(nn.Linear(64, 32))
+        loraq.quantize_(model, recipe, progress=False)
+        loraq.save(model, tmp_path / name)
+    assert "1 quantized layers" in succeeds("inspect", tmp_path / "a")
+    assert len(document("compare", tmp_path / "a", tmp_path / "b")["layers"]) == 1
+
+
+def test_compare_shows_every_layer_and_the_mean(place):
+    text = succeeds("compare", place / "float", place / "quantized")
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "out×in", "error"]
+    assert len(lines) == 1 + 8 + 1
+    assert lines[-1].startswith("Mean relative error of 8 layers: 0.")
+    assert succeeds("compare", place / "pipeline", place / "quantized-pipeline") == text
+
+
+def test_compare_gives_one_document_that_agrees_with_the_records(place):
+    found = document("compare", place / "float", place / "quantized")
+    records = document("inspect", place / "quantized")["layers"]
+    for layer in found["layers"]:
+        assert layer["relative_error"] == pytest.approx(records[layer["name"]]["relative_error"], rel=1e-4)
+    same = document("compare", place / "quantized", place / "quantized-pipeline")
+    assert same["mean_relative_error"] == 0
+
+
+def test_comparing_two_float_folders_is_one_message(place):
+    assert "there is nothing to compare" in fails("compare", place / "float", place / "pipeline")
+
+
+# --- formats and demo -----------------------------------------------------------------------------------------------
+
+
+def test_formats_lists_formats_grammar_and_recipes():
+    text = succeeds("formats")
+    assert text.splitlines()[0].split() == ["format", "bits", "block", "scale", "bits", "per", "value"]
+    for word in ("mxfp4", "nvfp4", "int4", "e8m0", "4.25", "MAIN[-BRANCH][-rRANK][-aBITS]", "default", "mxfp4-w8a8"):
+        assert word in text
+
+
+def test_formats_gives_one_document_whose_recipes_can_all_be_used():
+    found = document("formats")
+    assert {"mxfp4", "nvfp4", "int4", "int5", "bf16"} <= {row["format"] for row in found["formats"]}
+    assert found["grammar"].startswith("MAIN")
+    for name in found["recipes"]:
+        Recipe.of(name)
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo with two invented rows, because the real one takes minutes."""
+    from loraq.evaluation import demo
+    from loraq.evaluation.demo import DemoResult, Row
+
+    pictures = torch.zeros(10, 1, 8, 8)
+    numbers = {"velocity_error": 0.02, "psnr_db": 30.0, "accuracy": 0.99, "frechet": 1.0, "seconds": 2.0}
+    rows = (
+        Row("as trained", "bf16 weights", "", 2048, 16.0, 0.0, **(numbers | {"velocity_error": 0.0})),
+        Row("weight-only", "LoRaQ", "mxfp4-w8a8-a16", 1024, 5.0, 0.07, **numbers),
+        Row("weight-only", "SVDQuant", "mxfp4-r5-a16", 1024, 5.0, 0.08, **(numbers | {"velocity_error": 0.01})),
+    )
+    images = {"as trained": pictures, "mxfp4-w8a8-a16 LoRaQ": pictures, "mxfp4-r5-a16 SVDQuant": pictures}
+    seen = {}
+
+    def invented(*, n_images, workers, progress):
+        seen.update(n_images=n_images, workers=workers)
+        progress("[1 of 2] weight-only")
+        return DemoResult(rows, images, {"mxfp4-w8a8-a16 LoRaQ": [0.1, 0.2]})
+
+    monkeypatch.setattr(demo, "run", invented)
+    return seen
+
+
+def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
+    result = run("demo", "--out", tmp_path / "report", "--images", 12, "--workers", 1)
+    assert result.exit_code == 0, result.stderr
+    assert small_demo == {"n_images": 12, "workers": 1}
+    assert "[1 of 2]" in result.stderr
+    assert "[1 of 2]" not in result.stdout
+    assert "weight-only" in result.stdout
+    assert "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout  # also when LoRaQ does not win
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_gives_one_document(small_demo, tmp_path):
+    found = document("demo", "--out", tmp_path)
+    assert [row["label"] for row in found["rows"]] == ["bf16 weights", "LoRaQ", "SVDQuant"]
+    assert Path(found["report"]).is_file()
+
+
+def test_a_demo_row_without_any_difference_is_still_json(small_demo, tmp_path, monkeypatch):
+    from loraq.evaluation import demo
+
+    real = demo.run
+
+    def exact(**options):
+        result = real(**options)
+        return replace(result, rows=(replace(result.rows[0], psnr_db=float("inf")), *result.rows[1:]))
+
+    monkeypatch.setattr(demo, "run", exact)
+    assert document("demo", "--out", tmp_path)["rows"][0]["psnr_db"] is None
+
+
+def test_demo_says_before_it_starts_that_it_cannot_write(small_demo, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in fails("demo", "--out", tmp_path / "file")
+    assert small_demo == {}
+
+
+def test_demo_says_before_it_starts_that_matplotlib_is_missing(small_demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert 'pip install "loraq[demo]"' in fails("demo", "--out", tmp_path / "out")
+    assert small_demo == {}
+
+
+# --- errors and interrupts ------------------------------------------------------------------------------------------
+
+
+def test_debug_shows_the_exception(tmp_path):
+    result = run("inspect", tmp_path / "nowhere", "--debug")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, CheckpointError)
+
+
+def test_an_error_with_json_is_still_on_stderr_only(tmp_path):
+    assert "is not a folder" in fails("inspect", tmp_path / "nowhere", "--json")
+
+
+def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loraq.integrations.diffusers.quantize_", interrupt)
+    result = run("quantize", place / "float", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == ["Interrupted. Nothing was left under the target's name."]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_diffusers_is_one_message(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert 'pip install "loraq[diffusers]"' in fails("plan", place / "float")
+
+
+def test_an_error_of_the_disk_is_one_message(place, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr("loraq.integrations.diffusers.plan_folder", refuse)
+    assert "Permission denied" in fails("plan", place / "float")
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_closed_is_no_error():
+    program = "import sys; from loraq.cli import main; sys.argv[0] = 'loraq'; main(['formats'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
