@@ -242,11 +242,27 @@ def test_the_defaults():
         ({"method": "lqer", "options": {"steps": 3}}, r"option of method 'lqer' 'steps'.*Known: scale_rule"),
         ({"options": {"steps": "many"}}, r"'steps' in options is 'many'\. It must be of type int"),
         ({"options": {"activation_aware": 1}}, r"'activation_aware' in options is 1\. It must be of type bool"),
+        ({"rules": (Rule("a"), Rule("b*", branch={"rnk": 3}))}, r"key in branch of rule 'b\*' 'rnk'.*'rank'"),
+        (
+            {"rules": (Rule("b", branch={"rank": "3"}),)},
+            r"'rank' in branch of rule 'b' is '3'\. It must be of type int",
+        ),
     ],
 )
 def test_a_field_that_means_nothing_is_refused(change, message):
     with pytest.raises(RecipeError, match=message):
         recipe_of(**change)
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4-w8a8", None, {"weight": "mxfp4"}])
+def test_the_scheme_of_a_recipe_is_a_scheme(scheme):
+    with pytest.raises(RecipeError, match=r"scheme is .*Use a `Scheme`, or `Recipe\.named` for a name"):
+        Recipe(scheme)
+
+
+def test_the_formats_of_a_rule_are_known_when_the_recipe_is_made():
+    with pytest.raises(FormatError, match="Unknown number format 'mxfp5'"):
+        recipe_of(rules=(Rule("*", weight="mxfp5"),))
 
 
 def test_the_method_is_made_with_effort_and_options():

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
 from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
-from loraq.formats import FORMATS, get_format
+from loraq.formats import FORMATS, get_format, is_format
 from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, Method, SVDQuant
 from loraq.scheme import Branch, Scheme
 
@@ -57,6 +57,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scheme, Scheme):
+            raise RecipeError(f"The recipe's scheme is {self.scheme!r}. Use a `Scheme`, or `Recipe.named` for a name.")
         if self.method not in METHODS:
             raise RecipeError(unknown("method", self.method, METHODS))
         if self.effort not in EFFORTS:
@@ -66,7 +68,10 @@ class Recipe:
             if name not in legal:
                 raise RecipeError(unknown(f"option of method '{self.method}'", name, legal))
         _checked(METHODS[self.method], self.options, "options")
-        Budget.parse(self.budget)
+        object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
+        for rule in self.rules:
+            _checked(Branch, rule.branch, f"branch of rule '{rule.match}'")
+            _changed(self.scheme, rule)  # unknown formats are found now, not at the layer
 
     def solver(self, scheme: Scheme) -> Method:
         """Return the method for a layer of this scheme."""
@@ -91,7 +96,10 @@ class Recipe:
         if rule is not None and rule.skip:
             return None
         try:
-            scheme = with_rank(_changed(self.scheme, rule), shape, Budget.parse(self.budget))
+            scheme = _changed(self.scheme, rule)
+            if self.method == "rtn":  # rounding to nearest has no use for a branch
+                scheme = replace(scheme, branch=None)
+            scheme = with_rank(scheme, shape, Budget.parse(self.budget))
             scheme.check(shape)
         except SchemeError as error:
             raise SchemeError(f"Layer '{name}': {error}") from error
@@ -125,9 +133,6 @@ class Recipe:
             base = Scheme(**table)
         tables = enumerate(plain.pop("rules", ()))
         rules = tuple(Rule(**_checked(Rule, rule, f"rules[{i}]", required="match")) for i, rule in tables)
-        for rule in rules:
-            _checked(Branch, rule.branch, f"branch of rule '{rule.match}'")
-            _changed(base, rule)  # unknown formats are found now, not at the layer
         if "budget" in plain:
             plain["budget"] = str(plain["budget"])
         return cls(scheme=base, rules=rules, **plain)
@@ -249,7 +254,7 @@ def parse_scheme(name: str) -> Scheme:
     family = next(prefix for prefix in _ACTIVATIONS if main.name.startswith(prefix))
     bits = parts["bits"] or ("4" if main.bits == 4 else "8")
     activation = {"16": "bf16", **_ACTIVATIONS[family]}.get(bits, bits)
-    if activation not in FORMATS:
+    if not is_format(activation):
         raise RecipeError(
             f"Recipe name '{name}': activations 'a{bits}'. Use -a4, -a8, -a16, or -a and a format's name."
         )
@@ -259,7 +264,7 @@ def parse_scheme(name: str) -> Scheme:
     branch_name = branch_name or "w16a16"
     if branch_name in _BRANCHES:
         branch = _BRANCHES[branch_name]
-    elif branch_name in FORMATS:
+    elif is_format(branch_name):
         branch = Branch(weight=branch_name, activation=branch_name)
     else:
         raise RecipeError(f"Recipe name '{name}': {unknown('branch', branch_name, (*_BRANCHES, *FORMATS))}")

@@ -2,7 +2,7 @@
 
 from loraq.formats.block import BlockFormat, CastFormat, Format, QTensor
 from loraq.formats.element import ElementFormat
-from loraq.formats.presets import FORMATS, get_format
+from loraq.formats.presets import FORMATS, get_format, is_format
 from loraq.formats.scales import ScaleFormat, ScaleRule
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "ScaleFormat",
     "ScaleRule",
     "get_format",
+    "is_format",
 ]

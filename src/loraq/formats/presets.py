@@ -62,3 +62,12 @@ def get_format(name: str | Format) -> Format:
             f"Block size {size} of '{name}' is not a multiple of 8. Use '{match['base']}_b{max(8, size // 8 * 8)}'."
         )
     return replace(base, name=name, block_size=size, scale_format=BF16_SCALE)
+
+
+def is_format(name: str) -> bool:
+    """Return whether `get_format` understands a name."""
+    try:
+        get_format(name)
+    except FormatError:
+        return False
+    return True

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraq.errors import SchemeError
+from loraq.errors import FormatError, SchemeError
 from loraq.formats import QTensor
 from loraq.formats.block import require_finite
 from loraq.scheme import Branch, LayerSolution, LowRankBranch, Scheme
@@ -47,6 +47,11 @@ def layer_seed(seed: int, name: str) -> int:
 def prepare(weight: Tensor, scheme: Scheme) -> Tensor:
     """Return the weight as contiguous fp32 after the checks that every method makes."""
     scheme.check(tuple(weight.shape))
+    if weight.is_meta or not weight.is_floating_point():
+        kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
+        raise FormatError(
+            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights are required."
+        )
     require_finite(weight, scheme.weight)
     return weight.detach().float().contiguous()
 

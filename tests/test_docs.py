@@ -1,0 +1,220 @@
+"""What the documents say is true: their code runs, and what they name is there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from loraq.cli import main
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "loraq"
+
+if not (ROOT / "README.md").is_file():
+    pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
+
+REQUIRED = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "docs/architecture.md",
+    "docs/log.md",
+    "docs/decisions",
+]
+PAGES = sorted(
+    page.relative_to(ROOT)
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *SOURCE.rglob("*.md")]
+    if not page.name.startswith(".")
+)
+#: First parts of paths that can be checked; `demo/report.png` and the like are only made when somebody runs something.
+TOP = ("src", "tests", "docs", "benchmarks", "experiments")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=str)
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`([^`\n]+)`")
+
+
+def text_of(page: Path) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced blocks of a language; "" is for those without one."""
+    return [body for found, body in _FENCE.findall(text) if found == language]
+
+
+def inline_code(text: str) -> list[str]:
+    return _CODE.findall(_FENCE.sub("", text))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words after `loraq` wherever a command is shown, in a block of its own or inside a sentence."""
+    lines = [line for _, body in _FENCE.findall(text) for line in body.splitlines()]
+    lines = [line.split(" #")[0].strip().removeprefix("$ ").removeprefix(".venv/bin/") for line in lines]
+    lines = [line.removeprefix("Example: ") for line in lines]
+    shown = [line for line in [*lines, *inline_code(text)] if re.match(r"loraq( |$)", line)]
+    return [re.split(r"\s{2,}|…", line)[0].split()[1:] for line in shown]
+
+
+def wrong_words(words: list[str]) -> list[str]:
+    """Return the command or the options that do not exist."""
+    if not words or words[0].startswith("-"):
+        return [word for word in words if word not in ("--help", "-h", "--version")]
+    if words[0] not in main.commands:
+        return words[:1]
+    legal = {"--help", "-h"}.union(*(option.opts for option in main.commands[words[0]].params))
+    return [word for word in words[1:] if word.startswith("-") and word.split("=")[0] not in legal]
+
+
+# --- what must be there ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_a_house_has_these(path):
+    assert (ROOT / path).exists()
+
+
+def test_there_are_decisions():
+    names = [path.name for path in (ROOT / "docs" / "decisions").glob("*.md")]
+    assert names
+    assert all(re.match(r"\d{4}-[a-z0-9-]+\.md$", name) for name in names)
+
+
+def test_the_changelog_has_this_version():
+    import loraq
+
+    assert re.search(rf"\b{re.escape(loraq.__version__)}\b|[Uu]nreleased", text_of(Path("CHANGELOG.md")))
+
+
+# --- code -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page), "python")], ids=str)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+    program = "import torch\ntorch.set_num_threads(1)\n" + "\n".join(blocks(text_of(page), "python"))
+    finished = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_readme_has_code():
+    assert blocks(text_of(Path("README.md")), "python")
+
+
+# --- commands and paths ---------------------------------------------------------------------------------------------
+
+
+@each_page
+def test_every_command_of_a_page_exists(page):
+    assert not {" ".join(words): wrong for words in commands(text_of(page)) if (wrong := wrong_words(words))}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_command_that_a_message_of_the_library_names_exists(path):
+    shown = re.findall(r"`loraq ([^`\n]+)`", path.read_text(encoding="utf-8"))
+    assert not {line: wrong for line in shown if (wrong := wrong_words(line.split()))}
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("quantize A B --workers 2", []),
+        ("quantize A B --resume", ["--resume"]),
+        ("evaluate A", ["evaluate"]),
+        ("plan A --budget=5.0 --json", []),
+        ("--version", []),
+        ("--nonsense", ["--nonsense"]),
+    ],
+)
+def test_a_planted_command_is_judged(line, wrong):
+    assert wrong_words(shlex.split(line)) == wrong
+    assert wrong_words(commands(f"Text `loraq {line}` text.")[0]) == wrong
+    assert wrong_words(commands(f"```\nloraq {line}     # why\n```\n")[0]) == wrong
+
+
+@each_page
+def test_every_link_of_a_page_leads_somewhere(page):
+    links = [link.split("#")[0] for link in _LINK.findall(text_of(page)) if "://" not in link]
+    assert not [link for link in links if link and not (ROOT / page.parent / link).exists()]
+
+
+@each_page
+def test_every_path_of_a_page_exists(page):
+    paths = [code.split(":")[0] for code in inline_code(text_of(page)) if re.fullmatch(r"[\w./-]+", code)]
+    paths = [path for path in paths if path.split("/")[0] in TOP and "/" in path]
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@each_page
+def test_every_script_of_a_page_exists(page):
+    code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
+    scripts = [script for body in code for script in re.findall(r"python3? ((?:\w+/)+\w+\.py)", body)]
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+@each_page
+def test_every_make_target_of_a_page_exists(page):
+    code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
+    targets = {target for body in code for target in re.findall(r"^make ([a-z][a-z-]*)", body, re.MULTILINE)}
+    rules = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert targets <= rules
+
+
+@each_page
+def test_every_public_name_of_a_page_exists(page):
+    import loraq
+
+    names = {name for code in inline_code(text_of(page)) for name in re.findall(r"\bloraq\.(\w+)", code)}
+    files = {"json"}  # loraq.json, the manifest
+    parts = {path.stem for path in SOURCE.iterdir()}
+    assert not [name for name in names - files - parts if not hasattr(loraq, name)]
+
+
+# --- the tree -------------------------------------------------------------------------------------------------------
+
+
+def paths_of(tree: str) -> set[str]:
+    """Paths of a tree that is drawn with lines."""
+    open_folders: list[str] = []
+    found = set()
+    for line in tree.splitlines():
+        if match := re.match(r"([│ ]*)[├└]── (\S+)", line):
+            depth = len(match[1]) // 4
+            open_folders[depth:] = [match[2].rstrip("/")]
+            found.add("/".join(open_folders))
+    return found
+
+
+def test_every_source_file_is_in_the_tree_of_the_architecture():
+    drawn = set().union(*(paths_of(body) for body in blocks(text_of(Path("docs/architecture.md")), "")))
+    there = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py")}
+    assert not there - drawn
+    assert not [path for path in drawn if not (SOURCE / path).exists() and not (ROOT / path).exists()]
+
+
+@pytest.mark.slow
+def test_the_generated_pages_are_fresh():
+    # In a process of its own: click remembers how help was asked for before.
+    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_the_command_line_page_names_every_command_and_option():
+    text = text_of(Path("docs/cli.md"))
+    for name, command in main.commands.items():
+        assert f"## loraq {name}" in text
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        assert all(option.opts[0] in text for option in options)
+
+
+@each_page
+def test_a_page_names_no_place_of_somebody_s_machine(page):
+    assert not re.findall(r"(?:/home/|/root/|/work/|/Users/|C:\\)\S*", text_of(page))
