@@ -203,6 +203,8 @@ def test_quantize_does_not_touch_a_target_that_is_not_empty(place, tmp_path):
 def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
+    fails("quantize", place / "float", tmp_path / "out", "--overwrite", match="it is no model's folder")
+    (tmp_path / "out" / "loraq.json").touch()
     succeeds("quantize", place / "float", tmp_path / "out", "--overwrite", "--recipe", "mxfp4", "--method", "rtn")
     assert not (tmp_path / "out" / "old").exists()
 
@@ -440,7 +442,7 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert result.stderr.splitlines() == ["Interrupted. Nothing was left under the target's name."]
+    assert result.stderr.splitlines() == ["Interrupted. No partial result was left."]
     assert not list(tmp_path.iterdir())
 
 

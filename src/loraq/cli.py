@@ -48,7 +48,7 @@ def command(function: Callable[..., None]) -> click.Command:
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("Interrupted. Nothing was left under the target's name.", err=True)
+            click.echo("Interrupted. No partial result was left.", err=True)
             sys.exit(130)
 
     run = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)

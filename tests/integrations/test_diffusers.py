@@ -376,7 +376,6 @@ def test_a_recipe_that_leaves_nothing(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(source, tmp_path):
     def spoil(tensors):
         tensors["transformer_blocks.1.attn1.to_k.weight"][3, 5] = float("nan")

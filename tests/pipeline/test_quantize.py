@@ -481,6 +481,7 @@ def test_without_a_branch_the_method_does_not_matter():
     plain = QuantizedLinear.from_solution(quantize_weight(weight, "mxfp4", method="rtn"))
     for method in ("loraq", "svdquant", "lqer"):
         assert_same_solution(quantize_weight(weight, "mxfp4", method=method), plain)
+    assert_same_solution(quantize_weight(weight, "mxfp4-w8a8", method="rtn"), plain)
 
 
 def test_the_name_of_a_weight_selects_the_rules():
@@ -498,7 +499,8 @@ def test_the_name_of_a_weight_selects_the_rules():
         (gaussian(8, 8), {"recipe": "mxfp4", "method": "gptq"}, RecipeError, "Unknown method 'gptq'.*loraq, lqer, rtn"),
         (gaussian(8, 8), {"recipe": "mxfp9"}, RecipeError, "Unknown number format 'mxfp9'"),
         (gaussian(8, 8), {"recipe": "mxfp4-r9"}, SchemeError, "Branch rank 9 is larger"),
-        (gaussian(8, 8), {"recipe": "mxfp4-r2", "method": "rtn"}, SchemeError, "'rtn' has no branch"),
+        (torch.ones(8, 8).int(), {"recipe": "mxfp4"}, FormatError, r"of torch\.int32\. Loaded float weights"),
+        (torch.ones(8, 8, device="meta"), {"recipe": "mxfp4"}, FormatError, "on the meta device"),
         (gaussian(8, 8)[0], {"recipe": "mxfp4"}, SchemeError, r"shape \(8,\)\. A matrix \(out, in\) is required"),
         (torch.ones(2, 3, 4), {"recipe": "mxfp4"}, SchemeError, r"shape \(2, 3, 4\)"),
         (torch.ones(0, 8), {"recipe": "mxfp4"}, SchemeError, r"shape \(0, 8\)"),

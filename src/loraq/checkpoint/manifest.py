@@ -83,6 +83,8 @@ class Manifest:
             manifest._check()
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, LoraqError) as error:
             raise CheckpointError(f"'{path}' is damaged: {error!r}. Quantize again, or restore the file.") from error
+        if foreign := sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files):
+            raise CheckpointError(f"'{folder}' holds weights that '{FILE_NAME}' does not list: {', '.join(foreign)}.")
         for file, (size, sha256) in files.items():
             _check_file(folder, file, size, sha256 if verify else None)
         return manifest

@@ -20,15 +20,25 @@ from loraq.errors import CheckpointError
 DEFAULT_SHARD_BYTES = 2_000_000_000
 
 
+#: A folder that is replaced whole must hold one of these.
+_MODEL_MARKS = ("loraq.json", "config.json", "model_index.json")
+
+
 def require_free(folder: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` unless a folder of this name can be created."""
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"Cannot write '{folder}': a file of this name exists. Choose another folder.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting."
-        )
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting."
+            )
+        if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
+            raise CheckpointError(
+                f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it is no model's folder. "
+                "Choose another one, or delete it yourself."
+            )
     parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
     if not parent.is_dir():
         raise CheckpointError(f"Cannot write '{folder}': '{parent}' is a file. Choose another folder.")
@@ -117,8 +127,8 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write canonical JSON: sorted keys, two spaces, a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write JSON in the order of the content, with two spaces and a newline at the end."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

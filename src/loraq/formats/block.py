@@ -325,7 +325,7 @@ def require_finite(x: Tensor, what: str) -> None:
         return
     place = tuple(int(i) for i in (~finite).nonzero()[0])
     raise FormatError(
-        f"Cannot quantize to '{what}': the value at {place} is {float(x[place])}, and {int((~finite).sum())} of "
+        f"Cannot quantize to '{what}': the value at {place} is {x[place].item()}, and {int((~finite).sum())} of "
         f"{x.numel()} values are not finite. Every value must be a finite number. Repair the source file."
     )
 

@@ -44,8 +44,10 @@ def get_format(name: str | Format) -> Format:
     Raises:
         FormatError: the name is unknown, or the block size is not possible.
     """
-    if not isinstance(name, str):
+    if isinstance(name, BlockFormat | CastFormat):
         return name
+    if not isinstance(name, str):
+        raise FormatError(f"A number format is a name such as 'mxfp4', not {name!r}. `loraq formats` lists them.")
     if name in FORMATS:
         return FORMATS[name]
     match = _BLOCK_SUFFIX.fullmatch(name)
