@@ -121,8 +121,7 @@ def synthetic_weights(mains: list[str], shapes: list[tuple[int, int]], seeds: ra
                     seconds[key].append(measured.seconds)
                     bits[key] = measured.solution.bits_per_weight
         print(
-            f"\n1. Synthetic weights, main {main}, {len(seeds)} seed(s): "
-            "error / SVDQuant r32 w16a16 with direct scales\n"
+            f"\n1. Synthetic weights, main {main}, {len(seeds)} seed(s): error / SVDQuant r32 w16a16, direct scales\n"
         )
         print(
             f"{'':28}" + "".join(f"{f'{m}x{n}':>10}{'CPU s':>7}{'bits':>7}" for m, n in shapes) + f"{'mean':>8}   bar"
@@ -191,7 +190,7 @@ def trained_layers(main: str, every: int) -> dict[str, Tensor]:
 def trained_weights(mains: list[str], every: int) -> list[Row]:
     """Table 3: mean error over the layers of a trained model, at equal stored bytes."""
     rows: list[Row] = []
-    budget, r5 = Budget(rank_16bit=5), Branch(5)
+    same_bytes, as_int5, r5 = Budget(rank_16bit=5), Budget(bits_per_weight=5.25), Branch(5)
     for main in mains:
         lines = {
             "RTN": (RTN(), Scheme(main)),
@@ -203,6 +202,7 @@ def trained_weights(mains: list[str], every: int) -> list[Row]:
         for name, branch in NOMINAL.items():
             if branch.weight != "bf16":
                 lines[f"LoRaQ {name} strict"] = (LoRaQ(), Scheme(main, branch=opened(branch)))
+        lines["LoRaQ w6a6, 5.25 bits"] = (LoRaQ(), Scheme(main, branch=opened(NOMINAL["w6a6"])))
         lines["RTN int5"] = (RTN(), Scheme("int5"))
         layers = trained_layers(main, every)
         errors: dict[str, list[float]] = defaultdict(list)
@@ -210,6 +210,7 @@ def trained_weights(mains: list[str], every: int) -> list[Row]:
         seconds: dict[str, float] = defaultdict(float)
         for weight in layers.values():
             for label, (method, scheme) in lines.items():
+                budget = as_int5 if label.endswith("5.25 bits") else same_bytes
                 ranked = with_rank(scheme, (weight.shape[0], weight.shape[1]), budget)
                 measured = Measured.of(Entry(label, method, ranked), weight)
                 errors[label].append(measured.solution.relative_error)
@@ -278,10 +279,9 @@ def outputs(mains: list[str], seeds: range) -> list[Row]:
                 aware = isinstance(method, LoRaQ) and method.activation_aware
                 solution: LayerSolution | None = None
                 for column, (activation, of_branch) in columns.items():
-                    placed = branch and replace(branch, activation=of_branch)
-                    if placed is w6 or (placed and placed.weight == w6.weight and of_branch == "mxint8"):
-                        placed = replace(placed, activation="mxfp6_e2m3")  # w6a6 means 6-bit activations, not 8
-                    scheme = Scheme(main, activation, placed)
+                    if branch is w6 and of_branch == "mxint8":
+                        of_branch = w6.weight  # w6a6 stays below 8 bits
+                    scheme = Scheme(main, activation, branch and replace(branch, activation=of_branch))
                     if solution is None or aware:
                         solution = method.solve(weight, scheme, seed=seed)
                     errors[label, column].append(output_error(weight, solution, scheme, x))
