@@ -239,7 +239,7 @@ def formats(as_json: bool) -> None:
 @click.option(
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for the report."
 )
-@click.option("--images", default=100, show_default=True, type=click.IntRange(10), help="Samples for each row.")
+@click.option("--images", default=40, show_default=True, type=click.IntRange(10), help="Samples for each row.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
 def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     """Quantize the small trained transformer that ships with loraq in every way at equal bytes, and measure.
