@@ -253,17 +253,22 @@ class BlockFormat:
             best = next(proposals)
             return best if above is None else best * above
         best = next(proposals)  # kept where the gains of a huge block overflow
-        best_gain, least_squares = self._gain(blocks, best if above is None else best * above)
+        best_gain, optimum = self._gain(blocks, best if above is None else best * above)
         for scale in proposals:
-            gain, optimum = self._gain(blocks, scale if above is None else scale * above)
+            gain, its_optimum = self._gain(blocks, scale if above is None else scale * above)
             better = gain > best_gain
             best = torch.where(better, scale, best)
             best_gain = torch.where(better, gain, best_gain)
-            least_squares = torch.where(better, optimum, least_squares)
-        if rule.least_squares:
-            scale = self.scale_format.round(least_squares if above is None else least_squares / above)
-            gain, _ = self._gain(blocks, scale if above is None else scale * above)
-            best = torch.where(gain > best_gain, scale, best)
+            optimum = torch.where(better, its_optimum, optimum)
+        for i in range(rule.least_squares):
+            if i:
+                best_gain, optimum = self._gain(blocks, best if above is None else best * above)
+            scale = self.scale_format.round(optimum if above is None else optimum / above)
+            if self.scale_format is E4M3_SCALE:  # so coarse that the rounded optimum may lose
+                better = self._gain(blocks, scale if above is None else scale * above)[0] > best_gain
+            else:
+                better = scale.isfinite()
+            best = torch.where(better, scale, best)
         return best if above is None else best * above
 
     def _gain(self, blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,15 +24,15 @@ class ScaleRule:
 
     Each factor `c` proposes the scale that would suit a block whose largest magnitude is `c` times the true one:
     `c < 1` clips the largest values, `c > 1` leaves headroom. With several factors the block takes the one with the
-    least squared error. `least_squares` adds one more proposal, the optimal scale for the codes of the best factor.
+    least squared error. `least_squares` then takes the optimal scale for the codes of the best so far, that often.
     """
 
     #: Name, one of "floor", "absmax", "midmax", "fitted", "search".
     name: str
     #: Proposed multiples of the block's largest magnitude.
     factors: tuple[float, ...] = (1.0,)
-    #: Whether the least-squares scale of the best proposal's codes is tried as well.
-    least_squares: bool = False
+    #: Rounds of least squares after that: new scale for the codes, new codes for the scale.
+    least_squares: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ _FITTED_POWER_OF_TWO = {
 }
 # For int4 the factor 1.0 is left out on purpose: alone it would help, but in the solver's loop the block maximum then
 # sets the scale again, every step moves it, and the annealing does not cool (docs/log.md).
-_FITTED_FLOAT = {"int4": (0.9, 0.8), "int5": (1.0, 0.9), "int6": (1.0, 0.9), "e2m1": (1.0, 0.93, 1.42)}
+_FITTED_FLOAT = {"int4": ((0.9,), 2), "int5": ((1.0, 0.9), 1), "int6": ((1.0, 0.9), 1), "e2m1": ((1.0, 0.93, 1.42), 1)}
 _SEARCH_GRID = tuple(round(1.0 - 0.05 * i, 2) for i in range(11))
 
 
@@ -153,7 +153,7 @@ def scale_rule(name: str, scale_format: ScaleFormat, element: ElementFormat) -> 
         return ScaleRule(name, (1.0, 2.0) if element.is_float else (1.0, 0.5))
     if name == "fitted":
         factors = _FITTED_FLOAT.get(element.name)
-        return ScaleRule(name, factors, least_squares=True) if factors else ScaleRule(name)
+        return ScaleRule(name, *factors) if factors else ScaleRule(name)
     if element.is_float and element.bits == 4:  # E2M1 has two good fits: the maximum on 6, or on 4
-        return ScaleRule(name, tuple(c * f for c in (1.0, 1.5) for f in (1.06, 1.0, 0.94, 0.88)), least_squares=True)
-    return ScaleRule(name, _SEARCH_GRID, least_squares=True)
+        return ScaleRule(name, tuple(c * f for c in (1.0, 1.5) for f in (1.06, 1.0, 0.94, 0.88)), least_squares=1)
+    return ScaleRule(name, _SEARCH_GRID, least_squares=1)

@@ -38,7 +38,7 @@ from loraq.scheme import Branch, LayerSolution, Scheme
 Pair = tuple[Tensor, Tensor]
 
 #: Steps of the two phases for each effort level.
-EFFORTS = {"fast": (25, 10), "default": (100, 40), "best": (400, 160)}
+EFFORTS = {"fast": (25, 10), "default": (140, 56), "best": (400, 160)}
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class LoRaQ:
     """Anneal the branch against the rounding error of what it leaves; see the module text."""
 
     #: Steps with full-precision factors, hot to stable.
-    steps: int = 100
+    steps: int = 140
     #: Steps with rounded factors, stable to zero.
-    refine_steps: int = 40
+    refine_steps: int = 56
     #: First step, in units of the one that moves the weight by about one rounding error; flat from 1.4 to 2.4.
     heat: float = 1.8
     #: Over-relaxation that phase 1 cools to and phase 2 starts from; 2 is the limit of stability.
@@ -121,7 +121,7 @@ class LoRaQ:
                 break
             step = self.final_step + (hot - self.final_step) * left
             gradient = iterate.gradient(max(problem.noise.main, self.pull * left))
-            factors = _move(factors, factors, gradient, step, self.leverage_cap).shrunk(step * decay)
+            factors = _move(iterate, gradient, step, self.leverage_cap).shrink_(step * decay)
         return factors if best is None else best.factors
 
     def _refine(self, problem: "_Problem", factors: "_Factors", seeds: Sequence[int]) -> "_Factors":
@@ -136,8 +136,7 @@ class LoRaQ:
                 break
             step = self.final_step * (1 - t / self.refine_steps)
             gradient = iterate.gradient(problem.noise.main)
-            moved = _move(factors, iterate.seen, gradient, step, self.leverage_cap)
-            factors = moved.shrunk(step * problem.noise.branch)
+            factors = _move(iterate, gradient, step, self.leverage_cap).shrink_(step * problem.noise.branch)
             iterate = problem.evaluate(factors, rounded=True)
             best = best.keep_better(iterate)
         return best.factors
@@ -221,14 +220,15 @@ class _Factors(NamedTuple):
     up: Tensor  # (batch, out, rank)
     down: Tensor  # (batch, rank, in)
 
-    def shrunk(self, share: float) -> "_Factors":
-        """Factors whose product is smaller by about `share`."""
-        return _Factors(self.up * (1 - share / 2), self.down * (1 - share / 2)) if share else self
+    def shrink_(self, share: float) -> "_Factors":
+        """Make the product smaller by about `share`, in place."""
+        return _Factors(*(factor.mul_(1 - share / 2) for factor in self)) if share else self
 
 
 class _Iterate(NamedTuple):
     factors: _Factors  # before the branch's rounding
     seen: _Factors  # as the product used them
+    grams: Pair  # UᵀU and DDᵀ of what was seen
     error: Tensor  # R − Qw(R), (batch, out, in); valid until the next evaluation
     rounded: Tensor  # Qw(R); valid until the next evaluation
     objective: Tensor  # J, (batch,)
@@ -240,6 +240,10 @@ class _Iterate(NamedTuple):
     def keep_better(self, other: "_Iterate") -> "_Iterate":
         """The factors with the smaller J for each layer of the batch; everything else becomes the other's."""
         better = (other.objective < self.objective)[:, None, None]
+        if better.all():
+            return other
+        if not better.any():
+            return other._replace(factors=self.factors, objective=self.objective)
         up = torch.where(better, other.factors.up, self.factors.up)
         down = torch.where(better, other.factors.down, self.factors.down)
         return other._replace(factors=_Factors(up, down), objective=torch.minimum(self.objective, other.objective))
@@ -258,32 +262,30 @@ class _Problem:
         torch.baddbmm(self.weight, *seen, alpha=-1, out=self._residual)
         self.main.round(self._residual, "fitted", out=self._rounded)
         error = self._residual.sub_(self._rounded)
-        branch_energy = ((seen.up.mT @ seen.up).double() * (seen.down @ seen.down.mT)).sum((-2, -1))
-        return _Iterate(factors, seen, error, self._rounded, self.noise.objective(error, self._rounded, branch_energy))
+        grams = seen.up.mT @ seen.up, seen.down @ seen.down.mT
+        branch_energy = (grams[0].double() * grams[1]).sum((-2, -1))
+        objective = self.noise.objective(error, self._rounded, branch_energy)
+        return _Iterate(factors, seen, grams, error, self._rounded, objective)
 
 
-def _move(latent: _Factors, seen: _Factors, gradient: Tensor, step: float, cap: float) -> _Factors:
-    """Step the latent factors along the gradient, projected on the tangent space at the factors that are seen.
+def _move(iterate: _Iterate, gradient: Tensor, step: float, cap: float) -> _Factors:
+    """Step the factors along the gradient, projected on the tangent space at the factors that are seen.
 
     The projection of G at U D is P_U G + G P_D − P_U G P_D with P_U = U (UᵀU)⁻¹ Uᵀ and P_D alike; the overlap is
     shared by both factors. Rows and columns of G whose leverage (diagonal of P) times the step exceeds `cap` are
     scaled down: there the branch has nearly all freedom, and an over-relaxed step would diverge.
     """
-    up, down = seen
-    up_inverse = _inverse(up.mT @ up)
-    down_inverse = _inverse(down @ down.mT)
-    row_leverage = ((up @ up_inverse) * up).sum(-1, keepdim=True)
-    column_leverage = ((down_inverse @ down) * down).sum(-2, keepdim=True)
-    rows = (cap / (step * row_leverage)).clamp_(max=1)
-    columns = (cap / (step * column_leverage)).clamp_(max=1)
-    dual = down.mT @ down_inverse
-    down_step = (up_inverse @ ((up * rows).mT @ gradient)) * columns
-    up_step = rows * (gradient @ (columns.mT * dual))
-    overlap = down_step @ dual / 2
-    return _Factors(
-        latent.up + step * (up_step - up @ overlap),
-        latent.down + step * (down_step - overlap @ down),
-    )
+    up, down = iterate.seen
+    up_dual, down_dual = up @ _inverse(iterate.grams[0]), _inverse(iterate.grams[1]) @ down
+    rows = (cap / (step * (up_dual * up).sum(-1, keepdim=True))).clamp_(max=1)
+    columns = (cap / (step * (down_dual * down).sum(-2, keepdim=True))).clamp_(max=1)
+    # In place wherever it can be: on a CPU, fresh pages for these factors cost more than the arithmetic.
+    down_step = ((up_dual.mul_(rows)).mT @ gradient).mul_(columns)
+    overlap = down_step @ down_dual.mT / 2
+    up_step = (gradient @ down_dual.mul_(columns).mT).mul_(rows)
+    up_step.baddbmm_(up, overlap, alpha=-1).mul_(step).add_(iterate.factors.up)
+    down_step.baddbmm_(overlap, down, alpha=-1).mul_(step).add_(iterate.factors.down)
+    return _Factors(up_step, down_step)
 
 
 def _inverse(gram: Tensor) -> Tensor:
@@ -307,7 +309,10 @@ def _spread(up: Tensor, down: Tensor, seed: int | None) -> Pair:
 
 
 def _energy(matrix: Tensor) -> Tensor:
-    return frobenius(matrix).square()
+    """Squared Frobenius norm of each matrix, summed in fp32 within a row unless that leaves fp32's range."""
+    energy = torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
+    safe = ((energy > 1e-24) & (energy < 1e60)).all()
+    return energy if safe else frobenius(matrix).square()
 
 
 def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> _Factors:
