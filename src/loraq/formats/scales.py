@@ -126,7 +126,7 @@ _FITTED_POWER_OF_TWO = {
 }
 # For int4 the factor 1.0 is left out on purpose: alone it would help, but in the solver's loop the block maximum then
 # sets the scale again, every step moves it, and the annealing does not cool (docs/log.md).
-_FITTED_FLOAT = {"int4": ((0.9,), 2), "int5": ((1.0, 0.9), 1), "int6": ((1.0, 0.9), 1), "e2m1": ((1.0, 0.93, 1.42), 1)}
+_FITTED_FLOAT = {"int4": ((0.9,), 3), "int5": ((1.0, 0.9), 1), "int6": ((1.0, 0.9), 1), "e2m1": ((1.0, 0.93, 1.42), 1)}
 _SEARCH_GRID = tuple(round(1.0 - 0.05 * i, 2) for i in range(11))
 
 
