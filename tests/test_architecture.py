@@ -13,7 +13,7 @@ SOURCE = Path(loraq.__file__).parent
 #: Lowest first; a file imports from lower rows or from its own folder, never sideways and never up.
 ROWS = (
     "errors",
-    "formats",
+    "formats transforms",
     "scheme linalg",
     "budget kernels",
     "methods nn",

@@ -338,7 +338,10 @@ def test_the_scheme_may_be_a_name(name):
     ("plain", "message"),
     [
         ({**MINIMAL, "sed": 1}, r"Unknown key in recipe 'sed'\. Did you mean 'seed'.*budget, effort, method"),
-        ({"scheme": {"weight": "mxfp4", "rank": 3}}, r"key in scheme 'rank'.*Known: activation, branch, weight"),
+        (
+            {"scheme": {"weight": "mxfp4", "rank": 3}},
+            r"key in scheme 'rank'.*Known: activation, branch, rotation, weight",
+        ),
         (
             {"scheme": {"weight": "mxfp4", "branch": {"rnk": 3}}},
             r"key in scheme\.branch 'rnk'\. Did you mean 'rank'.*activation, intermediate, rank, weight",

@@ -10,6 +10,7 @@ from loraq.formats import Format, QTensor
 from loraq.kernels import DEFAULT_BACKEND, get_backend
 from loraq.kernels.base import Operands, decode
 from loraq.scheme import LayerSolution, LowRankBranch, Scheme
+from loraq.transforms import rotate, unrotate
 
 
 class QuantizedLinear(nn.Module):
@@ -113,7 +114,7 @@ class QuantizedLinear(nn.Module):
         """Return the effective dense weight in fp32."""
         dense = self.stored_weight.dequantize()
         branch = self.branch
-        return dense if branch is None else dense + branch.reconstruct()
+        return unrotate(dense if branch is None else dense + branch.reconstruct(), self.scheme.rotation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
@@ -124,13 +125,15 @@ class QuantizedLinear(nn.Module):
                 operands = decode(self.stored_weight, self.branch, dtype)
             if self._backend.keeps_operands:
                 self._operands = operands
-        return self._backend.linear(x, operands, self.scheme, self.bias)
+        return self._backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
         scheme, branch = self.scheme, self.scheme.branch
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
         text += f"weight={scheme.weight}, activation={scheme.activation}, "
+        if scheme.rotation:
+            text += f"rotation={scheme.rotation}, "
         if branch is not None:
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         return text + f"{self.bits_per_weight:.2f} bits per weight, backend={self.backend}"

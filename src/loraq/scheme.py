@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraq.errors import SchemeError
 from loraq.formats import Format, QTensor, get_format
+from loraq.transforms import unrotate
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is asked of one layer: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ`."""
+    """What is asked of one layer: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ`, with x and W rotated first."""
 
     #: Format of the main weight.
     weight: str
@@ -66,10 +67,17 @@ class Scheme:
     activation: str = "bf16"
     #: The low-rank side path, or `None`.
     branch: Branch | None = None
+    #: Side of the Hadamard blocks that rotate the input axis of x and W, a power of two; 0 rotates nothing. Costs
+    #: `rotation` multiplications for each input value at run time, and no bytes; see `loraq.transforms`.
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         get_format(self.weight)
         get_format(self.activation)
+        if self.rotation and (self.rotation & (self.rotation - 1) or not 2 <= self.rotation <= 1024):
+            raise SchemeError(
+                f"Rotation {self.rotation} is no side of a Hadamard block. Use a power of two from 2 to 1024, or 0."
+            )
 
     @property
     def weight_format(self) -> Format:
@@ -130,9 +138,9 @@ class LayerSolution:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
-        """Return the effective dense weight Ŵ = residual + U D in fp32."""
+        """Return the effective dense weight Ŵ = residual + U D, rotated back, in fp32."""
         dense = self.residual.dequantize()
-        return dense + self.branch.reconstruct() if self.branch else dense
+        return unrotate(dense + self.branch.reconstruct() if self.branch else dense, self.scheme.rotation)
 
     @property
     def sqnr_db(self) -> float:

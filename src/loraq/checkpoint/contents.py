@@ -10,6 +10,7 @@ from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError
 from loraq.formats import Format, QTensor
+from loraq.transforms import unrotate
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DenseWeights:
             up = self._dequantized(f"{layer}.proj_up", branch.weight_format, (n_out, branch.rank))
             down = self._dequantized(f"{layer}.proj_down", branch.weight_format, (branch.rank, n_in))
             dense += up @ down
-        return dense
+        return unrotate(dense, stored.scheme.rotation)
 
     def _dequantized(self, part: str, fmt: Format, shape: tuple[int, int]) -> Tensor:
         stored = {name: self.reader.read(f"{part}_{name}") for name in fmt.storage(shape)}

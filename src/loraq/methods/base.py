@@ -15,6 +15,7 @@ from loraq.errors import FormatError, SchemeError
 from loraq.formats import QTensor
 from loraq.formats.block import require_finite
 from loraq.scheme import Branch, LayerSolution, LowRankBranch, Scheme
+from loraq.transforms import rotate
 
 
 @runtime_checkable
@@ -45,7 +46,7 @@ def layer_seed(seed: int, name: str) -> int:
 
 
 def prepare(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Return the weight as contiguous fp32 after the checks that every method makes."""
+    """Return the weight as contiguous fp32, rotated as the scheme says, after the checks that every method makes."""
     scheme.check(tuple(weight.shape))
     if weight.is_meta or not weight.is_floating_point():
         kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
@@ -53,7 +54,7 @@ def prepare(weight: Tensor, scheme: Scheme) -> Tensor:
             f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights are required."
         )
     require_finite(weight, scheme.weight)
-    return weight.detach().float().contiguous()
+    return rotate(weight.detach().float(), scheme.rotation).contiguous()
 
 
 def require_branch(scheme: Scheme, method: str) -> Branch:

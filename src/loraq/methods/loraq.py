@@ -33,6 +33,7 @@ from loraq.formats import CastFormat, Format, get_format
 from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
 from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.transforms import rotate
 
 #: (up, down) of one layer.
 Pair = tuple[Tensor, Tensor]
@@ -190,8 +191,9 @@ class ActivationNoise(NamedTuple):
     def of(cls, scheme: Scheme, branch: Branch) -> Self:
         """Return the noise powers of a scheme's activation formats."""
         return cls(
-            main=rounding_noise(scheme.activation),
-            branch=rounding_noise(branch.activation) + rounding_noise(branch.intermediate or branch.activation),
+            main=rounding_noise(scheme.activation, scheme.rotation),
+            branch=rounding_noise(branch.activation, scheme.rotation)
+            + rounding_noise(branch.intermediate or branch.activation),
         )
 
     def objective(self, error: Tensor, rounded: Tensor, branch_energy: Tensor) -> Tensor:
@@ -201,18 +203,18 @@ class ActivationNoise(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def rounding_noise(name: str) -> float:
+def rounding_noise(name: str, rotation: int = 0) -> float:
     """Return the relative noise power of a format on a fixed heavy-tailed sample (Student t, 4 degrees of freedom).
 
     Activations of transformers have heavy tails; a Gaussian would halve the noise of the 4-bit integer formats.
-    A 16-bit format counts as no noise.
+    A 16-bit format counts as no noise. A rotation makes the tails lighter, as it does in the layer.
     """
     fmt = get_format(name).for_rows()
     if isinstance(fmt, CastFormat):
         return 0.0
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn((5, 64, 1152), generator=generator)
-    sample = normal[0] / (normal[1:].square().sum(0) / 4).sqrt()
+    sample = rotate(normal[0] / (normal[1:].square().sum(0) / 4).sqrt(), rotation)
     return ((sample - fmt.round(sample)).square().sum() / sample.square().sum()).item()
 
 

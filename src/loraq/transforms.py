@@ -1,0 +1,79 @@
+"""An exact rewrite of a layer's input and weight: a block-Hadamard rotation of the input axis.
+
+`x Wᵀ = (x R) (W R)ᵀ` for every orthogonal R. A Hadamard matrix spreads a channel that stands out over its whole block,
+which is what 4-bit activations need: a block's scale follows its largest value (QuaRot, arXiv 2404.00456; ConvRot,
+arXiv 2512.03673, for diffusion transformers). The rotation of the weight happens once, that of the input at every
+call; it stores nothing.
+
+The signs are a quadratic sequence (Golay, Rudin and Shapiro) instead of random ones: they need no seed and no bytes,
+and a block of equal values, which a bare Hadamard matrix would gather in one entry, is spread perfectly evenly when
+the side is a power of four, because the sequence is then bent.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
+    """Return x R in the dtype of x.
+
+    Args:
+        x: any float dtype; the product is taken in fp32.
+        side: power of two; the blocks of R are as large as it and the width n allow (`block_side`). 0 changes nothing.
+    """
+    return _rotate(x, side, False) if block_side(x.shape[-1], side) > 1 else x
+
+
+def unrotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
+    """Return x Rᵀ: the inverse of `rotate` up to fp32 rounding."""
+    return _rotate(x, side, True) if block_side(x.shape[-1], side) > 1 else x
+
+
+def block_side(n: int, side: int) -> int:
+    """Return the side of the Hadamard blocks for an axis of n: the largest power of two that divides both."""
+    return math.gcd(n, side) if side else 1
+
+
+@lru_cache(maxsize=32)
+def signed_hadamard(side: int) -> Float[Tensor, "side side"]:
+    """Return diag(signs) H / √side, orthogonal, on the CPU; H is Sylvester's, `side` a power of two."""
+    index = torch.arange(side)
+    # The entry (i, j) of Sylvester's matrix is −1 to the number of bits that i and j share; the sign of row i is −1 to
+    # the number of neighbouring pairs of ones in i.
+    shared = _parity(index[:, None] & index[None]) ^ _parity(index & (index >> 1))[:, None]
+    return (1 - 2 * shared).float() / math.sqrt(side)
+
+
+def _parity(bits: Tensor) -> Tensor:
+    for shift in (16, 8, 4, 2, 1):
+        bits = bits ^ (bits >> shift)
+    return bits & 1
+
+
+# Opaque to `torch.compile`, like the rounding that follows it.
+@torch.library.custom_op("loraq::rotate", mutates_args=())
+def _rotate(x: Tensor, side: int, inverse: bool) -> Tensor:
+    matrix = signed_hadamard(block_side(x.shape[-1], side)).to(x.device)
+    blocks = x.float().unflatten(-1, (-1, matrix.shape[0]))
+    return (blocks @ (matrix.mT if inverse else matrix)).flatten(-2).to(x.dtype)
+
+
+@_rotate.register_fake
+def _(x: Tensor, side: int, inverse: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _keep_direction(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    _, ctx.side, ctx.inverse = inputs
+
+
+def _rotate_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _rotate(gradient, ctx.side, not ctx.inverse), None, None
+
+
+_rotate.register_autograd(_rotate_back, setup_context=_keep_direction)
