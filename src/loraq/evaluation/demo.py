@@ -52,6 +52,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
     "4-bit weights, 4-bit activations": (
         Contender("round to nearest", "mxfp4-a4", "rtn"),
         Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a4", "svdquant", (("scale_rule", None),)),
+        Contender("SVDQuant, rotated as LoRaQ's", "mxfp4-w16a16-h32-a4", "svdquant", (("scale_rule", None),)),
         Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4"),
         Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a4"),
         Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a4"),
