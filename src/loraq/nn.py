@@ -1,4 +1,4 @@
-"""`QuantizedLinear`: a linear layer that holds packed bytes and runs its scheme; no solver code."""
+"""`QuantizedLinear` and `QuantizedConv1x1`: layers that hold packed bytes and run their scheme; no solver code."""
 
 from typing import Any, Self
 
@@ -162,3 +162,15 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_operands": None}
+
+
+class QuantizedConv1x1(QuantizedLinear):
+    """Drop-in for a 1×1 `nn.Conv2d`: the same linear layer, applied to the channels (…, in, height, width).
+
+    Its weight is stored as the matrix (out, in), under the same names as that of any linear layer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (…, out, height, width) in the dtype of x (…, in, height, width), laid out in memory as x is."""
+        y = super().forward(x.movedim(-3, -1)).movedim(-1, -3)
+        return y.contiguous() if x.is_contiguous() else y

@@ -2,10 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torch import nn
+
+from loraq.layers import matrix_shapes, other_weights
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
+
+#: A weight that is in no linear layer is listed if it is more than this share of the model's parameters.
+SIGNIFICANT = 0.01
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class LayerPlan:
     shape: tuple[int, int]
     #: The scheme with its rank settled, or `None` if the layer stays as it is.
     scheme: Scheme | None
-    #: Why the layer stays as it is; empty if it does not.
+    #: Why the layer stays as it is or gets something else than the recipe's scheme; empty if it gets just that.
     reason: str = ""
 
     @property
@@ -33,10 +39,28 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class OtherWeight:
+    """A large weight that stays as it is because no linear layer holds it."""
+
+    #: Dotted name of the parameter.
+    name: str
+    shape: tuple[int, ...]
+    #: What it is instead.
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in 16 bits."""
+        return 2 * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
     layers: tuple[LayerPlan, ...]
+    #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only shapes were known.
+    others: tuple[OtherWeight, ...] = ()
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = "") -> "Plan":
@@ -53,10 +77,24 @@ class Plan:
         layers = []
         for name, shape in shapes.items():
             scheme = recipe.scheme_for(name, shape, model_class)
-            rule = recipe.rule_for(name, model_class) if scheme is None else None
+            rule = recipe.rule_for(name, model_class)
             reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
             layers.append(LayerPlan(name, shape, scheme, reason))
         return cls(tuple(layers))
+
+    @classmethod
+    def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
+        """Settle the scheme of every layer of a module, and find the large weights that are in no linear layer.
+
+        The module may be on the meta device. Raises `SchemeError` as `of`.
+        """
+        least = SIGNIFICANT * sum(parameter.numel() for parameter in model.parameters())
+        others = tuple(
+            OtherWeight(name, shape, f"not a linear layer, but {kind}")
+            for name, (shape, kind) in other_weights(model).items()
+            if math.prod(shape) > least
+        )
+        return replace(cls.of(matrix_shapes(model), recipe, type(model).__name__), others=others)
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
