@@ -170,7 +170,18 @@ class QuantizedConv1x1(QuantizedLinear):
     Its weight is stored as the matrix (out, in), under the same names as that of any linear layer.
     """
 
+    @property
+    def in_channels(self) -> int:
+        """The same as `in_features`, under a convolution's name."""
+        return self.in_features
+
+    @property
+    def out_channels(self) -> int:
+        """The same as `out_features`, under a convolution's name."""
+        return self.out_features
+
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out, height, width) in the dtype of x (…, in, height, width), laid out in memory as x is."""
-        y = super().forward(x.movedim(-3, -1)).movedim(-1, -3)
+        pixels = x.movedim(-3, -1).contiguous()  # free in SANA; and the sums do not depend on the layout
+        y = super().forward(pixels).movedim(-1, -3)
         return y.contiguous() if x.is_contiguous() else y

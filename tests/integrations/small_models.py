@@ -59,7 +59,15 @@ VALUES: dict[str, Any] = {
 }
 #: Axes of rotary embeddings; they share the dimension of a head.
 ROPE = {2: (8, 8), 3: (4, 6, 6), 4: (4, 4, 4, 4)}
-ROPE_ARGUMENTS = ("axes_dims_rope", "axes_dims", "rope_axes_dim", "axes_dim_rope", "rope_dim_list", "axes_dim", "rope_dim")
+ROPE_ARGUMENTS = (
+    "axes_dims_rope",
+    "axes_dims",
+    "rope_axes_dim",
+    "axes_dim_rope",
+    "rope_dim_list",
+    "axes_dim",
+    "rope_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -95,15 +103,24 @@ OWN: dict[str, Own] = {
         },
     ),
     "AnyFlowTransformer3DModel": Own(
-        inputs=lambda model: {"hidden_states": rand(BATCH, FRAMES, 8, SIDE, SIDE), "timestep": torch.full((BATCH, FRAMES), 500.0), "r_timestep": torch.full((BATCH, FRAMES), 300.0)}
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, FRAMES, 8, SIDE, SIDE),
+            "timestep": torch.full((BATCH, FRAMES), 500.0),
+            "r_timestep": torch.full((BATCH, FRAMES), 300.0),
+        }
     ),
     "BriaFibo2Transformer2DModel": Own(
-        {"max_num_gist_tokens": 8, "min_num_gist_tokens": 4, "gist_step": 4, "gist_min_text_len": 4, "gist_max_text_len": 8, "injection_layer_ids": (0,)},
+        {
+            "max_num_gist_tokens": 8,
+            "min_num_gist_tokens": 4,
+            "gist_step": 4,
+            "gist_min_text_len": 4,
+            "gist_max_text_len": 8,
+            "injection_layer_ids": (0,),
+        },
         inputs=lambda model: {"encoder_hidden_states": rand(BATCH, 2, TEXT, 24)},
     ),
-    "BriaFiboTransformer2DModel": Own(
-        inputs=lambda model: {"text_encoder_layers": [rand(BATCH, TEXT, 24)] * 2}
-    ),
+    "BriaFiboTransformer2DModel": Own(inputs=lambda model: {"text_encoder_layers": [rand(BATCH, TEXT, 24)] * 2}),
     "CogVideoXTransformer3DModel": Own({"max_text_seq_length": TEXT}, inputs=lambda model: frames_first()),
     "ConsisIDTransformer3DModel": Own({"max_text_seq_length": TEXT}, inputs=lambda model: frames_first()),
     "CogView3PlusTransformer2DModel": Own({"condition_dim": 16}, inputs=lambda model: sizes()),
@@ -133,15 +150,24 @@ OWN: dict[str, Own] = {
     ),
     "GlmImageTransformer2DModel": Own(
         {"condition_dim": 16, "prior_vq_quantizer_codebook_size": 16},
-        inputs=lambda model: sizes()
-        | {
-            "original_size": None,
-            "prior_token_id": torch.arange(4).expand(BATCH, 4),
-            "prior_token_drop": torch.zeros(BATCH, 4, dtype=torch.bool),
-        },
+        inputs=lambda model: (
+            sizes()
+            | {
+                "original_size": None,
+                "prior_token_id": torch.arange(4).expand(BATCH, 4),
+                "prior_token_drop": torch.zeros(BATCH, 4, dtype=torch.bool),
+            }
+        ),
     ),
     "HiDreamImageTransformer2DModel": Own(
-        {"patch_size": 2, "caption_channels": [24, 24], "llama_layers": [0, 1], "axes_dims_rope": (8, 4, 4), "max_resolution": (SIDE, SIDE), "force_inference_output": True},
+        {
+            "patch_size": 2,
+            "caption_channels": [24, 24],
+            "llama_layers": [0, 1],
+            "axes_dims_rope": (8, 4, 4),
+            "max_resolution": (SIDE, SIDE),
+            "force_inference_output": True,
+        },
         layout="image",
         inputs=lambda model: {
             "timesteps": torch.tensor([500.0, 100.0]),
@@ -152,7 +178,14 @@ OWN: dict[str, Own] = {
         },
     ),
     "HunyuanDiT2DModel": Own(
-        {"patch_size": 2, "num_layers": 2, "cross_attention_dim_t5": 24, "text_len": TEXT, "text_len_t5": TEXT, "pooled_projection_dim": 16},
+        {
+            "patch_size": 2,
+            "num_layers": 2,
+            "cross_attention_dim_t5": 24,
+            "text_len": TEXT,
+            "text_len_t5": TEXT,
+            "pooled_projection_dim": 16,
+        },
         inputs=lambda model: {
             "encoder_hidden_states": rand(BATCH, TEXT, WIDTH),
             "encoder_hidden_states_t5": rand(BATCH, TEXT, 24),
@@ -238,16 +271,27 @@ OWN: dict[str, Own] = {
             "hidden_states": rand(BATCH, 8, 8),
             "audio_hidden_states": rand(BATCH, 5, 8),
             "audio_encoder_hidden_states": rand(BATCH, TEXT, 24),
-            "num_frames": 2, "height": 2, "width": 2, "audio_num_frames": 5,
+            "num_frames": 2,
+            "height": 2,
+            "width": 2,
+            "audio_num_frames": 5,
         },
     ),
     "LTXVideoTransformer3DModel": Own(
-        layout="tokens", inputs=lambda model: {"hidden_states": rand(BATCH, 8, 8), "num_frames": 2, "height": 2, "width": 2}
+        layout="tokens",
+        inputs=lambda model: {"hidden_states": rand(BATCH, 8, 8), "num_frames": 2, "height": 2, "width": 2},
     ),
-    "LatteTransformer3DModel": Own({"patch_size": 2, "video_length": FRAMES, "norm_type": "ada_norm_single", "norm_elementwise_affine": False}, inputs=lambda model: {"encoder_attention_mask": None}),
+    "LatteTransformer3DModel": Own(
+        {"patch_size": 2, "video_length": FRAMES, "norm_type": "ada_norm_single", "norm_elementwise_affine": False},
+        inputs=lambda model: {"encoder_attention_mask": None},
+    ),
     "LongCatAudioDiTTransformer": Own(
         {"latent_dim": 8},
-        inputs=lambda model: {"hidden_states": rand(BATCH, 12, 8), "timestep": torch.tensor([0.5, 0.1]), "latent_cond": rand(BATCH, 12, 8)},
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 12, 8),
+            "timestep": torch.tensor([0.5, 0.1]),
+            "latent_cond": rand(BATCH, 12, 8),
+        },
     ),
     "Lumina2Transformer2DModel": Own({"axes_lens": (32, 16, 16)}),
     "LuminaNextDiT2DModel": Own(
@@ -276,14 +320,19 @@ OWN: dict[str, Own] = {
         {"audio_vocab_size": 16}, inputs=lambda model: {"inputs_embeds": rand(BATCH, 8, WIDTH)}
     ),
     "MiniMaxMusic3Transformer1DModel": Own(
-        {"rotary_dim": 8}, inputs=lambda model: {"hidden_states": rand(BATCH, 8, 12), "encoder_hidden_states": rand(BATCH, 12, 24)}
+        {"rotary_dim": 8},
+        inputs=lambda model: {"hidden_states": rand(BATCH, 8, 12), "encoder_hidden_states": rand(BATCH, 12, 24)},
     ),
     "NucleusMoEImageTransformer2DModel": Own(
-        {"num_layers": 5, "num_experts": 4, "moe_intermediate_dim": 16, "capacity_factors": 2.0},
+        {"num_layers": 5, "num_experts": 4, "mlp_ratio": 6.0, "moe_intermediate_dim": 16, "capacity_factors": 2.0},
         inputs=lambda model: {"img_shapes": [(1, SIDE, SIDE)]},
     ),
     "OmniGenTransformer2DModel": Own(
-        {"pad_token_id": 0, "pos_embed_max_size": SIDE, "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}},
+        {
+            "pad_token_id": 0,
+            "pos_embed_max_size": SIDE,
+            "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
+        },
         inputs=lambda model: {
             "timestep": torch.tensor([0.5, 0.1]),
             "input_ids": torch.arange(6).expand(BATCH, 6),
@@ -296,7 +345,11 @@ OWN: dict[str, Own] = {
     "PRXTransformer2DModel": Own({"axes_dim": [8, 8]}),
     "PriorTransformer": Own(
         {"embedding_dim": 24, "num_embeddings": TEXT},
-        inputs=lambda model: {"hidden_states": rand(BATCH, 24), "proj_embedding": rand(BATCH, 24), "encoder_hidden_states": rand(BATCH, TEXT, 24)},
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 24),
+            "proj_embedding": rand(BATCH, 24),
+            "encoder_hidden_states": rand(BATCH, TEXT, 24),
+        },
     ),
     "QwenImage21Transformer2DModel": Own(
         inputs=lambda model: {
@@ -305,11 +358,17 @@ OWN: dict[str, Own] = {
         }
     ),
     "QwenImageTransformer2DModel": Own(
-        {"patch_size": 2, "in_channels": 8, "out_channels": 2}, inputs=lambda model: {"img_shapes": [(1, SIDE, SIDE)] * BATCH}
+        {"patch_size": 2, "in_channels": 8, "out_channels": 2},
+        inputs=lambda model: {"img_shapes": [(1, SIDE, SIDE)] * BATCH},
     ),
     "RFD4ProteinaTransformer": Own(
         {
-            "dim_cond": 16, "pair_repr_dim": 16, "latent_dim": 4, "tri_mult_c": 16, "nlayers": 2, "t_emb_dim": 16,
+            "dim_cond": 16,
+            "pair_repr_dim": 16,
+            "latent_dim": 4,
+            "tri_mult_c": 16,
+            "nlayers": 2,
+            "t_emb_dim": 16,
             "feats_seq": ("xt_bb_ca", "xt_local_latents"),
             "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
             "feats_pair_repr": ("xt_bb_ca_pair_dists",),
@@ -327,9 +386,19 @@ OWN: dict[str, Own] = {
         },
     ),
     "SanaWMLTX2RefinerTransformer3DModel": Own(
-        layout="tokens", inputs=lambda model: {"hidden_states": rand(BATCH, 8, 8), "video_rotary_emb": (rand(1, 8, WIDTH), rand(1, 8, WIDTH))}
+        layout="tokens",
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 8, 8),
+            "video_rotary_emb": (rand(1, 8, WIDTH), rand(1, 8, WIDTH)),
+        },
     ),
-    "SanaWMTransformer3DModel": Own({"linear_head_dim": HEAD_DIM, "chunk_plucker_post_attn_blocks": 1}, inputs=lambda model: {"encoder_hidden_states": rand(BATCH, 1, TEXT, 24), "timestep": torch.full((BATCH, 1, FRAMES), 500.0)}),
+    "SanaWMTransformer3DModel": Own(
+        {"linear_head_dim": HEAD_DIM, "chunk_plucker_post_attn_blocks": 1},
+        inputs=lambda model: {
+            "encoder_hidden_states": rand(BATCH, 1, TEXT, 24),
+            "timestep": torch.full((BATCH, 1, FRAMES), 500.0),
+        },
+    ),
     "StableAudio3DiTModel": Own(
         {"io_channels": 8, "local_add_cond_dim": 9, "num_memory_tokens": 4, "ff_mult": 2.0},
         inputs=lambda model: {"hidden_states": rand(BATCH, 8, 12), "global_hidden_states": rand(BATCH, 24)},
@@ -351,8 +420,13 @@ OWN: dict[str, Own] = {
             "decoder_noise_time": torch.tensor([0.5, 0.1]),
         },
     ),
-    "Transformer2DModel": Own({"norm_num_groups": 4}, inputs=lambda model: {"encoder_hidden_states": rand(BATCH, TEXT, WIDTH)}),
-    "TransformerTemporalModel": Own({"norm_num_groups": 4}, inputs=lambda model: {"num_frames": BATCH, "encoder_hidden_states": None, "timestep": None}),
+    "Transformer2DModel": Own(
+        {"norm_num_groups": 4}, inputs=lambda model: {"encoder_hidden_states": rand(BATCH, TEXT, WIDTH)}
+    ),
+    "TransformerTemporalModel": Own(
+        {"norm_num_groups": 4},
+        inputs=lambda model: {"num_frames": BATCH, "encoder_hidden_states": None, "timestep": None},
+    ),
     "WanAnimate2Transformer3DModel": Own(
         {"in_dim": 16, "out_dim": 8, "text_len": TEXT, "use_img_emb": False},
         inputs=lambda model: {
@@ -367,7 +441,18 @@ OWN: dict[str, Own] = {
         },
     ),
     "WanAnimateTransformer3DModel": Own(
-        {"in_channels": 20, "latent_channels": 8, "image_dim": None, "motion_encoder_channel_sizes": dict.fromkeys(("4", "8", "16"), 8), "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 16, "inject_face_latents_blocks": 1},
+        {
+            "in_channels": 20,
+            "latent_channels": 8,
+            "image_dim": None,
+            "motion_encoder_channel_sizes": dict.fromkeys(("4", "8", "16"), 8),
+            "motion_encoder_size": 16,
+            "motion_style_dim": 8,
+            "motion_dim": 4,
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 16,
+            "inject_face_latents_blocks": 1,
+        },
         inputs=lambda model: {
             "hidden_states": rand(BATCH, 20, 3, SIDE, SIDE),
             "pose_hidden_states": rand(BATCH, 8, 2, SIDE, SIDE),
@@ -375,7 +460,8 @@ OWN: dict[str, Own] = {
         },
     ),
     "WanVACETransformer3DModel": Own(
-        {"vace_layers": [0], "vace_in_channels": 8}, inputs=lambda model: {"control_hidden_states": rand(BATCH, 8, FRAMES, SIDE, SIDE)}
+        {"vace_layers": [0], "vace_in_channels": 8},
+        inputs=lambda model: {"control_hidden_states": rand(BATCH, 8, FRAMES, SIDE, SIDE)},
     ),
     "ZImageTransformer2DModel": Own(
         {"axes_lens": (64, 16, 16)},
@@ -436,9 +522,42 @@ def small_inputs(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
     ids = "img_ids" in wanted or "img_shapes" in wanted
     layout = own.layout or ("tokens" if ids else "video" if "3D" in type(model).__name__ else "image")
-    channels = next(config[n] for n in ("in_channels", "in_visual_dim", "in_dim", "io_channels", "latent_dim", "embedding_dim", "inner_dim") if config.get(n)) if "hidden_states" in wanted else 0
-    shape = {"image": (channels, SIDE, SIDE), "video": (channels, FRAMES, SIDE, SIDE), "tokens": (SIDE * SIDE, channels)}
-    text = ("joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim", "text_in_dim", "context_in_dim", "in_text_dim", "text_hidden_dim", "cross_attention_dim", "llm_features_dim", "cond_token_dim")
+    channels = (
+        next(
+            config[n]
+            for n in (
+                "in_channels",
+                "in_visual_dim",
+                "in_dim",
+                "io_channels",
+                "latent_dim",
+                "embedding_dim",
+                "inner_dim",
+            )
+            if config.get(n)
+        )
+        if "hidden_states" in wanted
+        else 0
+    )
+    shape = {
+        "image": (channels, SIDE, SIDE),
+        "video": (channels, FRAMES, SIDE, SIDE),
+        "tokens": (SIDE * SIDE, channels),
+    }
+    text = (
+        "joint_attention_dim",
+        "caption_channels",
+        "text_embed_dim",
+        "text_dim",
+        "cap_feat_dim",
+        "text_in_dim",
+        "context_in_dim",
+        "in_text_dim",
+        "text_hidden_dim",
+        "cross_attention_dim",
+        "llm_features_dim",
+        "cond_token_dim",
+    )
     text_dim = next((config[n] for n in text if isinstance(config.get(n), int)), 24)
     axes = next((len(config[n]) for n in ROPE_ARGUMENTS if config.get(n)), 3)
     made = {

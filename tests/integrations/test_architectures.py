@@ -28,13 +28,13 @@ WITH_LORAQ = ("FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransforme
 
 @each_class
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:::diffusers")
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated", "ignore:In CPU autocast")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_class_is_quantized_and_comes_back_bit_for_bit(kind, tmp_path):
     model = small_model(kind)
     exact = run(model)
     recipe = loraq.Recipe.from_dict(
-        {"scheme": "mxfp4-w8a8-r4"}
-        | ({"effort": "fast"} if kind.__name__ in WITH_LORAQ else {"method": "lqer"})
+        {"scheme": "mxfp4-w8a8-r4"} | ({"effort": "fast"} if kind.__name__ in WITH_LORAQ else {"method": "lqer"})
     )
     loraq.quantize_(model, recipe, progress=False)
     outputs = run(model)

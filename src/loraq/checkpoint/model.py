@@ -148,12 +148,12 @@ def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLi
             f"The model has no layer '{name}'. Load into the architecture it was made from."
         ) from error
     if isinstance(old, QuantizedLinear):
-        shape = (old.out_features, old.in_features)
+        fits = (old.out_features, old.in_features) == stored.shape
     else:
-        shape = tuple(matrix_of(old).shape) if is_linear(old) else ()
-    if shape != stored.shape:
+        fits = is_linear(old) and matrix_of(old).shape == stored.shape
+    if not fits:
         raise CheckpointError(f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}.")
-    n_out, n_in = shape
+    n_out, n_in = stored.shape
     try:
         layer = quantized_class(old)(n_in, n_out, stored.scheme, bias=old.bias is not None, device="meta")
     except (SchemeError, KernelError) as error:
