@@ -123,5 +123,12 @@ def test_large_weights_that_are_not_linear_are_listed_with_what_they_are():
     assert plan.nbytes_bf16 == 2 * 64 * 64  # the totals are those of the linear layers
 
 
+def test_weights_that_are_only_large_together_are_listed():
+    model = nn.Sequential(nn.Linear(300, 300), *(nn.Conv2d(8, 8, 3) for _ in range(2)), nn.Conv2d(3, 3, 3, bias=False))
+    plan = plan_model(model, "mxfp4-w8a8-r8")  # 0.6 % each
+    assert [other.name for other in plan.others] == ["1.weight", "2.weight", "3.weight"]
+    assert not plan_model(model[:2], "mxfp4-w8a8-r8").others
+
+
 def test_a_plan_of_shapes_knows_no_other_weights():
     assert Plan.of(SHAPES, RECIPE).others == ()

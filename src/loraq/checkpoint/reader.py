@@ -9,7 +9,6 @@ from torch import Tensor
 
 from loraq.errors import CheckpointError
 
-
 #: Bytes. In a mapped file a tensor starts anywhere, and the sums of BLAS depend on where: a tensor must stand as torch
 #: itself would place it, or a model would not compute the same bits after a round trip.
 ALIGNMENT = 64

@@ -1,6 +1,8 @@
 """What a run would do, settled and checked before any long work starts."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +12,8 @@ from loraq.layers import matrix_shapes, other_weights
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
-#: A weight that is in no linear layer is listed if it is more than this share of the model's parameters.
+#: Weights that are in no linear layer are listed if they, with their like in the other blocks, are more than this share
+#: of the model's parameters.
 SIGNIFICANT = 0.01
 
 
@@ -88,11 +91,15 @@ class Plan:
 
         The module may be on the meta device. Raises `SchemeError` as `of`.
         """
+        found = other_weights(model)
+        sizes: Counter[str] = Counter()
+        for name, (shape, _) in found.items():
+            sizes[_family(name)] += math.prod(shape)
         least = SIGNIFICANT * sum(parameter.numel() for parameter in model.parameters())
         others = tuple(
             OtherWeight(name, shape, f"not a linear layer, but {kind}")
-            for name, (shape, kind) in other_weights(model).items()
-            if math.prod(shape) > least
+            for name, (shape, kind) in found.items()
+            if sizes[_family(name)] > least
         )
         return replace(cls.of(matrix_shapes(model), recipe, type(model).__name__), others=others)
 
@@ -116,3 +123,8 @@ class Plan:
         """Mean stored bits for each weight of the quantized layers."""
         weights = sum(math.prod(layer.shape) for layer in self.quantized)
         return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
+
+
+def _family(name: str) -> str:
+    """The name without the numbers of blocks."""
+    return re.sub(r"\d+", "*", name)
