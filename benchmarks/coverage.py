@@ -11,7 +11,7 @@ Read the last column: it counts everything in the file, kept layers, biases and 
 import math
 import tomllib
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from common import options, report
 from loraq.integrations.diffusers import transformer_classes
 from loraq.pipeline.plan import Plan
-from loraq.recipe import Recipe
+from loraq.recipe import Recipe, Rule
 
 #: Parts of other models, which have no size of their own.
 PARTS = ("DreamLiteTransformer2DModel", "Transformer2DModel", "TransformerTemporalModel")
@@ -72,11 +72,12 @@ def published() -> dict[str, dict[str, Any]]:
 
 def of_published(recipe: Recipe) -> dict[str, Coverage]:
     """Return the coverage of the published models."""
-    classes = transformer_classes()
-    return {
-        name: Coverage.of(_on_meta(classes[entry["class"]], entry["config"]), recipe)
-        for name, entry in published().items()
-    }
+    classes, covered = transformer_classes(), {}
+    for name, entry in published().items():
+        rules = tuple(Rule(**rule) for rule in entry.get("rules", ()))
+        model = _on_meta(classes[entry["class"]], entry["config"])
+        covered[name] = Coverage.of(model, replace(recipe, rules=rules))
+    return covered
 
 
 def of_all_classes(recipe: Recipe) -> dict[str, Coverage]:

@@ -86,7 +86,7 @@ a recipe overrides it:
 ```toml
 [[rules]]
 match = "*.attn2.to_[kv]*"    # the text side, which SVDQuant's selection leaves in PixArt and SANA
-weight_only = true
+weight_only = true            # the table has both models with and without this rule
 ```
 
 `fuse_qkv_projections` is called before quantizing, and again on the empty model before `loraq.load_into`.

@@ -4,15 +4,18 @@ The classes are discovered and none is left out, so a diffusers with a new class
 """
 
 import copy
+import json
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import loraq
+from loraq.cli import main
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1
 from loraq.pipeline.quantize import plan_model
@@ -192,3 +195,39 @@ def test_stacked_experts_are_named_in_the_plan():
     plan = plan_model(_float_model("NucleusMoEImageTransformer2DModel"), "mxfp4-w8a8-r4")
     found = {other.name.rpartition(".")[2] for other in plan.others if "Experts" in other.reason}
     assert found == {"gate_up_proj", "down_proj"}
+
+
+# --- on the command line --------------------------------------------------------------------------------------------
+
+
+def loraq_command(*arguments: object) -> dict:
+    finished = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert finished.exit_code == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_a_folder_of_sana_is_planned_quantized_inspected_and_compared(tmp_path):
+    float_model("SanaTransformer2DModel").save_pretrained(tmp_path / "sana")
+    recipe = ("--recipe", "mxfp4-w8a8-r4", "--method", "lqer")
+    planned = loraq_command("plan", tmp_path / "sana", *recipe)
+    loraq_command("quantize", tmp_path / "sana", tmp_path / "out", *recipe)
+    inspected = loraq_command("inspect", tmp_path / "out")
+    compared = loraq_command("compare", tmp_path / "sana", tmp_path / "out")
+    name = "transformer_blocks.0.ff.conv_inverted"
+    assert inspected["layers"][name]["shape"] == [160, 32]
+    assert {layer["name"] for layer in planned["layers"] if layer["scheme"]} == set(inspected["layers"])
+    errors = {layer["name"]: layer["relative_error"] for layer in compared["layers"]}
+    assert errors.keys() == inspected["layers"].keys()
+    assert errors[name] == pytest.approx(inspected["layers"][name]["relative_error"], rel=1e-4)
+    assert [other["name"] for other in planned["others"]] == ["transformer_blocks.0.ff.conv_depth.weight"]
+
+
+def test_the_plan_says_in_words_what_is_weight_only_kept_and_not_linear(tmp_path):
+    float_model("SanaVideoTransformer3DModel").save_pretrained(tmp_path / "sana")
+    finished = CliRunner().invoke(main, ["plan", str(tmp_path / "sana"), "--recipe", "mxfp4-w8a8-r4"])
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in finished.stdout.splitlines() if line}
+    assert re.fullmatch(r"192×32 mxfp4 bf16 mxint8/bf16 4 .* modulation", lines["time_embed.linear"])
+    assert re.fullmatch(r"160×32 mxfp4 mxfp4 mxint8/mxint8 4 .* [\d.]+", lines["transformer_blocks.0.ff.conv_inverted"])
+    assert re.fullmatch(r"32×32 kept .* KiB output projection", lines["proj_out"])
+    temporal = lines["transformer_blocks.0.ff.conv_temp.weight"]
+    assert re.fullmatch(r"32×32×3×1 kept .* KiB not a linear layer, but Conv2d", temporal)
