@@ -72,7 +72,7 @@ class Plan:
         Args:
             shapes: (out, in) of every linear layer by dotted name.
             recipe: what is asked.
-            model_class: class name of the model, which selects its skip rules.
+            model_class: class name of the model, which selects the rules of its families.
 
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.

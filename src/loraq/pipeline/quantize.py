@@ -124,7 +124,7 @@ def quantize_(
     that was interrupted is finished by calling again.
 
     Args:
-        model: any module; its class name selects the skip rules.
+        model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each layer.
