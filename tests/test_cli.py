@@ -239,11 +239,12 @@ def test_a_folder_that_is_not_there_is_one_message(tmp_path, command):
 def test_plan_shows_every_layer_and_why_it_is_kept(place):
     text = succeeds("plan", place / "float", *FAST)
     lines = text.splitlines()
-    assert lines[0].split() == ["layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight"]
+    headings = ["layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"]
+    assert lines[0].split() == headings
     assert len(lines) == 1 + 16 + 2
     shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-2]}
     assert shown["transformer_blocks.0.attn1.to_q"] == ["32×32", "mxfp4", "mxfp4"]
-    assert shown["transformer_blocks.0.attn2.to_k"] == ["32×32", "kept", "text-side"]
+    assert shown["transformer_blocks.0.attn2.to_k"] == ["32×32", "kept", "2.0"]
     assert "text-side projection of the cross-attention" in text
     assert lines[-2].startswith("8 layers quantized at ")
     assert lines[-2].endswith(" bits per weight, 8 kept.")
@@ -255,6 +256,7 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
     schemes = {layer["name"]: layer["scheme"] for layer in planned["layers"] if layer["scheme"]}
     assert schemes == {name: layer["scheme"] for name, layer in inspected["layers"].items()}
     assert planned["nbytes"] < planned["nbytes_bf16"]
+    assert planned["others"] == []
     kept = [layer for layer in planned["layers"] if layer["scheme"] is None]
     assert all(layer["reason"] for layer in kept)
     assert planned == document("plan", place / "pipeline", *FAST)

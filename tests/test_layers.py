@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from loraq.errors import KernelError
-from loraq.layers import linear_layers, quantized_layers, replace_layer, set_backend
-from loraq.nn import QuantizedLinear
+from loraq.layers import (
+    is_linear,
+    linear_layers,
+    matrix_of,
+    matrix_shapes,
+    other_weights,
+    quantized_class,
+    quantized_layers,
+    replace_layer,
+    set_backend,
+)
+from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
 from matrices import gaussian
 
@@ -127,3 +137,71 @@ def test_a_replaced_layer_computes_in_place_of_the_old_one():
     expected = nn.functional.silu(new(x))
     replace_layer(model, "0", new)
     assert torch.equal(model(x), expected)
+
+
+# --- 1×1 convolutions, and what is not linear -----------------------------------------------------------------------
+
+
+class OwnConv(nn.Conv2d):
+    """A subclass may compute something else."""
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_one_pixel_is_linear(bias):
+    layer = nn.Conv2d(6, 8, 1, bias=bias)
+    assert is_linear(layer)
+    assert torch.equal(matrix_of(layer), layer.weight[:, :, 0, 0])
+    assert matrix_of(layer).data_ptr() == layer.weight.data_ptr()
+    assert quantized_class(layer) is QuantizedConv1x1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3),
+        nn.Conv2d(6, 8, (1, 3)),
+        nn.Conv2d(6, 8, 1, stride=2),
+        nn.Conv2d(6, 8, 1, padding=1),
+        nn.Conv2d(6, 8, 1, groups=2),
+        nn.Conv1d(6, 8, 1),
+        nn.ConvTranspose2d(6, 8, 1),
+        OwnConv(6, 8, 1),
+        OwnLinear(6, 8),
+        nn.Embedding(6, 8),
+        nn.Bilinear(6, 6, 8),
+    ],
+    ids=str,
+)
+def test_other_layers_are_not_linear(layer):
+    assert not is_linear(layer)
+    model = nn.Sequential(nn.Linear(4, 6), layer)
+    assert list(linear_layers(model)) == ["0"]
+    assert other_weights(model) == {"1.weight": (tuple(layer.weight.shape), type(layer).__name__)}
+
+
+def test_the_shapes_are_those_of_the_matrices():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 3))
+    assert matrix_shapes(model) == {"0": (6, 4), "1": (8, 6)}
+    assert matrix_shapes(model.to("meta")) == {"0": (6, 4), "1": (8, 6)}
+
+
+def test_experts_that_are_stacked_in_one_tensor_are_other_weights():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(4, 8, 8))
+            self.scale = nn.Parameter(torch.zeros(8))
+
+    assert other_weights(nn.ModuleDict({"moe": Experts(), "to_q": nn.Linear(8, 8)})) == {
+        "moe.up": ((4, 8, 8), "Experts")
+    }
+
+
+def test_packed_bytes_are_no_other_weights():
+    assert other_weights(nn.Sequential(quantized(torch.ones(8)))) == {}
+
+
+def test_a_quantized_layer_keeps_its_class():
+    assert quantized_class(nn.Linear(8, 8)) is quantized_class(quantized()) is QuantizedLinear
+    conv = QuantizedConv1x1.from_solution(quantize_weight(gaussian(8, 8), "mxfp4"))
+    assert quantized_class(conv) is QuantizedConv1x1

@@ -1,4 +1,4 @@
-"""`QuantizedLinear`: its equation, what it accepts, and that nothing changes the packed bytes."""
+"""`QuantizedLinear` and `QuantizedConv1x1`: the equation, what is accepted, and that nothing changes packed bytes."""
 
 import copy
 import shutil
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraq.errors import KernelError, SchemeError
 from loraq.formats import CastFormat, get_format
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
 from loraq.scheme import Branch, LayerSolution, Scheme
 from matrices import dit_like, gaussian
@@ -435,3 +435,62 @@ def test_compiled_it_is_one_graph_with_the_same_output(name):
     assert error(first, expected.detach().double()) < 1e-5
     assert error(second, expected.detach().double()) < 1e-5
     assert_same_bytes(layer, before)
+
+
+# --- 1×1 convolutions -----------------------------------------------------------------------------------------------
+
+
+def conv_of(name: str, *, backend: str = "resident", bias: bool = True) -> QuantizedConv1x1:
+    layer = QuantizedConv1x1.from_solution(copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None)
+    layer.backend = backend
+    return layer
+
+
+def picture(*leading: int, seed: int = 1) -> Tensor:
+    return torch.randn((*leading, N_IN, 5, 3), generator=torch.Generator().manual_seed(seed))
+
+
+@each_backend
+@each_variety
+def test_a_convolution_is_the_linear_layer_on_every_pixel(name, backend):
+    x = picture(2)
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    expected = layer_of(name, backend=backend)(pixels).permute(0, 3, 1, 2)
+    assert torch.equal(conv_of(name, backend=backend)(x), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_only_convolution_is_the_float_convolution_of_its_reconstruction(bias):
+    layer = conv_of("mxint4-w8a8-r12-a16", bias=bias)
+    x = picture(2)
+    expected = nn.functional.conv2d(x.double(), layer.reconstruct().double()[..., None, None])
+    expected = expected + layer.bias.double()[:, None, None] if bias else expected
+    assert error(layer(x), expected) < 1e-6
+
+
+def test_a_convolution_takes_a_picture_without_a_batch():
+    layer, x = conv_of("mxfp4-w8a8-r12-a4"), picture()
+    assert torch.equal(layer(x), layer(x[None])[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_keeps_the_layout_in_memory(layout):
+    x = picture(2).contiguous(memory_format=layout)
+    y = conv_of("mxfp4-w8a8-r12-a16")(x)
+    assert torch.equal(y, conv_of("mxfp4-w8a8-r12-a16")(picture(2)))
+    assert y.shape == (2, N_OUT, 5, 3)
+    assert y.is_contiguous(memory_format=layout)
+
+
+def test_a_convolution_stores_what_a_linear_layer_stores_and_knows_its_channels():
+    conv, linear = conv_of("mxfp4-w8a8-r12-a4"), layer_of("mxfp4-w8a8-r12-a4")
+    assert_same_bytes(conv, packed_bytes(linear))
+    assert (conv.in_channels, conv.out_channels) == (N_IN, N_OUT)
+    assert conv.nbytes == linear.nbytes
+
+
+def test_a_convolution_sends_a_gradient_to_its_input():
+    x = picture(1).requires_grad_()
+    conv_of("mxfp4-r12-a16")(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0

@@ -12,9 +12,9 @@ from torch import nn
 from loraq.budget import Budget
 from loraq.errors import FormatError, LoraqError, RecipeError, SchemeError
 from loraq.formats import FORMATS, get_format
-from loraq.layers import linear_layers
+from loraq.layers import linear_layers, matrix_shapes
 from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, SVDQuant
-from loraq.recipe import GRAMMAR, METHODS, NAMED, SHOWCASE, Recipe, Rule, parse_scheme, skip_rules
+from loraq.recipe import GRAMMAR, METHODS, NAMED, SHOWCASE, Recipe, Rule, families, family_rules, parse_scheme
 from loraq.scheme import Branch, Scheme
 
 #: What the branch names mean: weight, activation, intermediate.
@@ -563,8 +563,9 @@ def diffusers():
     from loraq.integrations.diffusers import _quiet_diffusers
 
     with _quiet_diffusers() as module:
-        for name in skip_rules().keys() - {"any"}:
-            getattr(module, name)  # loaded on first use
+        for family in families().values():
+            for name in family.classes:
+                getattr(module, name)  # loaded on first use
         return module
 
 
@@ -610,8 +611,8 @@ def test_of_pixart_sigma_xl_the_same_224_layers_are_quantized_as_by_svdquant(dif
     assert len(quantized) == 224
     assert quantized == {f"transformer_blocks.{i}.{part}" for i in range(28) for part in parts}
     assert len(kept) == 62
-    shapes = [tuple(layer.weight.shape) for name, layer in linear_layers(model).items() if name in quantized]
-    assert sum(math.prod(shape) for shape in shapes) == 28 * (6 * 1152**2 + 2 * 1152 * 4608)
+    shapes = matrix_shapes(model)
+    assert sum(math.prod(shapes[name]) for name in quantized) == 28 * (6 * 1152**2 + 2 * 1152 * 4608)
 
 
 def test_the_layers_of_a_small_pixart_that_stay(diffusers):
@@ -656,6 +657,7 @@ def test_the_layers_of_a_small_sana_that_stay(diffusers):
         "time_embed.emb.timestep_embedder.linear_1": "embedding",
         "time_embed.emb.timestep_embedder.linear_2": "embedding",
         "time_embed.linear": "embedding",
+        "patch_embed.proj": "embedding",
         "caption_projection.linear_1": "text projection",
         "caption_projection.linear_2": "text projection",
         **{
@@ -666,6 +668,7 @@ def test_the_layers_of_a_small_sana_that_stay(diffusers):
         "proj_out": "output projection",
     }
     parts = [f"attn1.to_{part}" for part in ("q", "k", "v", "out.0")] + ["attn2.to_q", "attn2.to_out.0"]
+    parts += ["ff.conv_inverted", "ff.conv_point"]
     assert quantized == {f"transformer_blocks.{i}.{part}" for i in range(2) for part in parts}
 
 
@@ -688,12 +691,11 @@ def test_the_layers_of_a_small_flux_that_stay(diffusers):
         **{f"time_text_embed.{e}.linear_{i}": "embedding" for e in embedders for i in (1, 2)},
         "context_embedder": "text projection",
         "x_embedder": "input projection",
-        "transformer_blocks.0.norm1.linear": "adaptive norm",
-        "transformer_blocks.0.norm1_context.linear": "adaptive norm",
-        "single_transformer_blocks.0.norm.linear": "adaptive norm",
-        "norm_out.linear": "adaptive norm",
+        "norm_out.linear": "adaptive norm of the output",
         "proj_out": "output projection",
     }
+    modulation = {f"transformer_blocks.0.norm1{part}.linear" for part in ("", "_context")}
+    modulation |= {"single_transformer_blocks.0.norm.linear"}
     assert quantized == {
         *(f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"transformer_blocks.0.attn.{part}" for part in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
@@ -701,13 +703,61 @@ def test_the_layers_of_a_small_flux_that_stay(diffusers):
         *(f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"),
         "single_transformer_blocks.0.proj_mlp",
         "single_transformer_blocks.0.proj_out",
+        *modulation,
     }
+    recipe = Recipe.of("mxfp4-w8a8")
+    schemes = {name: recipe.scheme_for(name, (64, 64), "FluxTransformer2DModel") for name in quantized}
+    assert {name for name, scheme in schemes.items() if scheme.activation == "bf16"} == modulation
+    assert {scheme.activation for name, scheme in schemes.items() if name not in modulation} == {"mxfp4"}
 
 
-def test_every_skip_rule_gives_a_reason_and_every_class_exists(diffusers):
-    for model_class, rules in skip_rules().items():
-        assert model_class == "any" or hasattr(diffusers, model_class)
-        assert all(rule.skip and rule.reason for rule in rules)
+def test_every_rule_of_a_family_gives_a_reason_and_says_what_to_do(diffusers):
+    *named, last = families().items()
+    assert last[0] == "any"
+    assert not last[1].classes
+    for name, family in named:
+        assert family.classes, name
+        assert all(hasattr(diffusers, kind) for kind in family.classes)
+    for _, family in families().items():
+        assert all(rule.reason and (rule.weight_only or rule.skip is not None) for rule in family.rules)
+
+
+def test_a_class_gets_the_rules_of_all_its_families_and_those_for_any_last():
+    reasons = [rule.reason for rule in family_rules("HunyuanVideoTransformer3DModel")]
+    text = reasons.index("blocks that refine the text")
+    assert reasons.index("modulation") < text < reasons.index("embedding")
+    assert family_rules("SomeTransformer") == families()["any"].rules
+
+
+def test_weight_only_leaves_all_activations_and_stores_the_same():
+    recipe = Recipe.from_dict({"scheme": "mxfp4-w6a6", "rules": [{"match": "*mod*", "weight_only": True}]})
+    plain, weight_only = recipe.scheme_for("a", (64, 128)), recipe.scheme_for("mod", (64, 128))
+    assert weight_only == plain.weight_only()
+    assert (weight_only.weight, weight_only.branch.weight) == ("mxfp4", "mxfp6_e2m3")
+    assert (weight_only.activation, weight_only.branch.activation) == ("bf16", "bf16")
+    assert weight_only.branch.intermediate_format.name == "bf16"
+    assert weight_only.nbytes((64, 128)) == plain.nbytes((64, 128))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_weight_only_gives_no_branch_to_a_recipe_without_one():
+    recipe = Recipe.of("mxfp4")
+    assert recipe.scheme_for("transformer_blocks.0.norm1.linear", (64, 64), "FluxTransformer2DModel") == Scheme("mxfp4")
+    assert recipe.scheme_for("transformer_blocks.0.attn.to_q", (64, 64), "FluxTransformer2DModel") == recipe.scheme
+
+
+@pytest.mark.parametrize("more", [{"activation": "mxint8"}, {"branch": {"intermediate": "mxint8"}}])
+def test_a_rule_that_is_weight_only_and_names_activations_is_refused(more):
+    with pytest.raises(RecipeError, match=r"Rule 'a\*' is weight-only and names a format of activations\. Leave one"):
+        Recipe.from_dict({**MINIMAL, "rules": [{"match": "a*", "weight_only": True, **more}]})
+
+
+def test_a_rule_of_the_recipe_comes_before_the_family_s():
+    name, kind = "transformer_blocks.0.norm1.linear", "FluxTransformer2DModel"
+    assert Recipe.of("mxfp4-w8a8").scheme_for(name, (64, 64), kind).activation == "bf16"
+    rules = (Rule("*.norm1.linear", skip=False),)
+    assert replace(Recipe.of("mxfp4-w8a8"), rules=rules).scheme_for(name, (64, 64), kind).activation == "mxfp4"
+    assert replace(Recipe.of("mxfp4-w8a8"), rules=(Rule("*norm*", skip=True),)).scheme_for(name, (64, 64), kind) is None
 
 
 def test_an_unknown_class_gets_the_rules_for_any():

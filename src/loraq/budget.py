@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from loraq.errors import SchemeError
 from loraq.scheme import Scheme
@@ -58,6 +59,7 @@ class Budget:
 DEFAULT_BUDGET = Budget(rank_16bit=32)
 
 
+@lru_cache(maxsize=1024)  # a model has few shapes and many layers
 def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_BUDGET) -> Scheme:
     """Return the scheme with a rank left open (0) set to the largest one the budget pays for, scales counted.
 

@@ -137,13 +137,17 @@ def plan(source: Path, as_json: bool, **recipe: Any) -> None:
     for layer in planned.layers:
         shape = f"{layer.shape[0]}×{layer.shape[1]}"
         if layer.scheme is None:
-            rows.append((layer.name, shape, "kept", layer.reason, "", "", _size(layer.nbytes), ""))
+            rows.append((layer.name, shape, "kept", "", "", "", _size(layer.nbytes), "", layer.reason))
             continue
         branch = layer.scheme.branch
         formats = (layer.scheme.weight, layer.scheme.activation)
         side = (f"{branch.weight}/{branch.activation}", str(branch.rank)) if branch else ("none", "")
-        rows.append((layer.name, shape, *formats, *side, _size(layer.nbytes), f"{layer.bits_per_weight:.3f}"))
-    _print_table(("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight"), rows)
+        bits = f"{layer.bits_per_weight:.3f}"
+        rows.append((layer.name, shape, *formats, *side, _size(layer.nbytes), bits, layer.reason))
+    for other in planned.others:
+        shape = "×".join(str(n) for n in other.shape)
+        rows.append((other.name, shape, "kept", "", "", "", _size(other.nbytes), "", other.reason))
+    _print_table(("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"), rows)
     kept = len(planned.layers) - len(planned.quantized)
     click.echo(
         f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per weight, {kept} kept."
@@ -309,8 +313,9 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         }
         for layer in planned.layers
     ]
+    others = [asdict(other) | {"nbytes": other.nbytes} for other in planned.others]
     totals = {"nbytes": planned.nbytes, "nbytes_bf16": planned.nbytes_bf16, "bits_per_weight": planned.bits_per_weight}
-    return {"layers": layers, **totals}
+    return {"layers": layers, "others": others, **totals}
 
 
 def _print_json(document: Any) -> None:

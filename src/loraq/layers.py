@@ -1,20 +1,64 @@
 """Find the linear layers of a module, replace them, and switch how they run."""
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from loraq.kernels import get_backend
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedConv1x1, QuantizedLinear
+
+#: What `linear_layers` finds: a matrix times every token, or times every pixel.
+LinearLayer = nn.Linear | nn.Conv2d
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every `nn.Linear` below a module by its dotted name, in the order of the module tree.
+def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
+    """Return every linear layer below a module by its dotted name, in the order of the module tree.
 
-    A layer that stands in several places appears once, under its first name. Subclasses are left out, because they
-    may compute something else, and so is the module itself, because it cannot be replaced in place.
+    Linear are `nn.Linear` and an `nn.Conv2d` of 1×1 pixel, which multiplies every pixel with a matrix. A layer that
+    stands in several places appears once, under its first name. Subclasses are left out, because they may compute
+    something else, and so is the module itself, because it cannot be replaced in place.
     """
-    return {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
+    return {name: module for name, module in model.named_modules() if name and is_linear(module)}
+
+
+def is_linear(module: nn.Module) -> TypeGuard[LinearLayer]:
+    """Return whether a module multiplies its input with one matrix, adds a bias, and does nothing else."""
+    if type(module) is nn.Conv2d:
+        steps = (module.kernel_size, module.stride, module.padding, module.groups)
+        return steps == ((1, 1), (1, 1), (0, 0), 1)
+    return type(module) is nn.Linear
+
+
+def matrix_of(layer: LinearLayer) -> Tensor:
+    """Return the weight of a linear layer as the matrix (out, in), a view."""
+    return layer.weight.flatten(1)
+
+
+def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of every linear layer below a module by its dotted name."""
+    matrices = {name: matrix_of(layer) for name, layer in linear_layers(model).items()}
+    return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+
+
+def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and kind of every float parameter with two or more axes that no linear layer holds, by its name.
+
+    These cannot be quantized: embeddings, larger convolutions, experts stacked in one tensor, subclasses of
+    `nn.Linear`. The kind is the class of the module that holds the parameter.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner_name, _, _ = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if parameter.dim() >= 2 and parameter.is_floating_point() and not (owner_name and is_linear(owner)):
+            found[name] = (tuple(parameter.shape), type(owner).__name__)
+    return found
+
+
+def quantized_class(layer: nn.Module) -> type[QuantizedLinear]:
+    """Return the class that stands for a linear layer after quantization; a quantized layer keeps its own."""
+    return QuantizedConv1x1 if isinstance(layer, nn.Conv2d | QuantizedConv1x1) else QuantizedLinear
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

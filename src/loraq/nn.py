@@ -1,4 +1,4 @@
-"""`QuantizedLinear`: a linear layer that holds packed bytes and runs its scheme; no solver code."""
+"""`QuantizedLinear` and `QuantizedConv1x1`: layers that hold packed bytes and run their scheme; no solver code."""
 
 from typing import Any, Self
 
@@ -165,3 +165,26 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_operands": None}
+
+
+class QuantizedConv1x1(QuantizedLinear):
+    """Drop-in for a 1×1 `nn.Conv2d`: the same linear layer, applied to the channels (…, in, height, width).
+
+    Its weight is stored as the matrix (out, in), under the same names as that of any linear layer.
+    """
+
+    @property
+    def in_channels(self) -> int:
+        """The same as `in_features`, under a convolution's name."""
+        return self.in_features
+
+    @property
+    def out_channels(self) -> int:
+        """The same as `out_features`, under a convolution's name."""
+        return self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (…, out, height, width) in the dtype of x (…, in, height, width), laid out in memory as x is."""
+        pixels = x.movedim(-3, -1).contiguous()  # free in SANA; and the sums do not depend on the layout
+        y = super().forward(pixels).movedim(-1, -3)
+        return y.contiguous() if x.is_contiguous() else y

@@ -5,7 +5,7 @@ import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,6 +27,8 @@ class Rule:
     match: str
     #: True leaves the layer as it is; False quantizes it even where the model's class skips it.
     skip: bool | None = None
+    #: True leaves all activations in 16 bits, also those of the branch, and stores the weights as the recipe says.
+    weight_only: bool | None = None
     #: Why, shown by `loraq plan`.
     reason: str | None = None
     #: Format of the main weight.
@@ -35,6 +37,16 @@ class Rule:
     activation: str | None = None
     #: Fields of the branch that change; `{}` changes none.
     branch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Model classes whose layers need the same rules; a class may belong to several."""
+
+    #: Names of model classes; none means all.
+    classes: tuple[str, ...]
+    #: Read from top to bottom, after those of the recipe.
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,10 @@ class Recipe:
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for rule in self.rules:
             _checked(Branch, rule.branch, f"branch of rule '{rule.match}'")
+            if rule.weight_only and (rule.activation or {"activation", "intermediate"} & rule.branch.keys()):
+                raise RecipeError(
+                    f"Rule '{rule.match}' is weight-only and names a format of activations. Leave one of them out."
+                )
             _changed(self.scheme, rule)  # unknown formats are found now, not at the layer
 
     def solver(self, scheme: Scheme) -> Method:
@@ -83,7 +99,7 @@ class Recipe:
 
     def rule_for(self, name: str, model_class: str = "") -> Rule | None:
         """Return the first rule that matches a layer of a model class, or `None`."""
-        rules = (*self.rules, *skip_rules().get(model_class, ()), *skip_rules()["any"])
+        rules = (*self.rules, *family_rules(model_class))
         return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
 
     def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
@@ -285,11 +301,21 @@ def parse_scheme(name: str) -> Scheme:
     return Scheme(main.name, activation, replace(branch, rank=int(parts["rank"] or 0)), rotation)
 
 
-@lru_cache(maxsize=1)
-def skip_rules() -> dict[str, tuple[Rule, ...]]:
-    """Return the layers that stay as they are, by model class; "any" is for all classes."""
-    tables = tomllib.loads(files("loraq").joinpath("data/skip_rules.toml").read_text(encoding="utf-8"))
-    return {name: tuple(Rule(**rule, skip=True) for rule in rules) for name, rules in tables.items()}
+@cache
+def families() -> dict[str, Family]:
+    """Return the families of model classes in the order in which their rules are read; the last is for all classes."""
+    tables = tomllib.loads(files("loraq").joinpath("data/families.toml").read_text(encoding="utf-8"))
+    return {
+        name: Family(tuple(table.get("classes", ())), tuple(Rule(**rule) for rule in table["rules"]))
+        for name, table in tables.items()
+    }
+
+
+@cache
+def family_rules(model_class: str) -> tuple[Rule, ...]:
+    """Return the rules of all families that a model class belongs to."""
+    chosen = (family for family in families().values() if model_class in family.classes or not family.classes)
+    return tuple(rule for family in chosen for rule in family.rules)
 
 
 def _changed(scheme: Scheme, rule: Rule | None) -> Scheme:
@@ -300,7 +326,8 @@ def _changed(scheme: Scheme, rule: Rule | None) -> Scheme:
     if rule.branch and scheme.branch is not None:
         scheme = replace(scheme, branch=replace(scheme.branch, **rule.branch))
     changes = {key: value for key in ("weight", "activation") if (value := getattr(rule, key)) is not None}
-    return replace(scheme, **changes) if changes else scheme
+    scheme = replace(scheme, **changes)
+    return scheme.weight_only() if rule.weight_only else scheme
 
 
 def _checked(kind: type, table: Any, where: str, *, required: str | None = None) -> dict[str, Any]:

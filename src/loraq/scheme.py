@@ -5,7 +5,7 @@ TOML, JSON and a checkpoint's manifest as it is.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -88,6 +88,11 @@ class Scheme:
     def activation_format(self) -> Format:
         """Format of the main path's input, scales not shared by tokens."""
         return get_format(self.activation).for_rows()
+
+    def weight_only(self) -> "Scheme":
+        """Return the scheme that stores the same and leaves all activations as they are."""
+        branch = self.branch and replace(self.branch, activation="bf16", intermediate=None)
+        return replace(self, activation="bf16", branch=branch)
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Return the exact bytes that a weight of shape (out, in) takes, all scales counted, bias not."""

@@ -112,3 +112,17 @@ def test_folders_of_other_models_are_refused(tmp_path):
         compare(a, saved(nn.Embedding(2, 2), tmp_path / "c"))
     with pytest.raises(CheckpointError, match="is not a folder"):
         compare(a, tmp_path / "nowhere")
+
+
+def test_a_convolution_is_compared_as_a_matrix(tmp_path):
+    def conv() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(40, 24, 1))
+
+    model = conv()
+    loraq.quantize_(model, "mxfp4", progress=False)
+    folders = saved(conv(), tmp_path / "a"), saved(model, tmp_path / "b")
+    assert DenseWeights(folders[0]).read("0").shape == (24, 40)
+    (difference,) = compare(*folders)
+    assert difference.shape == (24, 40)
+    assert difference.relative_error == pytest.approx(model[0].record["relative_error"], rel=1e-5)

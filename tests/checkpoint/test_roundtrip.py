@@ -1,6 +1,7 @@
 """Save and load: the same bytes, the same outputs, whatever the module looks like."""
 
 import copy
+import hashlib
 import json
 import os
 import stat
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import loraq
 from loraq.checkpoint.manifest import Manifest
+from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError, KernelError
 from loraq.layers import quantized_layers
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.recipe import Recipe, Rule
 
 WIDTH = 48
@@ -483,3 +486,73 @@ def test_the_configuration_says_that_the_weights_are_quantized(pixart, folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "loraq"}
     assert config["_class_name"] == "PixArtTransformer2DModel"
+
+
+# --- 1×1 convolutions -----------------------------------------------------------------------------------------------
+
+
+def conv_net(width: int = 45) -> nn.Module:
+    """Widths that are no multiple of any block, around a convolution that stays."""
+    torch.manual_seed(0)
+    steps = (
+        nn.Conv2d(7, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=1, groups=width),
+        nn.Conv2d(width, 19, 1),
+    )
+    return nn.Sequential(*steps, nn.Flatten(2), nn.Linear(20, 33)).eval()
+
+
+PICTURE = torch.linspace(-1, 1, 2 * 7 * 20).view(2, 7, 4, 5)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4-w8a8-r5", "nvfp4-w6a6-r3", "int4-r2", "int5-a16"])
+def test_convolutions_of_odd_widths_come_back_as_convolutions(tmp_path, recipe):
+    model = quantized(recipe, conv_net(), rules=())
+    assert {name: type(layer) for name, layer in quantized_layers(model).items()} == {
+        "0": QuantizedConv1x1,
+        "3": QuantizedConv1x1,
+        "5": QuantizedLinear,
+    }
+    loraq.save(model, tmp_path / "saved")
+    fresh = conv_net()
+    loraq.load_into(fresh, tmp_path / "saved")
+    assert_same_state(fresh, model)
+    assert [type(layer) for layer in quantized_layers(fresh).values()] == [
+        QuantizedConv1x1,
+        QuantizedConv1x1,
+        QuantizedLinear,
+    ]
+    with torch.no_grad():
+        assert torch.equal(fresh(PICTURE), model(PICTURE))
+    loraq.load_into(fresh, tmp_path / "saved")  # into the quantized one
+    with torch.no_grad():
+        assert torch.equal(fresh(PICTURE), model(PICTURE))
+
+
+def test_the_source_hash_of_a_convolution_is_that_of_its_tensor(tmp_path):
+    model = conv_net()
+    raw = model[0].weight.detach().numpy().tobytes()
+    quantized("mxfp4", model, rules=())
+    assert model[0].record["source_sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+def test_a_matrix_does_not_go_into_a_larger_convolution(tmp_path):
+    loraq.save(quantized("mxfp4", conv_net(), rules=()), tmp_path / "saved")
+    other = conv_net()
+    other[3] = nn.Conv2d(45, 19, 3, padding=1)
+    with pytest.raises(
+        CheckpointError, match=r"Layer '3' is Conv2d.*The checkpoint has a linear layer of shape \(19, 45\)"
+    ):
+        loraq.load_into(other, tmp_path / "saved")
+
+
+def test_a_tensor_stands_where_torch_would_place_it(tmp_path):
+    # Sums of BLAS depend on the alignment; in the mapped file these start at odd places.
+    tensors = {f"t{i}": torch.full((i + 1,), float(i)) for i in range(40)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    reader = ShardReader(tmp_path)
+    for name, tensor in tensors.items():
+        read = reader.read(name)
+        assert read.data_ptr() % 64 == 0
+        assert torch.equal(read, tensor)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loraq.errors import RecipeError, SchemeError
-from loraq.pipeline.plan import LayerPlan, Plan
+from loraq.pipeline.plan import LayerPlan, OtherWeight, Plan
 from loraq.pipeline.quantize import plan_model
 from loraq.recipe import Recipe, Rule
 from loraq.scheme import Branch, Scheme
@@ -102,3 +102,33 @@ def test_a_model_is_planned_without_its_weights():
 def test_a_recipe_that_cannot_be_read_makes_no_plan():
     with pytest.raises(RecipeError, match="Unknown branch 'w9a9'"):
         plan_model(nn.Sequential(nn.Linear(8, 8)), "mxfp4-w9a9")
+
+
+def test_a_layer_that_is_weight_only_says_why():
+    shapes = {"transformer_blocks.0.norm1.linear": (96, 64), "transformer_blocks.0.attn.to_q": (64, 64)}
+    modulation, query = Plan.of(shapes, RECIPE, "FluxTransformer2DModel").layers
+    assert (modulation.reason, query.reason) == ("modulation", "")
+    assert (modulation.scheme, query.scheme) == (RECIPE.scheme.weight_only(), RECIPE.scheme)
+
+
+def test_large_weights_that_are_not_linear_are_listed_with_what_they_are():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(8, 8, 3), nn.Embedding(300, 64), nn.LayerNorm(8000))
+    model.extra = nn.Conv2d(2, 2, 3)  # 36 weights: not worth a word
+    plan = plan_model(model, "mxfp4-w8a8-r8")
+    assert plan.others == (
+        OtherWeight("1.weight", (8, 8, 3, 3), "not a linear layer, but Conv2d"),
+        OtherWeight("2.weight", (300, 64), "not a linear layer, but Embedding"),
+    )
+    assert [other.nbytes for other in plan.others] == [2 * 576, 2 * 19200]
+    assert plan.nbytes_bf16 == 2 * 64 * 64  # the totals are those of the linear layers
+
+
+def test_weights_that_are_only_large_together_are_listed():
+    model = nn.Sequential(nn.Linear(300, 300), *(nn.Conv2d(8, 8, 3) for _ in range(2)), nn.Conv2d(3, 3, 3, bias=False))
+    plan = plan_model(model, "mxfp4-w8a8-r8")  # 0.6 % each
+    assert [other.name for other in plan.others] == ["1.weight", "2.weight", "3.weight"]
+    assert not plan_model(model[:2], "mxfp4-w8a8-r8").others
+
+
+def test_a_plan_of_shapes_knows_no_other_weights():
+    assert Plan.of(SHAPES, RECIPE).others == ()

@@ -46,7 +46,7 @@ class DenseWeights:
         """
         stored = self.manifest.layers.get(layer) if self.manifest else None
         if stored is None:
-            return self.reader.read(f"{layer}.weight").float()
+            return self.reader.read(f"{layer}.weight").float().flatten(1)  # a 1×1 convolution's is (out, in, 1, 1)
         n_out, n_in = stored.shape
         dense = self._dequantized(f"{layer}.weight", stored.scheme.weight_format, stored.shape)
         if (branch := stored.scheme.branch) is not None:

@@ -11,7 +11,7 @@ from loraq.checkpoint.reader import ShardReader
 from loraq.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_folder, write_json, write_shards
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.kernels import DEFAULT_BACKEND, get_backend
-from loraq.layers import quantized_layers, replace_layer
+from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 
 
@@ -147,12 +147,15 @@ def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLi
         raise CheckpointError(
             f"The model has no layer '{name}'. Load into the architecture it was made from."
         ) from error
-    if not isinstance(old, nn.Linear | QuantizedLinear) or (old.out_features, old.in_features) != stored.shape:
+    if isinstance(old, QuantizedLinear):
+        fits = (old.out_features, old.in_features) == stored.shape
+    else:
+        fits = is_linear(old) and matrix_of(old).shape == stored.shape
+    if not fits:
         raise CheckpointError(f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}.")
+    n_out, n_in = stored.shape
     try:
-        layer = QuantizedLinear(
-            old.in_features, old.out_features, stored.scheme, bias=old.bias is not None, device="meta"
-        )
+        layer = quantized_class(old)(n_in, n_out, stored.scheme, bias=old.bias is not None, device="meta")
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
     layer.record = manifest.record(name)

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from loraq.errors import CheckpointError
 
+#: Bytes. In a mapped file a tensor starts anywhere, and the sums of BLAS depend on where: a tensor must stand as torch
+#: itself would place it, or a model would not compute the same bits after a round trip.
+ALIGNMENT = 64
+
 
 class ShardReader:
     """The tensors of a folder, by name; files are mapped, and a tensor is read when it is asked for."""
@@ -67,7 +71,7 @@ class ShardReader:
             tensor: Tensor = self._shards[self._home[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"Cannot read '{name}' from '{self.folder / self._home[name]}': {error}") from error
-        return tensor
+        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
     def _check_index(self, weight_map: dict[str, str], index: Path) -> None:
         wrong = sorted(name for name, file in weight_map.items() if self._home.get(name) != file)

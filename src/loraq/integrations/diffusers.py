@@ -15,7 +15,6 @@ from loraq.checkpoint.reader import ShardReader, read_json
 from loraq.checkpoint.writer import atomic_folder, require_free
 from loraq.errors import CheckpointError, LoraqError
 from loraq.kernels import DEFAULT_BACKEND
-from loraq.layers import linear_layers
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.quantize import Report, quantize_
@@ -73,15 +72,30 @@ def empty_model(folder: Path) -> nn.Module:
             raise CheckpointError(f"{name} refuses '{folder / 'config.json'}': {error}") from error
 
 
+def transformer_classes() -> dict[str, type[nn.Module]]:
+    """Return every transformer class that the installed diffusers exports, by its name.
+
+    Raises:
+        LoraqError: diffusers is not installed.
+    """
+    with _quiet_diffusers() as diffusers:
+        from diffusers.models import transformers
+
+        found = {name: getattr(transformers, name) for name in sorted(dir(transformers))}
+        return {
+            name: kind
+            for name, kind in found.items()
+            if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(diffusers, name)
+        }
+
+
 def plan_folder(source: str | Path, recipe: Recipe) -> Plan:
     """Return what `quantize_folder` would do, from the configuration alone.
 
     Raises:
         CheckpointError, SchemeError: the folder or the recipe cannot be used.
     """
-    model = empty_model(_float_folder(Path(source)))
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_layers(model).items()}
-    return Plan.of(shapes, recipe, type(model).__name__)
+    return Plan.of_model(empty_model(_float_folder(Path(source))), recipe)
 
 
 def quantize_folder(

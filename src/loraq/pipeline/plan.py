@@ -1,11 +1,20 @@
 """What a run would do, settled and checked before any long work starts."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torch import nn
+
+from loraq.layers import matrix_shapes, other_weights
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
+
+#: Weights that are in no linear layer are listed if they, with their like in the other blocks, are more than this share
+#: of the model's parameters.
+SIGNIFICANT = 0.01
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class LayerPlan:
     shape: tuple[int, int]
     #: The scheme with its rank settled, or `None` if the layer stays as it is.
     scheme: Scheme | None
-    #: Why the layer stays as it is; empty if it does not.
+    #: Why the layer stays as it is or gets something else than the recipe's scheme; empty if it gets just that.
     reason: str = ""
 
     @property
@@ -33,10 +42,28 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class OtherWeight:
+    """A large weight that stays as it is because no linear layer holds it."""
+
+    #: Dotted name of the parameter.
+    name: str
+    shape: tuple[int, ...]
+    #: What it is instead.
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in 16 bits."""
+        return 2 * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
     layers: tuple[LayerPlan, ...]
+    #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only shapes were known.
+    others: tuple[OtherWeight, ...] = ()
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = "") -> "Plan":
@@ -45,7 +72,7 @@ class Plan:
         Args:
             shapes: (out, in) of every linear layer by dotted name.
             recipe: what is asked.
-            model_class: class name of the model, which selects its skip rules.
+            model_class: class name of the model, which selects the rules of its families.
 
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.
@@ -53,10 +80,28 @@ class Plan:
         layers = []
         for name, shape in shapes.items():
             scheme = recipe.scheme_for(name, shape, model_class)
-            rule = recipe.rule_for(name, model_class) if scheme is None else None
+            rule = recipe.rule_for(name, model_class)
             reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
             layers.append(LayerPlan(name, shape, scheme, reason))
         return cls(tuple(layers))
+
+    @classmethod
+    def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
+        """Settle the scheme of every layer of a module, and find the large weights that are in no linear layer.
+
+        The module may be on the meta device. Raises `SchemeError` as `of`.
+        """
+        found = other_weights(model)
+        sizes: Counter[str] = Counter()
+        for name, (shape, _) in found.items():
+            sizes[_family(name)] += math.prod(shape)
+        least = SIGNIFICANT * sum(parameter.numel() for parameter in model.parameters())
+        others = tuple(
+            OtherWeight(name, shape, f"not a linear layer, but {kind}")
+            for name, (shape, kind) in found.items()
+            if sizes[_family(name)] > least
+        )
+        return replace(cls.of(matrix_shapes(model), recipe, type(model).__name__), others=others)
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -78,3 +123,8 @@ class Plan:
         """Mean stored bits for each weight of the quantized layers."""
         weights = sum(math.prod(layer.shape) for layer in self.quantized)
         return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
+
+
+def _family(name: str) -> str:
+    """The name without the numbers of blocks."""
+    return re.sub(r"\d+", "*", name)

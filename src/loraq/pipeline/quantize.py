@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError, unknown
 from loraq.formats.block import require_finite
-from loraq.layers import linear_layers, quantized_layers, replace_layer
+from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.methods import layer_seed
-from loraq.nn import QuantizedLinear
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
 from loraq.recipe import METHODS, Recipe
@@ -108,8 +107,7 @@ def plan_model(model: nn.Module, recipe: str | Path | Scheme | Recipe) -> Plan:
         RecipeError: the recipe cannot be read.
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_layers(model).items()}
-    return Plan.of(shapes, Recipe.of(recipe), type(model).__name__)
+    return Plan.of_model(model, Recipe.of(recipe))
 
 
 def quantize_(
@@ -126,7 +124,7 @@ def quantize_(
     that was interrupted is finished by calling again.
 
     Args:
-        model: any module; its class name selects the skip rules.
+        model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each layer.
@@ -156,7 +154,7 @@ def quantize_(
             layer = layers.pop(job.name)
             solution = future.result()
             report = _report(job, layer.weight, solution)
-            quantized = QuantizedLinear.from_solution(solution, layer.bias)
+            quantized = quantized_class(layer).from_solution(solution, layer.bias)
             quantized.record = {**report.record(), "recipe": plain_recipe}
             replace_layer(model, job.name, quantized)
             del layer  # frees its float weight now, not after the next layer
@@ -166,14 +164,14 @@ def quantize_(
 
 
 def _solved(
-    jobs: tuple[LayerPlan, ...], layers: dict[str, nn.Linear], recipe: Recipe, workers: int
+    jobs: tuple[LayerPlan, ...], layers: dict[str, LinearLayer], recipe: Recipe, workers: int
 ) -> Iterator[tuple[LayerPlan, "Future[LayerSolution]"]]:
     """Yield finished jobs in order, with at most `workers` of them in flight."""
 
     def run(job: LayerPlan) -> LayerSolution:
         assert job.scheme is not None
         try:
-            return _solve(layers[job.name].weight, recipe, job.scheme, job.name)
+            return _solve(matrix_of(layers[job.name]), recipe, job.scheme, job.name)
         except Exception as error:
             raise LayerError(f"Layer '{job.name}' failed: {error}") from error
 
@@ -219,7 +217,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _require_usable(name: str, layer: nn.Linear) -> None:
+def _require_usable(name: str, layer: LinearLayer) -> None:
     if layer.weight.is_meta:
         raise LayerError(f"Layer '{name}' has no weights (it is on the meta device). Load the model first.")
     if not layer.weight.is_floating_point():
