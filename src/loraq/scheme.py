@@ -81,6 +81,23 @@ class Scheme:
         """Format of the main path's input, scales not shared by tokens."""
         return get_format(self.activation).for_rows()
 
+    def parts(self, shape: tuple[int, int]) -> dict[str, tuple[Format, tuple[int, int]]]:
+        """Return format and shape of each matrix that stores a weight (out, in), by its name on disk."""
+        n_out, n_in = shape
+        parts = {"weight": (self.weight_format, (n_out, n_in))}
+        if branch := self.branch:
+            parts["proj_down"] = (branch.weight_format, (branch.rank, n_in))
+            parts["proj_up"] = (branch.weight_format, (n_out, branch.rank))
+        return parts
+
+    def storage(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the `uint8` tensors that store a weight (out, in), by their names on disk."""
+        return {
+            f"{part}_{name}": stored
+            for part, (fmt, matrix) in self.parts(shape).items()
+            for name, stored in fmt.storage(matrix).items()
+        }
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Return the exact bytes that a weight of shape (out, in) takes, all scales counted, bias not."""
         return self.weight_format.nbytes(shape) + (self.branch.nbytes(shape) if self.branch else 0)
@@ -128,6 +145,14 @@ class LayerSolution:
     seconds: float = 0.0
     #: What else the method measured, by name: "steps", "objective", "start_error" …
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The `uint8` tensors to store, by their names on disk; those of `Scheme.storage`."""
+        matrices = {"weight": self.residual}
+        if self.branch is not None:
+            matrices |= {"proj_down": self.branch.proj_down, "proj_up": self.branch.proj_up}
+        return {f"{part}_{name}": t for part, q in matrices.items() for name, t in q.tensors.items()}
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
         """Return the effective dense weight Ŵ = residual + U D in fp32."""
