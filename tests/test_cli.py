@@ -438,11 +438,11 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraq.integrations.diffusers.quantize_", interrupt)
+    monkeypatch.setattr("loraq.pipeline.stream.run_jobs", interrupt)
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert result.stderr.splitlines() == ["Interrupted. No partial result was left."]
+    assert result.stderr.splitlines() == ["Interrupted. Nothing was left."]
     assert not list(tmp_path.iterdir())
 
 
@@ -455,7 +455,7 @@ def test_an_error_of_the_disk_is_one_message(place, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "somewhere")
 
-    monkeypatch.setattr("loraq.integrations.diffusers.plan_folder", refuse)
+    monkeypatch.setattr("loraq.integrations.checkpoints.plan_checkpoint", refuse)
     assert "Permission denied" in fails("plan", place / "float")
 
 

@@ -37,9 +37,7 @@ class ShardLayout:
     index: str | None
 
     @classmethod
-    def of(
-        cls, specs: Mapping[str, TensorSpec], stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
-    ) -> "ShardLayout":
+    def of(cls, specs: Mapping[str, TensorSpec], stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES) -> "ShardLayout":
         """Lay tensors out as `<stem>.safetensors`, or as numbered shards with an index.
 
         The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of its own. Within a
@@ -55,7 +53,8 @@ class ShardLayout:
             filled += spec.nbytes
         n = len(shards)
         files = [f"{stem}.safetensors"] if n == 1 else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-        headers, sizes, places = {}, {}, {}
+        headers, sizes = {}, {}
+        places: dict[str, tuple[str, int]] = {}
         for file, shard in zip(files, shards, strict=True):
             ordered = dict(sorted(shard.items(), key=lambda item: -item[1].itemsize))
             headers[file], offsets = encode_header(ordered)

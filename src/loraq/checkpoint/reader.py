@@ -2,13 +2,34 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loraq.checkpoint.header import DTYPES, Header, read_header
 from loraq.errors import CheckpointError
+
+
+class TensorReader(Protocol):
+    """Tensors by name, read one at a time; `ShardReader` is one. It can be sent to another process."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor in safetensors' notation."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU; raises `CheckpointError` if it cannot be read."""
+        ...
 
 
 class ShardReader:
@@ -109,7 +130,7 @@ class ShardReader:
         for file, header in self._shards.items():
             if twice := sorted(self._home.keys() & header.specs.keys()):
                 raise CheckpointError(
-                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_some(twice)}. Download the folder again."
+                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_some(twice)}. Download it again."
                 )
             self._home |= dict.fromkeys(header.specs, file)
 
