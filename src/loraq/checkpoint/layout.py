@@ -81,11 +81,10 @@ class ShardLayout:
         return digest.hexdigest()
 
     def allocate(self, folder: Path) -> None:
-        """Make the files of a folder at their final size; what already stands in a file that fits is kept."""
+        """Make the files of a folder at their final size; what already stands in them is kept."""
         for file, header in self.headers.items():
             with (folder / file).open("r+b" if (folder / file).exists() else "w+b") as shard:
-                if os.fstat(shard.fileno()).st_size != self.sizes[file]:
-                    shard.truncate(0)
+                shard.truncate(min(os.fstat(shard.fileno()).st_size, self.sizes[file]))
                 _reserve(shard.fileno(), self.sizes[file])
                 _write_at(shard.fileno(), memoryview(header), 0)
         if self.index:
