@@ -127,7 +127,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "recipe": report.recipe.to_dict(),
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
-                "layers": [{"name": layer.name, **layer.record()} for layer in report.layers],
+                "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
             }
         )
         return

@@ -114,9 +114,8 @@ def test_a_1x1_convolution_is_a_matrix(tmp_path):
 
 @pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_byte(source, expected, tmp_path):
-    for workers in (2, 3):
-        quantize(source, tmp_path / f"out-{workers}", workers=workers)
-        assert files_of(tmp_path / f"out-{workers}") == expected
+    quantize(source, tmp_path / "out", workers=2)
+    assert files_of(tmp_path / "out") == expected
 
 
 def test_workers_begin_with_the_largest_layer(source, tmp_path):
