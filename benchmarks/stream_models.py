@@ -5,9 +5,9 @@ by the command `loraq quantize`, in its own process, as a user would. Reading gu
 memory that the command and its workers held together (file pages that the kernel can drop are not counted), and
 "tensor MB" is the largest weight in fp32. If streaming works, the first follows the second and not the GB of the model.
 
-A whole FLUX.1 takes hours on two cores. `--layers N` quantizes N layers, spread evenly over the model, and keeps the
-others in 16 bits: every byte of the checkpoint is still read, checked and written, and "hours" tells what all layers
-would take at the measured seconds per layer.
+A whole FLUX.1 takes hours on two cores. `--layers N` quantizes N layers, from the smallest to the largest, and keeps
+the others in 16 bits: every byte of the checkpoint is still read, checked and written, and "hours" tells what all
+layers would take on as many workers at the measured seconds per weight.
 
     python benchmarks/stream_models.py --layers 8                        all three, a subset
     python benchmarks/stream_models.py --models pixart-sigma --layers 0  all layers of one
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from loraq.checkpoint.header import DTYPE_NAMES, TensorSpec
 from loraq.checkpoint.layout import ShardLayout
 from loraq.checkpoint.writer import write_json
 from loraq.integrations.diffusers import model_of
+from loraq.pipeline.plan import Plan
 
 #: The published configurations, as far as they differ from the defaults of the classes.
 CONFIGS: dict[str, dict[str, object]] = {
@@ -94,14 +96,15 @@ def write_checkpoint(config: dict[str, object], folder: Path) -> torch.nn.Module
     return model
 
 
-def subset(recipe: Recipe, model: torch.nn.Module, n_layers: int) -> tuple[Recipe, int]:
-    """Return the recipe for some layers, spread evenly (0: for all), and the number of all layers."""
-    names = [layer.name for layer in plan_model(model, recipe).quantized]
+def subset(plan: Plan, recipe: Recipe, n_layers: int) -> Recipe:
+    """Return the recipe for some layers of a plan, from the smallest to the largest (0: for all)."""
     if not n_layers:
-        return recipe, len(names)
-    chosen = names[:: -(-len(names) // n_layers)]
-    rules = (*(Rule(name) for name in chosen), Rule("*", skip=True, reason="not in the subset"))
-    return Recipe(**{**vars(recipe), "rules": rules}), len(names)
+        return recipe
+    by_size = sorted(plan.quantized, key=lambda layer: math.prod(layer.shape))
+    step = (len(by_size) - 1) / max(1, n_layers - 1)
+    chosen = {by_size[round(i * step)].name for i in range(n_layers)}
+    rules = (*(Rule(name) for name in sorted(chosen)), Rule("*", skip=True, reason="not in the subset"))
+    return replace(recipe, rules=rules)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -152,13 +155,16 @@ def main() -> None:
         for name in chosen.models:
             source, target = Path(place, name, "source"), Path(place, name, "target")
             model = write_checkpoint(CONFIGS[name], source)
-            recipe, n_all = subset(Recipe(**{**vars(Recipe.named("default")), "effort": chosen.effort}), model,
-                                   chosen.layers)  # fmt: skip
-            write_json(Path(place, "recipe.json"), recipe.to_dict())
+            recipe = replace(Recipe.named("default"), effort=chosen.effort)
+            plan = plan_model(model, recipe)
+            write_json(Path(place, "recipe.json"), subset(plan, recipe, chosen.layers).to_dict())
             found, seconds, peak = measure(source, target, Path(place, "recipe.json"), chosen.workers)
-            n_layers = len(found["layers"])
+            n_layers, n_all = len(found["layers"]), len(plan.quantized)
             largest = max(parameter.numel() for parameter in model.parameters()) * 4
-            solver = sum(layer["seconds"] for layer in found["layers"]) / n_layers
+            weights = {layer.name: math.prod(layer.shape) for layer in plan.quantized}
+            solver = sum(layer["seconds"] for layer in found["layers"])
+            share = sum(weights[layer["name"]] for layer in found["layers"]) / sum(weights.values())
+            hours = solver / share / chosen.workers / 3600
             row = {
                 "model": name,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -170,16 +176,25 @@ def main() -> None:
                 "bytes_in": folder_bytes(source),
                 "bytes_out": folder_bytes(target),
                 "seconds": seconds,
-                "solver_seconds_per_layer": solver,
+                "solver_seconds_per_layer": solver / n_layers,
                 "largest_tensor_fp32_bytes": largest,
                 "peak_anonymous_bytes": peak,
-                "hours_for_all_layers": solver * n_all / chosen.workers / 3600,
+                "share_of_the_weights": share,
+                "hours_for_all_layers": hours,
             }
             rows.append(row)
             gb_in = folder_bytes(source) / 1e9
-            cells = (f"{n_layers}/{n_all}", f"{gb_in:.2f}", f"{folder_bytes(target) / 1e9:.2f}", f"{seconds / 60:.1f}",
-                     f"{solver:.1f}", f"{gb_in / seconds:.3f}", f"{largest / 1e6:.0f}", f"{peak / 1e6:.0f}",
-                     f"{solver * n_all / chosen.workers / 3600:.1f}")  # fmt: skip
+            cells = (
+                f"{n_layers}/{n_all}",
+                f"{gb_in:.2f}",
+                f"{folder_bytes(target) / 1e9:.2f}",
+                f"{seconds / 60:.1f}",
+                f"{solver / n_layers:.1f}",
+                f"{gb_in / seconds:.3f}",
+                f"{largest / 1e6:.0f}",
+                f"{peak / 1e6:.0f}",
+                f"{hours:.1f}",
+            )
             print(f"{name:14}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
             for path in (*source.iterdir(), *target.iterdir()):
                 path.unlink()  # the next model needs the space

@@ -88,6 +88,22 @@ def test_other_settings_are_refused_and_named(tmp_path):
     begin(tmp_path / "out")  # the old settings still go on
 
 
+def test_settings_are_compared_as_they_are_read_back(tmp_path):
+    run = {"recipe": {"options": {"factors": (0.9, 1.1)}}}
+    with pytest.raises(Cut), resumable_folder(tmp_path / "out", run, 4) as journal:
+        raise (journal.append({"name": "a"})) or Cut
+    with resumable_folder(tmp_path / "out", run, 4) as journal:
+        assert list(journal.layers) == ["a"]
+
+
+def test_a_run_that_was_killed_while_it_replaced_its_target_cleans_up(tmp_path):
+    with pytest.raises(Cut):
+        begin(tmp_path / "out", error=Cut())
+    (tmp_path / ".out.replaced").mkdir()
+    begin(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
 def test_restart_forgets(tmp_path):
     with pytest.raises(Cut):
         begin(tmp_path / "out", error=Cut())

@@ -104,6 +104,7 @@ def resumable_folder(
         CheckpointError: the target is there, is written by another run right now, or was begun with other settings;
             the disk refuses.
     """
+    fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     target = target.resolve()  # a link stays, and what it points to is replaced
     partial = target.with_name(f".{target.name}.partial")
     with _locked(target, partial, overwrite=overwrite) as file:

@@ -65,17 +65,17 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def publish(partial: Path, folder: Path) -> None:
     """Give a finished folder its name, in place of what may be there; on failure everything stays as it was."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    folder.rename(replaced)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
     try:
         partial.rename(folder)
     except BaseException:
-        replaced.rename(folder)
+        if replaced.exists():
+            replaced.rename(folder)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)  # also what a run left that was killed between the two renames
 
 
 def reason_of(error: OSError) -> str:

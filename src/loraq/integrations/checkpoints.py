@@ -55,7 +55,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         config: for a source without a configuration, the diffusers `config.json` or the folder it is in; without
             one, layers are found by their tensors, and the target is for `loraq.load_into`.
-        workers: processes that solve layers at a time, on one thread each.
+        workers: processes that solve layers at a time, on one thread each. A script that asks for more than one
+            needs the usual `if __name__ == "__main__":`, because they import it.
         shard_bytes: largest output file, unless one tensor alone is larger.
         overwrite: whether a model folder that is there may be replaced.
         restart: whether to forget what an interrupted run has finished.

@@ -190,6 +190,7 @@ def _fingerprint(source: Source, layout: ShardLayout, recipe: Recipe) -> dict[st
             for name, header in source.files.files.items()
         },
         "layout": layout.sha256,
+        "schemes": {layer.name: asdict(layer.scheme) for layer in source.plan.quantized if layer.scheme},
         "configuration": source.config,
         "versions": {"loraq": loraq.__version__, "torch": torch.__version__},
     }
