@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.header import read_header
+from loraq.checkpoint.header import TensorSpec, encode_header, read_header
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LoraqError
-from loraq.integrations.checkpoints import _expected, plan_checkpoint, quantize_checkpoint
+from loraq.integrations.checkpoints import _expected, _locate, _open, plan_checkpoint, quantize_checkpoint
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.integrations.single_file import ConvertedReader
 from loraq.recipe import Recipe
@@ -133,6 +133,34 @@ def test_a_file_in_the_original_layout_is_converted(folder, expected, tmp_path, 
     save_file(original, tmp_path / "original.safetensors")
     quantize(tmp_path / "original.safetensors", tmp_path / "out", config=folder)
     assert files_of(tmp_path / "out") == expected
+
+
+def test_a_flux_file_in_the_original_layout_fits_its_class(tmp_path):
+    """One block of each kind at full width, which the converter demands; the file is a hole, its numbers unread."""
+    width, mlp = 3072, 12288
+    shapes = {"img_in": (width, 64), "txt_in": (width, 4096), "final_layer.linear": (64, width)}
+    shapes |= {"final_layer.adaLN_modulation.1": (2 * width, width)}
+    for name, n_in in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        shapes |= {f"{name}.in_layer": (width, n_in), f"{name}.out_layer": (width, width)}
+    for side in ("double_blocks.0.img", "double_blocks.0.txt"):
+        shapes |= {f"{side}_mod.lin": (6 * width, width), f"{side}_attn.qkv": (3 * width, width)}
+        shapes |= {f"{side}_attn.proj": (width, width), f"{side}_mlp.0": (mlp, width), f"{side}_mlp.2": (width, mlp)}
+    shapes |= {"single_blocks.0.linear1": (3 * width + mlp, width), "single_blocks.0.linear2": (width, width + mlp)}
+    shapes |= {"single_blocks.0.modulation.lin": (3 * width, width)}
+    specs = {f"{name}.weight": TensorSpec("BF16", shape) for name, shape in shapes.items()}
+    specs |= {f"{name}.bias": TensorSpec("BF16", shape[:1]) for name, shape in shapes.items()}
+    for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
+        specs |= {f"{norm}.{part}_norm.scale": TensorSpec("BF16", (128,)) for part in ("query", "key")}
+    with (tmp_path / "flux.safetensors").open("wb") as file:
+        first, _ = encode_header(specs)
+        file.write(first)
+        file.truncate(len(first) + sum(spec.nbytes for spec in specs.values()))
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = _open(_locate(tmp_path / "flux.safetensors", tmp_path / "config.json"), RECIPE)
+    assert source.reader.shape("single_transformer_blocks.0.proj_mlp.weight") == (mlp, width)
+    assert source.reader.read("transformer_blocks.0.attn.to_k.bias").shape == (width,)
+    assert "transformer_blocks.0.attn.add_v_proj" in [layer.name for layer in source.plan.quantized]
 
 
 @pytest.mark.slow
