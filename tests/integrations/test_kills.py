@@ -69,7 +69,7 @@ def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
     for moment in moments:
         with start(place, target, workers) as process:
             first = process.stderr.readline() if moment else ""  # once before any layer, wherever that may be
-            time.sleep(chance.uniform(0, 0.3) if moment else chance.uniform(0.5, 2))
+            time.sleep(chance.uniform(0, 0.15) if moment else chance.uniform(0.5, 2))
             os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
             shown = solved(first + process.stderr.read())
         assert process.returncode == -signal.SIGKILL

@@ -141,6 +141,18 @@ def test_an_interrupted_run_goes_on_where_it_was(source, expected, tmp_path, aft
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", "source"]
 
 
+def test_a_run_that_was_killed_right_after_its_last_rename_is_finished(source, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        quantize(source, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "journal.jsonl").exists()
+    report = quantize(source, tmp_path / "out", progress=At(1, interrupt))
+    assert report.kept == N_LAYERS
+    assert report.mean_relative_error > 0
+    assert files_of(tmp_path / "out") == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", "source"]
+
+
 def interrupted(source: Path, target: Path, after: int = 2) -> Path:
     with pytest.raises(KeyboardInterrupt):
         quantize(source, target, progress=At(after, interrupt))
