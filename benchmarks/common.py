@@ -16,12 +16,13 @@ import torch
 HERE = Path(__file__).parent
 
 
-def options(description: str | None, **flags: str) -> argparse.Namespace:
+def options(description: str | None, **flags: str | tuple[object, str]) -> argparse.Namespace:
     """Read the options every benchmark has and set the number of threads.
 
     Args:
         description: the text of `--help`.
-        flags: further switches of one benchmark, each with its line for `--help`.
+        flags: further options of one benchmark: a switch is its line for `--help`, an option with a value is its
+            default (whose type it takes; a tuple for several values) and that line.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
@@ -30,7 +31,13 @@ def options(description: str | None, **flags: str) -> argparse.Namespace:
         "--save", action="store_true", help="also write benchmarks/results/<device>/<date>-<commit>.json"
     )
     for name, meaning in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+        if isinstance(meaning, str):
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
+            continue
+        default, line = meaning
+        many = isinstance(default, tuple)
+        kind = type(default[0]) if isinstance(default, tuple) else type(default)
+        parser.add_argument(f"--{name}", type=kind, nargs="+" if many else None, default=default, help=line)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     return chosen

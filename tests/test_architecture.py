@@ -31,6 +31,8 @@ FENCES = {
     "diffusers": ["integrations", "evaluation"],
     "transformers": ["integrations", "evaluation"],
     "accelerate": ["integrations", "evaluation"],
+    "huggingface_hub": ["integrations"],
+    "multiprocessing": ["pipeline/workers.py"],
     "matplotlib": ["evaluation"],
     "sklearn": ["evaluation"],
     "click": ["cli"],

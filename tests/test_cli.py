@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import loraq
-from loraq.cli import main
+from loraq.cli import _bytes, main
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
 
@@ -174,6 +174,45 @@ def test_quantize_prints_results_on_stdout_and_progress_on_stderr(place, tmp_pat
     assert len(progress) == 8
     assert progress[0].startswith("quantize: layer 1 of 8, error 0.")
     assert len(loraq.load(tmp_path / "out").transformer_blocks) == 1
+
+
+def test_quantize_writes_files_of_the_size_that_is_asked_for(place, tmp_path):
+    succeeds("quantize", place / "float", tmp_path / "out", *FAST, "--shard-size", "20kB")
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) > 1
+    loraq.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", ["", "much", "0", "0GB", "-1GB", "2TB2"])
+def test_a_size_that_is_none_is_wrong_usage(place, tmp_path, size):
+    result = run("quantize", place / "float", tmp_path / "out", "--shard-size", size)
+    assert result.exit_code == 2
+    assert "is no size. Write a number and a unit, such as 2GB or 500MB" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("7", 7), ("2GB", 2 * 10**9), ("1.5 mb", 1_500_000), ("1GiB", 2**30), ("3k", 3000)]
+)
+def test_sizes_are_read_with_their_units(text, size):
+    assert _bytes(None, None, text) == size
+
+
+def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
+    from loraq.pipeline import stream
+
+    def cut(work, jobs, workers):
+        yield work(jobs[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "run_jobs", cut)
+        result = run("quantize", place / "float", tmp_path / "out", *FAST)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Interrupted. 1 of 8 layers are kept; run the same command to go on."
+    assert "with other settings" in fails("quantize", place / "float", tmp_path / "out", *FAST, "--seed", 9)
+    result = run("quantize", place / "float", tmp_path / "out", *FAST)
+    assert "1 of them were finished before the last run was interrupted." in result.stdout.splitlines()
+    assert result.stderr.splitlines()[0].startswith("quantize: layer 2 of 8, error 0.")
 
 
 def test_quantize_gives_one_document(place, tmp_path):
@@ -440,11 +479,11 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraq.integrations.diffusers.quantize_", interrupt)
+    monkeypatch.setattr("loraq.pipeline.stream.run_jobs", interrupt)
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert result.stderr.splitlines() == ["Interrupted. No partial result was left."]
+    assert result.stderr.splitlines() == ["Interrupted. Nothing was left."]
     assert not list(tmp_path.iterdir())
 
 
@@ -457,7 +496,7 @@ def test_an_error_of_the_disk_is_one_message(place, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "somewhere")
 
-    monkeypatch.setattr("loraq.integrations.diffusers.plan_folder", refuse)
+    monkeypatch.setattr("loraq.integrations.checkpoints.plan_checkpoint", refuse)
     assert "Permission denied" in fails("plan", place / "float")
 
 

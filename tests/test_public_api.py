@@ -22,6 +22,7 @@ PUBLIC = [
     "load_into",
     "plan_model",
     "quantize_",
+    "quantize_checkpoint",
     "quantize_weight",
     "save",
     "set_backend",

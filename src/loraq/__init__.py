@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loraq.checkpoint import load_into, save
     from loraq.errors import LoraqError
     from loraq.formats import QTensor, get_format
+    from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
     from loraq.layers import set_backend
     from loraq.nn import QuantizedLinear
@@ -35,6 +36,7 @@ _HOMES = {
     "load_into": "loraq.checkpoint",
     "plan_model": "loraq.pipeline.quantize",
     "quantize_": "loraq.pipeline.quantize",
+    "quantize_checkpoint": "loraq.integrations.checkpoints",
     "quantize_weight": "loraq.pipeline.quantize",
     "save": "loraq.checkpoint",
     "set_backend": "loraq.layers",
@@ -55,6 +57,7 @@ __all__ = [
     "load_into",
     "plan_model",
     "quantize_",
+    "quantize_checkpoint",
     "quantize_weight",
     "save",
     "set_backend",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -47,8 +48,8 @@ def command(function: Callable[..., None]) -> click.Command:
                 raise
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("Interrupted. No partial result was left.", err=True)
+        except KeyboardInterrupt as interrupt:
+            click.echo(str(interrupt) or "Interrupted. Nothing was left.", err=True)
             sys.exit(130)
 
     run = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
@@ -71,6 +72,22 @@ def _recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+_RECIPE_OPTIONS = ("recipe", "budget", "method", "effort", "seed")
+
+_config_option = click.option(
+    "--config", type=click.Path(path_type=Path), help="config.json or its folder, for a SOURCE without one."
+)
+
+
+def _bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+    """Read a size such as "2GB", "500 MB" or "1GiB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
+    size = found and round(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " "))
+    if not size:
+        raise click.BadParameter(f"'{text}' is no size. Write a number and a unit, such as 2GB or 500MB.")
+    return size
+
+
 def _read_recipe(recipe: str, **overrides: Any) -> "Recipe":
     from dataclasses import replace
 
@@ -82,21 +99,27 @@ def _read_recipe(recipe: str, **overrides: Any) -> "Recipe":
 @command
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@_recipe_options
+@_config_option
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
-@click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
-def quantize(source: Path, target: Path, workers: int, overwrite: bool, as_json: bool, **recipe: Any) -> None:
-    """Quantize the transformer in SOURCE into the new folder TARGET.
+@click.option("--shard-size", "shard_bytes", default="2GB", show_default=True, callback=_bytes, help="Largest file.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
+@click.option("--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them.")
+@_recipe_options
+def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Quantize the transformer in SOURCE into the new folder TARGET, one tensor in memory at a time.
 
-    SOURCE is a diffusers transformer folder (config.json and safetensors) or a pipeline folder, whose other
-    components are copied.
+    SOURCE is a diffusers transformer folder (config.json and safetensors), a pipeline folder, whose other components
+    go along, one .safetensors file, or a repository of the hub. If the run is interrupted or killed, the same
+    command goes on where it was.
 
     \b
     Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4-w8a8 --workers 2
     """
-    from loraq.integrations.diffusers import quantize_folder
+    from loraq.integrations.checkpoints import quantize_checkpoint
 
-    report = quantize_folder(source, target, _read_recipe(**recipe), workers=workers, overwrite=overwrite)
+    recipe = _read_recipe(**{name: options.pop(name) for name in _RECIPE_OPTIONS})
+    report = quantize_checkpoint(source, target, recipe, **options)
     if as_json:
         _print_json(
             {
@@ -104,11 +127,13 @@ def quantize(source: Path, target: Path, workers: int, overwrite: bool, as_json:
                 "recipe": report.recipe.to_dict(),
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
-                "layers": [{"name": layer.name, **layer.record()} for layer in report.layers],
+                "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
             }
         )
         return
     click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.layers) - len(report.layers)} kept.")
+    if report.kept:
+        click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(f"Linear weights: {_size(report.plan.nbytes_bf16)} in bf16, {_size(report.plan.nbytes)} now.")
     click.echo(
         f"{report.plan.bits_per_weight:.3f} bits per weight, mean relative error {report.mean_relative_error:.4f}."
@@ -118,18 +143,19 @@ def quantize(source: Path, target: Path, workers: int, overwrite: bool, as_json:
 
 @command
 @click.argument("source", type=click.Path(path_type=Path))
+@_config_option
 @_recipe_options
-def plan(source: Path, as_json: bool, **recipe: Any) -> None:
+def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> None:
     """Show what `quantize` would do with SOURCE: format, rank, bytes of every layer; what is kept, and why.
 
-    Only the configuration is read.
+    Only the configuration is read, or the names and shapes of the tensors if there is none.
 
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0
     """
-    from loraq.integrations.diffusers import plan_folder
+    from loraq.integrations.checkpoints import plan_checkpoint
 
-    planned = plan_folder(source, _read_recipe(**recipe))
+    planned = plan_checkpoint(source, _read_recipe(**recipe), config=config)
     if as_json:
         _print_json(_plan_document(planned))
         return

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraq.formats import Format, QTensor
+from loraq.formats import QTensor
 from loraq.kernels import DEFAULT_BACKEND, get_backend
 from loraq.kernels.base import Operands, decode
 from loraq.scheme import LayerSolution, LowRankBranch, Scheme
@@ -52,10 +52,9 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        for part, (fmt, shape) in self._parts().items():
-            for name, stored in fmt.storage(shape).items():
-                empty = torch.empty(stored, dtype=torch.uint8, device=device)
-                self.register_parameter(f"{part}_{name}", nn.Parameter(empty, requires_grad=False))
+        for name, stored in scheme.storage((out_features, in_features)).items():
+            empty = torch.empty(stored, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._backend = get_backend(DEFAULT_BACKEND)
         self._operands = None
@@ -69,12 +68,8 @@ class QuantizedLinear(nn.Module):
         """
         n_out, n_in = solution.residual.shape
         layer = cls(n_in, n_out, solution.scheme, bias=False, device="meta")
-        stored = {"weight": solution.residual}
-        if solution.branch is not None:
-            stored |= {"proj_down": solution.branch.proj_down, "proj_up": solution.branch.proj_up}
-        for part, q in stored.items():
-            for name, tensor in q.tensors.items():
-                setattr(layer, f"{part}_{name}", nn.Parameter(tensor, requires_grad=False))
+        for name, tensor in solution.tensors.items():
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
@@ -138,16 +133,8 @@ class QuantizedLinear(nn.Module):
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         return text + f"{self.bits_per_weight:.2f} bits per weight, backend={self.backend}"
 
-    def _parts(self) -> dict[str, tuple[Format, tuple[int, int]]]:
-        """Format and shape of each quantized matrix, by its name on disk."""
-        parts = {"weight": (self.scheme.weight_format, (self.out_features, self.in_features))}
-        if branch := self.scheme.branch:
-            parts["proj_down"] = (branch.weight_format, (branch.rank, self.in_features))
-            parts["proj_up"] = (branch.weight_format, (self.out_features, branch.rank))
-        return parts
-
     def _qtensor(self, part: str) -> QTensor:
-        fmt, shape = self._parts()[part]
+        fmt, shape = self.scheme.parts((self.out_features, self.in_features))[part]
         stored = (getattr(self, f"{part}_{name}", None) for name in ("packed", "scale", "global_scale"))
         packed, scale, global_scale = (None if tensor is None else tensor.detach() for tensor in stored)
         assert packed is not None

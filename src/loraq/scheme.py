@@ -90,9 +90,26 @@ class Scheme:
         return get_format(self.activation).for_rows()
 
     def weight_only(self) -> "Scheme":
-        """Return the scheme that stores the same and leaves all activations as they are."""
+        """Return the scheme with the same formats of weights that leaves all activations as they are."""
         branch = self.branch and replace(self.branch, activation="bf16", intermediate=None)
-        return replace(self, activation="bf16", branch=branch)
+        return replace(self, activation="bf16", branch=branch, rotation=0)
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, tuple[Format, tuple[int, int]]]:
+        """Return format and shape of each matrix that stores a weight (out, in), by its name on disk."""
+        n_out, n_in = shape
+        parts = {"weight": (self.weight_format, (n_out, n_in))}
+        if branch := self.branch:
+            parts["proj_down"] = (branch.weight_format, (branch.rank, n_in))
+            parts["proj_up"] = (branch.weight_format, (n_out, branch.rank))
+        return parts
+
+    def storage(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the `uint8` tensors that store a weight (out, in), by their names on disk."""
+        return {
+            f"{part}_{name}": stored
+            for part, (fmt, matrix) in self.parts(shape).items()
+            for name, stored in fmt.storage(matrix).items()
+        }
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Return the exact bytes that a weight of shape (out, in) takes, all scales counted, bias not."""
@@ -141,6 +158,14 @@ class LayerSolution:
     seconds: float = 0.0
     #: What else the method measured, by name: "steps", "objective", "start_error" …
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The `uint8` tensors to store, by their names on disk; those of `Scheme.storage`."""
+        matrices = {"weight": self.residual}
+        if self.branch is not None:
+            matrices |= {"proj_down": self.branch.proj_down, "proj_up": self.branch.proj_up}
+        return {f"{part}_{name}": t for part, q in matrices.items() for name, t in q.tensors.items()}
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
         """Return the effective dense weight Ŵ = residual + U D, rotated back, in fp32."""

@@ -16,14 +16,8 @@ from torch import nn
 import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.errors import CheckpointError, LoraqError, RecipeError, SchemeError
-from loraq.integrations.diffusers import (
-    _quiet_diffusers,
-    empty_model,
-    load_float,
-    plan_folder,
-    quantize_folder,
-    transformer_folder,
-)
+from loraq.integrations.checkpoints import plan_checkpoint, quantize_checkpoint
+from loraq.integrations.diffusers import _quiet_diffusers, empty_model, load_float, transformer_folder
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
 
@@ -72,7 +66,7 @@ def velocity(model: nn.Module) -> torch.Tensor:
 
 
 def quantize(source: Path, target: Path, recipe: Recipe = RECIPE, **options):
-    return quantize_folder(source, target, recipe, progress=False, **options)
+    return quantize_checkpoint(source, target, recipe, progress=False, **options)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -143,20 +137,20 @@ def test_the_source_is_only_read(source, tmp_path):
 
 def test_the_plan_is_what_is_done(source, pipeline, tmp_path):
     for place in (source, pipeline):
-        plan = plan_folder(place, RECIPE)
+        plan = plan_checkpoint(place, RECIPE)
         report = quantize(place, tmp_path / f"out-{place.name}")
         assert report.plan == plan
         assert [(layer.name, layer.shape, layer.scheme) for layer in report.layers] == [
             (layer.name, layer.shape, layer.scheme) for layer in plan.quantized
         ]
         assert sum(layer.nbytes for layer in report.layers) == sum(layer.nbytes for layer in plan.quantized)
-    assert plan_folder(source, RECIPE) == plan_folder(pipeline, RECIPE)
+    assert plan_checkpoint(source, RECIPE) == plan_checkpoint(pipeline, RECIPE)
 
 
 def test_the_plan_needs_no_weights(source):
-    plan = plan_folder(source, RECIPE)
+    plan = plan_checkpoint(source, RECIPE)
     (source / "diffusion_pytorch_model.safetensors").unlink()
-    assert plan_folder(str(source), RECIPE) == plan
+    assert plan_checkpoint(str(source), RECIPE) == plan
     assert len(plan.quantized) == 16
 
 
@@ -203,7 +197,7 @@ def test_workers_do_not_change_a_byte(source, tmp_path):
 
 def test_progress_is_told(source, tmp_path):
     seen = []
-    quantize_folder(source, tmp_path / "out", RECIPE, progress=lambda *event: seen.append(event))
+    quantize_checkpoint(source, tmp_path / "out", RECIPE, progress=lambda *event: seen.append(event))
     assert [event[:2] for event in seen] == [(i + 1, 16) for i in range(16)]
 
 
@@ -253,7 +247,7 @@ def no_work(monkeypatch):
     def started(*_, **__):
         raise AssertionError("work has started")
 
-    monkeypatch.setattr("loraq.integrations.diffusers.quantize_", started)
+    monkeypatch.setattr("loraq.pipeline.stream.run_jobs", started)
 
 
 def refused(source: Path, target: Path, match: str, *, overwrite: bool = False, kind: type = CheckpointError) -> None:
@@ -268,7 +262,7 @@ def refused(source: Path, target: Path, match: str, *, overwrite: bool = False, 
 def test_sources_that_are_no_folders_of_diffusers(no_work, tmp_path):
     refused(tmp_path / "nowhere", tmp_path / "out", r"'.*nowhere' is not a folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path / "out", r"has neither 'config\.json' nor 'model_index\.json'")
+    refused(tmp_path / "empty", tmp_path / "out", "has neither 'config\\.json' nor 'model_index\\.json' nor weights")
     (tmp_path / "empty" / "model_index.json").write_text("{}")
     refused(tmp_path / "empty", tmp_path / "out", "has no folder 'transformer'")
 
@@ -326,7 +320,7 @@ def test_a_source_that_is_quantized(source, pipeline, tmp_path, monkeypatch):
         quantize(place, tmp_path / f"q-{place.name}")
         refused(tmp_path / f"q-{place.name}", tmp_path / "out", "is quantized already. Start from the float weights")
         with pytest.raises(CheckpointError, match="is quantized already"):
-            plan_folder(tmp_path / f"q-{place.name}", RECIPE)
+            plan_checkpoint(tmp_path / f"q-{place.name}", RECIPE)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -381,19 +375,23 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(source, tmp_pa
         tensors["transformer_blocks.1.attn1.to_k.weight"][3, 5] = float("nan")
 
     edit_weights(source, spoil)
-    refused(source, tmp_path / "out", r"Layer 'transformer_blocks\.1\.attn1\.to_k'", kind=LoraqError)
+    refused(source, tmp_path / "out", r"Tensor 'transformer_blocks\.1\.attn1\.to_k\.weight' .*: nan at \(3, 5\)")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", ["source", "pipeline"])
-def test_an_interrupt_leaves_nothing(request, tmp_path, place):
+def test_an_interrupt_leaves_nothing_under_the_name_of_the_target(request, tmp_path, place):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     folder = request.getfixturevalue(place)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_folder(folder, tmp_path / "out", RECIPE, progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    with pytest.raises(KeyboardInterrupt, match=r"^Interrupted\. 1 of 16 layers are kept; run the same command to"):
+        quantize_checkpoint(folder, tmp_path / "out", RECIPE, progress=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", folder.name]
+    assert quantize(folder, tmp_path / "out").kept == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", folder.name]
+    quantize(folder, tmp_path / "again")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -434,7 +432,7 @@ def test_a_missing_diffusers_gives_the_line_that_installs_it(source, tmp_path, m
     with pytest.raises(LoraqError, match=install):
         loraq.load(tmp_path / "out")
     with pytest.raises(LoraqError, match=install):
-        plan_folder(source, RECIPE)
+        plan_checkpoint(source, RECIPE)
     with pytest.raises(LoraqError, match=install):
         quantize(source, tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -443,7 +441,7 @@ def test_a_missing_diffusers_gives_the_line_that_installs_it(source, tmp_path, m
 def test_a_missing_accelerate_gives_the_same_line(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(LoraqError, match=r'pip install "loraq\[diffusers\]"'):
-        plan_folder(source, RECIPE)
+        plan_checkpoint(source, RECIPE)
 
 
 def test_load_into_needs_no_diffusers(source, tmp_path, monkeypatch):

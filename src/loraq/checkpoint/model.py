@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES, write_shards
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_folder, write_json, write_shards
+from loraq.checkpoint.writer import atomic_folder, write_json
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.kernels import DEFAULT_BACKEND, get_backend
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
@@ -47,10 +48,9 @@ def save(
                 recipes.append(recipe)
             record["recipe"] = recipes.index(recipe)
         stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
-    config = _config(model)
-    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    config = model_config(model)
     with atomic_folder(Path(folder), overwrite=overwrite) as partial:
-        files = write_shards(tensors, partial, stem, shard_bytes)
+        files = write_shards(tensors, partial, weights_stem(config), shard_bytes)
         if config:
             write_json(partial / "config.json", config)
             files.append("config.json")
@@ -191,9 +191,19 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, tied
 
 
-def _config(model: nn.Module) -> dict[str, object]:
+def model_config(model: nn.Module) -> dict[str, object]:
     """Return the configuration of a diffusers model, marked as quantized so that nothing loads it as floats."""
     to_json = getattr(model, "to_json_string", None)
     if to_json is None:
         return {}
-    return {**json.loads(to_json()), "quantization_config": {"quant_method": "loraq"}}
+    return marked(json.loads(to_json()))
+
+
+def marked(config: dict[str, object]) -> dict[str, object]:
+    """Return a configuration that says it is quantized."""
+    return {**config, "quantization_config": {"quant_method": "loraq"}}
+
+
+def weights_stem(config: dict[str, object]) -> str:
+    """Return what the weight files of a model with this configuration are called."""
+    return "diffusion_pytorch_model" if "_class_name" in config else "model"

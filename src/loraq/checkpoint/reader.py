@@ -2,28 +2,58 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
+from loraq.checkpoint.header import DTYPES, Header, read_header
 from loraq.errors import CheckpointError
 
-#: Bytes. In a mapped file a tensor starts anywhere, and the sums of BLAS depend on where: a tensor must stand as torch
-#: itself would place it, or a model would not compute the same bits after a round trip.
-ALIGNMENT = 64
+
+class TensorReader(Protocol):
+    """Tensors by name, read one at a time; `ShardReader` is one. It can be sent to another process."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor in safetensors' notation."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU; raises `CheckpointError` if it cannot be read."""
+        ...
 
 
 class ShardReader:
-    """The tensors of a folder, by name; files are mapped, and a tensor is read when it is asked for."""
+    """The tensors of a folder or of one file, by name; a tensor is read when it is asked for.
+
+    Reading copies the bytes and does not map the file: a file that shrinks meanwhile is an error with a message, not
+    the end of the process. A reader holds no open file, so it can be sent to another process.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Find the shards and read their headers.
 
+        Args:
+            folder: with one safetensors file, or with shards and their index; or a safetensors file.
+
         Raises:
-            CheckpointError: no weights, a missing or truncated shard, or an index that contradicts the shards.
+            CheckpointError: no weights, a missing or truncated shard, an absurd header, a tensor in two shards, or an
+                index that contradicts the shards.
         """
         self.folder = folder
+        if folder.is_file():
+            self.folder = folder.parent
+            self._open([folder.name])
+            return
         if not folder.is_dir():
             raise CheckpointError(f"'{folder}' is not a folder. A folder with safetensors files is required.")
         indexes = sorted(folder.glob("*.safetensors.index.json"))
@@ -41,8 +71,7 @@ class ShardReader:
                 f"'{folder}' has {len(files)} weight files and no index: {', '.join(files[:4])}. Keep one variant, or "
                 "add the missing '.safetensors.index.json'."
             )
-        self._shards = {file: _open(folder / file) for file in files}
-        self._home = {name: file for file, shard in self._shards.items() for name in shard.keys()}
+        self._open(files)
         if indexes:
             self._check_index(_weight_map(indexes[0]), indexes[0])
 
@@ -53,11 +82,20 @@ class ShardReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        return tuple(self._shards[self._home[name]].get_slice(name).get_shape())
+        return self._shards[self._home[name]].specs[name].shape
 
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor in safetensors' notation, such as "BF16" or "U8"."""
-        return str(self._shards[self._home[name]].get_slice(name).get_dtype())
+        return self._shards[self._home[name]].specs[name].dtype
+
+    @property
+    def files(self) -> dict[str, Header]:
+        """Header of each file, by its name."""
+        return self._shards
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self.folder / self._home[name]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU.
@@ -67,11 +105,34 @@ class ShardReader:
         """
         if name not in self._home:
             raise CheckpointError(f"'{self.folder}' has no tensor '{name}'.")
+        header, path = self._shards[self._home[name]], self.file_of(name)
+        spec = header.specs[name]
+        raw = torch.empty(spec.nbytes, dtype=torch.uint8)
         try:
-            tensor: Tensor = self._shards[self._home[name]].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"Cannot read '{name}' from '{self.folder / self._home[name]}': {error}") from error
-        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+            with path.open("rb", buffering=0) as file:
+                if file.seek(0, 2) != header.file_bytes:
+                    raise OSError(f"it had {header.file_bytes} bytes and has {file.tell()} now")
+                file.seek(header.offsets[name])
+                left = memoryview(raw.numpy().data)
+                while left:
+                    if not (n := file.readinto(left)):
+                        raise OSError("it ends in the middle of the tensor")
+                    left = left[n:]
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot read '{name}' from '{path}': {error}. Put the file back as it was, and try again."
+            ) from error
+        return raw.view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def _open(self, files: list[str]) -> None:
+        self._shards = {file: read_header(self.folder / file) for file in files}
+        self._home: dict[str, str] = {}
+        for file, header in self._shards.items():
+            if twice := sorted(self._home.keys() & header.specs.keys()):
+                raise CheckpointError(
+                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_some(twice)}. Download it again."
+                )
+            self._home |= dict.fromkeys(header.specs, file)
 
     def _check_index(self, weight_map: dict[str, str], index: Path) -> None:
         wrong = sorted(name for name, file in weight_map.items() if self._home.get(name) != file)
@@ -110,15 +171,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"'{index}' names the file '{file}'. Only .safetensors files beside the index are read."
             )
     return weight_map
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"Shard '{path.name}' is missing from '{path.parent}'. Download or copy it again.")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is truncated or no safetensors file: {error}. Copy it again.") from error
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -5,20 +5,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from loraq.errors import CheckpointError
-
-#: Bytes of one shard unless the caller says otherwise.
-DEFAULT_SHARD_BYTES = 2_000_000_000
-
 
 #: A folder that is replaced whole must hold one of these.
 _MODEL_MARKS = ("loraq.json", "config.json", "model_index.json")
@@ -60,70 +52,36 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-            folder.rename(replaced)
-            try:
-                partial.rename(folder)
-            except BaseException:
-                replaced.rename(folder)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            partial.rename(folder)
+        publish(partial, folder)
     except CheckpointError:
         raise
-    except (OSError, SafetensorError) as error:
-        reason = "the disk is full" if _disk_is_full(error) else str(error)
+    except OSError as error:
         raise CheckpointError(
-            f"Cannot write '{folder}': {reason}. Nothing was left there. Free space, and try again."
+            f"Cannot write '{folder}': {reason_of(error)}. Nothing was left there. Free space, and try again."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_shards(
-    tensors: Mapping[str, Tensor], folder: Path, stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> list[str]:
-    """Write tensors as `<stem>.safetensors`, or as numbered shards with an index; return the file names.
-
-    The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of its own.
-    """
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = _alone(tensor)
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    else:
-        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-        }
-        write_json(folder / f"{stem}.safetensors.index.json", index)
-    for file, shard in zip(names, shards, strict=True):
-        (folder / file).touch()
-        mode = (folder / file).stat().st_mode
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(mode)  # safetensors makes files that only the owner may read
-    return names if len(shards) == 1 else [*names, f"{stem}.safetensors.index.json"]
+def publish(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, in place of what may be there; on failure everything stays as it was."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)  # also what a run left that was killed between the two renames
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """Return a row-major tensor on the CPU that has its storage for itself, as safetensors demands."""
-    if tensor.is_meta:
-        raise CheckpointError("Cannot write tensors of the meta device: they hold no numbers. Load the model first.")
-    tensor = tensor.detach().contiguous().cpu()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _disk_is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+def reason_of(error: OSError) -> str:
+    """Say why the disk refused."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    return "the disk is full" if full else str(error)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,24 +1,19 @@
 """Folders of the diffusers library: a transformer's, or a pipeline's with a transformer in it."""
 
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from loraq.checkpoint import load_into, save
+from loraq.checkpoint import load_into
+from loraq.checkpoint.header import FLOATS
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.checkpoint.reader import ShardReader, read_json
-from loraq.checkpoint.writer import atomic_folder, require_free
+from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
 from loraq.errors import CheckpointError, LoraqError
 from loraq.kernels import DEFAULT_BACKEND
-from loraq.pipeline.plan import Plan
-from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import Report, quantize_
-from loraq.recipe import Recipe
 
 #: Component of a pipeline that is quantized, the first that is there.
 _COMPONENTS = ("transformer", "unet")
@@ -39,9 +34,9 @@ def transformer_folder(source: Path) -> Path:
         raise CheckpointError(
             f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize itself."
         )
-    if not (source / "config.json").is_file() and not (source / FILE_NAME).is_file():
+    if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
-            f"'{source}' has neither 'config.json' nor 'model_index.json': it is no diffusers folder."
+            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no model's folder."
         )
     return source
 
@@ -53,8 +48,12 @@ def empty_model(folder: Path) -> nn.Module:
         CheckpointError: the configuration names no known class, or the class refuses it.
         LoraqError: diffusers is not installed.
     """
-    config = read_json(folder / "config.json")
-    config.pop("quantization_config", None)
+    return model_of(read_json(folder / "config.json"), folder / "config.json")
+
+
+def model_of(config: dict[str, Any], place: Path) -> nn.Module:
+    """Return the model that a configuration, read from `place`, describes; see `empty_model`."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     with _quiet_diffusers() as diffusers:
         from accelerate import init_empty_weights
 
@@ -62,14 +61,14 @@ def empty_model(folder: Path) -> nn.Module:
         kind = getattr(diffusers, str(name), None)
         if not isinstance(kind, type) or not issubclass(kind, nn.Module):
             raise CheckpointError(
-                f"'{folder / 'config.json'}' names the class {name!r}, which diffusers {diffusers.__version__} does "
+                f"'{place}' names the class {name!r}, which diffusers {diffusers.__version__} does "
                 "not have. Check the file, or install the diffusers version that wrote it."
             )
         try:
             with init_empty_weights(include_buffers=False):
                 return kind.from_config(config)  # type: ignore[attr-defined]
         except Exception as error:  # constructors of diffusers raise what they like
-            raise CheckpointError(f"{name} refuses '{folder / 'config.json'}': {error}") from error
+            raise CheckpointError(f"{name} refuses '{place}': {error}") from error
 
 
 def transformer_classes() -> dict[str, type[nn.Module]]:
@@ -87,49 +86,6 @@ def transformer_classes() -> dict[str, type[nn.Module]]:
             for name, kind in found.items()
             if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(diffusers, name)
         }
-
-
-def plan_folder(source: str | Path, recipe: Recipe) -> Plan:
-    """Return what `quantize_folder` would do, from the configuration alone.
-
-    Raises:
-        CheckpointError, SchemeError: the folder or the recipe cannot be used.
-    """
-    return Plan.of_model(empty_model(_float_folder(Path(source))), recipe)
-
-
-def quantize_folder(
-    source: str | Path,
-    target: str | Path,
-    recipe: Recipe,
-    *,
-    workers: int = 1,
-    overwrite: bool = False,
-    progress: ProgressCallback | bool = True,
-) -> Report:
-    """Quantize a transformer folder, or the transformer of a pipeline folder, into a new folder.
-
-    The other components of a pipeline are copied as they are. The float model is in memory while it works.
-
-    Raises:
-        CheckpointError: the source cannot be read, or the target cannot be written. Checked before long work.
-        LayerError, RecipeError, SchemeError: as `quantize_`.
-    """
-    source, target = Path(source), Path(target)
-    folder = _float_folder(source)
-    _require_apart(source, target)
-    require_free(target, overwrite=overwrite)
-    plan = plan_folder(source, recipe)
-    _require_space(target, source, plan)
-    model = load_float(folder)
-    report = quantize_(model, recipe, workers=workers, progress=progress)
-    if folder == source:
-        save(model, target, overwrite=overwrite)
-        return report
-    with atomic_folder(target, overwrite=overwrite) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=_only_not(source, folder.name))
-        save(model, partial / folder.name, overwrite=True)
-    return report
 
 
 def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
@@ -177,13 +133,6 @@ def _cast_unsaved(model: nn.Module) -> None:
                 module._buffers[name] = buffer.to(*dtypes)
 
 
-def _float_folder(source: Path) -> Path:
-    folder = transformer_folder(source)
-    if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):
-        raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")
-    return folder
-
-
 def load_float(folder: Path) -> nn.Module:
     """Return the model of a float transformer folder on the CPU, in evaluation mode, in the dtype of its weights.
 
@@ -194,53 +143,29 @@ def load_float(folder: Path) -> nn.Module:
     reader = ShardReader(folder)
     model = empty_model(folder)
     expected = model.state_dict()
-    missing, unexpected = sorted(set(expected) - set(reader.names)), sorted(set(reader.names) - set(expected))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"The weights in '{folder}' do not fit its config.json. Missing keys: {', '.join(missing) or 'none'}. "
-            f"Unexpected keys: {', '.join(unexpected) or 'none'}."
-        )
-    for name, tensor in expected.items():
-        if reader.shape(name) != tuple(tensor.shape):
-            raise CheckpointError(
-                f"'{folder}': tensor '{name}' has shape {reader.shape(name)}, config.json wants {tuple(tensor.shape)}."
-            )
-        if reader.dtype(name) not in ("F64", "F32", "F16", "BF16"):
-            raise CheckpointError(
-                f"'{folder}': tensor '{name}' is {reader.dtype(name)}. Float weights of 16 bits or more are required."
-            )
+    require_fit(reader, expected, folder)
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
     return model.eval()
 
 
-def _require_apart(source: Path, target: Path) -> None:
-    """Raise `CheckpointError` if writing the target could touch the source."""
-    a, b = source.resolve(), target.resolve()
-    if a == b:
-        raise CheckpointError(f"Source and target are both '{source}'. Choose another target.")
-    if a in b.parents or b in a.parents:
-        inner, outer = (target, source) if a in b.parents else (source, target)
+def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
+    """Raise `CheckpointError` unless the tensors of a file are those of a model, float where the model is."""
+    missing, unexpected = sorted(set(expected) - set(reader.names)), sorted(set(reader.names) - set(expected))
+    if missing or unexpected:
         raise CheckpointError(
-            f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another target."
+            f"The weights in '{place}' do not fit its config.json. Missing keys: {', '.join(missing) or 'none'}. "
+            f"Unexpected keys: {', '.join(unexpected) or 'none'}."
         )
-
-
-def _require_space(target: Path, source: Path, plan: Plan) -> None:
-    """Raise `CheckpointError` if the disk of the target cannot hold what will be written."""
-    float_bytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    needed = max(0, float_bytes - plan.nbytes_bf16) + plan.nbytes
-    place = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise CheckpointError(
-            f"'{place}' has {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are needed. Free space, or choose "
-            "another target."
-        )
-
-
-def _only_not(source: Path, component: str) -> Any:
-    """An `ignore` for `copytree` that leaves out one folder of the top level."""
-    return lambda place, names: [component] if Path(place) == source and component in names else []
+    for name, tensor in expected.items():
+        shape, dtype = reader.shape(name), reader.dtype(name)
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"'{place}': tensor '{name}' has shape {shape}, config.json wants {tuple(tensor.shape)}."
+            )
+        if tensor.is_floating_point() and dtype not in FLOATS:
+            raise CheckpointError(
+                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are required."
+            )
 
 
 @contextmanager

@@ -36,9 +36,12 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
 
 def _lines(title: str) -> ProgressCallback:
     begin = time.monotonic()
+    kept: int | None = None
 
     def show(done: int, total: int, name: str, error: float) -> None:
-        left = (time.monotonic() - begin) / done * (total - done)
+        nonlocal kept
+        kept = done - 1 if kept is None else kept  # layers that an earlier run finished took no time of this one
+        left = (time.monotonic() - begin) / (done - kept) * (total - done)
         sys.stderr.write(f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {name}\n")
 
     return show

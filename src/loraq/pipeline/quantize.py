@@ -53,6 +53,8 @@ class Report:
     recipe: Recipe
     plan: Plan
     layers: tuple[LayerReport, ...]
+    #: How many of them an interrupted run had finished before.
+    kept: int = 0
 
     @property
     def mean_relative_error(self) -> float:
@@ -97,7 +99,7 @@ def quantize_weight(
     scheme = recipe.scheme_for(name, (weight.shape[0], weight.shape[1]))
     if scheme is None:
         raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
-    return _solve(weight, recipe, scheme, name)
+    return solve_layer(weight, recipe, scheme, name)
 
 
 def plan_model(model: nn.Module, recipe: str | Path | Scheme | Recipe) -> Plan:
@@ -149,11 +151,11 @@ def quantize_(
         _require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
     plain_recipe = recipe.to_dict()
-    with _shown(progress) as show:
+    with shown_progress(progress) as show:
         for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
             layer = layers.pop(job.name)
             solution = future.result()
-            report = _report(job, layer.weight, solution)
+            report = report_layer(job, layer.weight, solution)
             quantized = quantized_class(layer).from_solution(solution, layer.bias)
             quantized.record = {**report.record(), "recipe": plain_recipe}
             replace_layer(model, job.name, quantized)
@@ -171,7 +173,7 @@ def _solved(
     def run(job: LayerPlan) -> LayerSolution:
         assert job.scheme is not None
         try:
-            return _solve(matrix_of(layers[job.name]), recipe, job.scheme, job.name)
+            return solve_layer(matrix_of(layers[job.name]), recipe, job.scheme, job.name)
         except Exception as error:
             raise LayerError(f"Layer '{job.name}' failed: {error}") from error
 
@@ -200,8 +202,8 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _solve(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:
-    """The layer job: pure, and the same bytes whoever runs it."""
+def solve_layer(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:
+    """Return one layer's solution: pure, and the same bytes whoever runs it."""
     with torch.no_grad(), _one_thread() if weight.device.type == "cpu" else nullcontext():
         return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name))
 
@@ -228,7 +230,8 @@ def _require_usable(name: str, layer: LinearLayer) -> None:
         raise LayerError(f"Layer '{name}': {error}") from error
 
 
-def _report(job: LayerPlan, weight: Tensor, solution: LayerSolution) -> LayerReport:
+def report_layer(job: LayerPlan, weight: Tensor, solution: LayerSolution) -> LayerReport:
+    """Return what became of one layer."""
     return LayerReport(
         name=job.name,
         shape=job.shape,
@@ -249,7 +252,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _shown(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
+def shown_progress(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
+    """Yield what to call after each layer: the display on stderr, a function that was given, or nothing."""
     if callable(progress):
         yield progress
     elif progress:

@@ -1,0 +1,106 @@
+"""Real processes and real kills: the command goes on where it was, and the bytes are those of a run left alone."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import loraq
+
+pytestmark = pytest.mark.slow
+
+N_LAYERS = 10
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(loraq.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A source whose layers take a noticeable time each, and what an uninterrupted run makes of it."""
+    place = tmp_path_factory.mktemp("kills")
+    rng = torch.Generator().manual_seed(0)
+    weights = {f"blocks.{i}.proj.weight": torch.randn(224, 224 + i, generator=rng) for i in range(N_LAYERS)}
+    save_file({**weights, "norm.scale": torch.ones(224)}, place / "source.safetensors")
+    recipe = loraq.Recipe.from_dict({**loraq.Recipe.named("default").to_dict(), "effort": "fast"})
+    loraq.quantize_checkpoint(place / "source.safetensors", place / "expected", recipe, progress=False)
+    return place
+
+
+def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
+    command = [sys.executable, "-m", "loraq", "quantize", place / "source.safetensors", target, "--effort", "fast"]
+    return subprocess.Popen(
+        [*command, "--workers", str(workers)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, as a shell makes it: Ctrl-C goes to all of it
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def finished(target: Path) -> set[str]:
+    """Names in the whole lines of a journal."""
+    journal = target.with_name(f".{target.name}.partial") / "journal.jsonl"
+    if not journal.is_file():
+        return set()
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return {line["name"] for line in lines if "name" in line}
+
+
+def solved(stderr: str) -> list[str]:
+    return re.findall(r"layer \d+ of \d+, .* s left, (\S+)", stderr)
+
+
+@pytest.mark.parametrize(("workers", "moments"), [(1, (0, 1, 2, 3)), (2, (1, 2))])
+def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
+    target, chance, done = tmp_path / "out", random.Random(workers), set()
+    for moment in moments:
+        with start(place, target, workers) as process:
+            first = process.stderr.readline() if moment else ""  # once before any layer, wherever that may be
+            time.sleep(chance.uniform(0, 0.15) if moment else chance.uniform(0.5, 2))
+            os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
+            shown = solved(first + process.stderr.read())
+        assert process.returncode == -signal.SIGKILL
+        assert not target.exists()
+        assert not done & set(shown), "a finished layer was done again"
+        assert done | set(shown) <= finished(target)
+        done = finished(target)
+        if len(done) > N_LAYERS // 2:
+            break
+    assert 1 < len(done) < N_LAYERS
+    with start(place, target, workers) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"{len(done)} of them were finished before the last run was interrupted" in output
+    assert sorted(solved(errors)) == sorted({f"blocks.{i}.proj" for i in range(N_LAYERS)} - done)
+    assert files_of(target) == files_of(place / "expected")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_immediate_and_says_what_is_kept(place, tmp_path, workers):
+    with start(place, tmp_path / "out", workers) as process:
+        process.stderr.readline()
+        begin = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    n = len(finished(tmp_path / "out"))
+    last = errors.splitlines()[-1]
+    assert last == f"Interrupted. {n} of {N_LAYERS} layers are kept; run the same command to go on."
+    assert not (tmp_path / "out").exists()
