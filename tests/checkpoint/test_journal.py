@@ -2,6 +2,7 @@
 
 import errno
 import json
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,22 @@ def test_other_settings_are_refused_and_named(tmp_path):
     ):  # fmt: skip
         raise AssertionError
     assert "method" not in str(raised.value)
+    assert "run the same command" not in str(raised.value)
     begin(tmp_path / "out")  # the old settings still go on
+
+
+def test_of_many_changes_a_few_are_named(tmp_path):
+    with (
+        pytest.raises(Cut),
+        resumable_folder(tmp_path / "out", {"schemes": dict.fromkeys("abcdefgh", 1)}, 4) as journal,
+    ):
+        raise (journal.append({"name": "a"})) or Cut
+    other = {"schemes": dict.fromkeys("abcdefgh", 2)}
+    with (
+        pytest.raises(CheckpointError, match="c: 1 then, 2 now, and 5 more"),
+        resumable_folder(tmp_path / "out", other, 4),
+    ):
+        raise AssertionError
 
 
 def test_settings_are_compared_as_they_are_read_back(tmp_path):
@@ -184,6 +200,18 @@ def test_an_interrupt_before_the_first_layer_says_so(tmp_path):
     with pytest.raises(KeyboardInterrupt, match=r"^Interrupted\. Nothing was left\.$"):
         begin(tmp_path / "out", "", KeyboardInterrupt())
     assert names(tmp_path) == []
+
+
+def test_a_line_is_written_whole_even_in_parts(tmp_path):
+    class Reluctant(FileIO):
+        def write(self, content):
+            return super().write(content[:5])
+
+    with Reluctant(tmp_path / "journal.jsonl", "a+b") as file:
+        journal = Journal(file, tmp_path / "files")
+        journal.begin(RUN)
+        journal.append({"name": "a"})
+        assert list(Journal(file, tmp_path / "files").layers) == ["a"]
 
 
 def test_a_line_that_the_disk_refuses_leaves_no_half_of_it(tmp_path, monkeypatch):

@@ -77,7 +77,9 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
         place = self._file.tell()
         try:
-            self._file.write(json.dumps(entry).encode() + b"\n")
+            left = json.dumps(entry).encode() + b"\n"
+            while left:  # a disk that is almost full takes a part
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(place)  # half a line would hide the next ones
@@ -109,14 +111,14 @@ def resumable_folder(
     partial = target.with_name(f".{target.name}.partial")
     with _locked(target, partial, overwrite=overwrite) as file:
         journal = Journal(file, partial / "files")
+        if journal.layers and not restart:
+            _require_same(journal, fingerprint, partial, n_layers)
         try:
             published = journal.whole and not journal.folder.exists() and target.exists() and not restart
             if not published:
                 require_free(target, overwrite=overwrite)
                 if restart or not journal.layers:
                     journal.begin(fingerprint)
-            _require_same(journal, fingerprint, partial, n_layers)
-            if not published:
                 journal.folder.mkdir(exist_ok=True)
             yield journal
             if not published:
@@ -176,11 +178,12 @@ def _require_same(journal: Journal, fingerprint: dict[str, Any], partial: Path, 
 
 
 def _difference(then: Any, now: Any) -> str:
-    """Say what changed, by key if there are keys."""
+    """Say what changed, by key if there are keys; a few of them are enough."""
     if not isinstance(then, dict) or not isinstance(now, dict):
         return f"{then!r} then, {now!r} now"
     keys = [key for key in (*then, *(now.keys() - then.keys())) if then.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)
+    some = ", ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys[:3])
+    return some + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _kept(journal: Journal, n_layers: int) -> str:
