@@ -383,7 +383,16 @@ def test_comparing_two_float_folders_is_one_message(place):
 def test_formats_lists_formats_grammar_and_recipes():
     text = succeeds("formats")
     assert text.splitlines()[0].split() == ["format", "bits", "block", "scale", "bits", "per", "value"]
-    for word in ("mxfp4", "nvfp4", "int4", "e8m0", "4.25", "MAIN[-BRANCH][-rRANK][-aBITS]", "default", "mxfp4-w8a8"):
+    for word in (
+        "mxfp4",
+        "nvfp4",
+        "int4",
+        "e8m0",
+        "4.25",
+        "MAIN[-BRANCH][-rRANK][-hSIDE][-aBITS]",
+        "default",
+        "mxfp4-w8a8",
+    ):
         assert word in text
 
 

@@ -13,6 +13,7 @@ from loraq.formats import CastFormat, get_format
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
 from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.transforms import rotate
 from matrices import dit_like, gaussian
 
 N_OUT, N_IN = 40, 112  # the last block is shorter for block sizes 32 and 64
@@ -65,10 +66,10 @@ def on_the_grid(token: Tensor, name: str) -> Tensor:
 
 
 def evaluate(solution: LayerSolution, bias: Tensor, x: Tensor) -> Tensor:
-    """Y = Qa(x) Wqᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b in double precision, token by token."""
+    """Y = Qa(x) Wqᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b of the rotated x in double precision, token by token."""
     scheme, weight = solution.scheme, solution.residual.dequantize().double()
     rows = []
-    for token in x:
+    for token in rotate(x, scheme.rotation):
         y = weight @ on_the_grid(token, scheme.activation).double() + bias.double()
         if solution.branch is not None:
             down, up = (q.dequantize().double() for q in (solution.branch.proj_down, solution.branch.proj_up))
@@ -374,7 +375,7 @@ def test_the_back_end_is_switched_by_name():
 def test_the_representation_says_formats_rank_bits_and_back_end():
     assert repr(layer_of("mxfp4-w8a8-r12-a4")) == (
         "QuantizedLinear(in_features=112, out_features=40, bias=True, weight=mxfp4, activation=mxfp4, "
-        "branch=r12 mxint8/mxint8, 7.70 bits per weight, backend=resident)"
+        "rotation=32, branch=r12 mxint8/mxint8, 7.70 bits per weight, backend=resident)"
     )
     assert repr(layer_of("int5-a16", backend="reference", bias=False)) == (
         "QuantizedLinear(in_features=112, out_features=40, bias=False, weight=int5, activation=bf16, "

@@ -107,7 +107,7 @@ def test_the_reference_keeps_no_operands_and_resident_does():
 
 
 def test_operands_are_the_stored_tensors_in_full():
-    layer = layer_of("mxfp4-w8a8-r16-a4")
+    layer = layer_of("mxfp4-w8a8-r16-h0-a4")
     operands = decode(layer.stored_weight, layer.branch, torch.float32)
     assert torch.equal(operands.weight, layer.stored_weight.dequantize())
     assert torch.equal(operands.weight + operands.proj_up @ operands.proj_down, layer.reconstruct())

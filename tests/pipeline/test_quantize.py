@@ -481,7 +481,7 @@ def test_without_a_branch_the_method_does_not_matter():
     plain = QuantizedLinear.from_solution(quantize_weight(weight, "mxfp4", method="rtn"))
     for method in ("loraq", "svdquant", "lqer"):
         assert_same_solution(quantize_weight(weight, "mxfp4", method=method), plain)
-    assert_same_solution(quantize_weight(weight, "mxfp4-w8a8", method="rtn"), plain)
+    assert_same_solution(quantize_weight(weight, "mxfp4-w8a8-h0", method="rtn"), plain)
 
 
 def test_the_name_of_a_weight_selects_the_rules():
