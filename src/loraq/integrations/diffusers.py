@@ -11,6 +11,7 @@ from torch import nn
 
 from loraq.checkpoint import load_into, save
 from loraq.checkpoint.manifest import FILE_NAME
+from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.checkpoint.reader import ShardReader, read_json
 from loraq.checkpoint.writer import atomic_folder, require_free
 from loraq.errors import CheckpointError, LoraqError
@@ -145,6 +146,7 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     model = empty_model(place)
     load_into(model, place, backend=backend, verify=verify)
     _cast_unsaved(model)
+    attach_save_pretrained(model)
     return model.eval()
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError, unknown
 from loraq.formats.block import require_finite
 from loraq.layers import linear_layers, quantized_layers, replace_layer
@@ -98,7 +99,7 @@ def quantize_weight(
     scheme = recipe.scheme_for(name, (weight.shape[0], weight.shape[1]))
     if scheme is None:
         raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
-    return _solve(weight, recipe, scheme, name)
+    return solve_layer(weight, recipe, scheme, name)
 
 
 def plan_model(model: nn.Module, recipe: str | Path | Scheme | Recipe) -> Plan:
@@ -148,15 +149,15 @@ def quantize_(
             "skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
         )
     for job in plan.quantized:
-        _require_usable(job.name, layers[job.name])
+        require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
     plain_recipe = recipe.to_dict()
-    with _shown(progress) as show:
+    attach_save_pretrained(model)
+    with shown(progress) as show:
         for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
             layer = layers.pop(job.name)
-            solution = future.result()
-            report = _report(job, layer.weight, solution)
-            quantized = QuantizedLinear.from_solution(solution, layer.bias)
+            report = report_of(job.name, layer.weight, future.result())
+            quantized = QuantizedLinear.from_solution(future.result(), layer.bias)
             quantized.record = {**report.record(), "recipe": plain_recipe}
             replace_layer(model, job.name, quantized)
             del layer  # frees its float weight now, not after the next layer
@@ -173,7 +174,7 @@ def _solved(
     def run(job: LayerPlan) -> LayerSolution:
         assert job.scheme is not None
         try:
-            return _solve(layers[job.name].weight, recipe, job.scheme, job.name)
+            return solve_layer(layers[job.name].weight, recipe, job.scheme, job.name)
         except Exception as error:
             raise LayerError(f"Layer '{job.name}' failed: {error}") from error
 
@@ -202,8 +203,8 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _solve(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:
-    """The layer job: pure, and the same bytes whoever runs it."""
+def solve_layer(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:
+    """Do the layer job: pure, and the same bytes whoever runs it."""
     with torch.no_grad(), _one_thread() if weight.device.type == "cpu" else nullcontext():
         return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name))
 
@@ -219,7 +220,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _require_usable(name: str, layer: nn.Linear) -> None:
+def require_usable(name: str, layer: nn.Linear) -> None:
+    """Raise `LayerError` unless a layer's weights are there, float, and finite."""
     if layer.weight.is_meta:
         raise LayerError(f"Layer '{name}' has no weights (it is on the meta device). Load the model first.")
     if not layer.weight.is_floating_point():
@@ -230,10 +232,11 @@ def _require_usable(name: str, layer: nn.Linear) -> None:
         raise LayerError(f"Layer '{name}': {error}") from error
 
 
-def _report(job: LayerPlan, weight: Tensor, solution: LayerSolution) -> LayerReport:
+def report_of(name: str, weight: Tensor, solution: LayerSolution) -> LayerReport:
+    """Return what became of the layer called `name`, whose float weight is still there."""
     return LayerReport(
-        name=job.name,
-        shape=job.shape,
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
         scheme=solution.scheme,
         relative_error=solution.relative_error,
         sqnr_db=solution.sqnr_db,
@@ -251,7 +254,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _shown(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
+def shown(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
+    """Turn the argument `progress` of everything here into a function to call after each layer."""
     if callable(progress):
         yield progress
     elif progress:
