@@ -21,7 +21,7 @@ ROWS = (
     "checkpoint",
     "pipeline",
     "integrations",
-    "evaluation",
+    "diffusers evaluation",
     "cli",
 )
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts.split()}
@@ -31,6 +31,8 @@ FENCES = {
     "diffusers": ["integrations", "evaluation"],
     "transformers": ["integrations", "evaluation"],
     "accelerate": ["integrations", "evaluation"],
+    "huggingface_hub": ["integrations"],
+    "peft": ["integrations"],
     "matplotlib": ["evaluation"],
     "sklearn": ["evaluation"],
     "click": ["cli"],

@@ -53,7 +53,7 @@ def command(function: Callable[..., None]) -> click.Command:
 
     run = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
     run = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")(run)
-    return main.command(name=function.__name__.rstrip("_"))(run)
+    return main.command(name=function.__name__.replace("_", "-"))(run)
 
 
 def _recipe_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -206,6 +206,34 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
     rows = [(d.name, f"{d.shape[0]}×{d.shape[1]}", f"{d.relative_error:.4f}") for d in differences]
     _print_table(("layer", "out×in", "error"), rows)
     click.echo(f"Mean relative error of {len(rows)} layers: {mean:.4f}.")
+
+
+@command
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("lora", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--source", required=True, type=click.Path(path_type=Path), help="Float folder that PATH was made from.")
+@click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
+def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Make the file LORA a permanent part of the quantized folder PATH, in the new folder TARGET.
+
+    Only the layers that it touches are quantized again, from the float weights in SOURCE.
+
+    \b
+    Example: loraq absorb-lora out style.safetensors styled --source PixArt-Sigma/transformer
+    """
+    from loraq.integrations.absorb import absorb_lora as absorb
+
+    absorbed = absorb(path, lora, target=target, **options)
+    if as_json:
+        layers = [{"name": layer.name, **layer.record()} for layer in absorbed.layers]
+        _print_json({"target": str(target), "layers": layers, "kept": absorbed.kept, "others": absorbed.others})
+        return
+    click.echo(f"{len(absorbed.layers)} layers quantized again, {len(absorbed.kept)} float layers changed.")
+    if absorbed.others:
+        click.echo(f"Left out, because only the transformer is quantized: {', '.join(absorbed.others)}.")
+    click.echo(f"Written to {target}.")
 
 
 @command

@@ -48,9 +48,10 @@ def _save_pretrained(
     if refused or not safe_serialization:
         named = ", ".join(refused) or "safe_serialization=False"
         raise CheckpointError(f"A quantized model cannot be saved with {named}. Save it plainly, as safetensors.")
-    if getattr(model, "peft_config", None):
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters:
         raise CheckpointError(
-            f"The model carries adapters ({', '.join(model.peft_config)}), which are no part of its checkpoint. "
+            f"The model carries adapters ({', '.join(adapters)}), which are no part of its checkpoint. "
             "Save them with `save_lora_adapter` and unload them, or make them permanent with `loraq.absorb_lora`."
         )
     if not is_main_process:

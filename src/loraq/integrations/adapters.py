@@ -13,7 +13,7 @@ from loraq.errors import LayerError
 from loraq.nn import QuantizedLinear
 
 
-class AdaptedLinear(Linear):  # type: ignore[misc]
+class AdaptedLinear(Linear):
     """A `QuantizedLinear` with adapters: `y = base(x) + Σ scaling · B A x`, the adapters in floats.
 
     PEFT's own layer does that already. What differs is all that wants the base layer's dense weight.
@@ -27,8 +27,8 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse, because a merged weight would have to be quantized again."""
         raise LayerError(
-            "An adapter cannot be merged (fused) into a quantized layer in place. `loraq.absorb_lora` quantizes the sum "
-            "anew, from the float weights."
+            "An adapter cannot be merged (fused) into a quantized layer in place. `loraq.absorb_lora` quantizes the "
+            "sum anew, from the float weights."
         )
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:

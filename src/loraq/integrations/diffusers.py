@@ -80,7 +80,7 @@ def plan_folder(source: str | Path, recipe: Recipe) -> Plan:
     Raises:
         CheckpointError, SchemeError: the folder or the recipe cannot be used.
     """
-    model = empty_model(_float_folder(Path(source)))
+    model = empty_model(float_folder(Path(source)))
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_layers(model).items()}
     return Plan.of(shapes, recipe, type(model).__name__)
 
@@ -103,20 +103,29 @@ def quantize_folder(
         LayerError, RecipeError, SchemeError: as `quantize_`.
     """
     source, target = Path(source), Path(target)
-    folder = _float_folder(source)
+    folder = float_folder(source)
     _require_apart(source, target)
     require_free(target, overwrite=overwrite)
     plan = plan_folder(source, recipe)
     _require_space(target, source, plan)
     model = load_float(folder)
     report = quantize_(model, recipe, workers=workers, progress=progress)
+    save_like(model, source, folder, target, overwrite=overwrite)
+    return report
+
+
+def save_like(model: nn.Module, source: Path, folder: Path, target: Path, *, overwrite: bool) -> None:
+    """Save a model that came from `folder`; if that is a component of the pipeline `source`, copy the others too.
+
+    Raises:
+        CheckpointError: the target cannot be written.
+    """
     if folder == source:
         save(model, target, overwrite=overwrite)
-        return report
+        return
     with atomic_folder(target, overwrite=overwrite) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True, ignore=_only_not(source, folder.name))
         save(model, partial / folder.name, overwrite=True)
-    return report
 
 
 def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
@@ -165,7 +174,12 @@ def _cast_unsaved(model: nn.Module) -> None:
                 module._buffers[name] = buffer.to(*dtypes)
 
 
-def _float_folder(source: Path) -> Path:
+def float_folder(source: Path) -> Path:
+    """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
+
+    Raises:
+        CheckpointError: it is quantized already, or is no such folder.
+    """
     folder = transformer_folder(source)
     if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):
         raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")

@@ -1,7 +1,7 @@
 """The quantizer that diffusers calls in `from_pretrained`, and its configuration."""
 
 import os
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,13 @@ SUPPORTED = ("0.42",)
 VERIFY_VARIABLE = "LORAQ_VERIFY"
 
 
-class LoraqMethod(str, Enum):
+class LoraqMethod(StrEnum):
     """What `config.json` calls us; diffusers wants an enumeration."""
 
     LORAQ = "loraq"
 
 
-class LoraqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LoraqConfig(QuantizationConfigMixin):
     """How diffusers is asked to quantize a model while it loads: `from_pretrained(…, quantization_config=…)`.
 
     A folder that is quantized already says by itself what it is, and needs none.
@@ -60,7 +60,7 @@ class LoraqConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes `recipe`; everything "
                 "else is a field of a `loraq.Recipe`."
             )
-        self.quant_method = LoraqMethod.LORAQ
+        self.quant_method: Any = LoraqMethod.LORAQ
         self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class LoraqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class LoraqQuantizer(DiffusersQuantizer):
     """Loads a quantized folder into packed layers, or quantizes float weights one by one as they are read."""
 
     # As without a quantizer: what a class keeps in fp32 stays in fp32.
@@ -99,7 +99,7 @@ class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         require_supported(diffusers.__version__)
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise LoraqError(
-                "Layers that go to the disk cannot be quantized while loading. Run `loraq quantize` once, and load that."
+                "Layers that go to the disk cannot be quantized while loading. Run `loraq quantize` once and load that."
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -137,13 +137,14 @@ class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and layer in self._jobs
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Solve one layer on its device, and put the packed one in its place."""
         job = self._jobs[param_name.rpartition(".")[0]]
         layer = model.get_submodule(job.name)
         assert job.scheme is not None
+        assert isinstance(layer, nn.Linear)
         weight = param_value.to(target_device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         require_usable(job.name, layer)
@@ -212,5 +213,3 @@ def _fetch_manifest(folder: Path) -> None:
             revision=places[at + 1],
             cache_dir=Path(*places[: at - 1]),
         )
-
-
