@@ -90,13 +90,13 @@ def main(study: Study, argv: list[str] | None = None) -> list[Row]:
     options = _options(study, argv)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    source = study.tiny(out / "tiny") if options.local_tiny else _local(options.source)
+    source = _tiny(study, out / "tiny") if options.local_tiny else _local(options.source)
     call = {**study.call, **(study.tiny_call if options.local_tiny else {})}
     if options.steps:
         call["num_inference_steps"] = options.steps
     prompts = _prompts(options.prompts, options.images)
     dtype = getattr(torch, options.dtype)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype).to(options.device)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     exact, seconds = _images(pipeline, prompts, call)
     _write_images(exact, out / "images" / "float")
@@ -109,7 +109,7 @@ def main(study: Study, argv: list[str] | None = None) -> list[Row]:
         figures = _quantize(source / "transformer", folder, recipe, options.workers)
         pipeline.transformer = None
         gc.collect()
-        pipeline.transformer = kind.from_pretrained(folder, torch_dtype=dtype).to(options.device)
+        pipeline.transformer = kind.from_pretrained(folder, dtype=dtype).to(options.device)
         images, seconds = _images(pipeline, prompts, call)
         _write_images(images, out / "images" / folder.name)
         rows.append(_row((method, name), pipeline.transformer, exact, images, seconds, figures))
@@ -138,6 +138,11 @@ def _configuration(text: str) -> tuple[str, str]:
     method, _, recipe = text.partition(":")
     Recipe.of(recipe)
     return method, recipe
+
+
+def _tiny(study: Study, folder: Path) -> Path:
+    """Return a small pipeline, the one of an earlier run if there is one: training a tokenizer is not repeatable."""
+    return folder if (folder / "model_index.json").is_file() else study.tiny(folder)
 
 
 def _local(source: str) -> Path:

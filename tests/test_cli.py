@@ -18,7 +18,7 @@ from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-COMMANDS = ["quantize", "plan", "inspect", "compare", "formats", "demo"]
+COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo"]
 FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
 
 

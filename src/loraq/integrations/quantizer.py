@@ -189,7 +189,7 @@ def register() -> None:
 
 
 def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
-    """Give empty parameters the dtypes of the file, which decide when `torch_dtype` is not given."""
+    """Give empty parameters the dtypes of the file, which decide when `dtype` is not given."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = set(reader.names)
     for name, parameter in model.named_parameters():
