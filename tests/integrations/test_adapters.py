@@ -174,6 +174,15 @@ def test_what_wants_the_dense_weight_is_refused(lora):
         other.transformer_blocks[0].attn1.to_q.merge()
 
 
+def test_other_kinds_of_quantized_layers_are_refused():
+    class Other(QuantizedLinear):
+        """Computes something else with the same weights."""
+
+    layer = Other(32, 8, Recipe.named("mxfp4").scheme)
+    with pytest.raises(LayerError, match="not on Other"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(layer))
+
+
 def test_registering_again_changes_nothing():
     before = peft.tuners.lora.LoraModel._create_new_module
     register_adapters()

@@ -134,9 +134,7 @@ def test_quantizing_while_loading_gives_the_bytes_of_quantizing_afterwards(model
 def test_shards_and_another_dtype(model, tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    loaded = PixArt.from_pretrained(
-        tmp_path / "shards", quantization_config=LoraqConfig(RECIPE), dtype=torch.float32
-    )
+    loaded = PixArt.from_pretrained(tmp_path / "shards", quantization_config=LoraqConfig(RECIPE), dtype=torch.float32)
     expected = torch.nn.Module.to(copy.deepcopy(model), torch.float32)
     loraq.quantize_(expected, RECIPE, progress=False)
     assert same(loaded, expected)

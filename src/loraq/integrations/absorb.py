@@ -14,7 +14,7 @@ from loraq.integrations.lora import Adapter, Lora
 from loraq.layers import replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import LayerReport, report_of, shown, solve_layer, tensor_sha256
+from loraq.pipeline.quantize import LayerReport, quantized_layer, shown, solve_layer, tensor_sha256
 from loraq.recipe import Recipe
 
 
@@ -91,11 +91,9 @@ def _absorb(
                 solution = solve_layer(weight, recipes[name], layer.scheme, name)
             except Exception as error:
                 raise LayerError(f"Layer '{name}' failed: {error}") from error
-            new[name] = QuantizedLinear.from_solution(solution, layer.bias)
+            new[name], report = quantized_layer(layer, name, weight, solution, recipes[name])
             new[name].backend = layer.backend
-            report = report_of(name, weight, solution)
-            origin = {key: layer.record[key] for key in ("source_sha256", "recipe")}
-            new[name].record = {**report.record(), **origin, "absorbed": mark}
+            new[name].record |= {"source_sha256": layer.record["source_sha256"], "absorbed": mark}
             reports.append(report)
             show(len(reports), len(quantized), name, report.relative_error)
         for name, layer in layers.items():

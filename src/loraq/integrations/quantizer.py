@@ -18,9 +18,8 @@ from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError, LayerError, LoraqError
 from loraq.layers import replace_layer
-from loraq.nn import QuantizedLinear
 from loraq.pipeline.plan import LayerPlan
-from loraq.pipeline.quantize import plan_model, report_of, require_usable, solve_layer
+from loraq.pipeline.quantize import plan_model, quantized_layer, require_usable, solve_layer
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -149,11 +148,10 @@ class LoraqQuantizer(DiffusersQuantizer):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         require_usable(job.name, layer)
         try:
-            solution = solve_layer(weight, self.recipe, job.scheme, job.name)
+            solution = solve_layer(weight.flatten(1), self.recipe, job.scheme, job.name)
         except Exception as error:
             raise LayerError(f"Layer '{job.name}' failed: {error}") from error
-        quantized = QuantizedLinear.from_solution(solution, layer.bias)
-        quantized.record = {**report_of(job.name, weight, solution).record(), "recipe": self.recipe.to_dict()}
+        quantized, _ = quantized_layer(layer, job.name, weight.flatten(1), solution, self.recipe)
         replace_layer(model, job.name, quantized)
         del self._jobs[job.name]
 

@@ -151,14 +151,11 @@ def quantize_(
     for job in plan.quantized:
         require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
-    plain_recipe = recipe.to_dict()
     attach_save_pretrained(model)
     with shown(progress) as show:
         for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
             layer = layers.pop(job.name)
-            report = report_of(job.name, layer.weight, future.result())
-            quantized = QuantizedLinear.from_solution(future.result(), layer.bias)
-            quantized.record = {**report.record(), "recipe": plain_recipe}
+            quantized, report = quantized_layer(layer, job.name, layer.weight, future.result(), recipe)
             replace_layer(model, job.name, quantized)
             del layer  # frees its float weight now, not after the next layer
             reports.append(report)
@@ -232,9 +229,11 @@ def require_usable(name: str, layer: nn.Linear) -> None:
         raise LayerError(f"Layer '{name}': {error}") from error
 
 
-def report_of(name: str, weight: Tensor, solution: LayerSolution) -> LayerReport:
-    """Return what became of the layer called `name`, whose float weight is still there."""
-    return LayerReport(
+def quantized_layer(
+    layer: nn.Linear | QuantizedLinear, name: str, weight: Tensor, solution: LayerSolution, recipe: Recipe
+) -> tuple[QuantizedLinear, LayerReport]:
+    """Return what takes the place of `layer`, called `name`, now that its float weight (out, in) is solved."""
+    report = LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         scheme=solution.scheme,
@@ -245,6 +244,9 @@ def report_of(name: str, weight: Tensor, solution: LayerSolution) -> LayerReport
         seconds=solution.seconds,
         source_sha256=tensor_sha256(weight),
     )
+    quantized = QuantizedLinear.from_solution(solution, layer.bias)
+    quantized.record = {**report.record(), "recipe": recipe.to_dict()}
+    return quantized, report
 
 
 def tensor_sha256(tensor: Tensor) -> str:
