@@ -22,8 +22,8 @@ class AdaptedLinear(Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         if type(base_layer) is not QuantizedLinear:
             raise LayerError(
-                f"Adapters work on quantized linear layers, not on {type(base_layer).__name__}. Make the LoRA a part of it "
-                "with `loraq.absorb_lora`."
+                f"Adapters work on quantized linear layers, not on {type(base_layer).__name__}. Use "
+                "`loraq.absorb_lora`, which makes the LoRA a part of the weights."
             )
         if kwargs["config"].use_dora:
             raise LayerError("DoRA adapters scale the dense weight, which a quantized layer does not keep. Use LoRA.")
