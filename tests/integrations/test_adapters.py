@@ -183,6 +183,12 @@ def test_other_kinds_of_quantized_layers_are_refused():
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(layer))
 
 
+def test_a_peft_that_is_too_old_is_named():
+    layer = QuantizedLinear(32, 8, Recipe.named("mxfp4").scheme)
+    with pytest.raises(LayerError, match=rf"PEFT {peft.__version__} is too old"):
+        AdaptedLinear(layer, "default", r=4, lora_alpha=4)  # as versions before 0.21 call it
+
+
 def test_registering_again_changes_nothing():
     before = peft.tuners.lora.LoraModel._create_new_module
     register_adapters()

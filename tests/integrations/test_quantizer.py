@@ -160,6 +160,13 @@ def test_a_recipe_that_leaves_nothing_is_refused(source):
         PixArt.from_pretrained(source, quantization_config=LoraqConfig(recipe))
 
 
+def test_a_single_file_says_what_to_do_instead(model):
+    # What `from_single_file` calls: it hands over the model, and no place of files.
+    quantizer = LoraqQuantizer(LoraqConfig(RECIPE), pre_quantized=False)
+    with pytest.raises(LoraqError, match="another way than `from_pretrained`"):
+        quantizer.preprocess_model(copy.deepcopy(model), device_map=None, state_dict={})
+
+
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 

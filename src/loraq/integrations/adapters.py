@@ -5,6 +5,7 @@ Imported only where PEFT is installed.
 
 from typing import Any, NoReturn
 
+import peft
 import torch
 from peft.tuners.lora import Linear, LoraModel
 from torch import nn
@@ -24,6 +25,10 @@ class AdaptedLinear(Linear):
             raise LayerError(
                 f"Adapters work on quantized linear layers, not on {type(base_layer).__name__}. Use "
                 "`loraq.absorb_lora`, which makes the LoRA a part of the weights."
+            )
+        if "config" not in kwargs:
+            raise LayerError(
+                f"PEFT {peft.__version__} is too old for adapters on quantized layers. Install 0.21 or newer."
             )
         if kwargs["config"].use_dora:
             raise LayerError("DoRA adapters scale the dense weight, which a quantized layer does not keep. Use LoRA.")
@@ -60,4 +65,4 @@ def register_adapters() -> None:
         return new
 
     create_new_module.knows_loraq = True  # type: ignore[attr-defined]
-    LoraModel._create_new_module = staticmethod(create_new_module)
+    setattr(LoraModel, "_create_new_module", staticmethod(create_new_module))  # noqa: B010 (a method, says mypy)

@@ -107,7 +107,11 @@ class LoraqQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        assert self._folder is not None, "diffusers calls maybe_update_loaded_keys first"
+        if self._folder is None:  # `from_single_file` does not say where the weights are
+            raise LoraqError(
+                f"{type(model).__name__} is loaded by another way than `from_pretrained`, which does not quantize. "
+                "Load it in floats, save it with `save_pretrained`, and start from that folder."
+            )
         if self.pre_quantized:
             _fetch_manifest(self._folder)
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
