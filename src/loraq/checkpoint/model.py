@@ -47,7 +47,7 @@ def save(
                 recipes.append(recipe)
             record["recipe"] = recipes.index(recipe)
         stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
-    config = _config(model)
+    config = model_config(model)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     with atomic_folder(Path(folder), overwrite=overwrite) as partial:
         files = write_shards(tensors, partial, stem, shard_bytes)
@@ -202,13 +202,18 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, tied
 
 
-def _config(model: nn.Module) -> dict[str, object]:
-    """Return the configuration of a diffusers model, marked as quantized so that nothing loads it as floats.
-
-    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights give the same file.
-    """
+def model_config(model: nn.Module) -> dict[str, object]:
+    """Return the configuration of a diffusers model, marked as quantized so that nothing loads it as floats."""
     to_json = getattr(model, "to_json_string", None)
     if to_json is None:
         return {}
-    config = {**json.loads(to_json()), "quantization_config": {"quant_method": "loraq"}}
+    return marked(json.loads(to_json()))
+
+
+def marked(config: dict[str, object]) -> dict[str, object]:
+    """Return a configuration that says it is quantized, in sorted order, so that all ways write the same bytes.
+
+    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights give the same file.
+    """
+    config = {**config, "quantization_config": {"quant_method": "loraq"}}
     return {name: config[name] for name in sorted(config) if name != "_name_or_path"}

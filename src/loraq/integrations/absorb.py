@@ -14,7 +14,7 @@ from loraq.integrations.lora import Adapter, Lora
 from loraq.layers import replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import LayerReport, quantized_layer, shown, solve_layer, tensor_sha256
+from loraq.pipeline.quantize import LayerReport, quantized_layer, shown_progress, solve_layer, tensor_sha256
 from loraq.recipe import Recipe
 
 
@@ -83,7 +83,7 @@ def _absorb(
         _original(name, layer, source)
     reports, new = [], {}
     mark = {"sha256": file_sha256(lora.file), "scale": scale}
-    with shown(progress) as show, torch.no_grad():
+    with shown_progress(progress) as show, torch.no_grad():
         for name, layer in quantized.items():
             device = next(layer.parameters()).device
             weight = _sum(name, layer, source, lora.adapters[name], scale, device)

@@ -152,7 +152,7 @@ def quantize_(
         require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
     attach_save_pretrained(model)
-    with shown(progress) as show:
+    with shown_progress(progress) as show:
         for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
             layer = layers.pop(job.name)
             quantized, report = quantized_layer(layer, job.name, layer.weight, future.result(), recipe)
@@ -256,7 +256,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 @contextmanager
-def shown(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
+def shown_progress(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
     """Turn the argument `progress` of everything here into a function to call after each layer."""
     if callable(progress):
         yield progress
