@@ -21,7 +21,7 @@ ROWS = (
     "checkpoint",
     "pipeline",
     "integrations",
-    "evaluation",
+    "diffusers evaluation",
     "cli",
 )
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts.split()}
@@ -33,6 +33,7 @@ FENCES = {
     "accelerate": ["integrations", "evaluation"],
     "huggingface_hub": ["integrations"],
     "multiprocessing": ["pipeline/workers.py"],
+    "peft": ["integrations"],
     "matplotlib": ["evaluation"],
     "sklearn": ["evaluation"],
     "click": ["cli"],

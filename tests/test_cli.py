@@ -12,13 +12,14 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import loraq
-from loraq.cli import _bytes, main
+from loraq.cli import main
+from loraq.cli.quantize import _bytes
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-COMMANDS = ["quantize", "plan", "inspect", "compare", "formats", "demo"]
+COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo"]
 FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
 
 

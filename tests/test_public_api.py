@@ -17,6 +17,7 @@ PUBLIC = [
     "Recipe",
     "Rule",
     "Scheme",
+    "absorb_lora",
     "get_format",
     "load",
     "load_into",
@@ -67,6 +68,7 @@ def test_a_public_name_documents_its_own_members(name):
     [
         ("quantize_weight", ["weight", "recipe", "*method", "*seed", "*name"]),
         ("quantize_", ["model", "recipe", "*workers", "*progress"]),
+        ("absorb_lora", ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"]),
         ("plan_model", ["model", "recipe"]),
         ("set_backend", ["model", "name"]),
     ],

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loraq.checkpoint import load_into, save
     from loraq.errors import LoraqError
     from loraq.formats import QTensor, get_format
+    from loraq.integrations.absorb import absorb_lora
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
     from loraq.layers import set_backend
@@ -31,6 +32,7 @@ _HOMES = {
     "Recipe": "loraq.recipe",
     "Rule": "loraq.recipe",
     "Scheme": "loraq.scheme",
+    "absorb_lora": "loraq.integrations.absorb",
     "get_format": "loraq.formats",
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
@@ -52,6 +54,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Scheme",
+    "absorb_lora",
     "get_format",
     "load",
     "load_into",

@@ -115,7 +115,8 @@ class QuantizedLinear(nn.Module):
         """Return y (…, out) in the dtype of x (…, in)."""
         dtype = self._backend.operand_dtype(x.dtype)
         operands = self._operands
-        if operands is None or operands.weight.dtype != dtype:
+        place = self.weight_packed.device  # offloading hooks move parameters without a word
+        if operands is None or operands.weight.dtype != dtype or operands.weight.device != place:
             with torch.inference_mode(False):  # what is kept must also serve a later call that tracks gradients
                 operands = decode(self.stored_weight, self.branch, dtype)
             if self._backend.keeps_operands:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, sqnr_db
+from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, sqnr_db, ssim
 
 
 def test_relative_error_of_a_hand_computed_vector():
@@ -68,3 +68,35 @@ def test_frechet_distance_takes_one_column(generator):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def test_ssim_is_one_for_equal_images_and_symmetric(rng):
+    image = torch.rand(2, 3, 16, 20, generator=rng)
+    other = torch.rand(2, 3, 16, 20, generator=rng)
+    assert ssim(image, image, 1.0).tolist() == pytest.approx([1, 1])
+    assert torch.allclose(ssim(image, other, 1.0), ssim(other, image, 1.0))
+    assert (ssim(image, other, 1.0) < 0.2).all()
+
+
+def test_ssim_of_flat_images_is_the_luminance_term():
+    a, b = 0.25, 0.75
+    x, y = (torch.full((1, 1, 11, 11), value, dtype=torch.float64) for value in (a, b))
+    c1 = 0.01**2
+    assert ssim(x, y, 1.0).item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1))
+
+
+def test_ssim_does_not_depend_on_the_unit(rng):
+    x, y = torch.rand(1, 3, 12, 12, generator=rng), torch.rand(1, 3, 12, 12, generator=rng)
+    assert ssim(255 * x, 255 * y, 255.0).item() == pytest.approx(ssim(x, y, 1.0).item(), rel=1e-6)
+
+
+def test_ssim_of_one_window_is_the_formula(rng):
+    x, y = torch.rand(11, 11, generator=rng).double(), torch.rand(11, 11, generator=rng).double()
+    weights = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)]
+    w = torch.tensor(weights, dtype=torch.float64)
+    w /= w.sum()
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    c1, c2 = 1e-4, 9e-4
+    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert ssim(x.view(1, 1, 11, 11), y.view(1, 1, 11, 11), 1.0).item() == pytest.approx(expected.item())

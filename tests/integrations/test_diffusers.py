@@ -418,13 +418,6 @@ def test_loading_with_a_changed_configuration(source, tmp_path):
         loraq.load(tmp_path / "out")
 
 
-def test_plain_diffusers_refuses_a_quantized_folder(source, tmp_path):
-    # Without the mark in config.json it would load, with new random weights in place of the quantized ones.
-    quantize(source, tmp_path / "out")
-    with _quiet_diffusers() as diffusers, pytest.raises(ValueError, match="Unknown quantization type, got loraq"):
-        diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "out")
-
-
 def test_a_missing_diffusers_gives_the_line_that_installs_it(source, tmp_path, monkeypatch):
     quantize(source, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "diffusers", None)

@@ -74,15 +74,7 @@ def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BA
         CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected keys are listed.
         KernelError: there is no such back end.
     """
-    folder = Path(folder)
-    get_backend(backend)
-    manifest = Manifest.read(folder, verify=verify)
-    reader = ShardReader(folder)
-    layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
-    devices = _check(model, layers, reader, manifest, folder)
-    for name, layer in layers.items():
-        replace_layer(model, name, layer)
-        layer.backend = backend
+    manifest, reader, devices = prepare(model, Path(folder), backend=backend, verify=verify)
     read: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, device in devices.items():
@@ -91,6 +83,28 @@ def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BA
             new = _assign(model, name, tensor)
             if source in manifest.tied.values():
                 read[source] = new
+
+
+def prepare(
+    model: nn.Module, folder: Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
+) -> tuple[Manifest, ShardReader, dict[str, torch.device]]:
+    """Put empty quantized layers where a folder's manifest says, after checking that the whole folder fits.
+
+    Returns:
+        The manifest, the tensors of the folder, and the device of every tensor that is to be loaded.
+
+    Raises:
+        CheckpointError, KernelError: as `load_into`.
+    """
+    get_backend(backend)
+    manifest = Manifest.read(folder, verify=verify)
+    reader = ShardReader(folder)
+    layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
+    devices = _check(model, layers, reader, manifest, folder)
+    for name, layer in layers.items():
+        replace_layer(model, name, layer)
+        layer.backend = backend
+    return manifest, reader, devices
 
 
 def _check(
@@ -200,8 +214,12 @@ def model_config(model: nn.Module) -> dict[str, object]:
 
 
 def marked(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration that says it is quantized."""
-    return {**config, "quantization_config": {"quant_method": "loraq"}}
+    """Return a configuration that says it is quantized, in sorted order, so that all ways write the same bytes.
+
+    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights give the same file.
+    """
+    config = {**config, "quantization_config": {"quant_method": "loraq"}}
+    return {name: config[name] for name in sorted(config) if name != "_name_or_path"}
 
 
 def weights_stem(config: dict[str, object]) -> str:

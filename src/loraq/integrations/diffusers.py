@@ -1,6 +1,7 @@
 """Folders of the diffusers library: a transformer's, or a pipeline's with a transformer in it."""
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraq.checkpoint import load_into
+from loraq.checkpoint import load_into, save
 from loraq.checkpoint.header import FLOATS
 from loraq.checkpoint.manifest import FILE_NAME
+from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
+from loraq.checkpoint.writer import atomic_folder
 from loraq.errors import CheckpointError, LoraqError
 from loraq.kernels import DEFAULT_BACKEND
 
@@ -88,6 +91,20 @@ def transformer_classes() -> dict[str, type[nn.Module]]:
         }
 
 
+def save_like(model: nn.Module, source: Path, folder: Path, target: Path, *, overwrite: bool) -> None:
+    """Save a model that came from `folder`; if that is a component of the pipeline `source`, copy the others too.
+
+    Raises:
+        CheckpointError: the target cannot be written.
+    """
+    if folder == source:
+        save(model, target, overwrite=overwrite)
+        return
+    with atomic_folder(target, overwrite=overwrite) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=_only_not(source, folder.name))
+        save(model, partial / folder.name, overwrite=True)
+
+
 def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
     """Build the model of a folder written by `loraq.save` or `loraq quantize`, and load it on the CPU.
 
@@ -115,6 +132,7 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     model = empty_model(place)
     load_into(model, place, backend=backend, verify=verify)
     _cast_unsaved(model)
+    attach_save_pretrained(model)
     return model.eval()
 
 
@@ -131,6 +149,18 @@ def _cast_unsaved(model: nn.Module) -> None:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(*dtypes)
+
+
+def float_folder(source: Path) -> Path:
+    """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
+
+    Raises:
+        CheckpointError: it is quantized already, or is no such folder.
+    """
+    folder = transformer_folder(source)
+    if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):
+        raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")
+    return folder
 
 
 def load_float(folder: Path) -> nn.Module:
@@ -181,3 +211,8 @@ def _quiet_diffusers() -> Iterator[Any]:
         raise LoraqError(f'diffusers cannot be imported ({error}). Run: pip install "loraq[diffusers]"') from error
     finally:
         logging.disable(before)
+
+
+def _only_not(source: Path, component: str) -> Any:
+    """An `ignore` for `copytree` that leaves out one folder of the top level."""
+    return lambda place, names: [component] if Path(place) == source and component in names else []

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError, unknown
 from loraq.formats.block import require_finite
 from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.methods import layer_seed
+from loraq.nn import QuantizedLinear
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
 from loraq.recipe import METHODS, Recipe
@@ -148,16 +150,13 @@ def quantize_(
             "skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
         )
     for job in plan.quantized:
-        _require_usable(job.name, layers[job.name])
+        require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
-    plain_recipe = recipe.to_dict()
+    attach_save_pretrained(model)
     with shown_progress(progress) as show:
         for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
             layer = layers.pop(job.name)
-            solution = future.result()
-            report = report_layer(job, layer.weight, solution)
-            quantized = quantized_class(layer).from_solution(solution, layer.bias)
-            quantized.record = {**report.record(), "recipe": plain_recipe}
+            quantized, report = quantized_layer(layer, job.name, matrix_of(layer), future.result(), recipe)
             replace_layer(model, job.name, quantized)
             del layer  # frees its float weight now, not after the next layer
             reports.append(report)
@@ -219,7 +218,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _require_usable(name: str, layer: LinearLayer) -> None:
+def require_usable(name: str, layer: LinearLayer) -> None:
+    """Raise `LayerError` unless a layer's weights are there, float, and finite."""
     if layer.weight.is_meta:
         raise LayerError(f"Layer '{name}' has no weights (it is on the meta device). Load the model first.")
     if not layer.weight.is_floating_point():
@@ -230,11 +230,23 @@ def _require_usable(name: str, layer: LinearLayer) -> None:
         raise LayerError(f"Layer '{name}': {error}") from error
 
 
-def report_layer(job: LayerPlan, weight: Tensor, solution: LayerSolution) -> LayerReport:
+def quantized_layer(
+    layer: nn.Module, name: str, weight: Tensor, solution: LayerSolution, recipe: Recipe
+) -> tuple[QuantizedLinear, LayerReport]:
+    """Return what takes the place of `layer`, called `name`, now that its float weight (out, in) is solved."""
+    report = report_layer(name, weight, solution)
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    quantized = quantized_class(layer).from_solution(solution, bias)
+    quantized.record = {**report.record(), "recipe": recipe.to_dict()}
+    return quantized, report
+
+
+def report_layer(name: str, weight: Tensor, solution: LayerSolution) -> LayerReport:
     """Return what became of one layer."""
     return LayerReport(
-        name=job.name,
-        shape=job.shape,
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
         scheme=solution.scheme,
         relative_error=solution.relative_error,
         sqnr_db=solution.sqnr_db,
@@ -253,7 +265,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 @contextmanager
 def shown_progress(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
-    """Yield what to call after each layer: the display on stderr, a function that was given, or nothing."""
+    """Turn the argument `progress` of everything here into a function to call after each layer."""
     if callable(progress):
         yield progress
     elif progress:

@@ -98,7 +98,9 @@ class _Work:
         layer = job.layer
         assert layer.scheme is not None
         weight = self.reader.read(f"{layer.name}.weight").view(layer.shape)  # a 1x1 convolution is a matrix too
-        report = report_layer(layer, weight, solution := solve_layer(weight, self.recipe, layer.scheme, layer.name))
+        report = report_layer(
+            layer.name, weight, solution := solve_layer(weight, self.recipe, layer.scheme, layer.name)
+        )
         if report.source_sha256 != job.sha256:
             raise CheckpointError(f"The weight of layer '{layer.name}' changed while it was read. Leave the source be.")
         tensors = {f"{layer.name}.{name}": tensor for name, tensor in solution.tensors.items()}

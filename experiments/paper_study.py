@@ -1,0 +1,256 @@
+"""The job that the studies of the paper's models share: quantize in every configuration, generate, compare, one table.
+
+`pixart_sigma.py` and `sana.py` say which model, with which settings, and what was published.
+"""
+
+import argparse
+import gc
+import json
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+import loraq.diffusers
+from loraq.evaluation.metrics import psnr_db, ssim
+from loraq.integrations.diffusers import quantize_folder
+from loraq.recipe import Recipe
+from tiny_pipelines import SENTENCES
+
+#: (method, recipe). All rows with a branch get at most the bytes of SVDQuant's 16-bit rank 32 in the same main format.
+CONFIGURATIONS = (
+    ("rtn", "int4"),
+    ("rtn", "nvfp4"),
+    ("rtn", "mxfp4"),
+    # SVDQuant in its native formats, and in the paper's.
+    ("svdquant", "int4-r32"),
+    ("svdquant", "nvfp4-r32"),
+    ("svdquant", "mxfp4-r32"),
+    # LoRaQ with the same 16-bit branch.
+    ("loraq", "int4-r32"),
+    ("loraq", "nvfp4-r32"),
+    ("loraq", "mxfp4-r32"),
+    # The paper's quantized branches: W8A8, W6A6, W4A8; floating and integer elements.
+    ("loraq", "mxfp4-w8a8"),
+    ("loraq", "mxfp4-w6a6"),
+    ("loraq", "mxfp4-w4a8"),
+    ("loraq", "mxint4-w8a8"),
+    ("loraq", "mxint4-w6a6"),
+    ("loraq", "mxint4-w4a8"),
+    # Main path at 8-bit activations, as the authors' kernels run it; and the default of this package.
+    ("loraq", "mxfp4-w8a8-a8"),
+    ("loraq", "default"),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model of the paper."""
+
+    name: str
+    #: Where the real weights are.
+    hub_id: str
+    #: Arguments of the pipeline's call.
+    call: dict[str, Any]
+    #: Writes a small pipeline of the same class into a folder.
+    tiny: Callable[[Path], Path]
+    #: Arguments of the call for that one.
+    tiny_call: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one configuration gave; image figures against the float model's images, same prompts and seeds."""
+
+    method: str
+    recipe: str
+    #: Bytes of the transformer's parameters.
+    nbytes: int
+    bits_per_weight: float
+    #: Mean relative error of the quantized weights.
+    weight_error: float
+    #: Median over the images; infinite for the float model.
+    psnr_db: float
+    ssim: float
+    seconds_to_quantize: float
+    seconds_per_image: float
+    #: Peak of the accelerator while images are made; without one, peak resident memory of this process so far.
+    peak_bytes: int
+
+
+def main(study: Study, argv: list[str] | None = None) -> list[Row]:
+    """Run a study from the command line, print its table, and write `results.json`."""
+    options = _options(study, argv)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    source = _tiny(study, out / "tiny") if options.local_tiny else _local(options.source)
+    call = {**study.call, **(study.tiny_call if options.local_tiny else {})}
+    if options.steps:
+        call["num_inference_steps"] = options.steps
+    prompts = _prompts(options.prompts, options.images)
+    dtype = getattr(torch, options.dtype)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype).to(options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    exact, seconds = _images(pipeline, prompts, call)
+    _write_images(exact, out / "images" / "float")
+    kind = type(pipeline.transformer)
+    rows = [_row(("float", options.dtype), pipeline.transformer, exact, exact, seconds, (16.0, 0.0, 0.0))]
+    print(_line(rows[0]), flush=True)
+    for method, name in options.only or CONFIGURATIONS:
+        recipe = replace(Recipe.of(name), method=method, effort=options.effort)
+        folder = out / "models" / f"{method}-{name}"
+        figures = _quantize(source / "transformer", folder, recipe, options.workers)
+        pipeline.transformer = None
+        gc.collect()
+        pipeline.transformer = kind.from_pretrained(folder, dtype=dtype).to(options.device)
+        images, seconds = _images(pipeline, prompts, call)
+        _write_images(images, out / "images" / folder.name)
+        rows.append(_row((method, name), pipeline.transformer, exact, images, seconds, figures))
+        print(_line(rows[-1]), flush=True)
+    _report(study, rows, options, len(prompts))
+    return rows
+
+
+def _options(study: Study, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Quantize {study.name} in the paper's configurations and compare.")
+    parser.add_argument("--source", default=study.hub_id, help="pipeline folder or hub id (default: %(default)s)")
+    parser.add_argument("--local-tiny", action="store_true", help="a small pipeline with random weights instead")
+    parser.add_argument("--out", type=Path, default=Path("studies") / study.name, help="where results go")
+    parser.add_argument("--images", type=int, default=8, help="number of prompts")
+    parser.add_argument("--prompts", type=Path, help="text file, one a line; or MJHQ's meta_data.json")
+    parser.add_argument("--steps", type=int, help="sampling steps instead of the published setting")
+    parser.add_argument("--effort", default="default", choices=["fast", "default", "best"])
+    parser.add_argument("--workers", type=int, default=1, help="layers solved at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--only", nargs="+", type=_configuration, metavar="METHOD:RECIPE", help="only these rows")
+    return parser.parse_args(argv)
+
+
+def _configuration(text: str) -> tuple[str, str]:
+    method, _, recipe = text.partition(":")
+    Recipe.of(recipe)
+    return method, recipe
+
+
+def _tiny(study: Study, folder: Path) -> Path:
+    """Return a small pipeline, the one of an earlier run if there is one: training a tokenizer is not repeatable."""
+    return folder if (folder / "model_index.json").is_file() else study.tiny(folder)
+
+
+def _local(source: str) -> Path:
+    """Return the folder of a pipeline, downloaded if `source` is a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.md", "*.png"]))
+
+
+def _prompts(file: Path | None, n: int) -> list[str]:
+    """Return n prompts; of a JSON table by key, those that a shuffle of the keys with seed 0 puts first, sorted."""
+    if file is None:
+        return [SENTENCES[i % len(SENTENCES)] for i in range(n)]
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        return text.splitlines()[:n]
+    table = json.loads(text)
+    keys = sorted(table)
+    random.Random(0).shuffle(keys)
+    return [table[key]["prompt"] for key in sorted(keys[:n])]
+
+
+def _quantize(source: Path, folder: Path, recipe: Recipe, workers: int) -> tuple[float, float, float]:
+    """Quantize unless an earlier run did just that; return bits per weight, mean weight error and seconds."""
+    file = folder.with_name(f"{folder.name}.json")
+    job = {"source": str(source.resolve()), "recipe": recipe.to_dict()}
+    done = json.loads(file.read_text()) if file.is_file() else {}
+    if done.get("job") != json.loads(json.dumps(job)):
+        begin = time.perf_counter()
+        report = quantize_folder(source, folder, recipe, workers=workers, overwrite=True)
+        figures = (report.plan.bits_per_weight, report.mean_relative_error, time.perf_counter() - begin)
+        done = {"job": job, "figures": figures}
+        file.write_text(json.dumps(done, indent=2) + "\n")
+    bits, error, seconds = done["figures"]
+    return bits, error, seconds
+
+
+def _images(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> tuple[Tensor, float]:
+    """Return images (n, 3, height, width) in [0, 1], each from its own seed, and the mean seconds for one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    images = []
+    begin = time.perf_counter()
+    for seed, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that devices agree
+        array = pipeline(prompt, generator=generator, output_type="np", **call).images[0]
+        images.append(torch.from_numpy(array).permute(2, 0, 1))
+    return torch.stack(images), (time.perf_counter() - begin) / len(prompts)
+
+
+def _write_images(images: Tensor, folder: Path) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+
+
+def _row(
+    label: tuple[str, str],
+    transformer: nn.Module,
+    exact: Tensor,
+    images: Tensor,
+    seconds: float,
+    figures: tuple[float, float, float],
+) -> Row:
+    bits, error, seconds_to_quantize = figures
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Row(
+        method=label[0],
+        recipe=label[1],
+        nbytes=sum(p.nbytes for p in transformer.parameters()),
+        bits_per_weight=bits,
+        weight_error=error,
+        psnr_db=psnr_db(exact, images, 1.0).median().item(),
+        ssim=ssim(exact, images, 1.0).median().item(),
+        seconds_to_quantize=seconds_to_quantize,
+        seconds_per_image=seconds,
+        peak_bytes=peak,
+    )
+
+
+def _line(row: Row) -> str:
+    cells = (f"{row.method:9}", f"{row.recipe:15}", f"{row.nbytes / 1e6:9.2f}", f"{row.bits_per_weight:6.2f}")
+    quality = (f"{row.weight_error:10.4f}", f"{row.psnr_db:8.2f}", f"{row.ssim:7.4f}")
+    cost = (f"{row.seconds_to_quantize:10.1f}", f"{row.seconds_per_image:8.2f}", f"{row.peak_bytes / 1e6:8.0f}")
+    return " ".join((*cells, *quality, *cost))
+
+
+def _table(rows: list[Row]) -> Iterator[str]:
+    yield (
+        "method    recipe                 MB   bits weight err  PSNR dB    SSIM quantize s  s/image  peak MB\n"
+        + "-" * 101
+    )
+    yield from map(_line, rows)
+
+
+def _report(study: Study, rows: list[Row], options: argparse.Namespace, n: int) -> None:
+    print(f"\n{study.name}, {n} images, {options.device}, {options.dtype}, effort {options.effort}\n")
+    print("\n".join(_table(rows)))
+    if options.local_tiny:
+        print("\nRandom weights: this shows that everything runs, and says nothing about quality.")
+    facts = {"loraq": loraq.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    settings = {key: str(value) for key, value in vars(options).items()}
+    content = {"study": study.name, "versions": facts, "options": settings, "rows": [asdict(row) for row in rows]}
+    (options.out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nWritten to {options.out / 'results.json'}, images beside it.")

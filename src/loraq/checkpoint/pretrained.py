@@ -1,0 +1,75 @@
+"""A model's own `save_pretrained` writes what `save` writes: weights that nobody can read otherwise need the manifest.
+
+Nothing here knows diffusers: any module with a method of this name is served.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
+from loraq.checkpoint.manifest import FILE_NAME
+from loraq.checkpoint.model import save
+from loraq.errors import CheckpointError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+#: What a folder may hold to be replaced whole: the files that `save` makes.
+_OURS = re.compile(
+    rf"config\.json|{re.escape(FILE_NAME)}|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+
+
+def attach_save_pretrained(model: nn.Module) -> None:
+    """Let the `save_pretrained` of a quantized model, if it has one, write the folder that `save` writes."""
+    if callable(getattr(model, "save_pretrained", None)):
+        setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
+
+
+def _save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    **others: Any,
+) -> None:
+    """Write the model as `loraq.save` does; the arguments are those of diffusers.
+
+    Raises:
+        CheckpointError: an option that this format does not have, adapters that are not part of it, or a folder with
+            other files in it.
+    """
+    refused = {name: value for name, value in others.items() if value} | ({"variant": variant} if variant else {})
+    if refused or not safe_serialization:
+        named = ", ".join(refused) or "safe_serialization=False"
+        raise CheckpointError(f"A quantized model cannot be saved with {named}. Save it plainly, as safetensors.")
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters:
+        raise CheckpointError(
+            f"The model carries adapters ({', '.join(adapters)}), which are no part of its checkpoint. "
+            "Save them with `save_lora_adapter` and unload them, or make them permanent with `loraq.absorb_lora`."
+        )
+    if not is_main_process:
+        return
+    folder = Path(save_directory)
+    others_there = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)) if folder.is_dir() else []
+    if others_there:
+        raise CheckpointError(
+            f"Will not replace '{folder}': it also holds {', '.join(others_there[:4])}. Choose an empty folder."
+        )
+    save(model, folder, overwrite=True, shard_bytes=_bytes(max_shard_size))
+
+
+def _bytes(size: int | str | None) -> int:
+    """Return the bytes that a size such as 5_000_000_000 or "5GB" means."""
+    if size is None:
+        return DEFAULT_SHARD_BYTES
+    match = re.fullmatch(r"(\d+)\s*([KMG]I?B|)", str(size).upper())
+    if match is None or int(match[1]) == 0:
+        raise CheckpointError(f"max_shard_size is {size!r}. A number of bytes or a size such as '5GB' is required.")
+    return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,9 @@
+"""The command line: parse, call the library, print. Results go to stdout, progress and errors to stderr.
+
+Everything that needs torch is imported inside the commands, so that help does not wait for it.
+"""
+
+from loraq.cli import contents, demo, lora, quantize
+from loraq.cli.command import main
+
+__all__ = ["contents", "demo", "lora", "main", "quantize"]

@@ -1,0 +1,46 @@
+"""What every command has: its place in the group, `--json` and `--debug`, errors as one message, exit codes."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from loraq import __version__
+from loraq.errors import LoraqError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="loraq")
+def main() -> None:
+    """Quantize diffusion transformers to 4 bits without any data.
+
+    \b
+    loraq plan MODEL                  what would happen, layer by layer
+    loraq quantize MODEL OUT          do it
+    loraq demo                        see it on a small trained transformer
+    """
+
+
+def command(function: Callable[..., None]) -> click.Command:
+    """Register a command: `--json` and `--debug` for all, errors as one message, exit codes as documented."""
+
+    @wraps(function)
+    def run(*, debug: bool, **kwargs: Any) -> None:
+        try:
+            function(**kwargs)
+        except BrokenPipeError:
+            raise  # the reader has gone, as in `loraq formats | head`
+        except (LoraqError, OSError) as error:
+            if debug:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt as interrupt:
+            click.echo(str(interrupt) or "Interrupted. Nothing was left.", err=True)
+            sys.exit(130)
+
+    run = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
+    run = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")(run)
+    return main.command(name=function.__name__.replace("_", "-"))(run)

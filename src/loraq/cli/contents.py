@@ -1,0 +1,92 @@
+"""`loraq inspect`, `loraq compare` and `loraq formats`: look at what is there."""
+
+from pathlib import Path
+
+import click
+
+from loraq.cli.command import command
+from loraq.cli.output import print_json, print_table, size_of
+
+
+@command
+@click.argument("path", type=click.Path(path_type=Path))
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what is inside the quantized folder PATH, and check that its files are whole.
+
+    \b
+    Example: loraq inspect out
+    """
+    from dataclasses import asdict
+
+    from loraq.checkpoint.manifest import Manifest
+    from loraq.integrations.diffusers import transformer_folder
+
+    manifest = Manifest.read(transformer_folder(path))
+    if as_json:
+        layers = {
+            name: {"shape": layer.shape, "scheme": asdict(layer.scheme), **layer.record}
+            for name, layer in manifest.layers.items()
+        }
+        print_json({"recipes": manifest.recipes, "layers": layers})
+        return
+    rows, nbytes, weights = [], 0, 0
+    for name, layer in manifest.layers.items():
+        branch, size = layer.scheme.branch, layer.scheme.nbytes(layer.shape)
+        side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
+        error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
+        shape = f"{layer.shape[0]}×{layer.shape[1]}"
+        rows.append((name, shape, layer.scheme.weight, layer.scheme.activation, side, size_of(size), error))
+        nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
+    print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
+    click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits per weight.")
+    click.echo("All files are as they were written.")
+
+
+@command
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def compare(a: Path, b: Path, as_json: bool) -> None:
+    """Show the relative weight error between the folders A and B, layer by layer; either may be quantized.
+
+    \b
+    Example: loraq compare PixArt-Sigma/transformer out
+    """
+    from loraq.checkpoint.contents import compare as compare_folders
+    from loraq.integrations.diffusers import transformer_folder
+
+    differences = compare_folders(transformer_folder(a), transformer_folder(b))
+    mean = sum(d.relative_error for d in differences) / len(differences)
+    if as_json:
+        layers = [{"name": d.name, "shape": d.shape, "relative_error": d.relative_error} for d in differences]
+        print_json({"mean_relative_error": mean, "layers": layers})
+        return
+    rows = [(d.name, f"{d.shape[0]}×{d.shape[1]}", f"{d.relative_error:.4f}") for d in differences]
+    print_table(("layer", "out×in", "error"), rows)
+    click.echo(f"Mean relative error of {len(rows)} layers: {mean:.4f}.")
+
+
+@command
+def formats(as_json: bool) -> None:
+    """List the number formats, and explain the names of recipes.
+
+    \b
+    Example: loraq formats
+    """
+    from loraq.formats import FORMATS, BlockFormat
+    from loraq.recipe import GRAMMAR, SHOWCASE
+
+    rows = []
+    for fmt in FORMATS.values():
+        if isinstance(fmt, BlockFormat):
+            block = str(fmt.block_size or "row")
+            rows.append((fmt.name, f"{fmt.bits}", block, fmt.scale_format.name, f"{fmt.bits_per_value:g}"))
+        else:
+            rows.append((fmt.name, f"{fmt.bits}", "", "", f"{fmt.bits_per_value:g}"))
+    headings = ("format", "bits", "block", "scale", "bits per value")
+    if as_json:
+        table = [dict(zip(headings, row, strict=True)) for row in rows]
+        print_json({"formats": table, "grammar": GRAMMAR, "recipes": SHOWCASE})
+        return
+    print_table(headings, rows)
+    click.echo(f"A recipe is a .toml or .json file, or a name:\n\n{GRAMMAR}\n")
+    print_table(("recipe", ""), SHOWCASE.items())

@@ -1,0 +1,49 @@
+"""Results on stdout: plain tables, one JSON document, sizes."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(document: Any) -> Any:
+    """JSON has no infinity (the PSNR of equal images) and no NaN: they become null."""
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
+
+
+def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Plain columns; numbers to the right. No cell is cut, so that the output can be searched and copied."""
+    table = [tuple(headings), *(tuple(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(table[0]))]
+    for row in table:
+        cells = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def _is_number(cell: str) -> bool:
+    return (
+        not cell
+        or cell.removesuffix("iB").removesuffix(" K").removesuffix(" M").removesuffix(" G").replace(".", "").isdigit()
+    )
+
+
+def size_of(nbytes: int) -> str:
+    """Return a size for people, in KiB, MiB or GiB."""
+    size = nbytes / 1024
+    for unit in ("KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

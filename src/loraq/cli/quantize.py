@@ -1,0 +1,160 @@
+"""`loraq quantize` and `loraq plan`: the job, and what it would do."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loraq.cli.command import command
+from loraq.cli.output import print_json, print_table, size_of
+
+if TYPE_CHECKING:
+    from loraq.pipeline.plan import Plan
+    from loraq.recipe import Recipe
+
+
+def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that make a recipe."""
+    options = (
+        click.option(
+            "--recipe", default="default", show_default=True, help="Name (`loraq formats`), or .toml/.json file."
+        ),
+        click.option("--budget", help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks."),
+        click.option("--method", help="loraq, svdquant, lqer or rtn instead of the recipe's."),
+        click.option("--effort", type=click.Choice(["fast", "default", "best"]), help="How long loraq works."),
+        click.option("--seed", type=int, help="Seed instead of the recipe's."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+RECIPE_OPTIONS = ("recipe", "budget", "method", "effort", "seed")
+
+config_option = click.option(
+    "--config", type=click.Path(path_type=Path), help="config.json or its folder, for a SOURCE without one."
+)
+
+
+def _bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+    """Read a size such as "2GB", "500 MB" or "1GiB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
+    size = found and round(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " "))
+    if not size:
+        raise click.BadParameter(f"'{text}' is no size. Write a number and a unit, such as 2GB or 500MB.")
+    return size
+
+
+def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
+    """Return the recipe that the options describe."""
+    from dataclasses import replace
+
+    from loraq.recipe import Recipe
+
+    return replace(Recipe.of(recipe), **{key: value for key, value in overrides.items() if value is not None})
+
+
+@command
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@config_option
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
+@click.option("--shard-size", "shard_bytes", default="2GB", show_default=True, callback=_bytes, help="Largest file.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
+@click.option("--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them.")
+@recipe_options
+def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Quantize the transformer in SOURCE into the new folder TARGET, one tensor in memory at a time.
+
+    SOURCE is a diffusers transformer folder (config.json and safetensors), a pipeline folder, whose other components
+    go along, one .safetensors file, or a repository of the hub. If the run is interrupted or killed, the same
+    command goes on where it was.
+
+    \b
+    Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4-w8a8 --workers 2
+    """
+    from loraq.integrations.checkpoints import quantize_checkpoint
+
+    recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
+    report = quantize_checkpoint(source, target, recipe, **options)
+    if as_json:
+        print_json(
+            {
+                "target": str(target),
+                "recipe": report.recipe.to_dict(),
+                "bits_per_weight": report.plan.bits_per_weight,
+                "mean_relative_error": report.mean_relative_error,
+                "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
+            }
+        )
+        return
+    click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.layers) - len(report.layers)} kept.")
+    if report.kept:
+        click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
+    click.echo(f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, {size_of(report.plan.nbytes)} now.")
+    click.echo(
+        f"{report.plan.bits_per_weight:.3f} bits per weight, mean relative error {report.mean_relative_error:.4f}."
+    )
+    click.echo(f"Written to {target}.")
+
+
+@command
+@click.argument("source", type=click.Path(path_type=Path))
+@config_option
+@recipe_options
+def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> None:
+    """Show what `quantize` would do with SOURCE: format, rank, bytes of every layer; what is kept, and why.
+
+    Only the configuration is read, or the names and shapes of the tensors if there is none.
+
+    \b
+    Example: loraq plan PixArt-Sigma/transformer --budget 5.0
+    """
+    from loraq.integrations.checkpoints import plan_checkpoint
+
+    planned = plan_checkpoint(source, read_recipe(**recipe), config=config)
+    if as_json:
+        print_json(_plan_document(planned))
+        return
+    rows = []
+    for layer in planned.layers:
+        shape = f"{layer.shape[0]}×{layer.shape[1]}"
+        if layer.scheme is None:
+            rows.append((layer.name, shape, "kept", "", "", "", size_of(layer.nbytes), "", layer.reason))
+            continue
+        branch = layer.scheme.branch
+        formats = (layer.scheme.weight, layer.scheme.activation)
+        side = (f"{branch.weight}/{branch.activation}", str(branch.rank)) if branch else ("none", "")
+        bits = f"{layer.bits_per_weight:.3f}"
+        rows.append((layer.name, shape, *formats, *side, size_of(layer.nbytes), bits, layer.reason))
+    for other in planned.others:
+        shape = "×".join(str(n) for n in other.shape)
+        rows.append((other.name, shape, "kept", "", "", "", size_of(other.nbytes), "", other.reason))
+    print_table(("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"), rows)
+    kept = len(planned.layers) - len(planned.quantized)
+    click.echo(
+        f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per weight, {kept} kept."
+    )
+    click.echo(f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after.")
+
+
+def _plan_document(planned: "Plan") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    layers = [
+        {
+            "name": layer.name,
+            "shape": layer.shape,
+            "scheme": asdict(layer.scheme) if layer.scheme else None,
+            "reason": layer.reason,
+            "nbytes": layer.nbytes,
+            "bits_per_weight": layer.bits_per_weight,
+        }
+        for layer in planned.layers
+    ]
+    others = [asdict(other) | {"nbytes": other.nbytes} for other in planned.others]
+    totals = {"nbytes": planned.nbytes, "nbytes_bf16": planned.nbytes_bf16, "bits_per_weight": planned.bits_per_weight}
+    return {"layers": layers, "others": others, **totals}

@@ -1,0 +1,162 @@
+"""`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches, and leave every other byte as it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from loraq.checkpoint.reader import ShardReader
+from loraq.checkpoint.writer import file_sha256, require_free
+from loraq.errors import CheckpointError, LayerError
+from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
+from loraq.integrations.lora import Adapter, Lora
+from loraq.layers import replace_layer
+from loraq.nn import QuantizedLinear
+from loraq.pipeline.progress import ProgressCallback
+from loraq.pipeline.quantize import LayerReport, quantized_layer, shown_progress, solve_layer, tensor_sha256
+from loraq.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """What became of a LoRA."""
+
+    #: The layers that were quantized again; errors are relative to W + ΔW.
+    layers: tuple[LayerReport, ...]
+    #: Layers that are kept as floats, to which ΔW was added.
+    kept: tuple[str, ...]
+    #: Other components of a pipeline that the file has adapters for, which were left out.
+    others: tuple[str, ...]
+
+
+def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
+    model: nn.Module | str | Path,
+    lora: str | Path,
+    source: str | Path,
+    *,
+    scale: float = 1.0,
+    target: str | Path | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | bool = True,
+) -> Absorbed:
+    """Make a LoRA a permanent part of a quantized model: the layers it touches are quantized again, with it.
+
+    No data is needed, so this takes seconds for each layer. Formats, ranks and seeds are those of the model.
+
+    Args:
+        model: a quantized model, which is changed in place; or a quantized folder, with `target`.
+        lora: a safetensors file or folder with diffusers' or PEFT's names.
+        source: folder of the float weights that the model was quantized from.
+        scale: strength of the LoRA.
+        target: new folder, where `model` is one. Other components of a pipeline are copied.
+        overwrite: whether a target that is not empty may be replaced.
+        progress: False for silence, True for a display on stderr, or a function to call after each layer.
+
+    Returns:
+        The layers that changed.
+
+    Raises:
+        CheckpointError: the LoRA, the source or a folder cannot be used. Nothing was changed.
+        LayerError: layers that the model does not have, or that were not made from this source. Nothing was changed.
+    """
+    if isinstance(model, nn.Module):
+        if target is not None:
+            raise CheckpointError(f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`.")
+        return _absorb(model, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress)
+    if target is None:
+        raise CheckpointError(f"'{model}' is not changed in place. Give the new folder as `target`.")
+    require_free(Path(target), overwrite=overwrite)
+    quantized = load(model)
+    absorbed = _absorb(quantized, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress)
+    save_like(quantized, Path(model), transformer_folder(Path(model)), Path(target), overwrite=overwrite)
+    return absorbed
+
+
+def _absorb(
+    model: nn.Module, lora: Lora, source: ShardReader, scale: float, progress: ProgressCallback | bool
+) -> Absorbed:
+    layers = _layers(model, lora, source)
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    recipes = {name: _recipe(name, layer) for name, layer in quantized.items()}
+    for name, layer in layers.items():  # everything that can be wrong, before long work
+        _original(name, layer, source)
+    reports, new = [], {}
+    mark = {"sha256": file_sha256(lora.file), "scale": scale}
+    with shown_progress(progress) as show, torch.no_grad():
+        for name, layer in quantized.items():
+            device = next(layer.parameters()).device
+            weight = _sum(name, layer, source, lora.adapters[name], scale, device)
+            try:
+                solution = solve_layer(weight, recipes[name], layer.scheme, name)
+            except Exception as error:
+                raise LayerError(f"Layer '{name}' failed: {error}") from error
+            new[name], report = quantized_layer(layer, name, weight, solution, recipes[name])
+            new[name].backend = layer.backend
+            new[name].record |= {"source_sha256": layer.record["source_sha256"], "absorbed": mark}
+            reports.append(report)
+            show(len(reports), len(quantized), name, report.relative_error)
+        for name, layer in layers.items():
+            if name in new:
+                replace_layer(model, name, new[name])
+            else:
+                kept = layer.get_parameter("weight")
+                kept.copy_(_sum(name, layer, source, lora.adapters[name], scale, kept.device).view(kept.shape))
+    return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
+
+
+def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
+    """Return the layers that a LoRA touches, all of which the model and the source have, in the LoRA's shapes."""
+    if getattr(model, "peft_config", None):
+        raise LayerError("The model carries adapters. Unload them first: what is absorbed needs no adapter.")
+    present = dict(model.named_modules())
+    missing = [name for name in lora.adapters if name not in present or f"{name}.weight" not in source.names]
+    if missing:
+        raise LayerError(
+            f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the source does not have: "
+            f"{', '.join(missing)}. Is the LoRA for this model, and in diffusers' or PEFT's names?"
+        )
+    for name, adapter in lora.adapters.items():
+        shape = source.shape(f"{name}.weight")
+        wide = (shape[0], torch.Size(shape[1:]).numel())
+        if (adapter.up.shape[0], adapter.down[0].numel()) != wide:
+            raise LayerError(
+                f"Layer '{name}' has the shape {wide}; the LoRA has factors {tuple(adapter.up.shape)} and "
+                f"{tuple(adapter.down.shape)}. It is for another model."
+            )
+    return {name: present[name] for name in lora.adapters}
+
+
+def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
+    if layer.record.get("recipe") is None or "source_sha256" not in layer.record:
+        raise LayerError(
+            f"Layer '{name}' does not say how it was made. Quantize the model again with `loraq.quantize_`."
+        )
+    if "absorbed" in layer.record:
+        raise LayerError(
+            f"Layer '{name}' has absorbed a LoRA before. Start from the folder without it: sums of LoRAs are not kept."
+        )
+    return Recipe.from_dict(layer.record["recipe"])
+
+
+def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
+    """Return the float weight (out, in) that a layer was made from, in the dtype that it had then."""
+    stored = source.read(f"{name}.weight")
+    for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
+        weight = stored.to(dtype)
+        if isinstance(layer, QuantizedLinear):
+            if tensor_sha256(weight) == layer.record["source_sha256"]:
+                return weight.flatten(1)
+        elif weight.dtype == (kept := layer.get_parameter("weight").detach().cpu()).dtype and torch.equal(weight, kept):
+            return weight.flatten(1)
+    raise LayerError(
+        f"Layer '{name}' was not made from the weights in '{source.folder}', or has absorbed a LoRA before. Give the "
+        "float folder that this model was quantized from."
+    )
+
+
+def _sum(
+    name: str, layer: nn.Module, source: ShardReader, adapter: Adapter, scale: float, device: torch.device
+) -> Tensor:
+    """Return W + scale · ΔW (out, in) in fp32."""
+    return _original(name, layer, source).to(device).float() + scale * adapter.delta(device)

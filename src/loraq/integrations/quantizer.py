@@ -1,0 +1,217 @@
+"""The quantizer that diffusers calls in `from_pretrained`, and its configuration."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from loraq.checkpoint.manifest import FILE_NAME
+from loraq.checkpoint.model import prepare
+from loraq.checkpoint.pretrained import attach_save_pretrained
+from loraq.checkpoint.reader import ShardReader
+from loraq.errors import CheckpointError, LayerError, LoraqError
+from loraq.layers import is_linear, replace_layer
+from loraq.pipeline.plan import LayerPlan
+from loraq.pipeline.quantize import plan_model, quantized_layer, require_usable, solve_layer
+from loraq.recipe import Recipe
+from loraq.scheme import Scheme
+
+#: The minors of diffusers that this was tested with. The two dictionaries it registers in are not a stable interface.
+SUPPORTED = ("0.42",)
+
+#: Set to "0" to skip the hashes of the files in `from_pretrained`; sizes, names, shapes and dtypes are always checked.
+VERIFY_VARIABLE = "LORAQ_VERIFY"
+
+
+class LoraqMethod(StrEnum):
+    """What `config.json` calls us; diffusers wants an enumeration."""
+
+    LORAQ = "loraq"
+
+
+class LoraqConfig(QuantizationConfigMixin):
+    """How diffusers is asked to quantize a model while it loads: `from_pretrained(…, quantization_config=…)`.
+
+    A folder that is quantized already says by itself what it is, and needs none.
+    """
+
+    def __init__(self, recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default", **others: Any) -> None:
+        """Settle the recipe.
+
+        Args:
+            recipe: a recipe, a scheme, a name such as "mxfp4-w8a8", a path to a .toml or .json file, or plain data.
+            others: only `quant_method`, which diffusers hands back.
+
+        Raises:
+            LoraqError: an unknown argument.
+            RecipeError: the recipe cannot be read.
+        """
+        method = others.pop("quant_method", LoraqMethod.LORAQ)
+        if others or method != LoraqMethod.LORAQ.value:
+            raise LoraqError(
+                f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes `recipe`; everything "
+                "else is a field of a `loraq.Recipe`."
+            )
+        self.quant_method: Any = LoraqMethod.LORAQ
+        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data from which `from_dict` makes an equal configuration."""
+        return {"quant_method": self.quant_method.value, "recipe": self.recipe.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what `repr` shows: all of it."""
+        return self.to_dict()
+
+
+class LoraqQuantizer(DiffusersQuantizer):
+    """Loads a quantized folder into packed layers, or quantizes float weights one by one as they are read."""
+
+    # As without a quantizer: what a class keeps in fp32 stays in fp32.
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    #: Adapters can be trained; packed weights have no gradient.
+    is_trainable = True
+    is_compileable = True
+
+    def __init__(self, quantization_config: LoraqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.recipe = quantization_config.recipe
+        self._jobs: dict[str, LayerPlan] = {}
+        self._tied: dict[str, str] = {}
+        self._folder: Path | None = None
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Whether shards may be read by several threads: not while layers are solved."""
+        return bool(self.pre_quantized)
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise `LoraqError` for what would fail only after long work."""
+        require_supported(diffusers.__version__)
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise LoraqError(
+                "Layers that go to the disk cannot be quantized while loading. Run `loraq quantize` once and load that."
+            )
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Remember where the files are, which diffusers tells here only; the keys stay."""
+        self._folder = Path(checkpoint_files[0]).parent
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._folder is None:  # `from_single_file` does not say where the weights are
+            raise LoraqError(
+                f"{type(model).__name__} is loaded by another way than `from_pretrained`, which does not quantize. "
+                "Load it in floats, save it with `save_pretrained`, and start from that folder."
+            )
+        if self.pre_quantized:
+            _fetch_manifest(self._folder)
+            verify = os.environ.get(VERIFY_VARIABLE) != "0"
+            manifest, reader, _ = prepare(model, self._folder, verify=verify)
+            self._tied = {name: source for name, source in manifest.tied.items() if name not in reader.names}
+            _take_dtypes(model, reader)
+            return
+        if (self._folder / FILE_NAME).is_file():
+            raise CheckpointError(f"'{self._folder}' is quantized already. Load it without `quantization_config`.")
+        self._jobs = {job.name: job for job in plan_model(model, self.recipe).quantized}
+        if not self._jobs:
+            raise LoraqError(
+                f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. `loraq plan` shows why."
+            )
+        if any(self._folder.glob("*.safetensors")):
+            _take_dtypes(model, ShardReader(self._folder))
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Leave out the names that share another one's tensor."""
+        return [key for key in missing_keys if key not in self._tied]
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """Return whether this float tensor is the weight of a layer that is to be quantized now."""
+        layer, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and layer in self._jobs
+
+    def create_quantized_param(  # type: ignore[override]
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Solve one layer on its device, and put the packed one in its place."""
+        job = self._jobs[param_name.rpartition(".")[0]]
+        layer = model.get_submodule(job.name)
+        assert job.scheme is not None
+        assert is_linear(layer)
+        weight = param_value.to(target_device)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        require_usable(job.name, layer)
+        try:
+            solution = solve_layer(weight.flatten(1), self.recipe, job.scheme, job.name)
+        except Exception as error:
+            raise LayerError(f"Layer '{job.name}' failed: {error}") from error
+        quantized, _ = quantized_layer(layer, job.name, weight.flatten(1), solution, self.recipe)
+        replace_layer(model, job.name, quantized)
+        del self._jobs[job.name]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._jobs:
+            raise CheckpointError(f"'{self._folder}' has no weights for these layers: {', '.join(self._jobs)}.")
+        for name, source in self._tied.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+        attach_save_pretrained(model)
+
+    def get_state_dict_and_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to write weights without their manifest."""
+        raise CheckpointError(
+            "A quantized model is saved by its own `save_pretrained`, or by `loraq.save`, which write 'loraq.json' too."
+        )
+
+
+def require_supported(version: str) -> None:
+    """Raise `LoraqError` unless this was tested with diffusers of that version."""
+    if ".".join(version.split(".")[:2]) not in SUPPORTED:
+        raise LoraqError(
+            f"diffusers {version} is installed; loraq.diffusers knows {', '.join(SUPPORTED)}. Install one of these, or "
+            "use `loraq quantize` and `loraq.load`, which do not depend on its loader."
+        )
+
+
+def register() -> None:
+    """Make `quant_method: "loraq"` known to diffusers."""
+    require_supported(diffusers.__version__)
+    AUTO_QUANTIZER_MAPPING[LoraqMethod.LORAQ.value] = LoraqQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[LoraqMethod.LORAQ.value] = LoraqConfig
+
+
+def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
+    """Give empty parameters the dtypes of the file, which decide when `dtype` is not given."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored = set(reader.names)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and name in stored and reader.dtype(name) in kinds:
+            parameter.data = parameter.data.to(kinds[reader.dtype(name)])
+
+
+def _fetch_manifest(folder: Path) -> None:
+    """Download the manifest into a snapshot of the hub's cache: diffusers fetches only the files it knows."""
+    places = folder.parts
+    if (folder / FILE_NAME).is_file() or "snapshots" not in places:
+        return
+    from huggingface_hub import hf_hub_download
+
+    at = len(places) - 1 - places[::-1].index("snapshots")
+    kind, *repository = places[at - 1].split("--")
+    if kind == "models":
+        hf_hub_download(
+            "/".join(repository),
+            "/".join([*places[at + 2 :], FILE_NAME]),
+            revision=places[at + 1],
+            cache_dir=Path(*places[: at - 1]),
+        )

@@ -1,0 +1,219 @@
+"""`absorb_lora`: the touched layers become what quantizing W + ΔW gives, and nothing else changes by a byte."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from test_diffusers import OTHERS, RECIPE, files_of, quantize, small_pixart, velocity
+from torch import nn
+
+import loraq
+from loraq.checkpoint.manifest import Manifest
+from loraq.cli import main
+from loraq.errors import CheckpointError, LayerError
+from loraq.integrations.lora import Lora
+
+pytest.importorskip("diffusers")
+
+#: Two quantized layers, and one that is kept in floats.
+TOUCHED = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2")
+KEPT = "transformer_blocks.1.attn2.to_k"
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small_pixart()
+
+
+@pytest.fixture(scope="module")
+def source(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("float") / "transformer"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "transformer"
+    quantize(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(model, tmp_path_factory) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in (*TOUCHED, KEPT):
+        n_out, n_in = model.get_submodule(name).weight.shape
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(4, n_in, generator=generator) / n_in**0.5
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(n_out, 4, generator=generator) / 4
+    file = tmp_path_factory.mktemp("lora") / "style.safetensors"
+    save_file(tensors, file)
+    return file
+
+
+def fused(model: nn.Module, lora: Path, scale: float = 1.0) -> nn.Module:
+    """The float model with W + ΔW, rounded nowhere."""
+    model = copy.deepcopy(model)
+    for name, adapter in Lora.read(lora).adapters.items():
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach().float() + scale * adapter.delta())
+    return model
+
+
+def test_touched_layers_are_those_of_the_sum_and_all_others_stay(model, source, folder, lora, tmp_path):
+    absorbed = loraq.absorb_lora(folder, lora, source, target=tmp_path / "out", progress=False)
+    assert [layer.name for layer in absorbed.layers] == list(TOUCHED)
+    assert absorbed.kept == (KEPT,)
+    expected = fused(model, lora)
+    loraq.quantize_(expected, RECIPE, progress=False)
+    before, after = (load_file(place / "diffusion_pytorch_model.safetensors") for place in (folder, tmp_path / "out"))
+    wanted = expected.state_dict()
+    assert list(before) == list(after)
+    for name, tensor in after.items():
+        if name.rpartition(".")[0] in TOUCHED:
+            assert torch.equal(tensor, wanted[name])
+            assert torch.equal(tensor, before[name]) == name.endswith("bias")
+        elif name == f"{KEPT}.weight":
+            assert torch.equal(tensor, wanted[name].to(tensor.dtype))
+            assert not torch.equal(tensor, before[name])
+        else:
+            assert torch.equal(tensor, before[name])
+            assert tensor.dtype == before[name].dtype
+
+
+def test_it_does_what_the_lora_does_to_the_float_model(lora, tmp_path):
+    model = small_pixart(torch.float32)
+    model.save_pretrained(tmp_path / "float")
+    quantized = copy.deepcopy(model)
+    loraq.quantize_(quantized, "mxint8", progress=False)
+    before = velocity(quantized)
+    loraq.absorb_lora(quantized, lora, tmp_path / "float", progress=False)
+    exact = velocity(fused(model, lora)) - velocity(model)
+    ours = velocity(quantized) - before
+    assert (ours - exact).norm() < 0.1 * exact.norm()
+
+
+def test_scale_zero_changes_no_byte_of_the_weights(source, folder, lora, tmp_path):
+    loraq.absorb_lora(folder, lora, source, scale=0.0, target=tmp_path / "out", progress=False)
+    before, after = files_of(folder), files_of(tmp_path / "out")
+    assert before.pop("loraq.json") != after.pop("loraq.json")
+    assert before == after
+
+
+def test_the_scale_counts(model, source, folder, lora):
+    quantized = loraq.load(folder)
+    loraq.absorb_lora(quantized, lora, source, scale=0.5, progress=False)
+    expected = fused(model, lora, 0.5)
+    loraq.quantize_(expected, RECIPE, progress=False)
+    for name in TOUCHED:
+        ours, theirs = quantized.get_submodule(name), expected.get_submodule(name)
+        assert torch.equal(ours.weight_packed, theirs.weight_packed)
+        assert torch.equal(ours.proj_up_packed, theirs.proj_up_packed)
+
+
+def test_a_model_that_was_cast_while_loading_still_finds_its_source(model, source, lora):
+    quantized = nn.Module.to(copy.deepcopy(model), torch.float32)
+    loraq.quantize_(quantized, RECIPE, progress=False)
+    assert len(loraq.absorb_lora(quantized, lora, source, progress=False).layers) == 2
+
+
+def test_the_manifest_says_what_was_absorbed(source, folder, lora, tmp_path):
+    loraq.absorb_lora(folder, lora, source, scale=0.25, target=tmp_path / "out", progress=False)
+    manifest, before = Manifest.read(tmp_path / "out"), Manifest.read(folder)
+    marks = {name: layer.record["absorbed"] for name, layer in manifest.layers.items() if "absorbed" in layer.record}
+    assert list(marks) == list(TOUCHED)
+    assert all(mark["scale"] == 0.25 and len(mark["sha256"]) == 64 for mark in marks.values())
+    assert all(
+        manifest.layers[name].record["source_sha256"] == before.layers[name].record["source_sha256"] for name in TOUCHED
+    )
+    with pytest.raises(LayerError, match="has absorbed a LoRA before"):
+        loraq.absorb_lora(tmp_path / "out", lora, source, target=tmp_path / "twice", progress=False)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):
+    import shutil
+
+    for name, place in (("float", source), ("quantized", folder)):
+        for other, content in OTHERS.items():
+            (tmp_path / name / other).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / other).write_bytes(content)
+        shutil.copytree(place, tmp_path / name / "transformer")
+    loraq.absorb_lora(tmp_path / "quantized", lora, tmp_path / "float", target=tmp_path / "out", progress=False)
+    written = files_of(tmp_path / "out")
+    assert all(written[name] == content for name, content in OTHERS.items())
+    loraq.absorb_lora(folder, lora, source, target=tmp_path / "alone", progress=False)
+    assert {f"transformer/{name}" for name in files_of(tmp_path / "alone")} == set(written) - set(OTHERS)
+    assert all(written[f"transformer/{name}"] == data for name, data in files_of(tmp_path / "alone").items())
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def solved(*_):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("loraq.integrations.absorb.solve_layer", solved)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("transformer.nowhere.to_q", (32, 32), "1 layers that .* nowhere.to_q"),
+        (f"transformer.{TOUCHED[0]}", (32, 31), r"Layer '.*to_q' has the shape \(32, 32\)"),
+    ],
+)
+def test_layers_that_do_not_fit_are_listed(no_work, source, folder, tmp_path, name, shape, match):
+    n_out, n_in = shape
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, n_in), f"{name}.lora_B.weight": torch.ones(n_out, 2)},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(LayerError, match=match):
+        loraq.absorb_lora(folder, tmp_path / "x.safetensors", source, target=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_source_is_refused(no_work, folder, lora, tmp_path):
+    torch.manual_seed(5)
+    other = small_pixart()
+    with torch.no_grad():
+        other.get_submodule(TOUCHED[1]).weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(LayerError, match=rf"'{TOUCHED[1]}' was not made from the weights in"):
+        loraq.absorb_lora(folder, lora, tmp_path / "other", target=tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        loraq.absorb_lora(folder, lora, folder, target=tmp_path / "out", progress=False)
+
+
+def test_a_target_belongs_to_a_folder_and_not_to_a_model(no_work, source, folder, lora, tmp_path):
+    with pytest.raises(CheckpointError, match="Give the new folder as `target`"):
+        loraq.absorb_lora(folder, lora, source)
+    with pytest.raises(CheckpointError, match="changed in place"):
+        loraq.absorb_lora(loraq.load(folder), lora, source, target=tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not empty"):
+        loraq.absorb_lora(folder, lora, source, target=folder)
+
+
+def test_a_layer_without_its_history_is_refused(no_work, source, folder, lora):
+    quantized = loraq.load(folder)
+    quantized.get_submodule(TOUCHED[0]).record = {}
+    with pytest.raises(LayerError, match="does not say how it was made"):
+        loraq.absorb_lora(quantized, lora, source)
+
+
+def test_the_command_writes_what_the_call_writes(source, folder, lora, tmp_path):
+    arguments = ["absorb-lora", folder, lora, tmp_path / "a", "--source", source, "--scale", "0.5"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "2 layers quantized again, 1 float layers changed."
+    loraq.absorb_lora(folder, lora, source, scale=0.5, target=tmp_path / "b", progress=False)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    result = CliRunner().invoke(main, [*map(str, arguments), "--overwrite", "--json"])
+    found = json.loads(result.stdout)
+    assert [layer["name"] for layer in found["layers"]] == list(TOUCHED)
+    assert found["kept"] == [KEPT]

@@ -1,0 +1,404 @@
+"""After `import loraq.diffusers`, diffusers' own `from_pretrained` and `save_pretrained` serve quantized models."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_diffusers import RECIPE, edit_json, edit_weights, files_of, quantize, small_pixart, velocity
+
+import loraq
+from loraq.checkpoint.manifest import FILE_NAME
+from loraq.errors import CheckpointError, LayerError, LoraqError, RecipeError
+from loraq.layers import quantized_layers
+from loraq.nn import QuantizedLinear
+from loraq.recipe import Recipe
+
+diffusers = pytest.importorskip("diffusers")
+from loraq.diffusers import LoraqConfig  # noqa: E402
+from loraq.integrations.quantizer import SUPPORTED, LoraqQuantizer, _fetch_manifest, require_supported  # noqa: E402
+
+PixArt = diffusers.PixArtTransformer2DModel
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Whether two models have the same tensors, bit for bit, under the same names."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    return list(ours) == list(theirs) and all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_pixart()
+
+
+@pytest.fixture(scope="module")
+def source(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("float") / "transformer"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory) -> Path:
+    """What `loraq quantize` makes of the source; tests only read it."""
+    folder = tmp_path_factory.mktemp("quantized") / "transformer"
+    quantize(source, folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "damaged"))
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantized_folder_loads_as_it_was_saved(folder):
+    loaded = PixArt.from_pretrained(folder)
+    assert same(loaded, loraq.load(folder))
+    assert len(quantized_layers(loaded)) == 16
+    assert not loaded.training
+    assert loaded.dtype == torch.bfloat16  # as stored, since no `dtype` was given
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
+def test_the_output_is_that_of_the_saved_model(tmp_path):
+    model = small_pixart(torch.float32)
+    loraq.quantize_(model, RECIPE, progress=False)
+    loraq.save(model, tmp_path / "out")
+    assert torch.equal(velocity(PixArt.from_pretrained(tmp_path / "out")), velocity(model))
+
+
+def test_weights_are_never_decoded_while_loading(folder, monkeypatch):
+    def decoded(*_):
+        raise AssertionError("a weight was decoded")
+
+    monkeypatch.setattr(loraq.QTensor, "dequantize", decoded)
+    PixArt.from_pretrained(folder)
+
+
+def test_dtype_is_of_what_stays_float(folder):
+    loaded = PixArt.from_pretrained(folder, dtype=torch.float32)
+    stored = loraq.load(folder)
+    dtypes = {p.dtype for name, p in loaded.named_parameters()}
+    assert dtypes == {torch.float32, torch.uint8}
+    packed = [name for name, p in stored.named_parameters() if p.dtype == torch.uint8]
+    assert packed
+    assert all(torch.equal(loaded.get_parameter(name), stored.get_parameter(name)) for name in packed)
+    assert loaded.get_parameter("proj_out.weight").equal(stored.get_parameter("proj_out.weight").float())
+
+
+def test_sharded_folders_load(folder, tmp_path):
+    loraq.save(loraq.load(folder), tmp_path / "shards", shard_bytes=20_000)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert same(PixArt.from_pretrained(tmp_path / "shards"), loraq.load(folder))
+
+
+def test_a_folder_says_itself_how_it_is_quantized(folder):
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig("int4"))
+    assert same(loaded, loraq.load(folder))
+
+
+def test_tied_tensors_stay_tied(tmp_path):
+    model = small_pixart()
+    model.transformer_blocks[1].attn1.to_q.bias = model.transformer_blocks[0].attn1.to_q.bias
+    loraq.quantize_(model, RECIPE, progress=False)
+    loraq.save(model, tmp_path / "out")
+    loaded = PixArt.from_pretrained(tmp_path / "out")
+    assert loaded.transformer_blocks[1].attn1.to_q.bias is loaded.transformer_blocks[0].attn1.to_q.bias
+    assert same(loaded, model)
+
+
+# --- quantizing while loading ---------------------------------------------------------------------------------------
+
+
+def test_quantizing_while_loading_gives_the_bytes_of_quantizing_afterwards(model, source, tmp_path):
+    loaded = PixArt.from_pretrained(source, quantization_config=LoraqConfig(RECIPE))
+    expected = copy.deepcopy(model)
+    loraq.quantize_(expected, RECIPE, progress=False)
+    assert same(loaded, expected)
+    loaded.save_pretrained(tmp_path / "a")
+    loraq.save(expected, tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_shards_and_another_dtype(model, tmp_path):
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    loaded = PixArt.from_pretrained(tmp_path / "shards", quantization_config=LoraqConfig(RECIPE), dtype=torch.float32)
+    expected = torch.nn.Module.to(copy.deepcopy(model), torch.float32)
+    loraq.quantize_(expected, RECIPE, progress=False)
+    assert same(loaded, expected)
+
+
+def test_a_weight_that_is_not_finite_is_named(source, tmp_path):
+    shutil.copytree(source, tmp_path / "nan")
+    edit_weights(tmp_path / "nan", lambda tensors: tensors["transformer_blocks.1.attn1.to_q.weight"].fill_(torch.nan))
+    with pytest.raises(LayerError, match=r"transformer_blocks\.1\.attn1\.to_q"):
+        PixArt.from_pretrained(tmp_path / "nan", quantization_config=LoraqConfig(RECIPE))
+
+
+def test_missing_weights_are_named(source, tmp_path):
+    shutil.copytree(source, tmp_path / "less")
+    edit_weights(tmp_path / "less", lambda tensors: tensors.pop("transformer_blocks.1.attn1.to_q.weight"))
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.1\.attn1\.to_q"):
+        PixArt.from_pretrained(tmp_path / "less", quantization_config=LoraqConfig(RECIPE))
+
+
+def test_a_recipe_that_leaves_nothing_is_refused(source):
+    recipe = Recipe.from_dict({"scheme": "mxfp4", "rules": [{"match": "*", "skip": True}]})
+    with pytest.raises(LoraqError, match="every linear layer of PixArtTransformer2DModel is skipped"):
+        PixArt.from_pretrained(source, quantization_config=LoraqConfig(recipe))
+
+
+def test_a_single_file_says_what_to_do_instead(model):
+    # What `from_single_file` calls: it hands over the model, and no place of files.
+    quantizer = LoraqQuantizer(LoraqConfig(RECIPE), pre_quantized=False)
+    with pytest.raises(LoraqError, match="another way than `from_pretrained`"):
+        quantizer.preprocess_model(copy.deepcopy(model), device_map=None, state_dict={})
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_save_pretrained_writes_the_folder_back(folder, tmp_path):
+    for name, loaded in (("native", PixArt.from_pretrained(folder)), ("ours", loraq.load(folder))):
+        loaded.save_pretrained(tmp_path / name)
+        assert files_of(tmp_path / name) == files_of(folder)
+
+
+def test_a_model_that_was_quantized_in_memory_saves_its_manifest_too(model, folder, tmp_path):
+    quantized = copy.deepcopy(model)
+    loraq.quantize_(quantized, RECIPE, progress=False)
+    quantized.save_pretrained(tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(folder)
+
+
+def test_the_way_around_is_closed(folder, tmp_path):
+    loaded = PixArt.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="own `save_pretrained`"):
+        PixArt.save_pretrained(loaded, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda place: (place / FILE_NAME).unlink(), "no 'loraq.json'"),
+        (lambda place: edit_json(place / "config.json", num_layers=1), "config.json"),
+        (lambda place: edit_weights(place, lambda t: t.pop("proj_out.bias")), "bytes|missing|changed"),
+    ],
+    ids=["no manifest", "other config", "a tensor less"],
+)
+def test_damaged_folders_are_refused(damaged, damage, match):
+    damage(damaged)
+    with pytest.raises(CheckpointError, match=match):
+        PixArt.from_pretrained(damaged)
+
+
+def test_a_changed_byte_is_found_unless_hashes_are_skipped(damaged, monkeypatch):
+    path = damaged / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(CheckpointError, match="hash differs"):
+        PixArt.from_pretrained(damaged)
+    monkeypatch.setenv("LORAQ_VERIFY", "0")
+    PixArt.from_pretrained(damaged)
+
+
+def test_casting_is_refused_as_for_every_quantizer_of_diffusers(folder):
+    loaded = PixArt.from_pretrained(folder)
+    before = copy.deepcopy(loaded.state_dict())
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        loaded.to(torch.float32)
+    assert loaded.to("cpu") is loaded
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+PLAIN = """
+import sys, torch, diffusers
+try:
+    diffusers.{cls}.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_without_loraq_nothing_is_loaded(folder):
+    program = PLAIN.format(cls="PixArtTransformer2DModel")
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Unknown quantization type, got loraq - supported types are:")
+
+
+def test_importing_loraq_alone_leaves_diffusers_as_it_is():
+    program = "import loraq, sys\nloraq.quantize_weight, loraq.save\nassert 'diffusers' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("version", ["0.41.0", "0.43.0.dev0", "1.0.0"])
+def test_other_versions_of_diffusers_are_refused_by_name(version):
+    with pytest.raises(LoraqError, match=rf"diffusers {version} is installed; loraq.diffusers knows {SUPPORTED[0]}"):
+        require_supported(version)
+
+
+def test_the_installed_version_is_supported():
+    require_supported(diffusers.__version__)
+
+
+# --- the configuration ----------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_survives_json():
+    config = LoraqConfig(RECIPE)
+    again = LoraqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.recipe == RECIPE
+    assert again.to_dict() == config.to_dict()
+    assert again.quant_method.value == "loraq"
+    assert json.loads(str(config).removeprefix("LoraqConfig "))["quant_method"] == "loraq"
+
+
+def test_arguments_that_it_does_not_have():
+    with pytest.raises(LoraqError, match="got bits"):
+        LoraqConfig("mxfp4", bits=4)
+    with pytest.raises(LoraqError, match="quant_method='gptq'"):
+        LoraqConfig.from_dict({"quant_method": "gptq"})
+    with pytest.raises(RecipeError, match="nonsense"):
+        LoraqConfig("nonsense")
+
+
+# --- where it runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_maps(folder, device_map):
+    loaded = PixArt.from_pretrained(folder, device_map=device_map)
+    assert torch.equal(velocity(loaded), velocity(PixArt.from_pretrained(folder)))
+
+
+# accelerate does not know that diffusers wants parameters of the model itself in the map.
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
+def test_layers_on_the_disk_run_but_are_not_quantized_there(source, folder, tmp_path):
+    parts = [name for name, _ in loraq.load(folder).named_children()]
+    device_map = {**dict.fromkeys([*parts, "scale_shift_table"], "cpu"), "transformer_blocks": "disk"}
+    loaded = PixArt.from_pretrained(folder, device_map=device_map, offload_folder=str(tmp_path / "disk"))
+    assert loaded.transformer_blocks[1].attn1.to_q.weight_packed.is_meta
+    assert torch.equal(velocity(loaded), velocity(PixArt.from_pretrained(folder)))
+    with pytest.raises(LoraqError, match="go to the disk"):
+        PixArt.from_pretrained(
+            source, quantization_config=LoraqConfig(RECIPE), device_map=device_map, offload_folder=str(tmp_path / "d")
+        )
+
+
+def test_offloading_hooks(folder):
+    from accelerate import cpu_offload, cpu_offload_with_hook
+
+    expected = velocity(PixArt.from_pretrained(folder))
+    whole = PixArt.from_pretrained(folder)
+    _, hook = cpu_offload_with_hook(whole, execution_device="cpu")
+    assert torch.equal(velocity(whole), expected)
+    hook.offload()
+    assert torch.equal(velocity(whole), expected)
+    by_layer = PixArt.from_pretrained(folder)
+    cpu_offload(by_layer, execution_device=torch.device("cpu"))
+    assert by_layer.transformer_blocks[1].attn1.to_q.weight_packed.is_meta
+    for _ in range(2):
+        assert torch.equal(velocity(by_layer), expected)
+
+
+@pytest.mark.slow
+def test_it_compiles_without_a_break(folder):
+    loaded = PixArt.from_pretrained(folder)
+    expected = velocity(loaded)
+    block = loaded.transformer_blocks[0]
+    block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(velocity(loaded).float(), expected.float(), atol=1e-2)
+    assert LoraqQuantizer.is_compileable
+
+
+# --- the hub's cache ------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_of_a_hub_model_is_fetched_too(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: asked.append((args, kwargs)))
+    snapshot = tmp_path / "hub" / "models--someone--model-x" / "snapshots" / "abc123" / "transformer"
+    snapshot.mkdir(parents=True)
+    _fetch_manifest(snapshot)
+    assert asked == [
+        (("someone/model-x", "transformer/loraq.json"), {"revision": "abc123", "cache_dir": tmp_path / "hub"})
+    ]
+    (snapshot / FILE_NAME).write_text("{}")
+    _fetch_manifest(snapshot)
+    _fetch_manifest(tmp_path)
+    assert len(asked) == 1
+
+
+# --- pipelines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> tuple[Path, Path]:
+    from tiny_pipelines import tiny_pixart_sigma
+
+    place = tmp_path_factory.mktemp("pipelines")
+    source = tiny_pixart_sigma(place / "float")
+    quantize(source, place / "quantized")
+    return source, place / "quantized"
+
+
+def image(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    array = pipeline(
+        "a red fox",
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        use_resolution_binning=False,
+        clean_caption=False,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    return torch.from_numpy(array)
+
+
+#: A warning of diffusers' own scheduler about numpy, not ours.
+of_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+
+@of_diffusers
+@pytest.mark.slow
+def test_a_quantized_pipeline_loads_runs_and_is_written_back(pipelines, tmp_path):
+    source, quantized = pipelines
+    exact = image(diffusers.DiffusionPipeline.from_pretrained(source))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(quantized)
+    assert isinstance(pipeline.transformer.transformer_blocks[0].attn1.to_q, QuantizedLinear)
+    ours = image(pipeline)
+    assert 0 < (ours - exact).abs().mean() < 0.05
+    pipeline.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again" / "transformer") == files_of(quantized / "transformer")
+    assert torch.equal(image(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")), ours)
+
+
+@of_diffusers
+@pytest.mark.slow
+def test_a_pipeline_is_quantized_while_it_loads(pipelines):
+    source, quantized = pipelines
+    config = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": LoraqConfig(RECIPE)})
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, quantization_config=config)
+    assert same(pipeline.transformer, loraq.load(quantized))
+    assert torch.equal(image(pipeline), image(diffusers.DiffusionPipeline.from_pretrained(quantized)))
