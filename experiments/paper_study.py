@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import loraq.diffusers
 from loraq.evaluation.metrics import psnr_db, ssim
-from loraq.integrations.diffusers import quantize_folder
+from loraq.integrations.checkpoints import quantize_checkpoint
 from loraq.recipe import Recipe
 from tiny_pipelines import SENTENCES
 
@@ -38,12 +38,14 @@ CONFIGURATIONS = (
     ("loraq", "nvfp4-r32"),
     ("loraq", "mxfp4-r32"),
     # The paper's quantized branches: W8A8, W6A6, W4A8; floating and integer elements.
-    ("loraq", "mxfp4-w8a8"),
-    ("loraq", "mxfp4-w6a6"),
-    ("loraq", "mxfp4-w4a8"),
-    ("loraq", "mxint4-w8a8"),
-    ("loraq", "mxint4-w6a6"),
-    ("loraq", "mxint4-w4a8"),
+    ("loraq", "mxfp4-w8a8-h0"),
+    ("loraq", "mxfp4-w6a6-h0"),
+    ("loraq", "mxfp4-w4a8-h0"),
+    ("loraq", "mxint4-w8a8-h0"),
+    ("loraq", "mxint4-w6a6-h0"),
+    ("loraq", "mxint4-w4a8-h0"),
+    # With the rotation of the input that 4-bit activations get by default here.
+    ("loraq", "mxfp4-w6a8"),
     # Main path at 8-bit activations, as the authors' kernels run it; and the default of this package.
     ("loraq", "mxfp4-w8a8-a8"),
     ("loraq", "default"),
@@ -174,7 +176,7 @@ def _quantize(source: Path, folder: Path, recipe: Recipe, workers: int) -> tuple
     done = json.loads(file.read_text()) if file.is_file() else {}
     if done.get("job") != json.loads(json.dumps(job)):
         begin = time.perf_counter()
-        report = quantize_folder(source, folder, recipe, workers=workers, overwrite=True)
+        report = quantize_checkpoint(source, folder, recipe, workers=workers, overwrite=True)
         figures = (report.plan.bits_per_weight, report.mean_relative_error, time.perf_counter() - begin)
         done = {"job": job, "figures": figures}
         file.write_text(json.dumps(done, indent=2) + "\n")
