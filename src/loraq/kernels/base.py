@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from loraq.formats import CastFormat, Format, QTensor, get_format
 from loraq.scheme import LowRankBranch, Scheme
@@ -78,6 +79,18 @@ def decode(weight: QTensor, branch: LowRankBranch | None, dtype: torch.dtype) ->
 def decode_one(q: QTensor, dtype: torch.dtype) -> Tensor:
     """Return one stored tensor as a dense one of `dtype`."""
     return _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+
+
+def decode_factors(branch: LowRankBranch) -> tuple[Tensor, Tensor]:
+    """Return proj_down and proj_up in bf16, which holds every value of up to 8 bits under one scale a block."""
+    return decode_one(branch.proj_down, torch.bfloat16), decode_one(branch.proj_up, torch.bfloat16)
+
+
+def side_path(x: Tensor, factors: tuple[Tensor, Tensor], scheme: Scheme) -> Tensor:
+    """Return Qp(Qb(x) Dᵀ) Uᵀ in bf16, for back ends whose main product is something else."""
+    assert scheme.branch is not None
+    inner = linear(rounded(x, scheme.branch.activation_format, torch.bfloat16), factors[0])
+    return linear(rounded(inner, scheme.branch.intermediate_format, torch.bfloat16), factors[1])
 
 
 # One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on it.

@@ -13,6 +13,7 @@ import torch
 from loraq.errors import KernelError, unknown
 from loraq.formats import QTensor
 from loraq.kernels.base import Backend
+from loraq.kernels.fp8_row import Fp8Row
 from loraq.kernels.int8_row import Int8Row
 from loraq.kernels.reference import Reference
 from loraq.kernels.resident import Resident
@@ -20,7 +21,7 @@ from loraq.scheme import LowRankBranch, Scheme
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (Reference(), Resident(), Resident("low_memory", keeps_operands=False), Int8Row())
+    for backend in (Reference(), Resident(), Resident("low_memory", keeps_operands=False), Int8Row(), Fp8Row())
 }
 #: The choice by device and formats; `LORAQ_BACKEND` in the environment puts a name in its place.
 DEFAULT_BACKEND = "auto"

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.scales import view_bytes
-from loraq.kernels.base import decode_one, rounded
+from loraq.kernels.base import decode_factors, decode_one, side_path
 from loraq.scheme import LowRankBranch, Scheme
 
 #: Values handled at a time on a CPU, so that the passes over them stay in cache.
@@ -101,17 +101,15 @@ class Int8Row:
         if _in_integers(scheme):
             down, up = _codes_of(branch.proj_down), _codes_of(branch.proj_up)
             return Int8Operands([rows.codes, down.codes, up.codes], [rows.scale, down.scale, up.scale], None)
-        factors = decode_one(branch.proj_down, torch.bfloat16), decode_one(branch.proj_up, torch.bfloat16)
-        return Int8Operands([rows.codes], [rows.scale], factors)
+        return Int8Operands([rows.codes], [rows.scale], decode_factors(branch))
 
     def linear(self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         codes, scales, factors = operands
         rows = x.reshape(-1, x.shape[-1])
         y = _int8_linear(rows, codes, scales, bias)
-        if factors is not None and scheme.branch is not None:
-            inner = linear(rounded(rows, scheme.branch.activation_format, torch.bfloat16), factors[0])
-            y = y + linear(rounded(inner, scheme.branch.intermediate_format, torch.bfloat16), factors[1])
+        if factors is not None:
+            y = y + side_path(rows, factors, scheme)
         return y.to(x.dtype).view(*x.shape[:-1], len(codes[0]))
 
 
