@@ -17,7 +17,7 @@ ROWS = (
     "scheme linalg",
     "budget kernels",
     "methods nn",
-    "layers recipe",
+    "layers recipe parallel",
     "checkpoint",
     "pipeline",
     "integrations",

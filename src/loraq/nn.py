@@ -103,6 +103,18 @@ class QuantizedLinear(nn.Module):
             backend, operands = prepare(self._asked, self.stored_weight, self.branch, self.scheme, dtype)
         self._prepared = (backend, operands if backend.keeps_operands else None, dtype, self.weight_packed.device)
 
+    def prepared_no_more(self) -> None:
+        """Drop what the back end keeps, because parameters were replaced; the next call prepares anew."""
+        self._prepared = None
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes that the back end keeps now beside the stored ones."""
+        stored = {p.untyped_storage().data_ptr() for p in self.parameters(recurse=False)}
+        return sum(
+            size for place, size in _storages(self._prepared[1] if self._prepared else None) if place not in stored
+        )
+
     @property
     def stored_weight(self) -> QTensor:
         """The main weight as it is stored."""
@@ -178,3 +190,11 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
+
+
+def _storages(operands: Any) -> set[tuple[int, int]]:
+    """Place and bytes of every piece of memory in the tuples and lists of tensors that a back end keeps."""
+    if isinstance(operands, Tensor):
+        storage = operands.untyped_storage()
+        return {(storage.data_ptr(), storage.nbytes())}
+    return set().union(*map(_storages, operands)) if isinstance(operands, tuple | list) else set()
