@@ -18,7 +18,7 @@ ROWS = (
     "budget kernels",
     "methods nn",
     "layers recipe parallel",
-    "checkpoint",
+    "checkpoint doctor",
     "pipeline",
     "integrations",
     "evaluation",

@@ -153,16 +153,28 @@ def plan(source: Path, as_json: bool, **recipe: Any) -> None:
 
 @command
 @click.argument("path", type=click.Path(path_type=Path))
-def inspect(path: Path, as_json: bool) -> None:
+@click.option("--memory", is_flag=True, help="Measure what the loaded model takes on each back end instead.")
+def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """Show what is inside the quantized folder PATH, and check that its files are whole.
 
     \b
-    Example: loraq inspect out
+    Example: loraq inspect out --memory
     """
     from dataclasses import asdict
 
     from loraq.checkpoint.manifest import Manifest
+    from loraq.checkpoint.memory import measure
     from loraq.integrations.diffusers import transformer_folder
+
+    if memory:
+        found = measure(transformer_folder(path))
+        if as_json:
+            _print_json({"memory": [asdict(each) for each in found]})
+            return
+        headings = ("back end", "packed", "kept", "not quantized", "total", "× stored", "layers refused")
+        _print_table(headings, ((m.backend, *map(_size, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found))
+        click.echo("With bf16 activations, whose own memory is not counted. A refused layer runs on 'resident'.")
+        return
 
     manifest = Manifest.read(transformer_folder(path))
     if as_json:
@@ -183,6 +195,27 @@ def inspect(path: Path, as_json: bool) -> None:
     _print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     click.echo(f"{len(rows)} quantized layers, {_size(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits per weight.")
     click.echo("All files are as they were written.")
+
+
+@command
+def doctor(as_json: bool) -> None:
+    """Show devices, versions, which back end each number format uses here and why, and test them for some seconds.
+
+    \b
+    Example: loraq doctor
+    """
+    from dataclasses import asdict
+
+    from loraq.doctor import examine, require_healthy
+
+    report = examine()
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        for title, headings, rows in report.tables():
+            click.echo(f"\n{title}")
+            _print_table(headings, rows)
+    require_healthy(report)
 
 
 @command

@@ -97,10 +97,10 @@ def test_a_zero_row_stays_zero():
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        ("mxfp4-a8", "its activation format is 'mxint8'"),
-        ("int4-a4", "its activation format is 'int4'"),
-        ("int4-a16", "its activation format is 'bf16'"),
-        ("int4-aint8_b64", "its activation format is 'int8_b64'"),
+        ("mxfp4-a8", "its activations are 'mxint8'"),
+        ("int4-a4", "its activations are 'int4'"),
+        ("int4-a16", "its activations are 'bf16'"),
+        ("int4-aint8_b64", "its activations are 'int8_b64'"),
     ],
 )
 def test_it_refuses_other_activations_by_name(scheme, reason):

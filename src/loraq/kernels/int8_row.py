@@ -63,7 +63,7 @@ class Int8Row:
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
         if not _is_int8_row(scheme.activation_format):
-            return f"its activation format is '{scheme.activation}', and only 'int8' is a token of INT8 codes"
+            return f"its activations are '{scheme.activation}', not INT8 with one scale a token ('int8')"
         if not self.weight_error and not _may_fit(scheme.weight_format):
             return f"'{scheme.weight}' does not fit INT8 rows exactly"
         if device.type not in ("cpu", "cuda", "meta"):
