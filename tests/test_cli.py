@@ -19,7 +19,7 @@ from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo"]
+COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo", "doctor"]
 FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
 
 
@@ -379,6 +379,48 @@ def test_comparing_two_float_folders_is_one_message(place):
 
 
 # --- formats and demo -----------------------------------------------------------------------------------------------
+
+
+def test_inspect_measures_the_memory_of_every_back_end(place):
+    rows = {row["backend"]: row for row in document("inspect", place / "quantized", "--memory")["memory"]}
+    assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row"]
+    layers = document("inspect", place / "quantized")["layers"].values()
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    factors = sum(layer["scheme"]["branch"]["rank"] * sum(layer["shape"]) for layer in layers)
+    assert rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
+    assert rows["resident"]["kept"] == 2 * (weights + factors)  # decoded to bf16
+    assert rows["int8_row"]["refused"] == len(layers)  # its activations are not INT8
+    assert rows["low_memory"]["packed"] < weights
+    files = sum(path.stat().st_size for path in (place / "quantized").glob("*.safetensors"))
+    assert 0.8 * files < rows["low_memory"]["packed"] + rows["low_memory"]["others"] < files
+    assert "layers refused" in succeeds("inspect", place / "quantized", "--memory")
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_doctor_shows_the_machine_the_choices_and_its_numbers():
+    report = document("doctor")
+    assert set(report) == {"versions", "devices", "choices", "trials"}
+    assert report["versions"]["torch"] == torch.__version__
+    assert {trial["backend"] for trial in report["trials"]} >= {"resident", "low_memory", "int8_row"}
+    assert all(trial["error"] <= trial["bound"] and trial["milliseconds"] > 0 for trial in report["trials"])
+    chosen = {(choice["weight"], choice["activation"]): choice for choice in report["choices"]}
+    if "cuda:0" not in report["devices"]:
+        assert chosen["int8", "int8"]["backend"] == "int8_row"
+        assert chosen["mxfp4", "mxint8"]["backend"] == "resident"
+        assert "not int8_row: its activations are 'mxint8'" in chosen["mxfp4", "mxint8"]["reason"]
+
+
+def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
+    from loraq import doctor
+
+    report = doctor.Report({}, {}, (), (doctor.Trial("mxfp4-a4", "resident", 0.5, 0.02, 1.0, 1.0),))
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "The self-test failed for 'resident' on 'mxfp4-a4' (0.5 > 0.02)" in result.stderr
 
 
 def test_formats_lists_formats_grammar_and_recipes():

@@ -292,8 +292,8 @@ def test_casts_and_copies_leave_the_packed_bytes_alone(name, change):
 def test_a_move_or_a_cast_drops_decoded_operands(change):
     layer = layer_of("mxfp4-w8a8-r12-a4")
     layer(tokens(3))
-    assert layer._operands is not None
-    assert change(layer)._operands is None
+    assert layer._prepared is not None
+    assert change(layer)._prepared is None
 
 
 def test_a_cast_reaches_the_bias():
@@ -304,7 +304,7 @@ def test_a_deep_copy_shares_nothing_and_decodes_anew():
     layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
     output = layer(x)
     twin = copy.deepcopy(layer)
-    assert twin._operands is None
+    assert twin._prepared is None
     assert torch.equal(twin(x), output)
     for name, parameter in twin.named_parameters():
         parameter.data.zero_()

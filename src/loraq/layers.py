@@ -5,7 +5,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from loraq.kernels import get_backend
+from loraq.kernels import asked_backend, choose
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 
 #: What `linear_layers` finds: a matrix times every token, or times every pixel.
@@ -76,13 +76,15 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Run every quantized layer of a model on the back end called `name`.
+    """Run every quantized layer of a model on the back end called `name`; "auto" chooses for each layer.
 
     Raises:
-        KernelError: there is no such back end.
+        KernelError: there is no such back end, or it refuses a layer; no layer is switched then.
     """
-    get_backend(name)
-    for layer in quantized_layers(model).values():
+    asked, layers = asked_backend(name), quantized_layers(model)
+    for layer in layers.values():
+        choose(asked, layer.scheme, (layer.out_features, layer.in_features), layer.weight_packed.device)
+    for layer in layers.values():
         layer.backend = name
 
 

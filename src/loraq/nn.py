@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.formats import QTensor
-from loraq.kernels import DEFAULT_BACKEND, get_backend
-from loraq.kernels.base import Operands, decode
+from loraq.kernels import DEFAULT_BACKEND, asked_backend, choose, prepare
+from loraq.kernels.base import Backend
 from loraq.scheme import LayerSolution, LowRankBranch, Scheme
 from loraq.transforms import rotate, unrotate
 
@@ -21,10 +21,12 @@ class QuantizedLinear(nn.Module):
     a `…_global_scale` for each NVFP4 tensor. They are parameters, not buffers, because FSDP2 shards only those.
     """
 
+    #: Codes of the main weight; the other packed tensors stand beside it.
+    weight_packed: nn.Parameter
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
-    #: Decoded weights, if the back end keeps them; never part of the state.
-    _operands: Operands | None
+    #: Back end that runs the layer, what it keeps, for inputs of which dtype and where; never part of the state.
+    _prepared: tuple[Backend, Any, torch.dtype, torch.device] | None
 
     def __init__(
         self,
@@ -56,8 +58,8 @@ class QuantizedLinear(nn.Module):
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._backend = get_backend(DEFAULT_BACKEND)
-        self._operands = None
+        self._asked = asked_backend(DEFAULT_BACKEND)
+        self._prepared = None
         self.record = {}
 
     @classmethod
@@ -75,13 +77,39 @@ class QuantizedLinear(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Name of the back end that runs the layer; assign another name to switch."""
-        return self._backend.name
+        """Name of the back end that runs the layer; assign another name, or "auto", to switch."""
+        return self._prepared[0].name if self._prepared else self._chosen(self._asked).name
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self._backend = get_backend(name)
-        self._operands = None
+        asked = asked_backend(name)
+        self._chosen(asked)
+        self._asked, self._prepared = asked, None
+
+    def _chosen(self, asked: str) -> Backend:
+        return choose(asked, self.scheme, (self.out_features, self.in_features), self.weight_packed.device)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make the operands for inputs of `dtype` now; else the first call makes them.
+
+        Raises:
+            KernelError: the back end that is asked for cannot run this layer.
+        """
+        with torch.inference_mode(False):  # what is kept must also serve a later call that tracks gradients
+            backend, operands = prepare(self._asked, self.stored_weight, self.branch, self.scheme, dtype)
+        self._prepared = (backend, operands if backend.keeps_operands else None, dtype, self.weight_packed.device)
+
+    def prepared_no_more(self) -> None:
+        """Drop what the back end keeps, because parameters were replaced; the next call prepares anew."""
+        self._prepared = None
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes that the back end keeps now beside the stored ones."""
+        stored = {p.untyped_storage().data_ptr() for p in self.parameters(recurse=False)}
+        return sum(
+            size for place, size in _storages(self._prepared[1] if self._prepared else None) if place not in stored
+        )
 
     @property
     def stored_weight(self) -> QTensor:
@@ -113,15 +141,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
-        dtype = self._backend.operand_dtype(x.dtype)
-        operands = self._operands
         place = self.weight_packed.device  # offloading hooks move parameters without a word
-        if operands is None or operands.weight.dtype != dtype or operands.weight.device != place:
-            with torch.inference_mode(False):  # what is kept must also serve a later call that tracks gradients
-                operands = decode(self.stored_weight, self.branch, dtype)
-            if self._backend.keeps_operands:
-                self._operands = operands
-        return self._backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
+        if self._prepared is None or self._prepared[2:] != (x.dtype, place):
+            self.prepare(x.dtype)
+        assert self._prepared is not None
+        backend, operands, *_ = self._prepared
+        if not backend.keeps_operands:
+            operands = backend.prepare(self.stored_weight, self.branch, self.scheme, x.dtype)
+        return backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
@@ -141,18 +168,18 @@ class QuantizedLinear(nn.Module):
         assert packed is not None
         return QTensor(packed, scale, global_scale, shape, fmt)
 
-    # The decoded operands follow from the parameters: whatever may change those drops them.
+    # The operands follow from the parameters: whatever may change those drops them.
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._operands = None
+        self._prepared = None
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._operands = None
+        self._prepared = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_operands": None}
+        return {**self.__dict__, "_prepared": None}
 
 
 class QuantizedConv1x1(QuantizedLinear):
@@ -176,3 +203,11 @@ class QuantizedConv1x1(QuantizedLinear):
         pixels = x.movedim(-3, -1).contiguous()  # free in SANA; and the sums do not depend on the layout
         y = super().forward(pixels).movedim(-1, -3)
         return y.contiguous() if x.is_contiguous() else y
+
+
+def _storages(operands: Any) -> set[tuple[int, int]]:
+    """Place and bytes of every piece of memory in the tuples and lists of tensors that a back end keeps."""
+    if isinstance(operands, Tensor):
+        storage = operands.untyped_storage()
+        return {(storage.data_ptr(), storage.nbytes())}
+    return set().union(*map(_storages, operands)) if isinstance(operands, tuple | list) else set()

@@ -26,12 +26,12 @@ def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
         x: any float dtype; the product is taken in fp32.
         side: power of two; the blocks of R are as large as it and the width n allow (`block_side`). 0 changes nothing.
     """
-    return _rotate(x, side, False) if block_side(x.shape[-1], side) > 1 else x
+    return _rotate(x, side, False) if side else x
 
 
 def unrotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
     """Return x Rᵀ: the inverse of `rotate` up to fp32 rounding."""
-    return _rotate(x, side, True) if block_side(x.shape[-1], side) > 1 else x
+    return _rotate(x, side, True) if side else x
 
 
 def block_side(n: int, side: int) -> int:

@@ -11,7 +11,7 @@ from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.reader import ShardReader
 from loraq.checkpoint.writer import atomic_folder, write_json
 from loraq.errors import CheckpointError, KernelError, SchemeError
-from loraq.kernels import DEFAULT_BACKEND, get_backend
+from loraq.kernels import DEFAULT_BACKEND, asked_backend
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 
@@ -72,7 +72,7 @@ def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BA
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected keys are listed.
-        KernelError: there is no such back end.
+        KernelError: there is no such back end, or it refuses a layer.
     """
     manifest, reader, devices = prepare(model, Path(folder), backend=backend, verify=verify)
     read: dict[str, Tensor] = {}
@@ -96,14 +96,15 @@ def prepare(
     Raises:
         CheckpointError, KernelError: as `load_into`.
     """
-    get_backend(backend)
+    asked_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
     layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
+    for layer in layers.values():  # a refusal leaves the model as it was
+        layer.backend = backend
     for name, layer in layers.items():
         replace_layer(model, name, layer)
-        layer.backend = backend
     return manifest, reader, devices
 
 

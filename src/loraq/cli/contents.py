@@ -10,16 +10,29 @@ from loraq.cli.output import print_json, print_table, size_of
 
 @command
 @click.argument("path", type=click.Path(path_type=Path))
-def inspect(path: Path, as_json: bool) -> None:
+@click.option("--memory", is_flag=True, help="Measure what the loaded model takes on each back end instead.")
+def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """Show what is inside the quantized folder PATH, and check that its files are whole.
 
     \b
-    Example: loraq inspect out
+    Example: loraq inspect out --memory
     """
     from dataclasses import asdict
 
     from loraq.checkpoint.manifest import Manifest
+    from loraq.checkpoint.memory import measure
     from loraq.integrations.diffusers import transformer_folder
+
+    if memory:
+        found = measure(transformer_folder(path))
+        if as_json:
+            print_json({"memory": [asdict(each) for each in found]})
+            return
+        headings = ("back end", "packed", "kept", "not quantized", "total", "× stored", "layers refused")
+        table = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
+        print_table(headings, table)
+        click.echo("With bf16 activations, whose own memory is not counted. A refused layer runs on 'resident'.")
+        return
 
     manifest = Manifest.read(transformer_folder(path))
     if as_json:

@@ -1,9 +1,10 @@
 """What a back end is: it prepares a layer's stored tensors once, and runs the layer on them."""
 
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from loraq.formats import CastFormat, Format, QTensor, get_format
 from loraq.scheme import LowRankBranch, Scheme
@@ -20,21 +21,48 @@ class Operands(NamedTuple):
     proj_down: Tensor | None
 
 
+class Stored(NamedTuple):
+    """The layer as it is stored, for a back end that decodes at each call."""
+
+    #: Main weight (out, in).
+    weight: QTensor
+    #: Both factors, or `None`.
+    branch: LowRankBranch | None
+
+
 class Backend(Protocol):
-    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`."""
+    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
 
-    #: Name for `get_backend`.
-    name: ClassVar[str]
-    #: Largest ‖y − y_reference‖ / ‖y_reference‖ that it keeps, by the dtype of its operands.
-    tolerance: ClassVar[dict[torch.dtype, float]]
-    #: Whether the layer keeps its operands between calls, which costs memory and saves the decoding.
-    keeps_operands: ClassVar[bool]
+    Only the back end looks inside what its `prepare` returns.
+    """
 
-    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the operands for an input of `dtype`."""
+    @property
+    def name(self) -> str:
+        """Name for `get_backend`."""
         ...
 
-    def linear(self, x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+    @property
+    def keeps_operands(self) -> bool:
+        """Whether the layer keeps what `prepare` returns; else it asks again at each call."""
+        ...
+
+    def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
+        ...
+
+    def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
+        """Return the largest ‖y − y_reference‖ / ‖y_reference‖ for inputs of `dtype`; 0 means equal bits."""
+        ...
+
+    def prepare(self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype) -> Any:
+        """Return the operands for inputs of `dtype`.
+
+        Raises:
+            KernelError: the bound cannot be kept with these values.
+        """
+        ...
+
+    def linear(self, x: Tensor, operands: Any, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         ...
 
@@ -42,14 +70,27 @@ class Backend(Protocol):
 def decode(weight: QTensor, branch: LowRankBranch | None, dtype: torch.dtype) -> Operands:
     """Return the stored tensors as dense matrices of `dtype`."""
     return Operands(
-        _decode(weight, dtype),
-        _decode(branch.proj_up, dtype) if branch else None,
-        _decode(branch.proj_down, dtype) if branch else None,
+        decode_one(weight, dtype),
+        decode_one(branch.proj_up, dtype) if branch else None,
+        decode_one(branch.proj_down, dtype) if branch else None,
     )
 
 
-def _decode(q: QTensor, dtype: torch.dtype) -> Tensor:
+def decode_one(q: QTensor, dtype: torch.dtype) -> Tensor:
+    """Return one stored tensor as a dense one of `dtype`."""
     return _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+
+
+def decode_factors(branch: LowRankBranch) -> tuple[Tensor, Tensor]:
+    """Return proj_down and proj_up in bf16, which holds every value of up to 8 bits under one scale a block."""
+    return decode_one(branch.proj_down, torch.bfloat16), decode_one(branch.proj_up, torch.bfloat16)
+
+
+def side_path(x: Tensor, factors: tuple[Tensor, Tensor], scheme: Scheme) -> Tensor:
+    """Return Qp(Qb(x) Dᵀ) Uᵀ in bf16, for back ends whose main product is something else."""
+    assert scheme.branch is not None
+    inner = linear(rounded(x, scheme.branch.activation_format, torch.bfloat16), factors[0])
+    return linear(rounded(inner, scheme.branch.intermediate_format, torch.bfloat16), factors[1])
 
 
 # One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on it.

@@ -6,24 +6,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraq.kernels.base import Operands, rounded
-from loraq.scheme import Scheme
+from loraq.formats import QTensor
+from loraq.kernels.base import Operands, Stored, decode, rounded
+from loraq.scheme import LowRankBranch, Scheme
 
 
 class Reference:
     """Decode at each call and multiply in fp32: slow, small, exact by definition."""
 
     name: ClassVar[str] = "reference"
-    tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 0.0}
     keeps_operands: ClassVar[bool] = False
 
-    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return fp32 for every input."""
-        return torch.float32
+    def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        """Return `None`: every layer runs."""
+        return None
 
-    def linear(self, x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+    def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
+        """Return 0: it is what others are measured against."""
+        return 0.0
+
+    def prepare(self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype) -> Stored:
+        """Return the stored tensors."""
+        return Stored(weight, branch)
+
+    def linear(self, x: Tensor, operands: Stored, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
-        return run(x, operands, scheme, bias, torch.float32)
+        return run(x, decode(*operands, torch.float32), scheme, bias, torch.float32)
 
 
 def run(x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,47 @@
+"""Quantized layers of random bytes: how fast a layer is does not depend on how well it was solved."""
+
+import torch
+from torch import Tensor, nn
+
+from loraq.formats import Format, QTensor
+from loraq.layers import linear_layers, replace_layer
+from loraq.nn import QuantizedLinear
+from loraq.scheme import LayerSolution, LowRankBranch, Scheme
+
+
+def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -> QuantizedLinear:
+    """Return a layer (out, in) with a bias, whose main weight and factors are rounded gaussian matrices."""
+
+    def stored(fmt: Format, rows: int, columns: int, size: float) -> QTensor:
+        random = torch.Generator().manual_seed(rows * 31 + columns)
+        q = fmt.quantize(size * torch.randn(rows, columns, generator=random))
+        return QTensor(
+            q.packed.to(device),
+            None if q.scale is None else q.scale.to(device),
+            None if q.global_scale is None else q.global_scale.to(device),
+            q.shape,
+            fmt,
+        )
+
+    n_out, n_in = shape
+    branch = None
+    if scheme.branch is not None:
+        fmt, rank = scheme.branch.weight_format, scheme.branch.rank
+        branch = LowRankBranch(proj_up=stored(fmt, n_out, rank, 0.1), proj_down=stored(fmt, rank, n_in, 0.02))
+    residual = stored(scheme.weight_format, n_out, n_in, n_in**-0.5)
+    solution = LayerSolution(scheme, residual, branch, relative_error=float("nan"))
+    return QuantizedLinear.from_solution(solution, bias_of(n_out, device))
+
+
+def bias_of(n_out: int, device: torch.device) -> Tensor:
+    """Return a bias in bf16."""
+    return torch.linspace(-1, 1, n_out, dtype=torch.bfloat16, device=device)
+
+
+def quantize_randomly(model: nn.Module, scheme: Scheme, backend: str) -> None:
+    """Put a random quantized layer in place of every linear layer of a model that the scheme fits."""
+    for name, layer in linear_layers(model).items():
+        if scheme.branch is None or scheme.branch.rank <= min(layer.out_features, layer.in_features):
+            new = random_layer((layer.out_features, layer.in_features), scheme, layer.weight.device)
+            new.backend = backend
+            replace_layer(model, name, new)

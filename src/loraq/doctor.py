@@ -1,0 +1,215 @@
+"""What this machine can do: devices, versions, the back end of every named format, and a short self-test."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import loraq
+from loraq.errors import KernelError, LoraqError
+from loraq.formats import FORMATS, QTensor
+from loraq.kernels import BACKENDS, DEFAULT_BACKEND, asked_backend
+from loraq.kernels.base import Backend
+from loraq.kernels.dispatch import candidates
+from loraq.recipe import parse_scheme
+from loraq.scheme import LowRankBranch, Scheme
+
+_PACKAGES = ("torch", "triton", "diffusers", "safetensors")
+#: Layer and tokens of the self-test: PixArt's attention projection with 512 tokens.
+_SHAPE, _TOKENS = (1152, 1152), 512
+#: One scheme for each kind of activation, so that every back end has something to run.
+_TESTED = ("mxfp4-w8a8-r64-a16", "mxfp4-w8a8-r64-amxfp8_e4m3", "int8-int8-r64-a8", "int4-int8-r64-a8")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The back end that layers of one kind use here."""
+
+    #: Main format and activation format.
+    weight: str
+    activation: str
+    backend: str
+    #: Why not the ones that are tried before it; empty if it is the first.
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One back end in the self-test."""
+
+    recipe: str
+    backend: str
+    #: ‖y − y_reference‖ / ‖y_reference‖, and what the back end promises.
+    error: float
+    bound: float
+    #: Median time of a call, and how many times faster it is than bf16 `F.linear` without any quantization.
+    milliseconds: float
+    speedup: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the promise is kept."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `loraq doctor` prints."""
+
+    versions: dict[str, str]
+    devices: dict[str, str]
+    choices: tuple[Choice, ...]
+    trials: tuple[Trial, ...]
+
+    def tables(self) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+        """Return what to show: title, headings and rows of each table."""
+        choices = [(c.weight, c.activation, c.backend, c.reason) for c in self.choices]
+        trials = [
+            (t.recipe, t.backend, f"{t.error:.1e}", f"{t.bound:.0e}", f"{t.milliseconds:.1f}", f"{t.speedup:.2f}")
+            for t in self.trials
+        ]
+        title = f"Self-test: {_SHAPE[0]}×{_SHAPE[1]}, {_TOKENS} tokens, against the reference and bf16 F.linear"
+        return [
+            ("This machine", ("", ""), [*self.devices.items(), *self.versions.items()]),
+            ("Back ends of the named formats", ("weight", "activation", "back end", "why"), choices),
+            (title, ("recipe", "back end", "error", "bound", "ms", "times bf16"), trials),
+        ]
+
+
+def examine() -> Report:
+    """Return the report for the first GPU, or for the CPU where there is none.
+
+    Raises:
+        KernelError: `LORAQ_BACKEND` names no back end.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Report(_versions(), _devices(), tuple(choices(device)), tuple(self_test(device)))
+
+
+def choices(device: torch.device) -> list[Choice]:
+    """Return the back end of every named main format with 4-, 8- and 16-bit activations."""
+    asked, found = asked_backend(DEFAULT_BACKEND), {}
+    for name in (fmt.name for fmt in FORMATS.values() if fmt.bits <= 8):
+        for width in (4, 8, 16):
+            scheme = parse_scheme(f"{name}-a{width}")
+            found[scheme] = _choice(asked, scheme, device)
+    return list(found.values())
+
+
+def _choice(asked: str, scheme: Scheme, device: torch.device) -> Choice:
+    reasons: list[str] = []
+    for backend in candidates(asked, device):
+        reason = backend.refusal(scheme, _SHAPE, device)
+        if reason is None:
+            return Choice(scheme.weight, scheme.activation, backend.name, "; ".join(reasons))
+        reasons.append(f"not {backend.name}: {reason}")
+    return Choice(scheme.weight, scheme.activation, "none", "; ".join(reasons))
+
+
+def self_test(device: torch.device) -> list[Trial]:
+    """Run one layer on every back end that takes it, against the reference and against bf16 `F.linear`."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn((_TOKENS, _SHAPE[1]), generator=random).bfloat16().to(device)
+    w = torch.randn(_SHAPE, generator=random) / _SHAPE[1] ** 0.5
+    trials = []
+    for recipe in _TESTED:
+        scheme = parse_scheme(recipe)
+        weight, branch = _stored(w, scheme, device, random)
+        reference = BACKENDS["reference"]
+        expected = reference.linear(x, reference.prepare(weight, branch, scheme, x.dtype), scheme, None).double()
+        for backend in BACKENDS.values():
+            if backend is reference or backend.refusal(scheme, _SHAPE, device) is not None:
+                continue
+            try:
+                trials.append(_trial(recipe, backend, weight, branch, (x, expected, w.to(x))))
+            except KernelError:  # it refuses when it sees the values, as it should
+                continue
+    return trials
+
+
+def _stored(
+    w: Tensor, scheme: Scheme, device: torch.device, random: torch.Generator
+) -> tuple[QTensor, LowRankBranch | None]:
+    """A layer in a scheme, rounded to nearest, with a small random branch: only its arithmetic matters."""
+
+    def on_device(q: QTensor) -> QTensor:
+        stored = (None if t is None else t.to(device) for t in (q.packed, q.scale, q.global_scale))
+        packed, scale, global_scale = stored
+        assert packed is not None
+        return QTensor(packed, scale, global_scale, q.shape, q.format)
+
+    branch = scheme.branch
+    if branch is None:
+        return on_device(scheme.weight_format.quantize(w)), None
+    shapes = (_SHAPE[0], branch.rank), (branch.rank, _SHAPE[1])
+    up, down = (branch.weight_format.quantize(0.03 * torch.randn(shape, generator=random)) for shape in shapes)
+    return on_device(scheme.weight_format.quantize(w)), LowRankBranch(on_device(up), on_device(down))
+
+
+def _trial(
+    recipe: str,
+    backend: Backend,
+    weight: QTensor,
+    branch: LowRankBranch | None,
+    given: tuple[Tensor, Tensor, Tensor],
+) -> Trial:
+    x, expected, dense = given
+    scheme = parse_scheme(recipe)
+    operands = backend.prepare(weight, branch, scheme, x.dtype)
+    y = backend.linear(x, operands, scheme, None).double()
+    error = (torch.linalg.vector_norm(y - expected) / torch.linalg.vector_norm(expected)).item()
+    ours, plain = [], []
+    for _ in range(3):  # in turn, so that both see the same machine
+        plain.append(_seconds(lambda: linear(x, dense)))
+        ours.append(_seconds(lambda: backend.linear(x, operands, scheme, None)))
+    seconds = statistics.median(ours)
+    bound = backend.bound(scheme, x.dtype)
+    return Trial(recipe, backend.name, error, bound, 1e3 * seconds, statistics.median(plain) / seconds)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _versions() -> dict[str, str]:
+    versions = {"loraq": loraq.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _devices() -> dict[str, str]:
+    devices = {
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads"
+    }
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+    return devices
+
+
+def require_healthy(report: Report) -> None:
+    """Raise `LoraqError` that names the back ends which broke their promise."""
+    broken = [f"'{t.backend}' on '{t.recipe}' ({t.error:.2g} > {t.bound:.2g})" for t in report.trials if not t.passed]
+    if broken:
+        raise LoraqError(
+            f"The self-test failed for {', '.join(broken)}. Use the back end 'reference' (LORAQ_BACKEND=reference) and "
+            "report the output of `loraq doctor --json`."
+        )

@@ -1,0 +1,226 @@
+"""INT8 rows: one scale for each output channel and each token, products in exact integer arithmetic.
+
+For layers whose activations are plain INT8 (`int8`, one scale a token). The activation's codes are then the operand
+itself, and `torch._int_mm` multiplies and adds without any rounding. A main weight whose values fit INT8 rows is
+taken over exactly: `int8` always, the MX formats where the block scales of a row are close together. Another weight
+is encoded anew, with a bound, if that is allowed. A branch in `int8` runs in integers too; any other one runs in
+bf16, which holds every value of up to 8 bits.
+
+CPUs with VNNI instructions multiply INT8 at twice the rate of bf16, and NVIDIA GPUs before Hopper have no FP8.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loraq.errors import KernelError
+from loraq.formats import BlockFormat, Format, QTensor
+from loraq.formats.scales import view_bytes
+from loraq.kernels.base import decode_factors, decode_one, side_path
+from loraq.scheme import LowRankBranch, Scheme
+
+#: Values handled at a time on a CPU, so that the passes over them stay in cache.
+_CHUNK_VALUES = 1 << 17
+_LARGEST = 0.99 * torch.finfo(torch.float32).max
+#: Smaller scales would be fp32 subnormals; such a row is stored as zeros.
+_SMALLEST = 2.0**-126
+_TOP = 127.0
+
+
+class Rows(NamedTuple):
+    """A matrix in INT8 with one scale a row."""
+
+    #: (rows, n), INT8.
+    codes: Tensor
+    #: (rows,), fp32; multiplies.
+    scale: Tensor
+
+
+class Int8Operands(NamedTuple):
+    """What `int8_row` keeps."""
+
+    #: INT8 codes of the main weight; of proj_down and proj_up as well, if the branch is in integers.
+    codes: list[Tensor]
+    #: Their scales, in the same order.
+    scales: list[Tensor]
+    #: proj_down and proj_up in bf16, if the branch is not in integers.
+    factors: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Int8Row:
+    """Integer matrix products on INT8 rows."""
+
+    #: Name for `get_backend`.
+    name: str = "int8_row"
+    #: Largest relative error of a main weight that is encoded anew; 0 takes only weights that fit exactly.
+    weight_error: float = 3e-2
+    keeps_operands: ClassVar[bool] = True
+
+    def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
+        if not _is_int8_row(scheme.activation_format):
+            return f"its activations are '{scheme.activation}', not INT8 with one scale a token ('int8')"
+        if not self.weight_error and not _may_fit(scheme.weight_format):
+            return f"'{scheme.weight}' does not fit INT8 rows exactly"
+        if device.type not in ("cpu", "cuda", "meta"):
+            return f"INT8 matrix products are known on 'cpu' and 'cuda', not on '{device.type}'"
+        sizes = (*shape, scheme.branch.rank) if scheme.branch and _in_integers(scheme) else shape
+        if device.type == "cuda" and any(size % 8 for size in sizes):
+            return f"its sizes {sizes} are not all multiples of 8"
+        return None
+
+    def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
+        """Return the bound of exact operands, or that of a weight which is encoded anew."""
+        if self.weight_error and not _is_int8_row(scheme.weight_format):
+            return 4e-2
+        if dtype == torch.float32 and (scheme.branch is None or _in_integers(scheme)):
+            return 1e-4  # sums are exact; a code of the intermediate may flip at a tie
+        return 2e-2
+
+    def prepare(
+        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
+    ) -> Int8Operands:
+        """Return INT8 rows, shared by all dtypes.
+
+        Raises:
+            KernelError: the weight loses more than `weight_error` in INT8 rows.
+        """
+        rows, error = rows_of(weight)
+        if error > self.weight_error:
+            raise KernelError(
+                f"INT8 rows change the weight in '{scheme.weight}' by {error:.4f} of its norm, and at most "
+                f"{self.weight_error} is allowed: its block scales differ too much within a row. Use the back end "
+                "'resident'."
+            )
+        if branch is None:
+            return Int8Operands([rows.codes], [rows.scale], None)
+        if _in_integers(scheme):
+            down, up = _codes_of(branch.proj_down), _codes_of(branch.proj_up)
+            return Int8Operands([rows.codes, down.codes, up.codes], [rows.scale, down.scale, up.scale], None)
+        return Int8Operands([rows.codes], [rows.scale], decode_factors(branch))
+
+    def linear(self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+        """Return y (…, out) in the dtype of x (…, in)."""
+        codes, scales, factors = operands
+        rows = x.reshape(-1, x.shape[-1])
+        y = _int8_linear(rows, codes, scales, bias)
+        if factors is not None:
+            y = y + side_path(rows, factors, scheme)
+        return y.to(x.dtype).view(*x.shape[:-1], len(codes[0]))
+
+
+def rows_of(q: QTensor) -> tuple[Rows, float]:
+    """Return INT8 rows of a stored matrix, and ‖rows − stored‖ / ‖stored‖, which is 0 where they are the same."""
+    if _is_int8_row(q.format):
+        return _codes_of(q), 0.0
+    dense = decode_one(q, torch.float32)
+    largest = dense.abs().amax(-1)
+    # The finest power of two that still leaves the largest value inside INT8: exact if any power of two is.
+    fine = torch.exp2(torch.ceil(torch.log2(largest / _TOP))).clamp_(min=_SMALLEST)
+    wide = (largest / _TOP).clamp_(min=_SMALLEST)
+    codes = dense / fine[:, None]
+    fits = (codes == codes.round()).all(-1)
+    scale = torch.where(fits, fine, wide)
+    codes = (dense / scale[:, None]).round_().clamp_(-_TOP, _TOP)
+    norm = torch.linalg.vector_norm(dense)
+    lost = torch.linalg.vector_norm(dense.sub_(codes * scale[:, None]))
+    return Rows(codes.to(torch.int8), scale), (lost / norm).item() if norm > 0 else 0.0
+
+
+def _codes_of(q: QTensor) -> Rows:
+    """The bytes of an `int8` matrix as they are: no copy."""
+    assert q.scale is not None
+    return Rows(q.packed.view(torch.int8), view_bytes(q.scale, torch.float32).view(-1))
+
+
+def _is_int8_row(fmt: Format) -> bool:
+    return isinstance(fmt, BlockFormat) and fmt.element.name == "int8" and fmt.block_size is None
+
+
+def _may_fit(fmt: Format) -> bool:
+    return _is_int8_row(fmt) or (isinstance(fmt, BlockFormat) and fmt.scale_format.is_power_of_two)
+
+
+def _in_integers(scheme: Scheme) -> bool:
+    branch = scheme.branch
+    if branch is None:
+        return False
+    return all(_is_int8_row(f) for f in (branch.weight_format, branch.activation_format, branch.intermediate_format))
+
+
+def encode_rows(x: Tensor) -> Rows:
+    """Return the codes and scales of the format `int8`, bit for bit, in fewer passes than the format takes."""
+    m, n = x.shape
+    codes = torch.empty((m, n), dtype=torch.int8, device=x.device)
+    scales = torch.empty((m, 1), dtype=torch.float32, device=x.device)
+    step = max(1, _CHUNK_VALUES // n) if x.device.type == "cpu" else max(1, m)
+    scratch = torch.empty((min(step, m), n), dtype=torch.float32, device=x.device)
+    for start in range(0, m, step):
+        part = slice(start, start + step)
+        values = scratch[: len(codes[part])].copy_(x[part])
+        # Two passes that only read: one over |x| would also write.
+        largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
+        scale = torch.mul(largest.clamp_(max=_LARGEST), 1.0 / _TOP, out=scales[part])
+        codes[part] = values.div_(scale.clamp(min=_SMALLEST)).round_().clamp_(-_TOP, _TOP)
+    return Rows(codes, scales.masked_fill_(scales < _SMALLEST, 0.0).view(-1))
+
+
+# One opaque operator: a compiler would unroll its chunks and trace again for every number of tokens. `codes` and
+# `scales` are those of the main weight, then of both factors (proj_down, proj_up) if the branch is in integers.
+@torch.library.custom_op("loraq::int8_linear", mutates_args=())
+def _int8_linear(x: Tensor, codes: list[Tensor], scales: list[Tensor], bias: Tensor | None) -> Tensor:
+    weight, *factors = codes
+    n_tokens, n_out = len(x), len(weight)
+    y = torch.empty((n_tokens, n_out), dtype=x.dtype, device=x.device)
+    if n_tokens == 0:
+        return y
+    if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
+        return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, bias)[:n_tokens].clone()
+    tokens, scale = encode_rows(x)
+    sums = torch._int_mm(tokens, weight.t())
+    shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
+    inner = encode_rows(torch._int_mm(tokens, factors[0].t()) * scale[:, None] * scales[1]) if factors else None
+    step = min(max(1, _CHUNK_VALUES // n_out), n_tokens) if x.device.type == "cpu" else n_tokens
+    values, side = (torch.empty((step, n_out), dtype=torch.float32, device=x.device) for _ in range(2))
+    side_sums = torch.empty((step, n_out), dtype=torch.int32, device=x.device)
+    for start in range(0, n_tokens, step):
+        part = slice(start, start + step)
+        if start + step > n_tokens:
+            values, side, side_sums = (tensor[: n_tokens - start] for tensor in (values, side, side_sums))
+        torch.mul(sums[part], scales[0], out=values).mul_(scale[part, None])
+        if inner is not None:
+            torch._int_mm(inner.codes[part], factors[1].t(), out=side_sums)
+            values.addcmul_(torch.mul(side_sums, scales[2], out=side), inner.scale[part, None])
+        y[part] = values.add_(shift)
+    return y
+
+
+@_int8_linear.register_fake
+def _(x: Tensor, codes: list[Tensor], scales: list[Tensor], bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], codes[0].shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, bias = inputs
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(*codes, *scales)
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Count the derivative of rounding as 1, as the rounding operator does."""
+    saved = ctx.saved_tensors
+    codes, scales = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    towards = gradient.float()
+    back = (towards * scales[0]) @ codes[0].float()
+    if len(codes) == 3:
+        back += (((towards * scales[2]) @ codes[2].float()) * scales[1]) @ codes[1].float()
+    bias = None if ctx.bias_dtype is None else towards.sum(0).to(ctx.bias_dtype)
+    nothing = [None] * len(codes)
+    return back.to(ctx.dtype), nothing, nothing, bias
+
+
+_int8_linear.register_autograd(_straight_through, setup_context=_save)

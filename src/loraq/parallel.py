@@ -1,0 +1,174 @@
+"""Tensor parallelism: `LoraqColwise` and `LoraqRowwise`, parallel styles for `parallelize_module`.
+
+A style puts a rank's part of the packed bytes in place of the whole, on every rank, so that the back end of the layer
+sees an ordinary smaller layer. Nothing is decoded, and blocks are never cut.
+
+* Columns (output channels) are split: the result is that of one process, bit for bit.
+* Rows (input channels) are split: every rank rounds its own rank-space intermediate, unless `exact_branch` sums the
+  intermediate over the ranks first, which costs one more reduction of (tokens, rank).
+
+Sharding by tokens (data, context) needs nothing: scales of activations are never shared by tokens. FSDP2 needs nothing
+either: packed bytes are parameters.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.functional import linear
+
+from loraq.errors import KernelError
+from loraq.formats import BlockFormat, Format
+from loraq.kernels.base import decode_one, rounded
+from loraq.nn import QuantizedLinear
+from loraq.scheme import Branch
+from loraq.transforms import block_side, rotate
+
+
+class LoraqColwise(ParallelStyle):
+    """Splits the output channels of a quantized linear layer; the input is whole on every rank."""
+
+    def __init__(self, *, fused: int = 1, gather_output: bool = False) -> None:
+        """Describe the split.
+
+        Args:
+            fused: how many projections of equal size the layer holds one after the other (3 for q, k, v in one);
+                each of them is split.
+            gather_output: whether every rank gets all channels back; else each keeps its own.
+        """
+        super().__init__()
+        self.fused, self.gather_output = fused, gather_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer, n_ranks, rank = _quantized(module), device_mesh.size(), device_mesh.get_local_rank()
+        if layer.out_features % (n_ranks * self.fused):
+            raise KernelError(
+                f"{layer.out_features} output channels ({self.fused} fused projections) cannot be split over {n_ranks} "
+                "ranks evenly. Use fewer ranks, or leave this layer whole."
+            )
+        rows = torch.arange(layer.out_features).view(self.fused, n_ranks, -1)[:, rank].flatten()
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if name == "bias" or (name.startswith(("weight", "proj_up")) and not name.endswith("global_scale")):
+                _put(layer, name, parameter.detach()[rows.to(parameter.device)])
+        layer.out_features = len(rows)
+        layer.prepared_no_more()
+        if self.gather_output:
+            group, fused = device_mesh.get_group(), self.fused
+
+            def gather(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+                parts = [torch.empty_like(y) for _ in range(n_ranks)]
+                dist.all_gather(parts, y.contiguous(), group=group)
+                return torch.cat([part.unflatten(-1, (fused, -1)) for part in parts], -1).flatten(-2)
+
+            layer.register_forward_hook(gather)
+        return layer
+
+
+class LoraqRowwise(ParallelStyle):
+    """Splits the input channels of a quantized linear layer; the output is summed over the ranks."""
+
+    def __init__(self, *, exact_branch: bool = False, split_input: bool = False) -> None:
+        """Describe the split.
+
+        Args:
+            exact_branch: whether the branch's intermediate is summed over the ranks before it is rounded. Else each
+                rank rounds its own part, which changes the output by about 1 % of the branch's share.
+            split_input: whether the input is whole on every rank; else each gets its own channels, as a layer split
+                by `LoraqColwise` leaves them.
+        """
+        super().__init__()
+        self.exact_branch, self.split_input = exact_branch, split_input
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer, n_ranks, rank = _quantized(module), device_mesh.size(), device_mesh.get_local_rank()
+        branch, group = layer.scheme.branch, device_mesh.get_group()
+        _require_whole_blocks(layer, n_ranks)
+        split = {"weight": layer.scheme.weight_format} | ({"proj_down": branch.weight_format} if branch else {})
+        for part, fmt in split.items():
+            for name in ("packed", "scale"):
+                stored = getattr(layer, f"{part}_{name}", None)
+                if stored is not None and not (name == "scale" and _has_row_scale(fmt)):
+                    _put(layer, f"{part}_{name}", stored.detach().chunk(n_ranks, -1)[rank])
+        layer.in_features //= n_ranks
+        if rank:
+            layer.bias = None  # it is added once, by the first rank
+        layer.prepared_no_more()
+        if self.split_input:
+            layer.register_forward_pre_hook(lambda _, args: (args[0].chunk(n_ranks, -1)[rank],))
+        if branch is None or not self.exact_branch:
+            layer.register_forward_hook(lambda _, __, y: _summed(y, group))
+            return layer
+        side = _Side(layer, branch)
+        layer.scheme = replace(layer.scheme, branch=None)
+        for name in [name for name, _ in layer.named_parameters(recurse=False) if name.startswith("proj_")]:
+            delattr(layer, name)
+        layer.prepared_no_more()
+        layer.add_module("side", side)
+
+        def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            inner = _summed(side.down(rotate(args[0], layer.scheme.rotation)), group)
+            return (_summed(y.float(), group) + side.up(inner)).to(y.dtype)
+
+        layer.register_forward_hook(add_branch)
+        return layer
+
+
+class _Side(nn.Module):
+    """The branch of a layer split by rows: its part of proj_down, and the whole of proj_up, decoded."""
+
+    def __init__(self, layer: QuantizedLinear, branch: Branch) -> None:
+        super().__init__()
+        self.branch = branch
+        stored = layer.branch
+        assert stored is not None
+        self.proj_down = nn.Parameter(decode_one(stored.proj_down, torch.float32), requires_grad=False)
+        self.proj_up = nn.Parameter(decode_one(stored.proj_up, torch.float32), requires_grad=False)
+
+    def down(self, x: Tensor) -> Tensor:
+        return linear(rounded(x, self.branch.activation_format, torch.float32), self.proj_down)
+
+    def up(self, inner: Tensor) -> Tensor:
+        return linear(rounded(inner, self.branch.intermediate_format, torch.float32), self.proj_up)
+
+
+def _summed(y: Tensor, group: Any) -> Tensor:
+    y = y.contiguous()
+    dist.all_reduce(y, group=group)
+    return y
+
+
+def _quantized(module: nn.Module) -> QuantizedLinear:
+    if not isinstance(module, QuantizedLinear):
+        raise KernelError(
+            f"A loraq parallel style was given a {type(module).__name__}. It splits QuantizedLinear layers only: use "
+            "torch's own styles for the layers that are not quantized."
+        )
+    return module
+
+
+def _require_whole_blocks(layer: QuantizedLinear, n_ranks: int) -> None:
+    """Raise `KernelError` if a rank's input channels would cut a byte, or a block of a number format or a rotation."""
+    scheme, branch = layer.scheme, layer.scheme.branch
+    formats: list[Format] = [scheme.weight_format, scheme.activation_format]
+    formats += [branch.weight_format, branch.activation_format] if branch else []
+    units = {f"'{fmt.name}'": (fmt.block_size or 8) if isinstance(fmt, BlockFormat) else 1 for fmt in formats}
+    units["the rotation"] = block_side(layer.in_features, scheme.rotation)
+    for of_what, unit in units.items():
+        if layer.in_features % (n_ranks * unit):
+            raise KernelError(
+                f"{layer.in_features} input channels over {n_ranks} ranks cut a block of {of_what} ({unit} values). "
+                "Use fewer ranks, or split this layer by columns."
+            )
+
+
+def _has_row_scale(fmt: Format) -> bool:
+    return isinstance(fmt, BlockFormat) and fmt.block_size is None
+
+
+def _put(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter by a part of it that holds no memory of the whole."""
+    setattr(layer, name, nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False))

@@ -1,0 +1,209 @@
+"""`int8_row`: its codes are those of the format, its sums are exact, and it refuses what it cannot keep."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from loraq.errors import KernelError
+from loraq.formats import get_format
+from loraq.kernels import choose, dispatch
+from loraq.kernels.int8_row import Int8Row, encode_rows, rows_of
+from loraq.nn import QuantizedLinear
+from loraq.pipeline.quantize import quantize_weight
+from loraq.recipe import parse_scheme
+from loraq.scheme import Branch, Scheme
+from matrices import dit_like, gaussian, heavy_tailed
+
+CPU = torch.device("cpu")
+ALL_INT8 = Scheme("int8", "int8", Branch(16, "int8", "int8"))
+
+
+def layer_of(scheme: Scheme, backend: str = "int8_row", shape: tuple[int, int] = (48, 96)) -> QuantizedLinear:
+    solved = quantize_weight(dit_like(*shape), scheme, method="svdquant")
+    layer = QuantizedLinear.from_solution(solved, gaussian(1, shape[0], 5)[0])
+    layer.backend = backend
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_codes_and_scales_are_those_of_the_format(dtype):
+    x = torch.cat(
+        [heavy_tailed(700, 300), 1e-30 * heavy_tailed(3, 300), torch.zeros(2, 300), torch.full((1, 300), -2.5)]
+    )
+    x = x.to(dtype)
+    expected = get_format("int8").quantize(x)
+    codes, scale = encode_rows(x)
+    assert torch.equal(codes.view(torch.uint8), expected.packed)
+    assert torch.equal(scale.view(-1, 1).view(torch.uint8), expected.scale)
+
+
+def test_an_infinity_saturates_and_a_nan_stays_in_its_token():
+    layer, x = layer_of(ALL_INT8), gaussian(4, 96)
+    expected = layer(x)
+    x[1, 5], x[2, 7] = torch.inf, torch.nan
+    y = layer(x)
+    assert torch.equal(y[[0, 3]], expected[[0, 3]])
+    assert not y[1].isnan().any()
+    assert y[2].isnan().all()
+
+
+def test_with_int8_throughout_the_sums_are_those_of_double_precision():
+    layer, x = layer_of(ALL_INT8), gaussian(33, 96)
+    fmt = get_format("int8")
+    weight, down, up = (fmt.dequantize(q).double() for q in (layer.stored_weight, *_factors(layer)))
+    tokens = fmt.round(x).double()
+    inner = fmt.round((tokens @ down.T).float()).double()
+    torch.testing.assert_close(layer(x).double(), tokens @ weight.T + inner @ up.T + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+def _factors(layer):
+    return layer.branch.proj_down, layer.branch.proj_up
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxint4", "mxint8", "mxfp6_e2m3"])
+def test_mx_rows_of_similar_scales_fit_exactly(name):
+    w = get_format(name).round(gaussian(64, 128))
+    stored = get_format(name).quantize(w)
+    rows, error = rows_of(stored)
+    scales = stored.scale.int()
+    spread = int((scales.amax(-1) - scales.amin(-1)).max())
+    if error == 0:
+        assert torch.equal(rows.codes * rows.scale[:, None], stored.dequantize())
+    assert (error == 0) == (spread <= {"mxfp4": 3, "mxint4": 4, "mxint8": 0, "mxfp6_e2m3": 1}[name])
+
+
+def test_mxfp4_fits_exactly_up_to_three_binades_and_not_with_seven():
+    def stored(binades):
+        w = torch.full((2, 64), 6.0)
+        w[:, ::2] = 0.5
+        w[:, 32:] *= 2.0**-binades
+        return get_format("mxfp4").quantize(w)
+
+    rows, error = rows_of(stored(3))
+    assert error == 0
+    assert torch.equal(rows.codes * rows.scale[:, None], stored(3).dequantize())
+    assert rows_of(stored(7))[1] > 0
+
+
+def test_a_zero_row_stays_zero():
+    stored = get_format("mxfp4").quantize(torch.cat([torch.zeros(1, 64), gaussian(1, 64)]))
+    rows, _ = rows_of(stored)
+    assert not (rows.codes * rows.scale[:, None])[0].any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ("mxfp4-a8", "its activations are 'mxint8'"),
+        ("int4-a4", "its activations are 'int4'"),
+        ("int4-a16", "its activations are 'bf16'"),
+        ("int4-aint8_b64", "its activations are 'int8_b64'"),
+    ],
+)
+def test_it_refuses_other_activations_by_name(scheme, reason):
+    with pytest.raises(KernelError, match=rf"The back end 'int8_row' cannot run a layer 8×64 .*{reason}.*'resident'"):
+        choose("int8_row", parse_scheme(scheme), (8, 64), CPU)
+
+
+def test_it_refuses_sizes_that_a_gpu_cannot_multiply_and_other_devices():
+    assert "not all multiples of 8" in Int8Row().refusal(ALL_INT8, (12, 64), torch.device("cuda"))
+    assert Int8Row().refusal(ALL_INT8, (12, 64), CPU) is None
+    assert "not on 'mps'" in Int8Row().refusal(ALL_INT8, (16, 64), torch.device("mps"))
+
+
+def test_it_refuses_a_weight_that_rows_would_change_too_much():
+    w = gaussian(16, 64)
+    w[:, :32] *= 1e3  # one scale a row leaves the other half at 1 % of a step
+    w[:, 32:48] = 0
+    stored = get_format("int4_b16").quantize(w)
+    with pytest.raises(KernelError, match=r"INT8 rows change the weight in 'int4_b16' by 0\.00\d\d of its norm"):
+        Int8Row(weight_error=1e-3).prepare(stored, None, Scheme("int4_b16", "int8"), torch.float32)
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        ("int8-a8", "int8_row"),
+        ("int8-int8-r16-a8", "int8_row"),
+        ("int4-a8", "resident"),  # would have to be encoded anew
+        ("nvfp4-aint8", "resident"),
+        ("mxfp4-a8", "resident"),
+    ],
+)
+def test_the_automatic_choice_encodes_no_weight_anew(scheme, name):
+    assert layer_of(parse_scheme(scheme), "auto").backend == name
+
+
+def test_the_automatic_choice_depends_on_the_values_where_exactness_does():
+    scheme = Scheme("mxfp4", "int8")
+    near, far = torch.ones(4, 64), torch.ones(4, 64)
+    far[:, :32] = 1.5 * 2**-12
+    for w, name in ((near, "int8_row"), (far, "resident")):
+        layer = QuantizedLinear.from_solution(quantize_weight(w, scheme))
+        layer(torch.ones(1, 64))
+        assert layer.backend == name
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    layer = layer_of(parse_scheme("int4-a8"), "auto")
+    with caplog.at_level(logging.INFO, logger="loraq.kernels"):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer(gaussian(2, 96).to(dtype))
+    (record,) = caplog.records
+    assert "on cpu: resident (not int8_row: 'int4' does not fit INT8 rows exactly)" in record.getMessage()
+
+
+def test_the_environment_takes_the_place_of_the_automatic_choice(monkeypatch):
+    monkeypatch.setenv("LORAQ_BACKEND", "reference")
+    layer = QuantizedLinear.from_solution(quantize_weight(gaussian(8, 64), "mxfp4-a8"))
+    assert layer.backend == "reference"
+    layer.backend = "resident"
+    assert layer.backend == "resident"
+    monkeypatch.setenv("LORAQ_BACKEND", "fast")
+    with pytest.raises(KernelError, match=r"Unknown back end 'fast'.*Known: auto"):
+        QuantizedLinear(64, 8, Scheme("mxfp4"))
+
+
+# --- as a layer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 3), (2, 0, 3)], ids=str)
+def test_any_leading_shape(leading):
+    layer = layer_of(ALL_INT8)
+    x = torch.randn((*leading, 96), generator=torch.Generator().manual_seed(0))
+    y = layer(x)
+    layer.backend = "reference"
+    assert y.shape == (*leading, 48)
+    torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [ALL_INT8, parse_scheme("int8-r8-a8")], ids=["int8 branch", "bf16 branch"])
+def test_the_gradient_is_that_of_the_reconstruction(scheme):
+    layer, x = layer_of(scheme), gaussian(3, 96).requires_grad_()
+    toward = gaussian(3, 48, 8)
+    (layer(x) * toward).sum().backward()
+    bound = 1e-5 if scheme is ALL_INT8 else 1e-2
+    assert (x.grad - toward @ layer.reconstruct()).norm() <= bound * x.grad.norm()
+    torch.testing.assert_close(layer.bias.grad, toward.sum(0))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize("backend", ["int8_row", "low_memory"])
+def test_compiled_it_is_one_graph_for_any_number_of_tokens(backend):
+    layer = layer_of(ALL_INT8, backend)
+    model = nn.Sequential(layer, nn.SiLU())
+    layer.prepare(torch.float32)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for n_tokens in (5, 17, 160):
+            x = gaussian(n_tokens, 96)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
