@@ -38,6 +38,7 @@ FENCES = {
     "sklearn": ["evaluation"],
     "click": ["cli"],
     "rich": ["cli", "pipeline/progress.py"],
+    "triton": [f"kernels/triton_{name}.py" for name in ("quant_down", "gemm_up", "mx_gemm_up", "small_m")],
     "pickle": [],
     "yaml": [],
 }

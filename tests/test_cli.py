@@ -383,7 +383,7 @@ def test_comparing_two_float_folders_is_one_message(place):
 
 def test_inspect_measures_the_memory_of_every_back_end(place):
     rows = {row["backend"]: row for row in document("inspect", place / "quantized", "--memory")["memory"]}
-    assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row"]
+    assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
     layers = document("inspect", place / "quantized")["layers"].values()
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     factors = sum(layer["scheme"]["branch"]["rank"] * sum(layer["shape"]) for layer in layers)

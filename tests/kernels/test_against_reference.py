@@ -28,7 +28,8 @@ SCHEMES = [main + branch + width for main in MAINS for branch in BRANCHES for wi
 SCHEMES += [f"{main}{branch}-a8" for main in ("int8", "int4") for branch in ("-int8-r16", "-w16a16-r16")]
 SCHEMES += ["mxfp4-w8a8-r16-amxfp8_e4m3", "mxint4-w6a6-r16-amxfp8_e5m2", "fp8_e4m3-a8"]
 SCHEMES += ["mxfp4-int8-r16-aint8", "mxint4-aint8", "nvfp4-w8a8-r16-aint8"]
-OTHERS = [backend for backend in BACKENDS.values() if backend.name != "reference"]
+#: `triton` has tests of its own: it needs a GPU or an interpreter.
+OTHERS = [backend for backend in BACKENDS.values() if backend.name not in ("reference", "triton")]
 
 each_other = pytest.mark.parametrize("backend", OTHERS, ids=lambda backend: backend.name)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

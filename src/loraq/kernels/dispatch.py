@@ -17,11 +17,19 @@ from loraq.kernels.fp8_row import Fp8Row
 from loraq.kernels.int8_row import Int8Row
 from loraq.kernels.reference import Reference
 from loraq.kernels.resident import Resident
+from loraq.kernels.triton_row import TritonRow
 from loraq.scheme import LowRankBranch, Scheme
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (Reference(), Resident(), Resident("low_memory", keeps_operands=False), Int8Row(), Fp8Row())
+    for backend in (
+        Reference(),
+        Resident(),
+        Resident("low_memory", keeps_operands=False),
+        Int8Row(),
+        Fp8Row(),
+        TritonRow(),
+    )
 }
 #: The choice by device and formats; `LORAQ_BACKEND` in the environment puts a name in its place.
 DEFAULT_BACKEND = "auto"

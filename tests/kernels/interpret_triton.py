@@ -1,0 +1,126 @@
+"""Run every Triton kernel in Triton's interpreter on a CPU, and print how far it is from the reference, as JSON.
+
+A program of its own: see `compile_triton.py`. It must be started with TRITON_INTERPRET=1.
+"""
+
+import json
+
+import torch
+from torch import Tensor
+
+from loraq.formats import QTensor, get_format
+from loraq.kernels import get_backend
+from loraq.kernels.fp8_row import fold
+from loraq.kernels.triton_gemm_up import gemm_up
+from loraq.kernels.triton_mx_gemm_up import mx_gemm_up_kernel
+from loraq.kernels.triton_quant_down import quant_down
+from loraq.kernels.triton_small_m import small_m
+from loraq.nn import QuantizedLinear
+from loraq.recipe import parse_scheme
+from loraq.scheme import LayerSolution, LowRankBranch
+
+MXFP8 = get_format("mxfp8_e4m3")
+
+
+def gaussian(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def tokens(m: int, k: int) -> Tensor:
+    """Tokens of very different sizes, with outlier channels; and a token of zeros."""
+    x = gaussian(m, k) * torch.exp(2 * gaussian(m, 1)) * torch.exp(1.5 * gaussian(1, k))
+    x[-1] = 0
+    return x.bfloat16()
+
+
+def distance(y: Tensor, expected: Tensor) -> float:
+    y, expected = y.double(), expected.double()
+    return ((y - expected).norm() / expected.norm()).item()
+
+
+def main() -> dict[str, float]:
+    found: dict[str, float] = {}
+    for m, k, rank in ((5, 96, 32), (33, 160, 24), (17, 256, 64)):
+        x, down = tokens(m, k), MXFP8.round(gaussian(rank, k)).bfloat16()
+        codes, scale, inner = quant_down(x, down)
+        rounded = MXFP8.round(x)
+        found[f"quant {m}x{k}"] = distance(codes.float() * scale[:, None], rounded)
+        expected = MXFP8.round(rounded @ down.float().T)
+        found[f"down {m}x{k} r{rank}"] = distance(inner, expected)
+        for n, with_bias in ((40, True), (130, False)):
+            weight, weight_scale = fold(get_format("mxfp4").round(gaussian(n, k)))
+            up, bias = MXFP8.round(gaussian(n, rank)).bfloat16(), gaussian(n) if with_bias else None
+            y = gemm_up((codes, scale), (weight, weight_scale.view(-1)), (inner, up), bias, torch.float32)
+            dense = (codes.double() * scale[:, None]) @ (
+                weight.double() * weight_scale
+            ).T + inner.double() @ up.double().T
+            found[f"gemm {m}x{k}x{n}"] = distance(y, dense if bias is None else dense + bias)
+    for name in ("mxfp4", "mxint4"):
+        q, x = get_format(name).quantize(gaussian(37, 320)), gaussian(3, 320)
+        assert q.scale is not None
+        found[f"small_m {name}"] = distance(
+            small_m(x, q.packed, q.scale, integer=name == "mxint4"), x @ q.dequantize().T
+        )
+    found["mx_gemm"] = mx_gemm()
+    for name in ("mxfp4-mxfp8_e4m3-r24-amxfp8_e4m3", "mxfp4-amxfp8_e4m3", "mxint4-w8a8-r24-a16", "mxfp4-a16"):
+        for n_tokens in (3, 20):
+            found[f"layer {name} {n_tokens}"] = layer(name, n_tokens)
+    found["gradient"] = gradient()
+    return found
+
+
+def mx_gemm() -> float:
+    m, k, n, rank = 20, 128, 40, 32
+    x, weight = MXFP8.quantize(tokens(m, k).float()), get_format("mxfp4").quantize(gaussian(n, k))
+    inner, up, y = gaussian(m, rank).bfloat16(), gaussian(n, rank).bfloat16(), torch.empty(m, n)
+    mx_gemm_up_kernel[(2,)](
+        x.packed.view(torch.float8_e4m3fn),
+        x.scale,
+        weight.packed,
+        weight.scale,
+        inner,
+        up,
+        y,
+        m,
+        n,
+        k,
+        rank,
+        RANK=32,
+        BLOCK_M=16,
+        BLOCK_N=64,
+        BLOCK_K=64,
+        DOT32=True,
+    )
+    return distance(y, x.dequantize() @ weight.dequantize().T + inner.float() @ up.float().T)
+
+
+def layer_of(name: str) -> QuantizedLinear:
+    scheme, n_out, n_in = parse_scheme(name), 48, 96
+    branch = None
+    if scheme.branch is not None:
+        fmt, rank = scheme.branch.weight_format, scheme.branch.rank
+        branch = LowRankBranch(fmt.quantize(0.1 * gaussian(n_out, rank)), fmt.quantize(0.1 * gaussian(rank, n_in)))
+    residual: QTensor = scheme.weight_format.quantize(0.1 * gaussian(n_out, n_in))
+    made = QuantizedLinear.from_solution(LayerSolution(scheme, residual, branch, 0.0), gaussian(n_out))
+    made.backend = "triton"
+    return made
+
+
+def layer(name: str, n_tokens: int) -> float:
+    """The back end as a layer, against its stated bound: at most 1."""
+    made, x = layer_of(name), gaussian(1, n_tokens, 96)
+    with torch.no_grad():
+        y = made(x)
+        made.backend = "reference"
+        return distance(y, made(x)) / get_backend("triton").bound(made.scheme, x.dtype)
+
+
+def gradient() -> float:
+    made, x, toward = layer_of("mxfp4-mxfp8_e4m3-r24-amxfp8_e4m3"), gaussian(4, 96).requires_grad_(), gaussian(4, 48)
+    (made(x) * toward).sum().backward()
+    assert x.grad is not None
+    return distance(x.grad, toward @ made.reconstruct())
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

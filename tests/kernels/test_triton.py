@@ -1,0 +1,139 @@
+"""The Triton kernels without a GPU: numbers from the interpreter, instructions from compiling ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraq.errors import KernelError
+from loraq.kernels import choose
+from loraq.kernels.triton_row import TritonRow
+from loraq.nn import QuantizedLinear
+from loraq.pipeline.quantize import quantize_weight
+from loraq.recipe import parse_scheme
+from matrices import dit_like, gaussian
+
+HERE = Path(__file__).parent
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason='Triton is missing: pip install "loraq[triton]"')
+
+#: The matrix instruction that a kernel must be made of, by kernel and target.
+EXPECTED = {
+    "quant_down@sm_90": "mma bf16",
+    "gemm_up wide@sm_90": "wgmma e4m3",
+    "gemm_up promoted@sm_90": "wgmma e4m3",
+    "small_m@sm_90": "mma bf16",
+    "gemm_up@sm_100": "tcgen05",
+    "mx_gemm_up@sm_100": "tcgen05 block scale",
+    "quant_down@gfx950": "mfma bf16",
+    "gemm_up@gfx950": "mfma fp8",
+    "mx_gemm_up@gfx950": "mfma scale",
+}
+
+
+def printed(script: str, *arguments: str, **environment: str) -> dict:
+    """Return what a program beside this file prints as its last line."""
+    finished = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", **environment},
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, dict[str, int]]:
+    folder = str(tmp_path_factory.mktemp("triton"))
+    return printed("compile_triton.py", *EXPECTED, TRITON_CACHE_DIR=folder, TRITON_INTERPRET="0")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, float]:
+    return printed("interpret_triton.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_kernel_compiles_to_matrix_instructions_without_spills(built, name):
+    assert built[name][EXPECTED[name]] > 0
+    assert 0 < built[name]["registers"] <= 255
+    assert built[name]["stack"] == 0
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemm_up wide@sm_90", "gemm_up promoted@sm_90"])
+def test_on_hopper_the_branch_rides_in_the_same_kernel(built, name):
+    assert built[name]["wgmma bf16"] > 0
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "bound"),
+    [
+        ("quant", 1e-5),  # codes below e4m3's normal numbers lose bits: more than 100 dB down
+        ("down", 1e-3),  # a code may flip where fp32 sums in another order land on a tie
+        ("gemm", 1e-6),
+        ("small_m", 1e-6),
+        ("mx_gemm", 1e-6),
+        ("layer", 1.0),  # in units of the stated bound
+        ("gradient", 1e-5),
+    ],
+)
+def test_an_interpreted_kernel_is_the_reference(interpreted, kernel, bound):
+    mine = {name: value for name, value in interpreted.items() if name.split()[0] == kernel}
+    assert mine
+    assert max(mine.values()) <= bound, mine
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mxfp4-a8", r"its activations are \['mxint8'\]"),
+        ("mxfp4-w8a8-r16-amxfp8_e4m3", r"its activations are \['mxfp8_e4m3', 'mxint8'\]"),
+        ("nvfp4-a16", r"it reads \('mxfp4', 'mxint4'\) in whole blocks, not 'nvfp4' of 64"),
+    ],
+)
+def test_it_refuses_what_its_kernels_do_not_compute(name, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(KernelError, match=reason):
+        choose("triton", parse_scheme(name), (16, 64), torch.device("cpu"))
+
+
+def test_without_triton_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("loraq.kernels.triton_row.find_spec", lambda _: None)
+    with pytest.raises(KernelError, match=r"triton is not installed \(pip install \"loraq\[triton\]\"\)"):
+        choose("triton", parse_scheme("mxfp4-a16"), (16, 64), torch.device("cuda"))
+
+
+@needs_triton
+def test_on_a_cpu_it_refuses_outside_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "needs its interpreter" in TritonRow().refusal(parse_scheme("mxfp4-a16"), (16, 64), torch.device("cpu"))
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("name", ["mxfp4-mxfp8_e4m3-r64-amxfp8_e4m3", "mxfp4-w8a8-r32-a16"])
+@pytest.mark.parametrize(("n_in", "n_out"), [(1152, 4608), (3072, 3072), (6144, 1152)])
+@pytest.mark.parametrize("n_tokens", [1, 130, 1024])
+def test_on_a_gpu_it_keeps_its_bound(name, n_in, n_out, n_tokens):
+    layer = QuantizedLinear.from_solution(quantize_weight(dit_like(n_out, n_in), name, method="svdquant")).cuda()
+    layer.backend = "triton"
+    x = gaussian(n_tokens, n_in).bfloat16().cuda()
+    with torch.no_grad():
+        y = layer(x).double()
+        layer.backend = "reference"
+        expected = layer(x).double()
+    assert (y - expected).norm() <= TritonRow().bound(layer.scheme, x.dtype) * expected.norm()
