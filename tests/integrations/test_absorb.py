@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,15 @@ def test_the_command_writes_what_the_call_writes(source, folder, lora, tmp_path)
     found = json.loads(result.stdout)
     assert [layer["name"] for layer in found["layers"]] == list(TOUCHED)
     assert found["kept"] == [KEPT]
+
+
+def test_a_lora_that_is_not_finite_is_refused_also_for_layers_that_stay_float(source, folder, lora, tmp_path):
+    tensors = load_file(lora)
+    broken = tmp_path / "broken.safetensors"
+    for name in tensors:
+        save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, broken)
+        with pytest.raises(CheckpointError, match="NaN or infinity"):
+            loraq.absorb_lora(folder, broken, source=source, target=tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="scale is nan"):
+        loraq.absorb_lora(folder, lora, source=source, target=tmp_path / "out", scale=math.nan, progress=False)
+    assert not (tmp_path / "out").exists()

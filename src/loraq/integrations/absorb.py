@@ -1,5 +1,6 @@
 """`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches, and leave every other byte as it is."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
 def _absorb(
     model: nn.Module, lora: Lora, source: ShardReader, scale: float, progress: ProgressCallback | bool
 ) -> Absorbed:
+    if not math.isfinite(scale):
+        raise CheckpointError(f"The LoRA's scale is {scale}. A finite number is required.")
     layers = _layers(model, lora, source)
     quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
     recipes = {name: _recipe(name, layer) for name, layer in quantized.items()}

@@ -124,6 +124,8 @@ def _adapter(file: Path, layer: str, found: dict[str, Tensor], options: dict[str
     rank = down.shape[0]
     if up.shape[1] != rank:
         raise CheckpointError(f"'{file}': layer '{layer}' has factors {tuple(up.shape)} and {tuple(down.shape)}.")
+    if not all(factor.float().isfinite().all() for factor in (down, up)):
+        raise CheckpointError(f"'{file}': layer '{layer}' has factors with NaN or infinity. Download the LoRA again.")
     patterns = options.get("alpha_pattern") or {}
     matching = (alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer))
     alpha = found["alpha"].item() if "alpha" in found else next(matching, options.get("lora_alpha") or rank)
