@@ -383,6 +383,11 @@ def test_the_representation_says_formats_rank_bits_and_back_end():
     )
 
 
+def test_the_representation_names_a_back_end_of_the_environment_that_refuses_the_layer(monkeypatch):
+    monkeypatch.setenv("LORAQ_BACKEND", "int8_row")
+    assert repr(QuantizedLinear(64, 32, Scheme("mxfp4"))).endswith("backend=int8_row (refused))")
+
+
 # --- gradients and compilation --------------------------------------------------------------------------------------
 
 

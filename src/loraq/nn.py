@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraq.errors import KernelError
 from loraq.formats import QTensor
 from loraq.kernels import DEFAULT_BACKEND, asked_backend, choose, prepare
 from loraq.kernels.base import Backend
@@ -159,7 +160,11 @@ class QuantizedLinear(nn.Module):
             text += f"rotation={scheme.rotation}, "
         if branch is not None:
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
-        return text + f"{self.bits_per_weight:.2f} bits per weight, backend={self.backend}"
+        try:
+            backend = self.backend
+        except KernelError:  # a name in the environment that this layer refuses when it runs; showing it must not
+            backend = f"{self._asked} (refused)"
+        return text + f"{self.bits_per_weight:.2f} bits per weight, backend={backend}"
 
     def _qtensor(self, part: str) -> QTensor:
         fmt, shape = self.scheme.parts((self.out_features, self.in_features))[part]
