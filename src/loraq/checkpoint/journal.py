@@ -178,12 +178,19 @@ def _require_same(journal: Journal, fingerprint: dict[str, Any], partial: Path, 
 
 
 def _difference(then: Any, now: Any) -> str:
-    """Say what changed, by key if there are keys; a few of them are enough."""
-    if not isinstance(then, dict) or not isinstance(now, dict):
-        return f"{then!r} then, {now!r} now"
-    keys = [key for key in (*then, *(now.keys() - then.keys())) if then.get(key) != now.get(key)]
-    some = ", ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys[:3])
+    """Say what changed, by dotted key if there are keys; a few of them are enough."""
+    before, after = _leaves(then), _leaves(now)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys.sort(key=lambda key: key.count("."))  # a recipe's method before its scheme's formats
+    some = ", ".join(f"{key}: {before.get(key)!r} then, {after.get(key)!r} now".removeprefix(": ") for key in keys[:3])
     return some + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Return the values in nested tables by dotted key; one that is no table has its own."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, inner in value.items() for k, v in _leaves(inner, f"{key}.{name}" if key else name).items()}
 
 
 def _kept(journal: Journal, n_layers: int) -> str:

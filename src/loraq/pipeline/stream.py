@@ -191,7 +191,7 @@ def _fingerprint(source: Source, layout: ShardLayout, recipe: Recipe) -> dict[st
             name: f"{header.file_bytes} bytes, header {header.sha256[:16]}"
             for name, header in source.files.files.items()
         },
-        "layout": layout.sha256,
+        "layout": f"{len(layout.files)} files, headers {layout.sha256[:16]}",
         "schemes": {layer.name: asdict(layer.scheme) for layer in source.plan.quantized if layer.scheme},
         "configuration": source.config,
         "versions": {"loraq": loraq.__version__, "torch": torch.__version__},
