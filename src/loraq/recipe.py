@@ -118,7 +118,7 @@ class Recipe:
             scheme = with_rank(scheme, shape, Budget.parse(self.budget))
             scheme.check(shape)
         except SchemeError as error:
-            raise SchemeError(f"Layer '{name}': {error}") from error
+            raise SchemeError(f"Layer '{name}': {error}" if name else str(error)) from error
         return scheme
 
     def to_dict(self) -> dict[str, Any]:

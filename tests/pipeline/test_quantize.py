@@ -334,10 +334,14 @@ def poisoned(value: float) -> Tensor:
         (poisoned(math.nan), r"the value at \(5, 7\) is nan, and 1 of 12288 values are not finite"),
         (poisoned(-math.inf), r"the value at \(5, 7\) is -inf"),
         (torch.empty(96, 128, device="meta"), r"has no weights \(it is on the meta device\)\. Load the model first"),
-        (torch.ones(96, 128, dtype=torch.int8), r"has weights of torch\.int8\. Float weights are required"),
+        (torch.ones(96, 128, dtype=torch.int8), r"has weights of torch\.int8\. Float weights of 16 bits or more"),
+        (
+            torch.ones(96, 128).to(torch.float8_e4m3fn),
+            r"has weights of torch\.float8_e4m3fn\. Float weights of 16 bits",
+        ),
         (torch.ones(96, 128, dtype=torch.bool), r"has weights of torch\.bool"),
     ],
-    ids=["NaN", "infinity", "meta", "int8", "bool"],
+    ids=["NaN", "infinity", "meta", "int8", "fp8", "bool"],
 )
 def test_an_unusable_weight_is_named_before_anything_changes(model, weight, message):
     set_weight(model, weight)

@@ -24,7 +24,8 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise CheckpointError(
-                f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting."
+                f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting "
+                "(`--overwrite`)."
             )
         if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
             raise CheckpointError(

@@ -48,10 +48,11 @@ def layer_seed(seed: int, name: str) -> int:
 def prepare(weight: Tensor, scheme: Scheme) -> Tensor:
     """Return the weight as contiguous fp32, rotated as the scheme says, after the checks that every method makes."""
     scheme.check(tuple(weight.shape))
-    if weight.is_meta or not weight.is_floating_point():
+    if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
         raise FormatError(
-            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights are required."
+            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights of 16 bits or more are "
+            "required."
         )
     require_finite(weight, scheme.weight)
     return rotate(weight.detach().float(), scheme.rotation).contiguous()

@@ -222,8 +222,10 @@ def require_usable(name: str, layer: LinearLayer) -> None:
     """Raise `LayerError` unless a layer's weights are there, float, and finite."""
     if layer.weight.is_meta:
         raise LayerError(f"Layer '{name}' has no weights (it is on the meta device). Load the model first.")
-    if not layer.weight.is_floating_point():
-        raise LayerError(f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights are required.")
+    if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
+        raise LayerError(
+            f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights of 16 bits or more are required."
+        )
     try:
         require_finite(layer.weight, "any format")
     except FormatError as error:
