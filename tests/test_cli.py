@@ -560,3 +560,13 @@ def test_a_pipe_that_is_closed_is_no_error():
     ) as process:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
+
+
+def test_one_file_without_a_configuration_is_told_what_it_misses(place):
+    file = next((place / "float").glob("*.safetensors"))
+    assert "Give --config" in run("plan", file).stderr
+    assert "Give --config" not in run("plan", file, "--config", place / "float").stderr
+
+
+def test_a_rotation_is_shown_beside_the_activation(place):
+    assert "mxfp4 h32" in succeeds("plan", place / "float", "--recipe", "mxfp4-w8a8-r4-a4")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from loraq.cli.command import command
-from loraq.cli.output import print_json, print_table, size_of
+from loraq.cli.output import activation_of, print_json, print_table, size_of
 
 
 @command
@@ -31,7 +31,7 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         headings = ("back end", "packed", "kept", "not quantized", "total", "× stored", "layers refused")
         table = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
         print_table(headings, table)
-        click.echo("With bf16 activations, whose own memory is not counted. A refused layer runs on 'resident'.")
+        click.echo("With bf16 activations, whose own memory is not counted. A refused layer is counted on 'resident'.")
         return
 
     manifest = Manifest.read(transformer_folder(path))
@@ -48,7 +48,7 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
         shape = f"{layer.shape[0]}×{layer.shape[1]}"
-        rows.append((name, shape, layer.scheme.weight, layer.scheme.activation, side, size_of(size), error))
+        rows.append((name, shape, layer.scheme.weight, activation_of(layer.scheme), side, size_of(size), error))
         nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits per weight.")

@@ -3,9 +3,12 @@
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from loraq.scheme import Scheme
 
 
 def print_json(document: Any) -> None:
@@ -47,3 +50,8 @@ def size_of(nbytes: int) -> str:
             return f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def activation_of(scheme: "Scheme") -> str:
+    """Return the format of a layer's input, and the rotation before it as recipe names write it."""
+    return scheme.activation + (f" h{scheme.rotation}" if scheme.rotation else "")

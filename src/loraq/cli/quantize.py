@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.output import print_json, print_table, size_of
+from loraq.cli.output import activation_of, print_json, print_table, size_of
 
 if TYPE_CHECKING:
     from loraq.pipeline.plan import Plan
@@ -56,6 +56,15 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
     return replace(Recipe.of(recipe), **{key: value for key, value in overrides.items() if value is not None})
 
 
+def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
+    if source.is_file() and config is None:
+        click.echo(
+            "Note: one file does not say its model's class. Only the rules for all classes apply, and `loraq.load` "
+            "cannot build the result. Give --config with the model's config.json.",
+            err=True,
+        )
+
+
 @command
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
@@ -78,6 +87,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     from loraq.integrations.checkpoints import quantize_checkpoint
 
+    _warn_of_unknown_class(source, options["config"])
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
     if as_json:
@@ -115,6 +125,7 @@ def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> Non
     """
     from loraq.integrations.checkpoints import plan_checkpoint
 
+    _warn_of_unknown_class(source, config)
     planned = plan_checkpoint(source, read_recipe(**recipe), config=config)
     if as_json:
         print_json(_plan_document(planned))
@@ -126,7 +137,7 @@ def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> Non
             rows.append((layer.name, shape, "kept", "", "", "", size_of(layer.nbytes), "", layer.reason))
             continue
         branch = layer.scheme.branch
-        formats = (layer.scheme.weight, layer.scheme.activation)
+        formats = (layer.scheme.weight, activation_of(layer.scheme))
         side = (f"{branch.weight}/{branch.activation}", str(branch.rank)) if branch else ("none", "")
         bits = f"{layer.bits_per_weight:.3f}"
         rows.append((layer.name, shape, *formats, *side, size_of(layer.nbytes), bits, layer.reason))
