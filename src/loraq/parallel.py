@@ -1,7 +1,7 @@
 """Tensor parallelism: `LoraqColwise` and `LoraqRowwise`, parallel styles for `parallelize_module`.
 
 A style puts a rank's part of the packed bytes in place of the whole, on every rank, so that the back end of the layer
-sees an ordinary smaller layer. Nothing is decoded, and blocks are never cut.
+sees an ordinary smaller layer. Blocks are never cut, and nothing is decoded but the branch with `exact_branch`.
 
 * Columns (output channels) are split: the result is that of one process, bit for bit.
 * Rows (input channels) are split: every rank rounds its own rank-space intermediate, unless `exact_branch` sums the
