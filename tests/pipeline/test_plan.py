@@ -132,3 +132,10 @@ def test_weights_that_are_only_large_together_are_listed():
 
 def test_a_plan_of_shapes_knows_no_other_weights():
     assert Plan.of(SHAPES, RECIPE).others == ()
+
+
+def test_a_rule_that_matches_nothing_is_warned_of(caplog):
+    Plan.of(SHAPES, Recipe(Scheme("mxfp4"), rules=(Rule("encoder.*", skip=True), Rule("head", skip=True))))
+    assert [record.getMessage() for record in caplog.records] == [
+        "The recipe's rule 'encoder.*' matches no linear layer. Is its pattern right?"
+    ]

@@ -1,10 +1,12 @@
 """What a run would do, settled and checked before any long work starts."""
 
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -15,6 +17,9 @@ from loraq.scheme import Scheme
 #: Weights that are in no linear layer are listed if they, with their like in the other blocks, are more than this share
 #: of the model's parameters.
 SIGNIFICANT = 0.01
+
+
+_LOGGER = logging.getLogger("loraq")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Plan:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = "") -> "Plan":
-        """Settle the scheme of every layer.
+        """Settle the scheme of every layer; a rule of the recipe that matches none is warned of in the log.
 
         Args:
             shapes: (out, in) of every linear layer by dotted name.
@@ -83,6 +88,9 @@ class Plan:
             rule = recipe.rule_for(name, model_class)
             reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
             layers.append(LayerPlan(name, shape, scheme, reason))
+        for rule in recipe.rules:
+            if not any(fnmatchcase(name, rule.match) for name in shapes):
+                _LOGGER.warning("The recipe's rule '%s' matches no linear layer. Is its pattern right?", rule.match)
         return cls(tuple(layers))
 
     @classmethod
