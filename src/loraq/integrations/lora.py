@@ -128,5 +128,5 @@ def _adapter(file: Path, layer: str, found: dict[str, Tensor], options: dict[str
         raise CheckpointError(f"'{file}': layer '{layer}' has factors with NaN or infinity. Download the LoRA again.")
     patterns = options.get("alpha_pattern") or {}
     matching = (alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer))
-    alpha = found["alpha"].item() if "alpha" in found else next(matching, options.get("lora_alpha") or rank)
+    alpha = found["alpha"].item() if "alpha" in found else next(matching, options.get("lora_alpha", rank))
     return Adapter(down, up, alpha / (math.sqrt(rank) if options.get("use_rslora") else rank))
