@@ -227,7 +227,9 @@ def test_the_plan_says_in_words_what_is_weight_only_kept_and_not_linear(tmp_path
     finished = CliRunner().invoke(main, ["plan", str(tmp_path / "sana"), "--recipe", "mxfp4-w8a8-r4"])
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in finished.stdout.splitlines() if line}
     assert re.fullmatch(r"192×32 mxfp4 bf16 mxint8/bf16 4 .* modulation", lines["time_embed.linear"])
-    assert re.fullmatch(r"160×32 mxfp4 mxfp4 mxint8/mxint8 4 .* [\d.]+", lines["transformer_blocks.0.ff.conv_inverted"])
+    assert re.fullmatch(
+        r"160×32 mxfp4 mxfp4 h32 mxint8/mxint8 4 .* [\d.]+", lines["transformer_blocks.0.ff.conv_inverted"]
+    )
     assert re.fullmatch(r"32×32 kept .* KiB output projection", lines["proj_out"])
     temporal = lines["transformer_blocks.0.ff.conv_temp.weight"]
     assert re.fullmatch(r"32×32×3×1 kept .* KiB not a linear layer, but Conv2d", temporal)

@@ -63,12 +63,20 @@ def solved(stderr: str) -> list[str]:
     return re.findall(r"layer \d+ of \d+, .* s left, (\S+)", stderr)
 
 
+def until_a_layer_is_done(process: subprocess.Popen) -> str:
+    """Read stderr until a layer is reported or the process ends; notes may come before."""
+    read = ""
+    while not solved(read) and (line := process.stderr.readline()):
+        read += line
+    return read
+
+
 @pytest.mark.parametrize(("workers", "moments"), [(1, (0, 1, 2, 3)), (2, (1, 2))])
 def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
     target, chance, done = tmp_path / "out", random.Random(workers), set()
     for moment in moments:
         with start(place, target, workers) as process:
-            first = process.stderr.readline() if moment else ""  # once before any layer, wherever that may be
+            first = until_a_layer_is_done(process) if moment else ""  # once before any layer, wherever that may be
             time.sleep(chance.uniform(0, 0.15) if moment else chance.uniform(0.5, 2))
             os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
             shown = solved(first + process.stderr.read())
@@ -92,7 +100,7 @@ def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_is_immediate_and_says_what_is_kept(place, tmp_path, workers):
     with start(place, tmp_path / "out", workers) as process:
-        process.stderr.readline()
+        until_a_layer_is_done(process)
         begin = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         errors = process.stderr.read()
