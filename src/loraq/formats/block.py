@@ -19,7 +19,7 @@ from loraq.formats.element import ElementFormat
 from loraq.formats.packing import pack, packed_width, unpack
 from loraq.formats.scales import E4M3_SCALE, ScaleFormat, ScaleRule, scale_rule, view_bytes
 
-#: Values handled at a time on a CPU, so that the passes over them stay in cache: 1 MiB of fp32; half or twice is slower.
+#: Values handled at a time on a CPU, so that all passes over them stay in cache: 1 MiB; half or twice of it is slower.
 _CHUNK_VALUES = 1 << 18
 
 #: Larger magnitudes saturate: a bf16 scale for them could be rounded up until its values overflow fp32.
