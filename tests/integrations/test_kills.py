@@ -43,6 +43,7 @@ def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, as a shell makes it: Ctrl-C goes to all of it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
     )
 
 
