@@ -241,10 +241,10 @@ def show(rows: list[Row], table: str, n_weights: int) -> None:
     """Print one table, by stored bits."""
     columns = "".join(f"{name:>8}" for name in ("bits", "weight", "A16", "A8", "A4"))
     print(f"\n{table}, {n_weights} weight(s)\n")
-    print(f"{'':42}{columns}{'CPU s':>8}   LoRaQ at these bytes{columns}{'weight':>9}{'A4':>7}")
+    print(f"{'':46}{columns}{'CPU s':>8}   LoRaQ at these bytes{columns}{'weight':>9}{'A4':>7}")
     for row in sorted(rows, key=lambda row: (row.bits, -row.weight_error)):
         mark = "" if row.counted == "stored" else " *"
-        line = f"{row.contender + mark:42}{_figures(row)}{row.cpu_seconds:8.2f}"
+        line = f"{row.contender + mark:46}{_figures(row)}{row.cpu_seconds:8.2f}"
         if row.loraq:
             line += f"   {row.loraq.contender:20}{_figures(row.loraq)}{row.weight_error / row.loraq.weight_error:9.3f}"
             theirs, ours = row.output_error["A4"], row.loraq.output_error["A4"]
