@@ -1,6 +1,6 @@
 """Which method leaves a trained transformer nearest to itself, at the same stored bytes, on both trained test-beds?
 
-The digits transformer that ships with the package, and the patches transformer (`patches.py`: 19 million parameters,
+The digits transformer that ships with the package, and the patches transformer (`patches.py`: 20 million parameters,
 trained on photographs, heavier activation outliers). Every contender gets at most the bytes of a 16-bit branch of rank
 32/1152 of the width. Read the velocity error: one forward on noised real images against the model as trained, the mean
 over seeds of the solver, each with images and noise of its own, with a 95 % confidence interval (Student's t) and its

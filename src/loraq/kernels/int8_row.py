@@ -8,7 +8,7 @@ main product uses, and up in the dtype of the input, added to the main product i
 which holds every value of up to 8 bits.
 
 CPUs with VNNI instructions multiply INT8 several times as fast as bf16, those with AMX units hardly faster
-(docs/performance.md), and NVIDIA GPUs before Hopper have no FP8.
+(docs/log.md), and NVIDIA GPUs before Hopper have no FP8.
 """
 
 from dataclasses import dataclass
