@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ from loraq.formats import CastFormat, Format, get_format
 from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
 from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.stats import ActivationStats
 from loraq.transforms import rotate
 
 #: (up, down) of one layer.
@@ -45,6 +46,8 @@ EFFORTS = {"fast": (25, 10), "default": (140, 56), "best": (400, 160)}
 @dataclass(frozen=True)
 class LoRaQ:
     """Anneal the branch against the rounding error of what it leaves; see the module text."""
+
+    use_of_stats: ClassVar[str] = "ignored"
 
     #: Steps with full-precision factors, hot to stable.
     steps: int = 140
@@ -75,7 +78,9 @@ class LoRaQ:
         steps, refine_steps = EFFORTS[effort]
         return cls(steps=steps, refine_steps=refine_steps)
 
-    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
+    def solve(
+        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+    ) -> LayerSolution:
         """Fit a quantized branch; never worse in J than one-shot SVDQuant or round-to-nearest in the same formats.
 
         `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant.
