@@ -113,8 +113,8 @@ class BlockFormat:
     scale_format: ScaleFormat
     #: Neighbours on the last axis that share a scale; `None` is the whole row.
     block_size: int | None
-    #: Whether each row has its own fp32 scale above the block scales; else each matrix (last two axes) has one.
-    global_scale_per_row: bool = False
+    #: Whether this is the variant for dynamic activations; see `for_rows`.
+    of_rows: bool = False
 
     @property
     def has_global_scale(self) -> bool:
@@ -133,7 +133,9 @@ class BlockFormat:
 
     @property
     def default_rule(self) -> str:
-        """Rule used when none is named: the direct one of the scale format."""
+        """Rule used when none is named: the direct one of the scale format; for 4-bit activations "constant"."""
+        if self.of_rows and not self.has_global_scale:
+            return "constant"
         return "floor" if self.scale_format.is_power_of_two else "absmax"
 
     def n_blocks(self, n: int) -> int:
@@ -148,7 +150,7 @@ class BlockFormat:
             "scale": (*leading, self.n_blocks(n) * self.scale_format.n_bytes),
         }
         if self.has_global_scale:
-            shapes["global_scale"] = (4 * math.prod(leading if self.global_scale_per_row else leading[:-1]),)
+            shapes["global_scale"] = (4 * math.prod(leading if self.of_rows else leading[:-1]),)
         return shapes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -156,8 +158,11 @@ class BlockFormat:
         return sum(math.prod(stored) for stored in self.storage(shape).values())
 
     def for_rows(self) -> "BlockFormat":
-        """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
-        return replace(self, global_scale_per_row=True) if self.has_global_scale else self
+        """Return the variant for dynamic activations.
+
+        No scale is shared by two rows, and blocks of 4 bits take the rule "constant", which costs nothing.
+        """
+        return replace(self, of_rows=True) if self.has_global_scale or self.bits == 4 else self
 
     def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the fp32 values that `quantize` would store; NaN stays NaN, an infinity saturates.
@@ -269,7 +274,7 @@ class BlockFormat:
         """
         if not self.has_global_scale:
             return None
-        dims = (-1,) if self.global_scale_per_row or x.dim() == 1 else (-2, -1)
+        dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
         largest = x.float().abs().amax(dims).flatten().clamp_(max=_LARGEST)
         top = largest / (self.element.max * 448.0)
         return torch.where(top >= 2.0**-100, top, 1.0)

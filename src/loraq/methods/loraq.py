@@ -81,7 +81,7 @@ class LoRaQ:
     def solve(
         self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
     ) -> LayerSolution:
-        """Fit a quantized branch; never worse in J than one-shot SVDQuant or round-to-nearest in the same formats.
+        """Fit a quantized branch; never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike.
 
         `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant.
         See `Method.solve`.
