@@ -179,7 +179,7 @@ class BlockFormat:
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device) if out is None else out
         out_rows = out.view(rows.shape)
-        global_scale = self.global_scale_of(x)
+        global_scale = self._global_scale(x)
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())
             scale = self._choose_scale(blocks, chosen, _of_rows(global_scale, rows, part))
@@ -197,7 +197,7 @@ class BlockFormat:
         require_finite(x, self.name)
         rows = x.reshape(-1, x.shape[-1])
         n = rows.shape[-1]
-        global_scale = self.global_scale_of(x)
+        global_scale = self._global_scale(x)
         packed, scales = [], []
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())
@@ -211,36 +211,6 @@ class BlockFormat:
             packed=torch.cat(packed).view(*lead, -1),
             scale=torch.cat(scales).view(*lead, -1),
             global_scale=None if global_scale is None else global_scale.view(torch.uint8),
-            shape=tuple(x.shape),
-            format=self,
-        )
-
-    def block_scale(self, block: Tensor, rule: str | None = None, *, above: Tensor | None = None) -> Tensor:
-        """Return the fp32 scale that a rule gives to each row of one block, (rows, 1), `above` multiplied in.
-
-        With `round_at` and `pack_at` a method rounds one column after the other, which `round` cannot.
-
-        Args:
-            block: fp32, (rows, at most `block_size`).
-            rule: as in `round`.
-            above: the matrix's `global_scale_of`.
-        """
-        chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
-        return self._choose_scale(block[:, None], chosen, _of_rows(above, block, slice(None)))[:, 0]
-
-    def round_at(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Return the nearest values of the grid that a scale spans, saturating."""
-        return self.element.round(x / _safe(scale)).mul_(scale)
-
-    def pack_at(self, x: Tensor, scale: Tensor, above: Tensor | None) -> QTensor:
-        """Return the packed matrix (rows, n) with block scales (rows, n_blocks) that `block_scale` chose."""
-        codes = self.element.encode(self._blocks(x) / _safe(scale[..., None]))
-        of_rows = _of_rows(above, x, slice(None))
-        stored = scale if of_rows is None else scale / _safe(of_rows)[..., 0]
-        return QTensor(
-            packed=pack(codes.flatten(-2)[..., : x.shape[-1]], self.bits),
-            scale=self.scale_format.encode(stored),
-            global_scale=None if above is None else above.view(torch.uint8),
             shape=tuple(x.shape),
             format=self,
         )
@@ -267,11 +237,8 @@ class BlockFormat:
         size = self.block_size or n
         return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
 
-    def global_scale_of(self, x: Tensor) -> Tensor | None:
-        """Return the fp32 scales above the block scales, flat, or `None` if there are none.
-
-        They bring the largest block scale of a matrix, or of a row, to the top of E4M3.
-        """
+    def _global_scale(self, x: Tensor) -> Tensor | None:
+        """Fp32 scales that bring the largest block scale of a matrix, or of a row, to the top of E4M3; flat."""
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.formats import BlockFormat, Format, QTensor
+from loraq.formats.columns import ColumnRounder
 from loraq.linalg import truncated_svd
 from loraq.methods.base import (
     full_moment,
@@ -92,25 +93,23 @@ def round_with_feedback(
     if not isinstance(fmt, BlockFormat):
         return fmt.quantize(weight, rule)
     feedback = _feedback(hessian, damping)
-    above = fmt.global_scale_of(weight)
+    rounder = ColumnRounder(weight, fmt, rule)
     columns = weight.mT.clone(memory_format=torch.contiguous_format)  # (in, out): a channel is a row in memory
     n_in = len(columns)
     size = fmt.block_size or n_in
-    scales = []
     for first in range(0, n_in, size):
         last = min(first + size, n_in)
-        scale = fmt.block_scale(columns[first:last].mT.contiguous(), rule, above=above)
-        scales.append(scale)
+        rounder.begin_block(columns[first:last].mT.contiguous())
         for start in range(first, last, _LAZY):
             stop = min(start + _LAZY, last)
             errors = torch.empty_like(columns[start:stop])
             for j in range(start, stop):
-                rounded = fmt.round_at(columns[j], scale[:, 0])
+                rounded = rounder.round(columns[j])
                 errors[j - start] = columns[j] - rounded
                 columns[j] = rounded
                 columns[j + 1 : stop].addr_(feedback[j, j + 1 : stop], errors[j - start], alpha=-1)
             columns[stop:].addmm_(feedback[start:stop, stop:].mT, errors, alpha=-1)
-    return fmt.pack_at(columns.mT.contiguous(), torch.cat(scales, 1), above)
+    return rounder.pack(columns.mT.contiguous())
 
 
 def _feedback(hessian: Tensor, damping: float) -> Tensor:
