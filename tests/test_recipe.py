@@ -236,7 +236,7 @@ def test_the_defaults():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lorak"}, r"Unknown method 'lorak'\. Did you mean 'loraq'.*Known: loraq, lqer, rtn, svdquant"),
+        ({"method": "lorak"}, r"Unknown method 'lorak'\. Did you mean 'loraq'.*Known: gptq, loraq, lqer, qera, rtn, svdquant"),
         ({"effort": "good"}, r"Unknown effort 'good'.*Known: best, default, fast"),
         ({"options": {"stepps": 3}}, r"Unknown option of method 'loraq' 'stepps'\. Did you mean 'steps'"),
         ({"method": "lqer", "options": {"steps": 3}}, r"option of method 'lqer' 'steps'.*Known: scale_rule"),

@@ -389,7 +389,9 @@ def test_nothing_to_quantize_is_an_error(model, message):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_done(model, monkeypatch, workers):
     class Failing:
-        def solve(self, weight: Tensor, scheme: Scheme, *, seed: int = 0) -> LayerSolution:
+        use_of_stats = "ignored"
+
+        def solve(self, weight: Tensor, scheme: Scheme, *, seed: int = 0, stats: None = None) -> LayerSolution:
             raise ZeroDivisionError("of course")
 
     solver = Recipe.solver
