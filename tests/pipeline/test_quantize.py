@@ -502,7 +502,7 @@ def test_the_name_of_a_weight_selects_the_rules():
 @pytest.mark.parametrize(
     ("weight", "arguments", "error", "message"),
     [
-        (gaussian(8, 8), {"recipe": "mxfp4", "method": "gptq"}, RecipeError, "Unknown method 'gptq'.*loraq, lqer, rtn"),
+        (gaussian(8, 8), {"recipe": "mxfp4", "method": "hqq"}, RecipeError, "Unknown method 'hqq'.*loraq, lqer, qera"),
         (gaussian(8, 8), {"recipe": "mxfp9"}, RecipeError, "Unknown number format 'mxfp9'"),
         (gaussian(8, 8), {"recipe": "mxfp4-r9"}, SchemeError, "Branch rank 9 is larger"),
         (torch.ones(8, 8).int(), {"recipe": "mxfp4"}, FormatError, r"of torch\.int32\. Loaded float weights"),

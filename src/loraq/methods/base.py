@@ -147,3 +147,10 @@ def _output_energy(matrix: Tensor, stats: ActivationStats) -> float:
 def frobenius(matrix: Tensor) -> Tensor:
     """Return the Frobenius norm of each matrix in double precision, in which squares of fp32 numbers always fit."""
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
+
+
+def energy(matrix: Tensor) -> Tensor:
+    """Return the squared Frobenius norm of each matrix, summed in fp32 within a row unless that leaves fp32's range."""
+    energy = torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
+    safe = ((energy > 1e-24) & (energy < 1e60)).all()
+    return energy if safe else frobenius(matrix).square()
