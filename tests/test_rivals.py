@@ -93,7 +93,7 @@ run(
     write_rival(tmp_path, code)
     (main, branch), _ = run_fake(tmp_path)
     weight = weights()[0]
-    rounded = get_format("int4").round(weight.x)
+    rounded = get_format("int4").for_rows().round(weight.x)
     expected = (((rounded - weight.x) @ weight.value.T).norm() / (weight.x @ weight.value.T).norm()).item()
     assert main.output_error["A4"] > 0.05
     assert branch.output_error["A4"] == pytest.approx(0, abs=1e-6)

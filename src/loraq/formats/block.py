@@ -183,7 +183,7 @@ class BlockFormat:
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())
             scale = self._choose_scale(blocks, chosen, _of_rows(global_scale, rows, part))
-            values = self.element.round(blocks / _safe(scale)).mul_(scale)
+            values = self._element(chosen).round(blocks / _safe(scale)).mul_(scale)
             out_rows[part] = values.flatten(-2)[..., : rows.shape[-1]]
         return out
 
@@ -203,7 +203,7 @@ class BlockFormat:
             blocks = self._blocks(rows[part].float())
             above = _of_rows(global_scale, rows, part)
             scale = self._choose_scale(blocks, chosen, above)
-            codes = self.element.encode(blocks / _safe(scale))
+            codes = self._element(chosen).encode(blocks / _safe(scale))
             packed.append(pack(codes.flatten(-2)[..., :n], self.bits))
             scales.append(self.scale_format.encode((scale if above is None else scale / _safe(above)).squeeze(-1)))
         lead = x.shape[:-1]
@@ -248,37 +248,49 @@ class BlockFormat:
 
     def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
         """Storable fp32 scale of every block, (rows, n_blocks, 1), `above` (the global scale) multiplied in."""
+        if rule.signed:  # turned so that the largest value is negative, where there is one level more
+            turn = torch.where(blocks.amax(-1, keepdim=True) > -blocks.amin(-1, keepdim=True), -1.0, 1.0)
+            highest = torch.finfo(torch.bfloat16).max / 2 ** (self.bits - 1)  # the lowest code stays finite
+            return self._positive_scale(blocks * turn, rule, above).clamp_(max=highest) * turn
+        return self._positive_scale(blocks, rule, above)
+
+    def _element(self, rule: ScaleRule) -> ElementFormat:
+        """The element with the codes that a rule's scales can use."""
+        return self.element.with_lowest() if rule.signed else self.element
+
+    def _positive_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
         abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=_LARGEST)
         if above is not None:
             abs_max = abs_max / above
         if rule.name == "midmax":
             return self.scale_format.propose_midmax(abs_max, self.element)
-        proposals = (self.scale_format.propose(abs_max, self.element, factor) for factor in rule.factors)
+        element = self._element(rule)
+        proposals = (self.scale_format.propose(abs_max, element, factor) for factor in rule.factors)
         if len(rule.factors) == 1 and not rule.least_squares:
             best = next(proposals)
             return best if above is None else best * above
         best = next(proposals)  # kept where the gains of a huge block overflow
-        best_gain, optimum = self._gain(blocks, best if above is None else best * above)
+        best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
         for scale in proposals:
-            gain, its_optimum = self._gain(blocks, scale if above is None else scale * above)
+            gain, its_optimum = self._gain(blocks, element, scale if above is None else scale * above)
             better = gain > best_gain
             best = torch.where(better, scale, best)
             best_gain = torch.where(better, gain, best_gain)
             optimum = torch.where(better, its_optimum, optimum)
         for i in range(rule.least_squares):
             if i:
-                best_gain, optimum = self._gain(blocks, best if above is None else best * above)
+                best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
             scale = self.scale_format.round(optimum if above is None else optimum / above)
             if self.scale_format is E4M3_SCALE:  # so coarse that the rounded optimum may lose
-                better = self._gain(blocks, scale if above is None else scale * above)[0] > best_gain
+                better = self._gain(blocks, element, scale if above is None else scale * above)[0] > best_gain
             else:
                 better = scale.isfinite()
             best = torch.where(better, scale, best)
         return best if above is None else best * above
 
-    def _gain(self, blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _gain(self, blocks: Tensor, element: ElementFormat, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error a scale saves against storing zeros, and the best scale for its codes."""
-        values = self.element.round(blocks / _safe(scale))
+        values = element.round(blocks / _safe(scale))
         norm = (values * values).sum(-1, keepdim=True)
         overlap = values.mul_(blocks).sum(-1, keepdim=True)
         return scale * (2 * overlap - scale * norm), overlap / norm.clamp(min=2.0**-100)
