@@ -38,8 +38,8 @@ def test_no_other_branch_of_this_rank_is_better(full):
     best = price(error, up @ down, moment)
     # A generic optimizer from ten random starts and from ours finds nothing below.
     for start in range(10):
-        a = (up + 0.1 * gaussian(20, rank, start)).clone().double().requires_grad_()
-        b = (down + 0.1 * gaussian(rank, 12, start + 50)).clone().double().requires_grad_()
+        a = (up + 0.1 * gaussian(20, rank, start)).double().contiguous().requires_grad_()
+        b = (down + 0.1 * gaussian(rank, 12, start + 50)).double().contiguous().requires_grad_()
         optimizer = torch.optim.LBFGS([a, b], max_iter=100, line_search_fn="strong_wolfe")
 
         def closure(a=a, b=b, optimizer=optimizer):

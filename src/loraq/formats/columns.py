@@ -30,6 +30,7 @@ class ColumnRounder:
             FormatError: the rule does not exist for this format.
         """
         self.format, self._rule = fmt, scale_rule(rule or fmt.default_rule, fmt.scale_format, fmt.element)
+        self._element = fmt._element(self._rule)
         self._above = fmt._global_scale(matrix)
         self._scales: list[Tensor] = []
 
@@ -41,12 +42,12 @@ class ColumnRounder:
     def round(self, column: Tensor) -> Tensor:
         """Return the nearest values that the scales of the current block can store, (out); saturates."""
         scale = self._scales[-1][:, 0]
-        return self.format.element.round(column / _safe(scale)).mul_(scale)
+        return self._element.round(column / _safe(scale)).mul_(scale)
 
     def pack(self, matrix: Tensor) -> QTensor:
         """Return the packed form of the rounded columns, (out, in), once all blocks were begun."""
         fmt, scale = self.format, torch.cat(self._scales, 1)
-        codes = fmt.element.encode(fmt._blocks(matrix) / _safe(scale)[..., None])
+        codes = self._element.encode(fmt._blocks(matrix) / _safe(scale)[..., None])
         above = _of_rows(self._above, matrix, slice(None))
         return QTensor(
             packed=pack(codes.flatten(-2)[..., : matrix.shape[-1]], fmt.bits),
