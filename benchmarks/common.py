@@ -99,6 +99,8 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() + (" + AMX" if _has_amx() else ""),
+        "onednn_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "threads": torch.get_num_threads(),
     }
 
@@ -116,6 +118,12 @@ def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") ->
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(line + "\n")
+
+
+def _has_amx() -> bool:
+    """Whether the CPU has matrix units; `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` keeps torch from using them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " amx_tile" in cpuinfo.read_text()
 
 
 def _git(*arguments: str) -> str:

@@ -6,10 +6,15 @@ quartiles, "x bf16" is how many times faster than bf16 `F.linear` (more is bette
 reference on 64 tokens. "int8" and "fp8" are the same products without a branch; the branch of the others has rank 64
 in 8 bits. "torchao int8" is its dynamic INT8 linear, the nearest thing that torchao has.
 
+"int8 product" is `torch._int_mm` alone: what no INT8 layer can beat here.
+
 Bars on a CPU with 2 threads: int8_row at least 1.5 x bf16 from 1024 tokens, in and out from 1152, with the branch; the
-branch costs int8_row at most 15 %; resident with 16-bit activations takes at most 1.25 times what bf16 takes.
+branch costs int8_row at most 15 %; resident with 16-bit activations takes at most 1.25 times what bf16 takes. They were
+set on a CPU whose INT8 instructions are twice as fast as its bf16 ones. Matrix units (AMX) make both about as fast; the
+second command keeps torch from using them.
 
     python benchmarks/linear_latency.py --threads 2 --pixart --save
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --pixart --save
 """
 
 import csv
@@ -97,6 +102,7 @@ def measure(
     runs: dict[str, Callable[[], object]] = {"bf16": lambda: linear(x, plain.weight, plain.bias)}
     for label, layer in layers.items():
         runs[label] = lambda layer=layer: layer(x)
+    runs["int8 product"] = int8_product(plain, n_tokens)
     if (other := torchao_int8(plain)) is not None:
         runs["torchao int8"] = lambda: other(x)
     seconds = interleaved_seconds(runs, repeats, device)
@@ -121,6 +127,15 @@ def error_of(layer: QuantizedLinear, x: Tensor) -> float:
     layer.backend = backend
     layer.prepare(x.dtype)
     return (torch.linalg.vector_norm(y - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def int8_product(plain: nn.Linear, n_tokens: int) -> Callable[[], object]:
+    """Return the integer product of the layer's shape on random codes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (n_tokens, plain.in_features), (plain.out_features, plain.in_features)
+    x, w = (torch.randint(-127, 128, size, generator=generator, dtype=torch.int8) for size in sizes)
+    x, w = x.to(plain.weight.device), w.to(plain.weight.device).t()
+    return lambda: torch._int_mm(x, w)
 
 
 def torchao_int8(plain: nn.Linear) -> nn.Module | None:

@@ -22,9 +22,8 @@ FACTORS = [round(0.70 + 0.01 * i, 2) for i in range(81)]
 
 def rules_of(fmt: BlockFormat) -> tuple[str, ...]:
     """Return the names of all rules of a format."""
-    return (
-        ("floor", "midmax", "fitted", "search") if fmt.scale_format.is_power_of_two else ("absmax", "fitted", "search")
-    )
+    direct = ("floor", "midmax") if fmt.scale_format.is_power_of_two else ("absmax",)
+    return (*direct, "constant", "fitted", "search")
 
 
 def percent(x: Tensor, rounded: Tensor) -> float:

@@ -61,7 +61,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 def on_the_grid(token: Tensor, name: str) -> Tensor:
     """A single token in a number format; nothing else is there to share a scale with."""
-    fmt = get_format(name)
+    fmt = get_format(name).for_rows()
     return token if isinstance(fmt, CastFormat) else fmt.quantize(token[None]).dequantize()[0]
 
 

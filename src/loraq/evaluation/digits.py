@@ -4,8 +4,7 @@ A 5-million-parameter `PixArtTransformer2DModel`, trained on the 8×8 digits of 
 with a judge that reads digits. Everything runs offline on one CPU thread in seconds, and the weights are trained ones:
 random weights have neither the heavy tails nor the leading directions that a quantizer meets in practice.
 
-The model is a rectified flow. Time 0 is the image, time 1 is noise, `x_t = (1 − t) image + t noise`, and the
-transformer predicts the velocity `noise − image`.
+The model is a rectified flow; see `loraq.evaluation.flow`.
 """
 
 import json
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraq.errors import LoraqError
+from loraq.evaluation import flow
 from loraq.integrations.diffusers import load_float
 
 #: Label of the empty caption, used by classifier-free guidance; 0 to 9 are the digits.
 NULL_LABEL = 10
-#: Steps of the time embedding per unit of flow time, as in PixArt.
-TIME_SCALE = 1000.0
 
 
 def assets_folder() -> Path:
@@ -87,15 +85,7 @@ def predict_velocity(
         times: flow time of each image, in [0, 1].
         labels: caption of each image; every caption token is real, so no attention mask is needed.
     """
-    dtype = _first_weight(transformer).dtype
-    output: Tensor = transformer(
-        images.to(dtype),
-        encoder_hidden_states=class_tokens(labels).to(dtype),
-        timestep=times * TIME_SCALE,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        return_dict=False,
-    )[0]
-    return output.float()
+    return flow.predict_velocity(transformer, images, times, class_tokens(labels))
 
 
 @torch.no_grad()
@@ -117,7 +107,7 @@ def sample(
     Returns:
         Images on the transformer's device, clamped to [-1, 1].
     """
-    device = _first_weight(transformer).device
+    device = flow.first_weight(transformer).device
     labels = labels.to(device)
     images = _noise(len(labels), seed).to(device)
     both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
@@ -151,8 +141,8 @@ def velocity_probe(transformer: nn.Module, *, count: int = 256, seed: int = 0) -
     chosen = torch.randperm(len(images), generator=generator)[:count]
     times = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     noise = torch.randn(count, *images.shape[1:], generator=generator)
-    noised = torch.lerp(images[chosen], noise, times.view(-1, 1, 1, 1))
-    device = _first_weight(transformer).device
+    noised = flow.interpolate(images[chosen], noise, times)
+    device = flow.first_weight(transformer).device
     return predict_velocity(transformer, noised.to(device), times.to(device), labels[chosen].to(device))
 
 
@@ -204,8 +194,3 @@ def _token_table() -> Tensor:
 def _noise(count: int, seed: int) -> Tensor:
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(count)]
     return torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in generators])
-
-
-def _first_weight(module: nn.Module) -> Tensor:
-    """Give the module's first floating-point parameter: packed weights are integers and say nothing of its dtype."""
-    return next(parameter for parameter in module.parameters() if parameter.is_floating_point())

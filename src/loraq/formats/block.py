@@ -113,8 +113,8 @@ class BlockFormat:
     scale_format: ScaleFormat
     #: Neighbours on the last axis that share a scale; `None` is the whole row.
     block_size: int | None
-    #: Whether each row has its own fp32 scale above the block scales; else each matrix (last two axes) has one.
-    global_scale_per_row: bool = False
+    #: Whether this is the variant for dynamic activations; see `for_rows`.
+    of_rows: bool = False
 
     @property
     def has_global_scale(self) -> bool:
@@ -133,7 +133,9 @@ class BlockFormat:
 
     @property
     def default_rule(self) -> str:
-        """Rule used when none is named: the direct one of the scale format."""
+        """Rule used when none is named: the direct one of the scale format; for 4-bit activations "constant"."""
+        if self.of_rows and not self.has_global_scale:
+            return "constant"
         return "floor" if self.scale_format.is_power_of_two else "absmax"
 
     def n_blocks(self, n: int) -> int:
@@ -148,7 +150,7 @@ class BlockFormat:
             "scale": (*leading, self.n_blocks(n) * self.scale_format.n_bytes),
         }
         if self.has_global_scale:
-            shapes["global_scale"] = (4 * math.prod(leading if self.global_scale_per_row else leading[:-1]),)
+            shapes["global_scale"] = (4 * math.prod(leading if self.of_rows else leading[:-1]),)
         return shapes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -156,8 +158,11 @@ class BlockFormat:
         return sum(math.prod(stored) for stored in self.storage(shape).values())
 
     def for_rows(self) -> "BlockFormat":
-        """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
-        return replace(self, global_scale_per_row=True) if self.has_global_scale else self
+        """Return the variant for dynamic activations.
+
+        No scale is shared by two rows, and blocks of 4 bits take the rule "constant", which costs nothing.
+        """
+        return replace(self, of_rows=True) if self.has_global_scale or self.bits == 4 else self
 
     def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the fp32 values that `quantize` would store; NaN stays NaN, an infinity saturates.
@@ -178,7 +183,7 @@ class BlockFormat:
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())
             scale = self._choose_scale(blocks, chosen, _of_rows(global_scale, rows, part))
-            values = self.element.round(blocks / _safe(scale)).mul_(scale)
+            values = self._element(chosen).round(blocks / _safe(scale)).mul_(scale)
             out_rows[part] = values.flatten(-2)[..., : rows.shape[-1]]
         return out
 
@@ -198,7 +203,7 @@ class BlockFormat:
             blocks = self._blocks(rows[part].float())
             above = _of_rows(global_scale, rows, part)
             scale = self._choose_scale(blocks, chosen, above)
-            codes = self.element.encode(blocks / _safe(scale))
+            codes = self._element(chosen).encode(blocks / _safe(scale))
             packed.append(pack(codes.flatten(-2)[..., :n], self.bits))
             scales.append(self.scale_format.encode((scale if above is None else scale / _safe(above)).squeeze(-1)))
         lead = x.shape[:-1]
@@ -236,44 +241,56 @@ class BlockFormat:
         """Fp32 scales that bring the largest block scale of a matrix, or of a row, to the top of E4M3; flat."""
         if not self.has_global_scale:
             return None
-        dims = (-1,) if self.global_scale_per_row or x.dim() == 1 else (-2, -1)
+        dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
         largest = x.float().abs().amax(dims).flatten().clamp_(max=_LARGEST)
         top = largest / (self.element.max * 448.0)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
     def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
         """Storable fp32 scale of every block, (rows, n_blocks, 1), `above` (the global scale) multiplied in."""
+        if rule.signed:  # turned so that the largest value is negative, where there is one level more
+            turn = torch.where(blocks.amax(-1, keepdim=True) > -blocks.amin(-1, keepdim=True), -1.0, 1.0)
+            highest = torch.finfo(torch.bfloat16).max / 2 ** (self.bits - 1)  # the lowest code stays finite
+            return self._positive_scale(blocks * turn, rule, above).clamp_(max=highest) * turn
+        return self._positive_scale(blocks, rule, above)
+
+    def _element(self, rule: ScaleRule) -> ElementFormat:
+        """The element with the codes that a rule's scales can use."""
+        return self.element.with_lowest() if rule.signed else self.element
+
+    def _positive_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
         abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=_LARGEST)
         if above is not None:
             abs_max = abs_max / above
         if rule.name == "midmax":
             return self.scale_format.propose_midmax(abs_max, self.element)
-        proposals = (self.scale_format.propose(abs_max, self.element, factor) for factor in rule.factors)
+        element = self._element(rule)
+        proposals = (self.scale_format.propose(abs_max, element, factor) for factor in rule.factors)
         if len(rule.factors) == 1 and not rule.least_squares:
             best = next(proposals)
             return best if above is None else best * above
         best = next(proposals)  # kept where the gains of a huge block overflow
-        best_gain, optimum = self._gain(blocks, best if above is None else best * above)
+        best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
         for scale in proposals:
-            gain, its_optimum = self._gain(blocks, scale if above is None else scale * above)
+            gain, its_optimum = self._gain(blocks, element, scale if above is None else scale * above)
             better = gain > best_gain
             best = torch.where(better, scale, best)
             best_gain = torch.where(better, gain, best_gain)
             optimum = torch.where(better, its_optimum, optimum)
         for i in range(rule.least_squares):
             if i:
-                best_gain, optimum = self._gain(blocks, best if above is None else best * above)
+                best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
             scale = self.scale_format.round(optimum if above is None else optimum / above)
             if self.scale_format is E4M3_SCALE:  # so coarse that the rounded optimum may lose
-                better = self._gain(blocks, scale if above is None else scale * above)[0] > best_gain
+                better = self._gain(blocks, element, scale if above is None else scale * above)[0] > best_gain
             else:
                 better = scale.isfinite()
             best = torch.where(better, scale, best)
         return best if above is None else best * above
 
-    def _gain(self, blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _gain(self, blocks: Tensor, element: ElementFormat, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error a scale saves against storing zeros, and the best scale for its codes."""
-        values = self.element.round(blocks / _safe(scale))
+        values = element.round(blocks / _safe(scale))
         norm = (values * values).sum(-1, keepdim=True)
         overlap = values.mul_(blocks).sum(-1, keepdim=True)
         return scale * (2 * overlap - scale * norm), overlap / norm.clamp(min=2.0**-100)

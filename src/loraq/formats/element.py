@@ -3,14 +3,15 @@
 A float element is a sign, `exponent_bits` and `mantissa_bits` with gradual underflow, as in the OCP
 Microscaling (MX) specification v1.0, section 5.3, and the OCP 8-bit floating point specification (OFP8).
 An integer element is two's complement with `mantissa_bits` binary digits after the point; its range is
-symmetric, the most negative code is never produced (MX v1.0, section 5.3.4 allows it to be left out).
+symmetric, the most negative code is not produced (MX v1.0, section 5.3.4 allows it to be left out), unless block
+scales carry a sign (`with_lowest`).
 
 Rounding is to nearest, ties to even, and saturates: there is no way to produce an infinity or a NaN from a
 finite value. A negative float that rounds to zero keeps its sign; integers have a single zero.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -37,8 +38,10 @@ class ElementFormat:
     exponent_bits: int
     #: Fraction bits of a float; binary digits after the point of an integer.
     mantissa_bits: int
-    #: Largest finite magnitude.
+    #: Largest finite value.
     max: float
+    #: Smallest value; `None` is −max.
+    lowest: float | None = None
 
     @property
     def is_float(self) -> bool:
@@ -61,6 +64,10 @@ class ElementFormat:
         step = 2.0 ** (self.max_exponent - self.mantissa_bits) if self.is_float else 2.0**-self.mantissa_bits
         return self.max + step / 2
 
+    def with_lowest(self) -> "ElementFormat":
+        """Return the integer that also uses the lowest code of two's complement, one step below −max."""
+        return replace(self, lowest=-self.max - 2.0**-self.mantissa_bits)
+
     def round(self, x: Tensor) -> Tensor:
         """Round fp32 values to the nearest representable value, ties to even, saturating.
 
@@ -68,7 +75,7 @@ class ElementFormat:
         """
         # Adding and subtracting 1.5 * 2^(23 - mantissa_bits) * binade makes the fp32 adder round at the
         # format's own step. An integer has one binade, [1, 2), for all its values.
-        y = x.clamp(-self.max, self.max)
+        y = x.clamp(-self.max if self.lowest is None else self.lowest, self.max)
         shift = 1.5 * 2.0 ** (23 - self.mantissa_bits)
         if not self.is_float:
             return y.add_(shift).sub_(shift)

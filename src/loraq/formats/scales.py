@@ -27,12 +27,15 @@ class ScaleRule:
     least squared error. `least_squares` then takes the optimal scale for the codes of the best so far, that often.
     """
 
-    #: Name, one of "floor", "absmax", "midmax", "fitted", "search".
+    #: Name, one of "floor", "absmax", "midmax", "constant", "fitted", "search".
     name: str
     #: Proposed multiples of the block's largest magnitude.
     factors: tuple[float, ...] = (1.0,)
     #: Rounds of least squares after that: new scale for the codes, new codes for the scale.
     least_squares: int = 0
+    #: Whether a scale may be negative, so that the largest value of a block takes the lowest code of two's complement,
+    #: which has no positive twin: one more level where it matters most, for no bytes.
+    signed: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,14 @@ _FITTED_POWER_OF_TWO = {
 }
 # For int4 the factor 1.0 is left out on purpose: alone it would help, but in the solver's loop the block maximum then
 # sets the scale again, every step moves it, and the annealing does not cool (docs/log.md).
-_FITTED_FLOAT = {"int4": ((0.9,), 3), "int5": ((1.0, 0.9), 1), "int6": ((1.0, 0.9), 1), "e2m1": ((1.0, 0.93, 1.42), 1)}
+_FITTED_FLOAT = {
+    "int4": ((0.78,), 3),
+    "int5": ((0.95, 0.87), 1),
+    "int6": ((0.98, 0.9), 1),
+    "e2m1": ((1.0, 0.93, 1.42), 1),
+}
+#: For activations, whose tails are heavier than those of weights: 0.9 would be best for a Gaussian.
+_CONSTANT_FLOAT = {"int4": 0.92}
 _SEARCH_GRID = tuple(round(1.0 - 0.05 * i, 2) for i in range(11))
 
 
@@ -136,24 +146,32 @@ def scale_rule(name: str, scale_format: ScaleFormat, element: ElementFormat) -> 
     * "floor": OCP MX v1.0, section 6.3. Powers of two only; the default for their activations.
     * "absmax": the largest magnitude lands on the element's maximum. Float scales only; their activations' default.
     * "midmax": "floor", doubled where the maximum would round past the end of the grid. Powers of two only.
-    * "fitted": constants with the least mean squared error for the element; the cheap rule inside the solver.
+    * "constant": the direct rule for a largest magnitude that is a constant times the true one, the constant with the
+      least mean squared error for the element: as cheap as the direct rule. The default for 4-bit activations.
+    * "fitted": the same, for float scales with several constants or least squares; the rule inside the solver.
     * "search": every block takes the best of a grid; the default for weights.
 
     Raises:
         FormatError: the rule is unknown, or does not apply to this kind of scale.
     """
-    legal = ("floor", "midmax", "fitted", "search") if scale_format.is_power_of_two else ("absmax", "fitted", "search")
+    direct = ("floor", "midmax") if scale_format.is_power_of_two else ("absmax",)
+    legal = (*direct, "constant", "fitted", "search")
     if name not in legal:
         raise FormatError(unknown(f"scale rule for {scale_format.name} scales", name, legal))
     if name in ("floor", "absmax", "midmax"):
         return ScaleRule(name)
     if scale_format.is_power_of_two:
-        if name == "fitted":
+        if name != "search":
             return ScaleRule(name, (_FITTED_POWER_OF_TWO.get(element.name, 1.0),))
         return ScaleRule(name, (1.0, 2.0) if element.is_float else (1.0, 0.5))
+    if name == "constant":
+        return ScaleRule(name, (_CONSTANT_FLOAT.get(element.name, 1.0),))
+    signed = not element.is_float and element.bits < 8  # INT8 has levels enough, and its libraries want it symmetric
     if name == "fitted":
         factors = _FITTED_FLOAT.get(element.name)
-        return ScaleRule(name, *factors) if factors else ScaleRule(name)
+        return ScaleRule(name, *factors, signed=signed) if factors else ScaleRule(name)
     if element.is_float and element.bits == 4:  # E2M1 has two good fits: the maximum on 6, or on 4
         return ScaleRule(name, tuple(c * f for c in (1.0, 1.5) for f in (1.06, 1.0, 0.94, 0.88)), least_squares=1)
-    return ScaleRule(name, _SEARCH_GRID, least_squares=1)
+    # With a sign, the largest value reaches the lowest code without clipping at this factor.
+    grid = (element.max / (element.max + 1), *_SEARCH_GRID) if signed else _SEARCH_GRID
+    return ScaleRule(name, grid, least_squares=1, signed=signed)

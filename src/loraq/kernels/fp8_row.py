@@ -129,7 +129,7 @@ def _may_fit(fmt: Format) -> bool:
 # Opaque, like `loraq::round`: the rounding inside must not be fused away.
 @torch.library.custom_op("loraq::fp8_linear", mutates_args=())
 def _fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, activation: str) -> Tensor:
-    fmt = get_format(activation)
+    fmt = get_format(activation).for_rows()
     assert isinstance(fmt, BlockFormat)
     tokens, token_scale = encode_tokens(x, fmt)
     if x.device.type == "cpu":

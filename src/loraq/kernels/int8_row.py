@@ -3,10 +3,12 @@
 For layers whose activations are plain INT8 (`int8`, one scale a token). The activation's codes are then the operand
 itself, and `torch._int_mm` multiplies and adds without any rounding. A main weight whose values fit INT8 rows is
 taken over exactly: `int8` always, the MX formats where the block scales of a row are close together. Another weight
-is encoded anew, with a bound, if that is allowed. A branch in `int8` runs in integers too; any other one runs in
-bf16, which holds every value of up to 8 bits.
+is encoded anew, with a bound, if that is allowed. A branch in `int8` projects down in integers, on the codes that the
+main product uses, and up in the dtype of the input, added to the main product in place. Any other branch runs in bf16,
+which holds every value of up to 8 bits.
 
-CPUs with VNNI instructions multiply INT8 at twice the rate of bf16, and NVIDIA GPUs before Hopper have no FP8.
+CPUs with VNNI instructions multiply INT8 several times as fast as bf16, those with AMX units hardly faster
+(docs/performance.md), and NVIDIA GPUs before Hopper have no FP8.
 """
 
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from loraq.formats.scales import view_bytes
 from loraq.kernels.base import decode_factors, decode_one, side_path
 from loraq.scheme import LowRankBranch, Scheme
 
-#: Values handled at a time on a CPU, so that the passes over them stay in cache.
-_CHUNK_VALUES = 1 << 17
+#: Tokens handled at a time on a CPU: all passes over them stay in cache, and the integer product is still efficient.
+_CHUNK_TOKENS = 256
 _LARGEST = 0.99 * torch.finfo(torch.float32).max
 #: Smaller scales would be fp32 subnormals; such a row is stored as zeros.
 _SMALLEST = 2.0**-126
@@ -42,11 +44,11 @@ class Rows(NamedTuple):
 class Int8Operands(NamedTuple):
     """What `int8_row` keeps."""
 
-    #: INT8 codes of the main weight; of proj_down and proj_up as well, if the branch is in integers.
-    codes: list[Tensor]
-    #: Their scales, in the same order.
-    scales: list[Tensor]
-    #: proj_down and proj_up in bf16, if the branch is not in integers.
+    #: The main weight.
+    weight: Rows
+    #: proj_down in INT8 and proj_up (out, rank) in the dtype of the inputs, if the branch is in integers.
+    branch: tuple[Rows, Tensor] | None
+    #: proj_down and proj_up in bf16, if it is not.
     factors: tuple[Tensor, Tensor] | None
 
 
@@ -84,7 +86,7 @@ class Int8Row:
     def prepare(
         self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
     ) -> Int8Operands:
-        """Return INT8 rows, shared by all dtypes.
+        """Return INT8 rows.
 
         Raises:
             KernelError: the weight loses more than `weight_error` in INT8 rows.
@@ -97,20 +99,23 @@ class Int8Row:
                 "'resident'."
             )
         if branch is None:
-            return Int8Operands([rows.codes], [rows.scale], None)
+            return Int8Operands(rows, None, None)
         if _in_integers(scheme):
-            down, up = _codes_of(branch.proj_down), _codes_of(branch.proj_up)
-            return Int8Operands([rows.codes, down.codes, up.codes], [rows.scale, down.scale, up.scale], None)
-        return Int8Operands([rows.codes], [rows.scale], decode_factors(branch))
+            return Int8Operands(rows, (_codes_of(branch.proj_down), decode_one(branch.proj_up, dtype)), None)
+        return Int8Operands(rows, None, decode_factors(branch))
 
     def linear(self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
-        codes, scales, factors = operands
+        (codes, scale), branch, factors = operands
         rows = x.reshape(-1, x.shape[-1])
-        y = _int8_linear(rows, codes, scales, bias)
+        if branch is None:
+            y = _int8_linear(rows, [codes], [scale], None, bias)
+        else:
+            down, up = branch
+            y = _int8_linear(rows, [codes, down.codes], [scale, down.scale], up, bias)
         if factors is not None:
             y = y + side_path(rows, factors, scheme)
-        return y.to(x.dtype).view(*x.shape[:-1], len(codes[0]))
+        return y.to(x.dtype).view(*x.shape[:-1], len(codes))
 
 
 def rows_of(q: QTensor) -> tuple[Rows, float]:
@@ -154,73 +159,93 @@ def _in_integers(scheme: Scheme) -> bool:
 
 def encode_rows(x: Tensor) -> Rows:
     """Return the codes and scales of the format `int8`, bit for bit, in fewer passes than the format takes."""
-    m, n = x.shape
-    codes = torch.empty((m, n), dtype=torch.int8, device=x.device)
-    scales = torch.empty((m, 1), dtype=torch.float32, device=x.device)
-    step = max(1, _CHUNK_VALUES // n) if x.device.type == "cpu" else max(1, m)
-    scratch = torch.empty((min(step, m), n), dtype=torch.float32, device=x.device)
-    for start in range(0, m, step):
-        part = slice(start, start + step)
-        values = scratch[: len(codes[part])].copy_(x[part])
-        # Two passes that only read: one over |x| would also write.
-        largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
-        scale = torch.mul(largest.clamp_(max=_LARGEST), 1.0 / _TOP, out=scales[part])
-        codes[part] = values.div_(scale.clamp(min=_SMALLEST)).round_().clamp_(-_TOP, _TOP)
-    return Rows(codes, scales.masked_fill_(scales < _SMALLEST, 0.0).view(-1))
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    step = _chunk(x)
+    scratch = torch.empty((step, x.shape[1]), dtype=torch.float32, device=x.device)
+    for part in _parts(len(x), step):
+        _encode(x[part], scratch, codes[part], scale[part])
+    return Rows(codes, scale.view(-1))
+
+
+def _encode(x: Tensor, scratch: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Write the codes (tokens, n) and scales (tokens, 1) of a few tokens."""
+    values = scratch[: len(x)].copy_(x)
+    # Two passes that only read: one over |x| would also write.
+    torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_(), out=scale)
+    scale.clamp_(max=_LARGEST).mul_(1.0 / _TOP)
+    values.div_(scale.clamp(min=_SMALLEST)).round_()
+    codes.copy_(values.clamp_(-_TOP, _TOP))
+    scale.masked_fill_(scale < _SMALLEST, 0.0)
+
+
+def _chunk(x: Tensor) -> int:
+    """Tokens to handle at a time: few on a CPU, whose caches are small, all of them elsewhere."""
+    return min(len(x), _CHUNK_TOKENS) if x.device.type == "cpu" else len(x)
+
+
+def _parts(n_tokens: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, max(1, step))]
 
 
 # One opaque operator: a compiler would unroll its chunks and trace again for every number of tokens. `codes` and
-# `scales` are those of the main weight, then of both factors (proj_down, proj_up) if the branch is in integers.
+# `scales` are those of the main weight, then of proj_down if the branch is in integers.
 @torch.library.custom_op("loraq::int8_linear", mutates_args=())
-def _int8_linear(x: Tensor, codes: list[Tensor], scales: list[Tensor], bias: Tensor | None) -> Tensor:
-    weight, *factors = codes
-    n_tokens, n_out = len(x), len(weight)
+def _int8_linear(
+    x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    n_tokens, n_out = len(x), len(codes[0])
     y = torch.empty((n_tokens, n_out), dtype=x.dtype, device=x.device)
     if n_tokens == 0:
         return y
     if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
-        return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, bias)[:n_tokens].clone()
-    tokens, scale = encode_rows(x)
-    sums = torch._int_mm(tokens, weight.t())
+        return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, up, bias)[:n_tokens].clone()
+
+    def buffer(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((step, width), dtype=dtype, device=x.device)
+
+    step = _chunk(x)
+    values, tokens, token_scale = buffer(x.shape[1]), buffer(x.shape[1], torch.int8), buffer(1)
+    sums, outputs = buffer(n_out, torch.int32), buffer(n_out)
+    rank = 0 if up is None else up.shape[1]
+    inner, inner_values, inner_scale = buffer(rank, torch.int8), buffer(rank), buffer(1)
+    inner_rounded = torch.empty((n_tokens, rank), dtype=x.dtype, device=x.device)
     shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
-    inner = encode_rows(torch._int_mm(tokens, factors[0].t()) * scale[:, None] * scales[1]) if factors else None
-    step = min(max(1, _CHUNK_VALUES // n_out), n_tokens) if x.device.type == "cpu" else n_tokens
-    values, side = (torch.empty((step, n_out), dtype=torch.float32, device=x.device) for _ in range(2))
-    side_sums = torch.empty((step, n_out), dtype=torch.int32, device=x.device)
-    for start in range(0, n_tokens, step):
-        part = slice(start, start + step)
-        if start + step > n_tokens:
-            values, side, side_sums = (tensor[: n_tokens - start] for tensor in (values, side, side_sums))
-        torch.mul(sums[part], scales[0], out=values).mul_(scale[part, None])
-        if inner is not None:
-            torch._int_mm(inner.codes[part], factors[1].t(), out=side_sums)
-            values.addcmul_(torch.mul(side_sums, scales[2], out=side), inner.scale[part, None])
-        y[part] = values.add_(shift)
-    return y
+    for part in _parts(n_tokens, step):
+        few = slice(part.stop - part.start)
+        _encode(x[part], values, tokens[few], token_scale[few])
+        torch._int_mm(tokens[few], codes[0].t(), out=sums[few])
+        torch.mul(sums[few], scales[0], out=outputs[few]).mul_(token_scale[few])
+        y[part] = outputs[few].add_(shift)
+        if up is not None:
+            latent = torch._int_mm(tokens[few], codes[1].t()) * token_scale[few] * scales[1]
+            _encode(latent, inner_values, inner[few], inner_scale[few])
+            inner_rounded[part] = torch.mul(inner[few], inner_scale[few], out=inner_values[few])
+    return y if up is None else y.addmm_(inner_rounded, up.t())
 
 
 @_int8_linear.register_fake
-def _(x: Tensor, codes: list[Tensor], scales: list[Tensor], bias: Tensor | None) -> Tensor:
+def _(x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], codes[0].shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, bias = inputs
+    x, codes, scales, up, bias = inputs
     ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*codes, *scales)
+    ctx.save_for_backward(*codes, *scales, up)
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Count the derivative of rounding as 1, as the rounding operator does."""
-    saved = ctx.saved_tensors
+    *saved, up = ctx.saved_tensors
     codes, scales = saved[: len(saved) // 2], saved[len(saved) // 2 :]
     towards = gradient.float()
     back = (towards * scales[0]) @ codes[0].float()
-    if len(codes) == 3:
-        back += (((towards * scales[2]) @ codes[2].float()) * scales[1]) @ codes[1].float()
+    if up is not None:
+        back += ((towards @ up.float()) * scales[1]) @ codes[1].float()
     bias = None if ctx.bias_dtype is None else towards.sum(0).to(ctx.bias_dtype)
     nothing = [None] * len(codes)
-    return back.to(ctx.dtype), nothing, nothing, bias
+    return back.to(ctx.dtype), nothing, nothing, None, bias
 
 
 _int8_linear.register_autograd(_straight_through, setup_context=_save)

@@ -37,8 +37,9 @@ class Reference:
 def run(x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Evaluate the layer's equation on operands of `dtype`."""
     weight, proj_up, proj_down = operands
-    y = linear(rounded(x, scheme.activation_format, dtype), weight, None if bias is None else bias.to(dtype))
+    rows = x.reshape(-1, x.shape[-1])  # BLAS adds in another order for other strides
+    y = linear(rounded(rows, scheme.activation_format, dtype), weight, None if bias is None else bias.to(dtype))
     if scheme.branch is not None and proj_up is not None and proj_down is not None:
-        inner = linear(rounded(x, scheme.branch.activation_format, dtype), proj_down)
+        inner = linear(rounded(rows, scheme.branch.activation_format, dtype), proj_down)
         y = y + linear(rounded(inner, scheme.branch.intermediate_format, dtype), proj_up)
-    return y.to(x.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight))

@@ -3,6 +3,9 @@
 `resident` takes the memory of the decoded weight (2 bytes a value for bf16 inputs, 4 for the others) on top of the
 packed bytes and runs everywhere. `low_memory` keeps nothing but the packed bytes and gives the same bits. Its 4-bit
 codes are decoded two at a time through a table of 256 bytes, several times faster than one code at a time.
+
+Where no activation is rounded, the branch is a part of the weight: Qw(R) + U D is one matrix, and the layer costs what
+`nn.Linear` costs.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loraq.formats import BlockFormat, QTensor, get_format
+from loraq.formats import BlockFormat, CastFormat, QTensor, get_format
 from loraq.formats.scales import view_bytes
 from loraq.kernels.base import Operands, Stored, decode, decode_one
 from loraq.kernels.reference import run
@@ -40,21 +43,38 @@ class Resident:
         return None
 
     def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
-        """Return what BLAS's order of sums does in fp32, and what rounding to 8 bits does in bf16."""
-        return {torch.float32: 1e-5, torch.bfloat16: 2e-2}[operand_dtype(dtype)]
+        """Return what BLAS's order of sums does in fp32, and what rounding to 8 bits does in bf16.
+
+        A sum in another order may also round to the next fp16 number (2⁻¹¹), which few of them do.
+        """
+        return {torch.float16: 1e-4, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
 
     def prepare(
         self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
     ) -> Operands | Stored:
         """Return the decoded weights, or the packed ones."""
-        return decode(weight, branch, operand_dtype(dtype)) if self.keeps_operands else Stored(weight, branch)
+        if not self.keeps_operands:
+            return Stored(weight, branch)
+        return _merged(decode(weight, branch, operand_dtype(dtype)), scheme)
 
     def linear(self, x: Tensor, operands: Operands | Stored, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         dtype = operand_dtype(x.dtype)
         if isinstance(operands, Stored):
-            operands = decode_by_table(*operands, dtype)
+            operands = _merged(decode_by_table(*operands, dtype), scheme)
         return run(x, operands, scheme, bias, dtype)
+
+
+def _merged(operands: Operands, scheme: Scheme) -> Operands:
+    """Add the branch to the weight, if nothing between them is rounded."""
+    weight, up, down = operands
+    if scheme.branch is None or up is None or down is None:
+        return operands
+    branch = scheme.branch
+    formats = scheme.activation_format, branch.activation_format, branch.intermediate_format
+    if not all(isinstance(fmt, CastFormat) for fmt in formats):
+        return operands
+    return Operands(torch.addmm(weight, up, down), None, None)
 
 
 def decode_by_table(weight: QTensor, branch: LowRankBranch | None, dtype: torch.dtype) -> Operands:

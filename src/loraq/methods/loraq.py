@@ -76,7 +76,7 @@ class LoRaQ:
         return cls(steps=steps, refine_steps=refine_steps)
 
     def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
-        """Fit a quantized branch; never worse in J than one-shot SVDQuant or round-to-nearest in the same formats.
+        """Fit a quantized branch; never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike.
 
         `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant.
         See `Method.solve`.
