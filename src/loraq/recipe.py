@@ -68,7 +68,7 @@ class Recipe:
     #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit branch's bytes).
     budget: str = str(DEFAULT_BUDGET)
     #: How a model's layers share what the budget gives them: "uniform" (each keeps its own) or "greedy" (ranks go where
-    #: they lower the summed squared error most, with the same bytes in all; see `loraq.pipeline.allocation`).
+    #: they lower the summed squared error most, with the same bytes in all; see `loraq.pipeline.sharing`).
     allocation: str = "uniform"
     #: Read from top to bottom before the rules of the model's class; the first match wins.
     rules: tuple[Rule, ...] = ()

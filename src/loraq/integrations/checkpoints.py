@@ -16,10 +16,10 @@ from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.diffusers import model_of, require_fit, transformer_folder
 from loraq.integrations.single_file import ConvertedReader
-from loraq.pipeline.allocation import allocated_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.quantize import Report
+from loraq.pipeline.sharing import allocated_from_files
 from loraq.pipeline.stream import Settings, Source, stream
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme

@@ -18,9 +18,9 @@ from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_class,
 from loraq.methods import layer_seed
 from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
-from loraq.pipeline.allocation import allocated, collected, predicted_layer, sharing_layers
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
+from loraq.pipeline.sharing import allocated, collected, predicted_layer, sharing_layers
 from loraq.pipeline.workers import one_thread
 from loraq.recipe import METHODS, Recipe
 from loraq.scheme import LayerSolution, Scheme

@@ -26,10 +26,10 @@ from loraq.checkpoint.model import weights_stem
 from loraq.checkpoint.reader import ShardReader, TensorReader
 from loraq.checkpoint.writer import write_json
 from loraq.errors import CheckpointError, RecipeError
-from loraq.pipeline.allocation import allocated_from_files
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.quantize import LayerReport, Report, report_layer, shown_progress, solve_layer, tensor_sha256
+from loraq.pipeline.sharing import allocated_from_files
 from loraq.pipeline.workers import run_jobs
 from loraq.recipe import Recipe
 
