@@ -1,5 +1,7 @@
 """Finding, replacing and switching the linear layers of a module."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from loraq.layers import (
 )
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
+from loraq.scheme import Scheme
 from matrices import gaussian
 
 
@@ -128,6 +131,34 @@ def test_a_single_layer_can_be_switched_like_a_model():
 def test_an_unknown_back_end_is_refused_and_nothing_is_switched(model):
     with pytest.raises(KernelError, match=r"Unknown back end 'residend'\. Did you mean 'resident'"):
         set_backend(model, "residend")
+    assert all(layer.backend == "resident" for layer in quantized_layers(model).values())
+
+
+def test_a_model_runs_on_the_automatic_choice_where_the_asked_back_end_refuses(caplog):
+    a8, a16 = (QuantizedLinear.from_solution(quantize_weight(gaussian(8, 64), n)) for n in ("int8-a8", "mxfp4-a16"))
+    wide = gaussian(8, 512)
+    wide[:, 0] = 40  # INT8 rows would lose too much, which only the values tell
+    unfit = QuantizedLinear.from_solution(quantize_weight(wide, Scheme("mxint4", "int8")))
+    model = nn.ModuleList([a16, copy.deepcopy(a16), a8, unfit])
+    set_backend(model, "int8_row")
+    (record,) = caplog.records
+    assert (record.levelname, record.name) == ("WARNING", "loraq.kernels")
+    assert record.getMessage().startswith(
+        "The back end 'int8_row' refuses 2 of 4 layers, which run on the automatic choice. The first one is 8×64: its "
+        "activations are 'bf16'"
+    )
+    for layer in model[:3]:
+        layer(gaussian(2, 64))
+    assert len(caplog.records) == 1
+    unfit(gaussian(2, 512))
+    assert "resident (not int8_row: INT8 rows change the weight in 'mxint4'" in caplog.records[1].getMessage()
+    assert [layer.backend for layer in model] == ["resident", "resident", "int8_row", "resident"]
+
+
+def test_a_back_end_that_refuses_every_layer_is_an_error_and_nothing_is_switched():
+    model = nn.Sequential(quantized(), quantized())
+    with pytest.raises(KernelError, match=r"'int8_row' cannot run any of the 2 quantized layers.*its activations are"):
+        set_backend(model, "int8_row")
     assert all(layer.backend == "resident" for layer in quantized_layers(model).values())
 
 

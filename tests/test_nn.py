@@ -383,9 +383,25 @@ def test_the_representation_says_formats_rank_bits_and_back_end():
     )
 
 
-def test_the_representation_names_a_back_end_of_the_environment_that_refuses_the_layer(monkeypatch):
+def test_a_layer_that_refuses_the_back_end_of_the_environment_runs_on_the_automatic_one(monkeypatch, caplog):
     monkeypatch.setenv("LORAQ_BACKEND", "int8_row")
-    assert repr(QuantizedLinear(64, 32, Scheme("mxfp4"))).endswith("backend=int8_row (refused))")
+    layer, plain = layer_of("mxfp4-w8a8-r12-a16", backend="auto"), layer_of("mxfp4-w8a8-r12-a16")
+    assert repr(layer).endswith("backend=resident)")
+    assert torch.equal(layer(tokens(3)), plain(tokens(3)))
+    layer(tokens(2))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "on cpu: resident (not int8_row: its activations are 'bf16'" in record.getMessage()
+    with pytest.raises(KernelError, match=r"'int8_row' cannot run a layer 40×112 in 'mxfp4': its activations are"):
+        layer.backend = "int8_row"
+    assert layer.backend == "resident"
+
+
+def test_the_representation_shows_a_back_end_that_refuses_the_layer_by_now(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layer = layer_of("mxfp4-amxfp8_e4m3", backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert repr(layer).endswith("backend=triton (refused))")
 
 
 # --- gradients and compilation --------------------------------------------------------------------------------------

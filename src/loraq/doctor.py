@@ -105,7 +105,7 @@ def choices(device: torch.device) -> list[Choice]:
 
 def _choice(asked: str, scheme: Scheme, device: torch.device) -> Choice:
     reasons: list[str] = []
-    for backend in candidates(asked, device):
+    for backend in candidates(asked, device, strict=False):
         reason = backend.refusal(scheme, _SHAPE, device)
         if reason is None:
             return Choice(scheme.weight, scheme.activation, backend.name, "; ".join(reasons))

@@ -5,7 +5,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from loraq.kernels import asked_backend, choose
+from loraq.kernels import asked_backend, check_for_all
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 
 #: What `linear_layers` finds: a matrix times every token, or times every pixel.
@@ -78,14 +78,16 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
 def set_backend(model: nn.Module, name: str) -> None:
     """Run every quantized layer of a model on the back end called `name`; "auto" chooses for each layer.
 
+    Layers that it refuses, such as weight-only ones, run on the automatic choice; a warning of the logger
+    `loraq.kernels` counts them.
+
     Raises:
-        KernelError: there is no such back end, or it refuses a layer; no layer is switched then.
+        KernelError: there is no such back end, or it refuses every layer; no layer is switched then.
     """
-    asked, layers = asked_backend(name), quantized_layers(model)
-    for layer in layers.values():
-        choose(asked, layer.scheme, (layer.out_features, layer.in_features), layer.weight_packed.device)
-    for layer in layers.values():
-        layer.backend = name
+    layers = list(quantized_layers(model).values())
+    check_for_all(asked_backend(name), [layer.place for layer in layers])
+    for layer in layers:
+        layer.ask_backend(name, strict=False)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

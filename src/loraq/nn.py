@@ -10,6 +10,7 @@ from loraq.errors import KernelError
 from loraq.formats import QTensor
 from loraq.kernels import DEFAULT_BACKEND, asked_backend, choose, prepare
 from loraq.kernels.base import Backend
+from loraq.kernels.dispatch import Place
 from loraq.scheme import LayerSolution, LowRankBranch, Scheme
 from loraq.transforms import rotate, unrotate
 
@@ -59,9 +60,8 @@ class QuantizedLinear(nn.Module):
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._asked = asked_backend(DEFAULT_BACKEND)
-        self._prepared = None
         self.record = {}
+        self.ask_backend(DEFAULT_BACKEND, strict=False)
 
     @classmethod
     def from_solution(cls, solution: LayerSolution, bias: Tensor | None = None) -> Self:
@@ -78,17 +78,30 @@ class QuantizedLinear(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Name of the back end that runs the layer; assign another name, or "auto", to switch."""
-        return self._prepared[0].name if self._prepared else self._chosen(self._asked).name
+        """Name of the back end that runs the layer; assign another name, or "auto", to switch.
+
+        Raises:
+            KernelError: there is no such back end, or it refuses this layer.
+        """
+        return self._prepared[0].name if self._prepared else choose(self._asked, *self.place, strict=self._strict).name
 
     @backend.setter
     def backend(self, name: str) -> None:
-        asked = asked_backend(name)
-        self._chosen(asked)
-        self._asked, self._prepared = asked, None
+        choose(asked_backend(name), *self.place, strict=name != DEFAULT_BACKEND)
+        self.ask_backend(name, strict=name != DEFAULT_BACKEND)
 
-    def _chosen(self, asked: str) -> Backend:
-        return choose(asked, self.scheme, (self.out_features, self.in_features), self.weight_packed.device)
+    def ask_backend(self, name: str, *, strict: bool) -> None:
+        """Switch to a back end by name; if it refuses the layer, a call raises (`strict`), or takes "auto".
+
+        Raises:
+            KernelError: there is no such back end.
+        """
+        self._asked, self._strict, self._prepared = asked_backend(name), strict, None
+
+    @property
+    def place(self) -> Place:
+        """What a back end is chosen by: scheme, (out, in), device."""
+        return self.scheme, (self.out_features, self.in_features), self.weight_packed.device
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make the operands for inputs of `dtype` now; else the first call makes them.
@@ -97,7 +110,8 @@ class QuantizedLinear(nn.Module):
             KernelError: the back end that is asked for cannot run this layer.
         """
         with torch.inference_mode(False):  # what is kept must also serve a later call that tracks gradients
-            backend, operands = prepare(self._asked, self.stored_weight, self.branch, self.scheme, dtype)
+            stored = self.stored_weight, self.branch, self.scheme
+            backend, operands = prepare(self._asked, *stored, dtype, strict=self._strict)
         self._prepared = (backend, operands if backend.keeps_operands else None, dtype, self.weight_packed.device)
 
     def prepared_no_more(self) -> None:
@@ -162,7 +176,7 @@ class QuantizedLinear(nn.Module):
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         try:
             backend = self.backend
-        except KernelError:  # a name in the environment that this layer refuses when it runs; showing it must not
+        except KernelError:  # the layer was moved to where its back end refuses it; showing it must not raise
             backend = f"{self._asked} (refused)"
         return text + f"{self.bits_per_weight:.2f} bits per weight, backend={backend}"
 

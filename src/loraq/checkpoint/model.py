@@ -11,7 +11,7 @@ from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.reader import ShardReader
 from loraq.checkpoint.writer import atomic_folder, write_json
 from loraq.errors import CheckpointError, KernelError, SchemeError
-from loraq.kernels import DEFAULT_BACKEND, asked_backend
+from loraq.kernels import DEFAULT_BACKEND, asked_backend, check_for_all
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 
@@ -67,12 +67,12 @@ def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BA
     Args:
         model: the float architecture, on any device, its weights do not matter; or a quantized one.
         folder: what `save` or `loraq quantize` wrote.
-        backend: back end of the quantized layers.
+        backend: back end of the quantized layers; those that it refuses run on the automatic choice.
         verify: whether the files' hashes are checked.
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected keys are listed.
-        KernelError: there is no such back end, or it refuses a layer.
+        KernelError: there is no such back end, or it refuses every layer.
     """
     manifest, reader, devices = prepare(model, Path(folder), backend=backend, verify=verify)
     read: dict[str, Tensor] = {}
@@ -96,14 +96,14 @@ def prepare(
     Raises:
         CheckpointError, KernelError: as `load_into`.
     """
-    asked_backend(backend)
+    asked = asked_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
     layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
-    for layer in layers.values():  # a refusal leaves the model as it was
-        layer.backend = backend
+    check_for_all(asked, [layer.place for layer in layers.values()])  # a refusal leaves the model as it was
     for name, layer in layers.items():
+        layer.ask_backend(backend, strict=False)
         replace_layer(model, name, layer)
     return manifest, reader, devices
 

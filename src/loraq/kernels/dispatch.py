@@ -2,10 +2,14 @@
 
 The choice is made when the layer prepares its operands, for (device, scheme, shape) and, where exactness depends on
 them, the values. It is logged once for each such triple, at level INFO of the logger `loraq.kernels`.
+
+A back end that is asked for one layer runs it or raises. One that is asked for a whole model, by `set_backend`, `load`
+or the environment, leaves the layers that it refuses to the automatic choice, and a warning says so.
 """
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +43,11 @@ DEFAULT_BACKEND = "auto"
 _AUTOMATIC: dict[str, tuple[Backend, ...]] = {"cpu": (Int8Row(weight_error=0.0), Resident())}
 
 _LOGGER = logging.getLogger("loraq.kernels")
-_logged: set[tuple[str, Scheme, tuple[int, ...], str]] = set()
+_logged: set[tuple[str, str, Scheme, tuple[int, ...], str]] = set()
+_warned: set[tuple[str, Scheme, tuple[int, ...], str]] = set()
+
+#: What a back end is chosen by: scheme, (out, in), device.
+Place = tuple[Scheme, tuple[int, int], torch.device]
 
 
 def get_backend(name: str) -> Backend:
@@ -64,19 +72,25 @@ def asked_backend(name: str) -> str:
     return name if name == DEFAULT_BACKEND else get_backend(name).name
 
 
-def candidates(asked: str, device: torch.device) -> tuple[Backend, ...]:
-    """Return the back ends to try in turn on a device: the one that is asked for, or the automatic list."""
-    return (get_backend(asked),) if asked != DEFAULT_BACKEND else _AUTOMATIC.get(device.type, (Resident(),))
+def candidates(asked: str, device: torch.device, *, strict: bool = True) -> tuple[Backend, ...]:
+    """Return the back ends to try in turn on a device.
+
+    These are the automatic list; or the one that is asked for, with the automatic list behind it unless `strict`.
+    """
+    automatic = _AUTOMATIC.get(device.type, (Resident(),))
+    if asked == DEFAULT_BACKEND:
+        return automatic
+    return (get_backend(asked), *(() if strict else automatic))
 
 
-def choose(asked: str, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Backend:
+def choose(asked: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, *, strict: bool = True) -> Backend:
     """Return the first candidate that does not refuse a layer (out, in), judged without its values.
 
     Raises:
-        KernelError: the back end that is asked for refuses.
+        KernelError: the back end that is asked for refuses, and `strict` leaves no other.
     """
     reason = None
-    for backend in candidates(asked, device):
+    for backend in candidates(asked, device, strict=strict):
         reason = backend.refusal(scheme, shape, device)
         if reason is None:
             return backend
@@ -86,29 +100,66 @@ def choose(asked: str, scheme: Scheme, shape: tuple[int, int], device: torch.dev
     )
 
 
+def check_for_all(asked: str, layers: Sequence[Place]) -> None:
+    """Warn of the layers of a model that a back end refuses, judged without their values.
+
+    Raises:
+        KernelError: it refuses all of them.
+    """
+    if asked == DEFAULT_BACKEND:
+        return
+    backend = get_backend(asked)
+    reasons = {place: reason for place in layers if (reason := backend.refusal(*place)) is not None}
+    n_refused = sum(place in reasons for place in layers)
+    if not n_refused:
+        return
+    (_, shape, _), reason = next(iter(reasons.items()))
+    if n_refused == len(layers):
+        raise KernelError(
+            f"The back end '{asked}' cannot run any of the {n_refused} quantized layers. The first one is "
+            f"{shape[0]}×{shape[1]}: {reason}. Use the back end 'resident', which runs every layer, or 'auto'."
+        )
+    _LOGGER.warning(
+        "The back end '%s' refuses %d of %d layers, which run on the automatic choice. The first one is %d×%d: %s.",
+        asked,
+        n_refused,
+        len(layers),
+        *shape,
+        reason,
+    )
+    _warned.update((asked, scheme, shape, device.type) for scheme, shape, device in reasons)
+
+
 def prepare(
-    asked: str, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
+    asked: str,
+    weight: QTensor,
+    branch: LowRankBranch | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    *,
+    strict: bool = True,
 ) -> tuple[Backend, Any]:
     """Return the back end of a layer and its operands for inputs of `dtype`.
 
     Raises:
-        KernelError: the back end that is asked for refuses, or cannot keep its bound with these values.
+        KernelError: the back end that is asked for refuses, or cannot keep its bound with these values, and `strict`
+            leaves no other.
     """
     n_out, n_in = weight.shape
     device = weight.packed.device
     passed: list[str] = []
-    for backend in candidates(asked, device):
+    for backend in candidates(asked, device, strict=strict):
         reason = backend.refusal(scheme, (n_out, n_in), device)
         if reason is None:
             try:
                 operands = backend.prepare(weight, branch, scheme, dtype)
             except KernelError as error:
-                if asked != DEFAULT_BACKEND:
+                if strict and asked != DEFAULT_BACKEND:
                     raise
                 reason = str(error)
             else:
                 if not torch.compiler.is_compiling():
-                    _log(backend.name, scheme, (n_out, n_in), device.type, passed)
+                    _log(asked, backend.name, (scheme, (n_out, n_in), device), passed)
                 return backend, operands
         passed.append(f"not {backend.name}: {reason}")
     raise KernelError(
@@ -116,7 +167,13 @@ def prepare(
     )
 
 
-def _log(name: str, scheme: Scheme, shape: tuple[int, int], device: str, passed: list[str]) -> None:
-    if (name, scheme, shape, device) not in _logged:
-        _logged.add((name, scheme, shape, device))
-        _LOGGER.info("%s×%s %s on %s: %s%s", *shape, scheme, device, name, "".join(f" ({why})" for why in passed))
+def _log(asked: str, name: str, place: Place, passed: list[str]) -> None:
+    scheme, shape, device = place
+    kind = (asked, scheme, shape, device.type)
+    if (name, *kind) in _logged:
+        return
+    _logged.add((name, *kind))
+    unannounced = asked not in (DEFAULT_BACKEND, name) and kind not in _warned
+    why = "".join(f" ({reason})" for reason in passed)
+    level = logging.WARNING if unannounced else logging.INFO
+    _LOGGER.log(level, "%s×%s %s on %s: %s%s", *shape, scheme, device.type, name, why)
