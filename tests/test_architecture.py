@@ -14,7 +14,7 @@ SOURCE = Path(loraq.__file__).parent
 ROWS = (
     "errors",
     "formats transforms",
-    "scheme linalg",
+    "scheme linalg stats",
     "budget kernels",
     "methods nn",
     "layers recipe parallel",

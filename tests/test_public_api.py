@@ -8,6 +8,7 @@ import pytest
 import loraq
 
 PUBLIC = [
+    "ActivationStats",
     "Branch",
     "Budget",
     "LayerSolution",
@@ -18,14 +19,17 @@ PUBLIC = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "collect_stats",
     "get_format",
     "load",
     "load_into",
+    "load_stats",
     "plan_model",
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",
     "save",
+    "save_stats",
     "set_backend",
 ]
 
@@ -66,8 +70,8 @@ def test_a_public_name_documents_its_own_members(name):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("quantize_weight", ["weight", "recipe", "*method", "*seed", "*name"]),
-        ("quantize_", ["model", "recipe", "*workers", "*progress"]),
+        ("quantize_weight", ["weight", "recipe", "*method", "*seed", "*name", "*stats"]),
+        ("quantize_", ["model", "recipe", "*stats", "*workers", "*progress"]),
         ("absorb_lora", ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"]),
         ("plan_model", ["model", "recipe"]),
         ("set_backend", ["model", "name"]),

@@ -13,7 +13,7 @@ from loraq.budget import Budget
 from loraq.errors import FormatError, LoraqError, RecipeError, SchemeError
 from loraq.formats import FORMATS, get_format
 from loraq.layers import linear_layers, matrix_shapes
-from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, SVDQuant
+from loraq.methods import EFFORTS, GPTQ, LQER, RTN, LoRaQ, SVDQuant
 from loraq.recipe import GRAMMAR, METHODS, NAMED, SHOWCASE, Recipe, Rule, families, family_rules, parse_scheme
 from loraq.scheme import Branch, Scheme
 
@@ -236,7 +236,10 @@ def test_the_defaults():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lorak"}, r"Unknown method 'lorak'\. Did you mean 'loraq'.*Known: loraq, lqer, rtn, svdquant"),
+        (
+            {"method": "lorak"},
+            r"Unknown method 'lorak'\. Did you mean 'loraq'.*Known: gptq, loraq, lqer, qera, rtn, svdquant",
+        ),
         ({"effort": "good"}, r"Unknown effort 'good'.*Known: best, default, fast"),
         ({"options": {"stepps": 3}}, r"Unknown option of method 'loraq' 'stepps'\. Did you mean 'steps'"),
         ({"method": "lqer", "options": {"steps": 3}}, r"option of method 'lqer' 'steps'.*Known: scale_rule"),
@@ -275,9 +278,13 @@ def test_the_method_is_made_with_effort_and_options():
     assert recipe_of(method="lqer").solver(scheme) == LQER()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_without_a_branch_every_method_is_round_to_nearest(method):
+@pytest.mark.parametrize("method", set(METHODS) - {"gptq"})
+def test_without_a_branch_every_method_but_gptq_is_round_to_nearest(method):
     assert recipe_of(method=method).solver(Scheme("mxfp4")) == RTN()
+
+
+def test_gptq_needs_no_branch():
+    assert recipe_of(method="gptq", options={"damping": 0.1}).solver(Scheme("mxfp4")) == GPTQ(damping=0.1)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

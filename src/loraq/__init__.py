@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loraq.budget import Budget
     from loraq.checkpoint import load_into, save
+    from loraq.checkpoint.stats import load_stats, save_stats
     from loraq.errors import LoraqError
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     from loraq.integrations.diffusers import load
     from loraq.layers import set_backend
     from loraq.nn import QuantizedLinear
+    from loraq.pipeline.collect import collect_stats
     from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
     from loraq.recipe import Recipe, Rule
     from loraq.scheme import Branch, LayerSolution, Scheme
+    from loraq.stats import ActivationStats
 
 _HOMES = {
+    "ActivationStats": "loraq.stats",
     "Branch": "loraq.scheme",
     "Budget": "loraq.budget",
     "LayerSolution": "loraq.scheme",
@@ -33,18 +37,22 @@ _HOMES = {
     "Rule": "loraq.recipe",
     "Scheme": "loraq.scheme",
     "absorb_lora": "loraq.integrations.absorb",
+    "collect_stats": "loraq.pipeline.collect",
     "get_format": "loraq.formats",
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
+    "load_stats": "loraq.checkpoint.stats",
     "plan_model": "loraq.pipeline.quantize",
     "quantize_": "loraq.pipeline.quantize",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
     "quantize_weight": "loraq.pipeline.quantize",
     "save": "loraq.checkpoint",
+    "save_stats": "loraq.checkpoint.stats",
     "set_backend": "loraq.layers",
 }
 
 __all__ = [
+    "ActivationStats",
     "Branch",
     "Budget",
     "LayerSolution",
@@ -55,14 +63,17 @@ __all__ = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "collect_stats",
     "get_format",
     "load",
     "load_into",
+    "load_stats",
     "plan_model",
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",
     "save",
+    "save_stats",
     "set_backend",
 ]
 

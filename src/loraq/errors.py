@@ -27,6 +27,10 @@ class LayerError(LoraqError, RuntimeError):
     """A layer failed; the message carries its name."""
 
 
+class CalibrationError(LoraqError, ValueError):
+    """A method needs activation statistics that are missing, do not fit the layer, or are no statistics."""
+
+
 class CheckpointError(LoraqError, OSError):
     """A file is missing, truncated, foreign or contradicts its manifest."""
 

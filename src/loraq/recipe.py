@@ -13,10 +13,17 @@ from typing import Any, get_type_hints
 from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
 from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
 from loraq.formats import FORMATS, CastFormat, get_format, is_format
-from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, Method, SVDQuant
+from loraq.methods import EFFORTS, GPTQ, LQER, QERA, RTN, LoRaQ, Method, SVDQuant
 from loraq.scheme import Branch, Scheme
 
-METHODS: dict[str, type] = {"rtn": RTN, "lqer": LQER, "svdquant": SVDQuant, "loraq": LoRaQ}
+METHODS: dict[str, type[RTN | LQER | SVDQuant | LoRaQ | GPTQ | QERA]] = {
+    "rtn": RTN,
+    "lqer": LQER,
+    "svdquant": SVDQuant,
+    "loraq": LoRaQ,
+    "gptq": GPTQ,
+    "qera": QERA,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Recipe:
 
     #: What every layer gets unless a rule says otherwise; a branch of rank 0 is sized by `budget`.
     scheme: Scheme
-    #: One of `METHODS`; without a branch, every method means round to nearest.
+    #: One of `METHODS`; without a branch, every method but "gptq" means round to nearest.
     method: str = "loraq"
     #: How long method "loraq" works: "fast", "default" or "best".
     effort: str = "default"
@@ -91,7 +98,7 @@ class Recipe:
 
     def solver(self, scheme: Scheme) -> Method:
         """Return the method for a layer of this scheme."""
-        if scheme.branch is None and self.method != "rtn":
+        if scheme.branch is None and self.method not in ("rtn", "gptq"):
             return RTN()
         if self.method == "loraq":
             return replace(LoRaQ.at(self.effort), **self.options)

@@ -389,7 +389,9 @@ def test_nothing_to_quantize_is_an_error(model, message):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_done(model, monkeypatch, workers):
     class Failing:
-        def solve(self, weight: Tensor, scheme: Scheme, *, seed: int = 0) -> LayerSolution:
+        use_of_stats = "ignored"
+
+        def solve(self, weight: Tensor, scheme: Scheme, *, seed: int = 0, stats: None = None) -> LayerSolution:
             raise ZeroDivisionError("of course")
 
     solver = Recipe.solver
@@ -500,7 +502,7 @@ def test_the_name_of_a_weight_selects_the_rules():
 @pytest.mark.parametrize(
     ("weight", "arguments", "error", "message"),
     [
-        (gaussian(8, 8), {"recipe": "mxfp4", "method": "gptq"}, RecipeError, "Unknown method 'gptq'.*loraq, lqer, rtn"),
+        (gaussian(8, 8), {"recipe": "mxfp4", "method": "hqq"}, RecipeError, "Unknown method 'hqq'.*loraq, lqer, qera"),
         (gaussian(8, 8), {"recipe": "mxfp9"}, RecipeError, "Unknown number format 'mxfp9'"),
         (gaussian(8, 8), {"recipe": "mxfp4-r9"}, SchemeError, "Branch rank 9 is larger"),
         (torch.ones(8, 8).int(), {"recipe": "mxfp4"}, FormatError, r"of torch\.int32\. Loaded float weights"),

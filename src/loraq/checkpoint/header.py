@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,18 @@ class Header:
     #: SHA-256 of the header's bytes: names, dtypes, shapes and order, not the numbers.
     sha256: str
     file_bytes: int
+    #: Text that goes along with the tensors.
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
-def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def encode_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Return the first bytes of a file that holds these tensors in this order, and each tensor's place in the file.
 
     The header is filled with spaces to a multiple of 8, so that a tensor is aligned if those before it are.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts, end = {}, 0
     for name, spec in specs.items():
         starts[name] = end
@@ -109,20 +113,20 @@ def read_header(path: Path) -> Header:
             if not 2 <= length <= min(_MOST_BYTES, size - 8):
                 raise ValueError(f"it has {size} bytes and a header of {length} is announced")
             text = file.read(length)
-        specs, offsets = _decode(text, size - 8 - length)
+        specs, offsets, metadata = _decode(text, size - 8 - length)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"its header lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"'{path}' is truncated or no safetensors file: {reason}. Copy it again.") from error
     places = {name: 8 + length + start for name, start in offsets.items()}
-    return Header(specs, places, hashlib.sha256(text).hexdigest(), size)
+    return Header(specs, places, hashlib.sha256(text).hexdigest(), size, metadata)
 
 
-def _decode(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-    """Return the tensors of a header and where they start; raise `ValueError` unless they fill the data exactly."""
+def _decode(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
+    """Return tensors, their starts and metadata of a header; raise `ValueError` unless they fill the data exactly."""
     entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     if not isinstance(entries, dict):
         raise ValueError(f"its header is a {type(entries).__name__}, not an object")
-    entries.pop("__metadata__", None)
+    metadata = {str(key): str(value) for key, value in dict(entries.pop("__metadata__", None) or {}).items()}
     specs, starts, end = {}, {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: tuple(_integers(item[1]["data_offsets"]))):
         start, stop = _integers(entry["data_offsets"])
@@ -140,7 +144,7 @@ def _decode(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], dict[s
         end = stop
     if end != data_bytes:
         raise ValueError(f"{end} bytes of tensors are announced, and it has {data_bytes}")
-    return specs, starts
+    return specs, starts, metadata
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

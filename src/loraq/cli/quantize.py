@@ -22,7 +22,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             "--recipe", default="default", show_default=True, help="Name (`loraq formats`), or .toml/.json file."
         ),
         click.option("--budget", help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks."),
-        click.option("--method", help="loraq, svdquant, lqer or rtn instead of the recipe's."),
+        click.option("--method", help="loraq, svdquant, lqer, rtn, gptq or qera instead of the recipe's."),
         click.option("--effort", type=click.Choice(["fast", "default", "best"]), help="How long loraq works."),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )
@@ -69,6 +69,7 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @config_option
+@click.option("--stats", type=click.Path(path_type=Path), help="Activation statistics that `loraq.save_stats` wrote.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
 @click.option("--shard-size", "shard_bytes", default="2GB", show_default=True, callback=_bytes, help="Largest file.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")

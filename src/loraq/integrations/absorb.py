@@ -139,6 +139,11 @@ def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
         raise LayerError(
             f"Layer '{name}' has absorbed a LoRA before. Start from the folder without it: sums of LoRAs are not kept."
         )
+    if "stats_sha256" in layer.record:
+        raise LayerError(
+            f"Layer '{name}' was quantized with activation statistics, which are not kept and do not know the LoRA. "
+            "Add the LoRA to the float weights, collect statistics of that, and quantize it."
+        )
     return Recipe.from_dict(layer.record["recipe"])
 
 

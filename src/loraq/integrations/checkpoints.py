@@ -19,6 +19,7 @@ from loraq.integrations.single_file import ConvertedReader
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.quantize import Report, plan_model
+from loraq.pipeline.stats import Stats, opened
 from loraq.pipeline.stream import Settings, Source, stream
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -35,6 +36,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     recipe: str | Path | Scheme | Recipe,
     *,
     config: str | Path | None = None,
+    stats: Stats | None = None,
     workers: int = 1,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -55,6 +57,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         config: for a source without a configuration, the diffusers `config.json` or the folder it is in; without
             one, layers are found by their tensors, and the target is for `loraq.load_into`.
+        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None` needs no data.
         workers: processes that solve layers at a time, on one thread each. A script that asks for more than one
             needs the usual `if __name__ == "__main__":`, because they import it.
         shard_bytes: largest output file, unless one tensor alone is larger.
@@ -67,6 +70,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         The plan and what became of each layer.
 
     Raises:
+        CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the target cannot be written, or was begun with other settings.
         LayerError: a layer failed; the message names it. What is finished is kept for the next call.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
@@ -75,7 +79,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     given = _locate(source, config)
     _require_apart(given.root, target)
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
-    return stream(_open(given, recipe), target, recipe, settings, progress=progress)
+    return stream(_open(given, recipe), target, recipe, settings, stats=opened(stats), progress=progress)
 
 
 def plan_checkpoint(

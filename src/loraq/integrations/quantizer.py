@@ -20,6 +20,7 @@ from loraq.errors import CheckpointError, LayerError, LoraqError
 from loraq.layers import is_linear, replace_layer
 from loraq.pipeline.plan import LayerPlan
 from loraq.pipeline.quantize import plan_model, quantized_layer, require_usable, solve_layer
+from loraq.pipeline.stats import hashes_of_used
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -121,7 +122,9 @@ class LoraqQuantizer(DiffusersQuantizer):
             return
         if (self._folder / FILE_NAME).is_file():
             raise CheckpointError(f"'{self._folder}' is quantized already. Load it without `quantization_config`.")
-        self._jobs = {job.name: job for job in plan_model(model, self.recipe).quantized}
+        plan = plan_model(model, self.recipe)
+        hashes_of_used(None, plan, self.recipe)  # a method that needs statistics cannot run here
+        self._jobs = {job.name: job for job in plan.quantized}
         if not self._jobs:
             raise LoraqError(
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. `loraq plan` shows why."

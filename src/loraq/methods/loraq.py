@@ -15,6 +15,10 @@ Rounding a branch *before* the main weight costs almost nothing, because the mai
 
 α and β price activation noise: with 4-bit activations a large 4-bit part and a large branch that cancel each other
 lose what they won on the weight (see `ActivationNoise`).
+
+Statistics of the inputs, which nobody needs to give, change two things. In all norms above a channel counts by its mean
+square (`Inputs.importance`). And if all second moments are known, the last rounding of the main weight feeds its errors
+back (`round_with_feedback`), and candidates are compared by the output error that they make.
 """
 
 import math
@@ -22,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -31,8 +35,10 @@ from torch import Tensor
 from loraq.errors import SchemeError, unknown
 from loraq.formats import CastFormat, Format, get_format
 from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
-from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
+from loraq.methods.base import energy, prepare, prepare_stats, quantize_branch, relative_error, require_branch
+from loraq.methods.inputs import Inputs
 from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.stats import ActivationStats
 from loraq.transforms import rotate
 
 #: (up, down) of one layer.
@@ -45,6 +51,8 @@ EFFORTS = {"fast": (25, 10), "default": (140, 56), "best": (400, 160)}
 @dataclass(frozen=True)
 class LoRaQ:
     """Anneal the branch against the rounding error of what it leaves; see the module text."""
+
+    use_of_stats: ClassVar[str] = "optional"
 
     #: Steps with full-precision factors, hot to stable.
     steps: int = 140
@@ -66,6 +74,10 @@ class LoRaQ:
     rotate: bool = True
     #: Scale rule of the last rounding; inside the loop it is always "fitted".
     scale_rule: str | None = "search"
+    #: With statistics: added to each channel's mean square, as a share of their mean, before it weighs errors.
+    importance_damping: float = 0.3
+    #: With full second moments: `GPTQ.damping` of the last rounding.
+    feedback_damping: float = 0.01
 
     @classmethod
     def at(cls, effort: str) -> Self:
@@ -75,23 +87,33 @@ class LoRaQ:
         steps, refine_steps = EFFORTS[effort]
         return cls(steps=steps, refine_steps=refine_steps)
 
-    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
+    def solve(
+        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+    ) -> LayerSolution:
         """Fit a quantized branch; never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike.
 
-        `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant.
-        See `Method.solve`.
+        `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant; with statistics
+        ‖W‖ is the size of the output. What statistics change is in the module text. See `Method.solve`.
         """
-        return self.solve_batch([weight], scheme, seeds=[seed])[0]
+        return self.solve_batch([weight], scheme, seeds=[seed], stats=[stats])[0]
 
     def solve_batch(
-        self, weights: Sequence[Float[Tensor, "out in"]], scheme: Scheme, *, seeds: Sequence[int]
+        self,
+        weights: Sequence[Float[Tensor, "out in"]],
+        scheme: Scheme,
+        *,
+        seeds: Sequence[int],
+        stats: Sequence[ActivationStats | None] | None = None,
     ) -> list[LayerSolution]:
         """Solve weights of one shape together: on a GPU, where a small layer is bound by launches, this is faster."""
         begin = time.perf_counter()
         branch = require_branch(scheme, "loraq")
         weight = torch.stack([prepare(w, scheme) for w in weights])
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
-        problem = _Problem(weight, scheme.weight_format, branch.weight_format, noise)
+        known = stats or [None] * len(weights)
+        inputs = [Inputs(s and prepare_stats(s, w, scheme)) for s, w in zip(known, weight, strict=True)]
+        importance = _of_batch([x.importance(self.importance_damping) for x in inputs])
+        problem = _Problem(weight, scheme.weight_format, branch.weight_format, noise, importance)
 
         svds = [truncated_svd(w, branch.rank, seed=seed) for w, seed in zip(weight, seeds, strict=True)]
         annealed = self._anneal(problem, _stack([svd.balanced() for svd in svds]))
@@ -100,7 +122,8 @@ class LoRaQ:
         solutions = []
         for i, svd in enumerate(svds):
             begin = time.perf_counter()
-            solution = self._best_of(weight[i], scheme, noise, (refined.up[i], refined.down[i]), svd.canonical())
+            pairs = (refined.up[i], refined.down[i]), svd.canonical()
+            solution = self._best_of(weight[i], scheme, noise, pairs, inputs[i])
             seconds = shared + time.perf_counter() - begin
             solutions.append(replace(solution, seconds=seconds))
         return solutions
@@ -143,10 +166,11 @@ class LoRaQ:
         return best.factors
 
     def _best_of(
-        self, weight: Tensor, scheme: Scheme, noise: "ActivationNoise", refined: Pair, start: Pair
+        self, weight: Tensor, scheme: Scheme, noise: "ActivationNoise", pairs: tuple[Pair, Pair], inputs: Inputs
     ) -> LayerSolution:
         """Store the best of three in J: the refined factors, one-shot SVDQuant's, and none (round-to-nearest)."""
         branch = require_branch(scheme, "loraq")
+        refined, start = pairs
         none = (torch.zeros_like(start[0]), torch.zeros_like(start[1]))
         candidates = [
             quantize_branch(*factors, branch, rule)
@@ -156,11 +180,12 @@ class LoRaQ:
         for candidate in candidates:
             product = candidate.reconstruct()
             residual = weight - product
-            stored.append(scheme.weight_format.quantize(residual, self.scale_rule))
+            stored.append(inputs.round(residual, scheme.weight_format, self.scale_rule, self.feedback_damping))
             rounded = stored[-1].dequantize()
-            objectives.append(noise.objective(residual - rounded, rounded, _energy(product)).item())
+            objective = inputs.error_energy(residual - rounded) + noise.branch * inputs.noise_energy(product)
+            objectives.append(objective + noise.main * inputs.noise_energy(rounded) if noise.main else objective)
         best = objectives.index(min(objectives))
-        norm = frobenius(weight).item() or 1.0
+        norm = inputs.size(weight)
         metrics = {
             "objective": math.sqrt(objectives[best]) / norm,
             "start_objective": math.sqrt(objectives[1]) / norm,
@@ -196,10 +221,12 @@ class ActivationNoise(NamedTuple):
             + rounding_noise(branch.intermediate or branch.activation),
         )
 
-    def objective(self, error: Tensor, rounded: Tensor, branch_energy: Tensor) -> Tensor:
-        """Return J of each matrix from R − Qw(R), Qw(R) and ‖U D‖²."""
-        total = _energy(error) + self.branch * branch_energy
-        return total + self.main * _energy(rounded) if self.main else total
+    def objective(self, error: Tensor, rounded: Tensor, branch_energy: Tensor, root: Tensor | None = None) -> Tensor:
+        """Return J of each matrix from R − Qw(R), Qw(R) and ‖U D‖²; `root` scales the channels before squaring."""
+        if root is not None:
+            error, rounded = error * root, rounded * root if self.main else rounded
+        total = energy(error) + self.branch * branch_energy
+        return total + self.main * energy(rounded) if self.main else total
 
 
 @lru_cache(maxsize=64)
@@ -230,7 +257,8 @@ class _Factors(NamedTuple):
 class _Iterate(NamedTuple):
     factors: _Factors  # before the branch's rounding
     seen: _Factors  # as the product used them
-    grams: Pair  # UᵀU and DDᵀ of what was seen
+    weighted: Tensor  # D of what was seen, its channels times their importance
+    grams: Pair  # UᵀU and the weighted DDᵀ of what was seen
     error: Tensor  # R − Qw(R), (batch, out, in); valid until the next evaluation
     rounded: Tensor  # Qw(R); valid until the next evaluation
     objective: Tensor  # J, (batch,)
@@ -254,8 +282,11 @@ class _Iterate(NamedTuple):
 class _Problem:
     """The weights of one batch, and two buffers that every evaluation reuses: fresh pages cost more than the sums."""
 
-    def __init__(self, weight: Tensor, main: Format, factor: Format, noise: ActivationNoise) -> None:
+    def __init__(
+        self, weight: Tensor, main: Format, factor: Format, noise: ActivationNoise, importance: Tensor | None
+    ) -> None:
         self.weight, self.main, self.factor, self.noise = weight, main, factor, noise
+        self.importance, self._root = importance, None if importance is None else importance.sqrt()
         self._residual, self._rounded = torch.empty_like(weight), torch.empty_like(weight)
 
     def evaluate(self, factors: _Factors, *, rounded: bool) -> _Iterate:
@@ -264,21 +295,23 @@ class _Problem:
         torch.baddbmm(self.weight, *seen, alpha=-1, out=self._residual)
         self.main.round(self._residual, "fitted", out=self._rounded)
         error = self._residual.sub_(self._rounded)
-        grams = seen.up.mT @ seen.up, seen.down @ seen.down.mT
+        weighted = seen.down if self.importance is None else seen.down * self.importance
+        grams = seen.up.mT @ seen.up, weighted @ seen.down.mT
         branch_energy = (grams[0].double() * grams[1]).sum((-2, -1))
-        objective = self.noise.objective(error, self._rounded, branch_energy)
-        return _Iterate(factors, seen, grams, error, self._rounded, objective)
+        objective = self.noise.objective(error, self._rounded, branch_energy, self._root)
+        return _Iterate(factors, seen, weighted, grams, error, self._rounded, objective)
 
 
 def _move(iterate: _Iterate, gradient: Tensor, step: float, cap: float) -> _Factors:
     """Step the factors along the gradient, projected on the tangent space at the factors that are seen.
 
     The projection of G at U D is P_U G + G P_D − P_U G P_D with P_U = U (UᵀU)⁻¹ Uᵀ and P_D alike; the overlap is
-    shared by both factors. Rows and columns of G whose leverage (diagonal of P) times the step exceeds `cap` are
-    scaled down: there the branch has nearly all freedom, and an over-relaxed step would diverge.
+    shared by both factors. If channels differ in importance M, P_D = M Dᵀ (D M Dᵀ)⁻¹ D is orthogonal in that metric.
+    Rows and columns of G whose leverage (diagonal of P) times the step exceeds `cap` are scaled down: there the branch
+    has nearly all freedom, and an over-relaxed step would diverge.
     """
     up, down = iterate.seen
-    up_dual, down_dual = up @ _inverse(iterate.grams[0]), _inverse(iterate.grams[1]) @ down
+    up_dual, down_dual = up @ _inverse(iterate.grams[0]), _inverse(iterate.grams[1]) @ iterate.weighted
     rows = (cap / (step * (up_dual * up).sum(-1, keepdim=True))).clamp_(max=1)
     columns = (cap / (step * (down_dual * down).sum(-2, keepdim=True))).clamp_(max=1)
     # In place wherever it can be: on a CPU, fresh pages for these factors cost more than the arithmetic.
@@ -310,11 +343,11 @@ def _spread(up: Tensor, down: Tensor, seed: int | None) -> Pair:
     return up @ rotation, rotation.mT @ down
 
 
-def _energy(matrix: Tensor) -> Tensor:
-    """Squared Frobenius norm of each matrix, summed in fp32 within a row unless that leaves fp32's range."""
-    energy = torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
-    safe = ((energy > 1e-24) & (energy < 1e60)).all()
-    return energy if safe else frobenius(matrix).square()
+def _of_batch(importance: Sequence[Tensor | None]) -> Tensor | None:
+    """(batch, 1, in), or `None` if nothing is known; the layers of a batch are either all known or none."""
+    known = [channel for channel in importance if channel is not None]
+    assert len(known) in (0, len(importance)), "statistics for a part of a batch"
+    return torch.stack(known)[:, None] if known else None
 
 
 def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> _Factors:

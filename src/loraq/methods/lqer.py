@@ -5,6 +5,7 @@ LQER, arXiv 2402.02446, equation of section 3.1 ("plain" form, no activation sta
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,17 +13,22 @@ from torch import Tensor
 from loraq.linalg import truncated_svd
 from loraq.methods.base import prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import LayerSolution, Scheme
+from loraq.stats import ActivationStats
 
 
 @dataclass(frozen=True)
 class LQER:
     """Round the weight first, then approximate the error W − Q(W) by a low-rank branch."""
 
+    use_of_stats: ClassVar[str] = "ignored"
+
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: str | None = "search"
 
-    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
-        """Round the weight and fit its error; see `Method.solve`."""
+    def solve(
+        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+    ) -> LayerSolution:
+        """Round the weight and fit its error; statistics are ignored. See `Method.solve`."""
         begin = time.perf_counter()
         branch = require_branch(scheme, "lqer")
         weight = prepare(weight, scheme)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,17 +10,22 @@ from torch import Tensor
 from loraq.errors import SchemeError
 from loraq.methods.base import prepare, relative_error
 from loraq.scheme import LayerSolution, Scheme
+from loraq.stats import ActivationStats
 
 
 @dataclass(frozen=True)
 class RTN:
     """Round every weight to its nearest code; no branch."""
 
+    use_of_stats: ClassVar[str] = "ignored"
+
     #: Scale rule of the weight; `None` is the direct rule of the format ("floor" or "absmax").
     scale_rule: str | None = "search"
 
-    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
-        """Round the weight; see `Method.solve`."""
+    def solve(
+        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+    ) -> LayerSolution:
+        """Round the weight; statistics are ignored. See `Method.solve`."""
         begin = time.perf_counter()
         if scheme.branch is not None:
             raise SchemeError("Method 'rtn' has no branch, but the scheme asks for one. Remove the branch.")

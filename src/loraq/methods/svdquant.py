@@ -6,6 +6,7 @@ LoftQ, arXiv 2310.08659, algorithm 1, but started from the weight). Smoothing ne
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch import Tensor
 from loraq.linalg import truncated_svd
 from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
 from loraq.scheme import LayerSolution, Scheme
+from loraq.stats import ActivationStats
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class SVDQuant:
     The branch is rounded to its format before the residual is formed, so that the main weight absorbs its rounding.
     """
 
+    use_of_stats: ClassVar[str] = "ignored"
+
     #: Number of (SVD, round) alternations; 1 is one-shot. The best round is kept.
     rounds: int = 1
     #: Rounds without improvement after which the alternation stops.
@@ -30,8 +34,10 @@ class SVDQuant:
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: str | None = "search"
 
-    def solve(self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0) -> LayerSolution:
-        """Alternate truncated SVD and rounding; see `Method.solve`."""
+    def solve(
+        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+    ) -> LayerSolution:
+        """Alternate truncated SVD and rounding; statistics are ignored. See `Method.solve`."""
         begin = time.perf_counter()
         branch = require_branch(scheme, "svdquant")
         weight = prepare(weight, scheme)

@@ -1,7 +1,7 @@
 """`quantize_weight` and `quantize_`: the same pure layer job for one matrix and for every layer of a module."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,8 +19,10 @@ from loraq.methods import layer_seed
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
+from loraq.pipeline.stats import Stats, hashes_of_used, opened
 from loraq.recipe import METHODS, Recipe
 from loraq.scheme import LayerSolution, Scheme
+from loraq.stats import ActivationStats
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class LayerReport:
     seconds: float
     #: SHA-256 of the float weight's bytes, in its own dtype.
     source_sha256: str
+    #: SHA-256 of the statistics that were used; empty for none.
+    stats_sha256: str = ""
 
     def record(self) -> dict[str, float | int | str]:
         """Return what a checkpoint keeps of this besides shape and scheme: plain data, the same for every run."""
-        names = ("relative_error", "bits_per_weight", "nbytes", "source_sha256")
-        return {name: getattr(self, name) for name in names}
+        names = ("relative_error", "bits_per_weight", "nbytes", "source_sha256", "stats_sha256")
+        return {name: value for name in names if (value := getattr(self, name)) != ""}
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,23 @@ def quantize_weight(
     method: str | None = None,
     seed: int | None = None,
     name: str = "",
+    stats: ActivationStats | None = None,
 ) -> LayerSolution:
     """Quantize one weight.
 
     Args:
         weight: full-precision weight, rows are output channels; any float dtype and device.
         recipe: a recipe, a scheme, a name such as "mxfp4-w8a8-r64-a4", or a path to a .toml or .json file.
-        method: overrides the recipe's method ("loraq", "svdquant", "lqer", "rtn").
+        method: overrides the recipe's method ("loraq", "svdquant", "lqer", "rtn", "gptq", "qera").
         seed: overrides the recipe's seed.
         name: name of the layer: selects the recipe's rules, and goes into the seed.
+        stats: of the layer's inputs, for the methods that use them.
 
     Returns:
         The solution: `.reconstruct()`, `.relative_error`, `.sqnr_db`, `.bits_per_weight`, `.nbytes`, `.seconds`.
 
     Raises:
+        CalibrationError: the method needs statistics, or they are not of this layer.
         FormatError: a weight is NaN or infinite.
         RecipeError: the recipe cannot be read, or skips this layer.
         SchemeError: the scheme does not fit the weight.
@@ -101,7 +108,7 @@ def quantize_weight(
     scheme = recipe.scheme_for(name, (weight.shape[0], weight.shape[1]))
     if scheme is None:
         raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
-    return solve_layer(weight, recipe, scheme, name)
+    return solve_layer(weight, recipe, scheme, name, stats)
 
 
 def plan_model(model: nn.Module, recipe: str | Path | Scheme | Recipe) -> Plan:
@@ -118,6 +125,7 @@ def quantize_(
     model: nn.Module,
     recipe: str | Path | Scheme | Recipe,
     *,
+    stats: Stats | None = None,
     workers: int = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report:
@@ -130,6 +138,7 @@ def quantize_(
     Args:
         model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
+        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None` needs no data.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each layer.
 
@@ -137,6 +146,7 @@ def quantize_(
         The plan and what became of each layer.
 
     Raises:
+        CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
         LayerError: a layer failed; the message names it. The layers before it are quantized.
         RecipeError: the recipe cannot be read, or leaves nothing to quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
@@ -149,14 +159,25 @@ def quantize_(
             f"Nothing to quantize: {len(layers)} linear layers were found in {type(model).__name__}, and all are "
             "skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
         )
+    stats = opened(stats)
+    hashes = hashes_of_used(stats, plan, recipe)
     for job in plan.quantized:
         require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
     attach_save_pretrained(model)
     with shown_progress(progress) as show:
-        for job, future in _solved(plan.quantized, layers, recipe, max(1, workers)):
+
+        def solve(job: LayerPlan) -> LayerSolution:
+            assert job.scheme is not None
+            of_layer = stats[job.name] if stats is not None and job.name in hashes else None
+            return solve_layer(matrix_of(layers[job.name]), recipe, job.scheme, job.name, of_layer)
+
+        for job, future in _solved(plan.quantized, solve, max(1, workers)):
             layer = layers.pop(job.name)
-            quantized, report = quantized_layer(layer, job.name, matrix_of(layer), future.result(), recipe)
+            used = hashes.get(job.name, "")
+            quantized, report = quantized_layer(
+                layer, job.name, matrix_of(layer), future.result(), recipe, stats_sha256=used
+            )
             replace_layer(model, job.name, quantized)
             del layer  # frees its float weight now, not after the next layer
             reports.append(report)
@@ -165,14 +186,13 @@ def quantize_(
 
 
 def _solved(
-    jobs: tuple[LayerPlan, ...], layers: dict[str, LinearLayer], recipe: Recipe, workers: int
+    jobs: tuple[LayerPlan, ...], solve: Callable[[LayerPlan], LayerSolution], workers: int
 ) -> Iterator[tuple[LayerPlan, "Future[LayerSolution]"]]:
     """Yield finished jobs in order, with at most `workers` of them in flight."""
 
     def run(job: LayerPlan) -> LayerSolution:
-        assert job.scheme is not None
         try:
-            return solve_layer(matrix_of(layers[job.name]), recipe, job.scheme, job.name)
+            return solve(job)
         except Exception as error:
             raise LayerError(f"Layer '{job.name}' failed: {error}") from error
 
@@ -201,10 +221,12 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def solve_layer(weight: Tensor, recipe: Recipe, scheme: Scheme, name: str) -> LayerSolution:
+def solve_layer(
+    weight: Tensor, recipe: Recipe, scheme: Scheme, name: str, stats: ActivationStats | None = None
+) -> LayerSolution:
     """Return one layer's solution: pure, and the same bytes whoever runs it."""
     with torch.no_grad(), _one_thread() if weight.device.type == "cpu" else nullcontext():
-        return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name))
+        return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name), stats=stats)
 
 
 @contextmanager
@@ -233,10 +255,10 @@ def require_usable(name: str, layer: LinearLayer) -> None:
 
 
 def quantized_layer(
-    layer: nn.Module, name: str, weight: Tensor, solution: LayerSolution, recipe: Recipe
+    layer: nn.Module, name: str, weight: Tensor, solution: LayerSolution, recipe: Recipe, *, stats_sha256: str = ""
 ) -> tuple[QuantizedLinear, LayerReport]:
     """Return what takes the place of `layer`, called `name`, now that its float weight (out, in) is solved."""
-    report = report_layer(name, weight, solution)
+    report = report_layer(name, weight, solution, stats_sha256)
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     quantized = quantized_class(layer).from_solution(solution, bias)
@@ -244,8 +266,8 @@ def quantized_layer(
     return quantized, report
 
 
-def report_layer(name: str, weight: Tensor, solution: LayerSolution) -> LayerReport:
-    """Return what became of one layer."""
+def report_layer(name: str, weight: Tensor, solution: LayerSolution, stats_sha256: str = "") -> LayerReport:
+    """Return what became of one layer; `stats_sha256` is the hash of the statistics that were used."""
     return LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
@@ -256,6 +278,7 @@ def report_layer(name: str, weight: Tensor, solution: LayerSolution) -> LayerRep
         nbytes=solution.nbytes,
         seconds=solution.seconds,
         source_sha256=tensor_sha256(weight),
+        stats_sha256=stats_sha256,
     )
 
 

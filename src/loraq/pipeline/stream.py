@@ -25,12 +25,14 @@ from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
 from loraq.checkpoint.reader import ShardReader, TensorReader
 from loraq.checkpoint.writer import write_json
-from loraq.errors import CheckpointError, RecipeError
+from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.quantize import LayerReport, Report, report_layer, shown_progress, solve_layer, tensor_sha256
+from loraq.pipeline.stats import hashes_of_used
 from loraq.pipeline.workers import run_jobs
 from loraq.recipe import Recipe
+from loraq.stats import ActivationStats
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class _Job:
     layer: LayerPlan
     #: Hash of the weight when it was scanned.
     sha256: str
+    #: Hash of the statistics when they were checked; empty for none.
+    stats_sha256: str
 
     @property
     def name(self) -> str:
@@ -92,15 +96,16 @@ class _Work:
     layout: ShardLayout
     folder: Path
     recipe: Recipe
+    stats: Mapping[str, ActivationStats] | None
 
     def __call__(self, job: _Job) -> dict[str, Any]:
         """Do a layer, and return its line for the journal once its bytes are on the disk."""
         layer = job.layer
         assert layer.scheme is not None
         weight = self.reader.read(f"{layer.name}.weight").view(layer.shape)  # a 1x1 convolution is a matrix too
-        report = report_layer(
-            layer.name, weight, solution := solve_layer(weight, self.recipe, layer.scheme, layer.name)
-        )
+        stats = self._stats(job)
+        solution = solve_layer(weight, self.recipe, layer.scheme, layer.name, stats)
+        report = report_layer(layer.name, weight, solution, job.stats_sha256)
         if report.source_sha256 != job.sha256:
             raise CheckpointError(f"The weight of layer '{layer.name}' changed while it was read. Leave the source be.")
         tensors = {f"{layer.name}.{name}": tensor for name, tensor in solution.tensors.items()}
@@ -108,13 +113,28 @@ class _Work:
         entry = {key: value for key, value in asdict(report).items() if key not in ("shape", "scheme")}
         return {**entry, "written_sha256": _sha256_of_all(tensors)}
 
+    def _stats(self, job: _Job) -> ActivationStats | None:
+        if self.stats is None or not job.stats_sha256:
+            return None
+        stats = self.stats[job.name]
+        if stats.sha256 != job.stats_sha256:
+            raise CalibrationError(f"The statistics of layer '{job.name}' changed meanwhile. Leave their file be.")
+        return stats
+
 
 def stream(
-    source: Source, target: Path, recipe: Recipe, settings: Settings, *, progress: ProgressCallback | bool = True
+    source: Source,
+    target: Path,
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    stats: Mapping[str, ActivationStats] | None = None,
+    progress: ProgressCallback | bool = True,
 ) -> Report:
     """Quantize a checkpoint into a new folder, or finish what an interrupted run has begun.
 
     Raises:
+        CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the target cannot be written, or was begun with other settings.
         LayerError: a layer failed; the message names it. What is finished is kept.
         RecipeError: the recipe leaves nothing to quantize.
@@ -125,10 +145,11 @@ def stream(
             f"Nothing to quantize: {len(plan.layers)} linear layers were found, and all are skipped. `loraq plan` "
             "shows why; a rule with `skip = false` overrides."
         )
+    stats_hashes = hashes_of_used(stats, plan, recipe)
     tied = _output_ties(source)
     layout = ShardLayout.of(_output_specs(source), weights_stem(source.config), settings.shard_bytes)
     _require_space(target, source, layout, settings)
-    fingerprint = _fingerprint(source, layout, recipe)
+    fingerprint = _fingerprint(source, layout, recipe) | {"statistics": stats_hashes}
     n = len(plan.quantized)
     with resumable_folder(target, fingerprint, n, overwrite=settings.overwrite, restart=settings.restart) as journal:
         if journal.whole and not journal.folder.exists():
@@ -142,10 +163,14 @@ def stream(
         for name in source.names:
             if name in layout.specs:
                 layout.write(folder, {name: source.reader.read(name)})
-        jobs = [_Job(layer, hashes[layer.name]) for layer in plan.quantized if layer.name not in kept]
+        jobs = [
+            _Job(layer, hashes[layer.name], stats_hashes.get(layer.name, ""))
+            for layer in plan.quantized
+            if layer.name not in kept
+        ]
         jobs.sort(key=lambda job: -math.prod(job.layer.shape))  # the longest first, so that workers end together
         n_kept = len(kept)
-        work = _Work(source.reader, layout, folder, recipe)
+        work = _Work(source.reader, layout, folder, recipe, stats)
         with shown_progress(progress) as show:
             with closing(run_jobs(work, jobs, settings.workers)) as entries:  # on an error all workers end first
                 for entry in entries:

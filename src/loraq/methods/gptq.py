@@ -1,0 +1,127 @@
+"""GPTQ: round one input channel after the other, and let those that are left make up for the error.
+
+GPTQ, arXiv 2210.17323, algorithm 1 (the same rounding as LDLQ of QuIP, arXiv 2307.13304). Beside a branch it rounds
+what the branch leaves, as SVDQuant, arXiv 2411.05007, does with its option "gptq".
+
+A block format shares one scale among neighbouring input channels. It is chosen when the first channel of a block is
+reached, from what the block is then: errors of the blocks before are in it, those of its own first channels are not. A
+scale above the blocks (NVFP4) is that of the matrix before any rounding; a block that grows past it saturates.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.formats import BlockFormat, Format, QTensor
+from loraq.formats.columns import ColumnRounder
+from loraq.linalg import truncated_svd
+from loraq.methods.base import (
+    full_moment,
+    output_error,
+    prepare,
+    prepare_stats,
+    quantize_branch,
+    relative_error,
+    require_stats,
+)
+from loraq.scheme import LayerSolution, Scheme
+from loraq.stats import ActivationStats
+
+#: Columns after which the errors are carried to the columns that are further away, in one product.
+_LAZY = 64
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Round with error feedback through the second moment; a branch is one-shot SVDQuant's."""
+
+    use_of_stats: ClassVar[str] = "required"
+
+    #: What is added to the diagonal of the second moment, as a share of its mean.
+    damping: float = 0.01
+    #: Scale rule of weight and factors; `None` is the direct rule of each format.
+    scale_rule: str | None = "search"
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+    ) -> LayerSolution:
+        """Round what the branch leaves, or all of the weight without one; full second moments are required.
+
+        `metrics` holds "output_error"; see `output_error` and `Method.solve`.
+        """
+        begin = time.perf_counter()
+        weight = prepare(weight, scheme)
+        stats = prepare_stats(require_stats(stats, "gptq"), weight, scheme)
+        branch, target = None, weight
+        if scheme.branch is not None:
+            svd = truncated_svd(weight, scheme.branch.rank, seed=seed)
+            branch = quantize_branch(*svd.canonical(), scheme.branch, self.scale_rule)
+            target = weight - branch.reconstruct()
+        hessian = full_moment(stats, "gptq")
+        stored = round_with_feedback(target, scheme.weight_format, hessian, damping=self.damping, rule=self.scale_rule)
+        return LayerSolution(
+            scheme,
+            stored,
+            branch,
+            relative_error(weight, stored, branch),
+            time.perf_counter() - begin,
+            {"output_error": output_error(weight, stored, branch, stats)},
+        )
+
+
+def round_with_feedback(
+    weight: Float[Tensor, "out in"],
+    fmt: Format,
+    hessian: Float[Tensor, "in in"],
+    *,
+    damping: float = 0.01,
+    rule: str | None = "search",
+) -> QTensor:
+    """Return a rounded weight Q that lowers tr((W − Q) H (W − Q)ᵀ); with a diagonal H it is round to nearest.
+
+    Args:
+        weight: fp32.
+        fmt: a 16-bit format rounds to nearest, because there is nothing to gain.
+        hessian: H, symmetric and positive semi-definite; a zero matrix counts as the identity.
+        damping: added to the diagonal, as a share of its mean.
+        rule: scale rule.
+    """
+    if not isinstance(fmt, BlockFormat):
+        return fmt.quantize(weight, rule)
+    feedback = _feedback(hessian, damping)
+    rounder = ColumnRounder(weight, fmt, rule)
+    columns = weight.mT.clone(memory_format=torch.contiguous_format)  # (in, out): a channel is a row in memory
+    n_in = len(columns)
+    size = fmt.block_size or n_in
+    for first in range(0, n_in, size):
+        last = min(first + size, n_in)
+        rounder.begin_block(columns[first:last].mT.contiguous())
+        for start in range(first, last, _LAZY):
+            stop = min(start + _LAZY, last)
+            errors = torch.empty_like(columns[start:stop])
+            for j in range(start, stop):
+                rounded = rounder.round(columns[j])
+                errors[j - start] = columns[j] - rounded
+                columns[j] = rounded
+                columns[j + 1 : stop].addr_(feedback[j, j + 1 : stop], errors[j - start], alpha=-1)
+            columns[stop:].addmm_(feedback[start:stop, stop:].mT, errors, alpha=-1)
+    return rounder.pack(columns.mT.contiguous())
+
+
+def _feedback(hessian: Tensor, damping: float) -> Tensor:
+    """Return the unit upper triangular F: an error e of channel i asks of channel j > i the change −e F[i, j].
+
+    With H⁻¹ = Rᵀ R and R upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the
+    Cholesky factor of H taken from the last channel to the first. Everything in double precision.
+    """
+    hessian = hessian.double()
+    mean = hessian.diagonal().mean()
+    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    factor = torch.linalg.cholesky((hessian + ridge * eye).flip(0, 1)).flip(0, 1)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
+    return (inverse / inverse.diagonal()[:, None]).float()

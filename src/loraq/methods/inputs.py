@@ -1,0 +1,68 @@
+"""What a solver knows of a layer's inputs: nothing, their mean squares, or all their second moments.
+
+Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With E[x xᵀ] the
+price of an error is exactly the output error it makes, and rounding feeds errors back (`round_with_feedback`).
+Activation noise is priced by h alone: it is about as large as its channel, and not correlated with the input.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.formats import Format, QTensor
+from loraq.methods.base import energy, frobenius
+from loraq.methods.gptq import round_with_feedback
+from loraq.stats import ActivationStats
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one layer; energies are in units of the mean power of a channel, so that white inputs count as 1."""
+
+    #: As the prepared weight sees them, or `None` for white inputs.
+    stats: ActivationStats | None = None
+
+    def importance(self, damping: float) -> Float[Tensor, " in"] | None:
+        """Return what an error of each channel counts, 1 in the mean, or `None` for all alike.
+
+        Args:
+            damping: added to each mean square, as a share of their mean.
+        """
+        if self.stats is None:
+            return None
+        weights = self.stats.mean_square / self._power + damping
+        return weights / weights.mean()
+
+    def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None, damping: float) -> QTensor:
+        """Return the rounded target; `damping` is that of `round_with_feedback`."""
+        if self.stats is None or not self.stats.is_full:
+            return fmt.quantize(target, rule)
+        return round_with_feedback(target, fmt, self.stats.second_moment, damping=damping, rule=rule)
+
+    def error_energy(self, error: Float[Tensor, "out in"]) -> float:
+        """Return E‖x errorᵀ‖²."""
+        if self.stats is None:
+            return energy(error).item()
+        moment = self.stats.second_moment
+        seen = error @ moment if self.stats.is_full else error * moment
+        return max(0.0, (seen * error).sum(dtype=torch.float64).item() / self._power)
+
+    def noise_energy(self, matrix: Float[Tensor, "out in"]) -> float:
+        """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels."""
+        if self.stats is None:
+            return energy(matrix).item()
+        return (matrix.square().sum(0, dtype=torch.float64) @ self.stats.mean_square.double()).item() / self._power
+
+    def size(self, weight: Float[Tensor, "out in"]) -> float:
+        """Return √E‖x Wᵀ‖², 1 if it is zero."""
+        if self.stats is None:
+            return frobenius(weight).item() or 1.0
+        return math.sqrt(self.error_energy(weight)) or 1.0
+
+    @property
+    def _power(self) -> float:
+        assert self.stats is not None
+        return self.stats.mean_square.double().mean().item() or 1.0

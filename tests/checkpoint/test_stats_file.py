@@ -1,0 +1,115 @@
+"""Statistics on the disk: a round trip, and files that are something else."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from loraq.checkpoint.stats import load_stats, save_stats
+from loraq.errors import CalibrationError, CheckpointError
+from loraq.stats import ActivationStats
+from matrices import gaussian
+
+
+def full(width: int, seed: int = 0) -> ActivationStats:
+    x = gaussian(40, width, seed)
+    return ActivationStats(40, x.mT @ x / 40, x.abs().amax(0))
+
+
+def diagonal(width: int) -> ActivationStats:
+    x = gaussian(30, width)
+    return ActivationStats(30, x.square().mean(0), x.abs().amax(0))
+
+
+@pytest.fixture
+def path(tmp_path):
+    place = tmp_path / "deep" / "stats.safetensors"
+    save_stats({"blocks.0.up": full(8), "blocks.0.down": diagonal(6), "out": full(4, seed=1)}, place)
+    return place
+
+
+def test_what_is_saved_is_loaded(path):
+    stats = load_stats(path)
+    assert list(stats) == ["blocks.0.up", "blocks.0.down", "out"] or sorted(stats) == sorted(
+        ["blocks.0.up", "blocks.0.down", "out"]
+    )
+    assert len(stats) == 3
+    assert stats["blocks.0.up"].sha256 == full(8).sha256
+    assert stats["blocks.0.down"].sha256 == diagonal(6).sha256
+    assert stats["out"].tokens == 40
+    assert "blocks.1.up" not in stats
+    with pytest.raises(KeyError):
+        stats["blocks.1.up"]
+
+
+def test_the_file_is_plain_safetensors_with_documented_keys(path):
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "loraq_stats": "1"}
+        assert set(file.keys()) == {
+            f"{layer}.{part}"
+            for layer in ("blocks.0.up", "blocks.0.down", "out")
+            for part in ("second_moment", "max_abs", "tokens")
+        }
+        assert torch.equal(file.get_tensor("out.second_moment"), full(4, seed=1).second_moment)
+
+
+def test_equal_statistics_give_equal_bytes(path, tmp_path):
+    save_stats(dict(load_stats(path)), tmp_path / "again.safetensors")
+    again = load_stats(tmp_path / "again.safetensors")
+    assert {name: again[name].sha256 for name in again} == {name: s.sha256 for name, s in load_stats(path).items()}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_file_of_statistics_can_be_sent_to_another_process(path):
+    sent = pickle.loads(pickle.dumps(load_stats(path)))
+    assert sent["out"].sha256 == load_stats(path)["out"].sha256
+
+
+def test_nothing_cannot_be_saved(tmp_path):
+    with pytest.raises(CalibrationError, match="no statistics to save"):
+        save_stats({}, tmp_path / "s.safetensors")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no file of statistics '.*none"):
+        load_stats(tmp_path / "none.safetensors")
+
+
+def test_a_truncated_file_is_refused(path):
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_stats(path)
+
+
+def test_other_safetensors_files_are_refused(tmp_path):
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CalibrationError, match="is no file of statistics; version 1 is required"):
+        load_stats(tmp_path / "model.safetensors")
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    save_file({"a.max_abs": torch.ones(2)}, tmp_path / "s.safetensors", metadata={"loraq_stats": "2"})
+    with pytest.raises(CalibrationError, match="format version 2; version 1 is required"):
+        load_stats(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a.tokens": None}, "has other tensors than"),
+        ({"b.second_moment": torch.ones(2)}, "has other tensors than"),
+        ({"a.tokens": torch.tensor([0])}, "layer 'a': Statistics of 0 tokens"),
+        ({"a.tokens": torch.tensor([1.0])}, "layer 'a' has other dtypes"),
+        ({"a.max_abs": torch.ones(2).half()}, "layer 'a' has other dtypes"),
+        ({"a.max_abs": torch.ones(3)}, "layer 'a': Statistics have a second moment of shape"),
+        ({"a.second_moment": torch.tensor([1.0, torch.nan])}, "layer 'a': .*no finite numbers"),
+    ],
+)
+def test_a_planted_defect_is_found(tmp_path, change, message):
+    tensors = {"a.second_moment": torch.ones(2), "a.max_abs": torch.ones(2), "a.tokens": torch.tensor([1])} | change
+    place = tmp_path / "s.safetensors"
+    save_file({name: t for name, t in tensors.items() if t is not None}, place, metadata={"loraq_stats": "1"})
+    with pytest.raises(CalibrationError, match=message):
+        load_stats(place)["a"]

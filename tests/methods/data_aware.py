@@ -1,0 +1,27 @@
+"""Inputs with a stated property, and their statistics, for the tests of methods that use them."""
+
+import torch
+
+from loraq.scheme import LayerSolution
+from loraq.stats import ActivationStats
+from matrices import gaussian
+
+
+def correlated(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Inputs with a decaying spectrum, a mean that is not zero, and channels of different power, as in transformers."""
+    mixing = gaussian(width, width, seed + 1) * torch.arange(1, width + 1)[:, None] ** -0.7
+    x = gaussian(tokens, width, seed) @ mixing + gaussian(1, width, seed + 2)
+    return x * torch.exp(0.7 * gaussian(1, width, seed + 3))
+
+
+def stats_of(x: torch.Tensor, *, full: bool = True) -> ActivationStats:
+    wide = x.double()
+    moment = wide.mT @ wide / len(x) if full else wide.square().mean(0)
+    return ActivationStats(len(x), moment.float(), x.abs().amax(0))
+
+
+def output_error(x: torch.Tensor, weight: torch.Tensor, solution: LayerSolution) -> float:
+    """‖x (W − Ŵ)ᵀ‖ / ‖x Wᵀ‖ in double precision, from the public result alone."""
+    exact = x.double() @ weight.double().mT
+    error = x.double() @ (weight.double() - solution.reconstruct().double()).mT
+    return (error.norm() / exact.norm()).item()

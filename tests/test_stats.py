@@ -1,0 +1,80 @@
+"""Statistics of inputs: what is refused, and that a rewrite of a layer rewrites them alike."""
+
+import pytest
+import torch
+
+from loraq.errors import CalibrationError
+from loraq.stats import ActivationStats
+from loraq.transforms import rotate
+from matrices import gaussian, outlier_columns
+
+
+def stats_of(x: torch.Tensor, *, full: bool = True) -> ActivationStats:
+    moment = x.mT @ x / len(x) if full else x.square().mean(0)
+    return ActivationStats(len(x), moment, x.abs().amax(0))
+
+
+@pytest.mark.parametrize("rotation", [0, 4, 32])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_transformed_statistics_are_those_of_transformed_inputs(rotation, scaled):
+    x = outlier_columns(200, 96)
+    scale = gaussian(1, 96, seed=3)[0].abs() + 0.5 if scaled else None
+    found = stats_of(x).transformed(scale=scale, rotation=rotation)
+    direct = stats_of(rotate(x if scale is None else x / scale, rotation))
+    largest = direct.second_moment.abs().max()
+    assert (found.second_moment - direct.second_moment).abs().max() < 1e-5 * largest
+    assert (found.max_abs >= direct.max_abs * (1 - 1e-5)).all()
+    if not rotation:
+        assert torch.allclose(found.max_abs, direct.max_abs)
+
+
+def test_mean_squares_are_rotated_as_those_of_uncorrelated_channels():
+    squares = torch.tensor([16.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    found = ActivationStats(5, squares, squares.sqrt()).transformed(rotation=4)
+    assert torch.allclose(found.second_moment, torch.tensor([4.0] * 4 + [1.0] * 4))
+    assert found.max_abs[0] == pytest.approx(2.0)  # a single channel of 4, spread over four
+
+
+def test_without_a_rewrite_nothing_changes():
+    stats = stats_of(gaussian(50, 8))
+    assert stats.transformed().sha256 == stats.sha256
+
+
+def test_the_hash_sees_every_part():
+    stats = stats_of(gaussian(50, 8))
+    moment, largest = stats.second_moment.clone(), stats.max_abs.clone()
+    moment[3, 4] += 1
+    largest[2] += 1
+    others = [
+        ActivationStats(51, stats.second_moment, stats.max_abs),
+        ActivationStats(50, moment, stats.max_abs),
+        ActivationStats(50, stats.second_moment, largest),
+        stats_of(gaussian(50, 8), full=False),
+    ]
+    assert len({stats.sha256, *(other.sha256 for other in others)}) == 5
+
+
+def test_the_mean_square_is_the_diagonal_of_the_second_moment():
+    x = gaussian(50, 8)
+    assert torch.allclose(stats_of(x).mean_square, stats_of(x, full=False).mean_square)
+    assert stats_of(x).is_full
+    assert not stats_of(x, full=False).is_full
+    assert stats_of(x).width == 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "moment", "largest", "message"),
+    [
+        (0, torch.ones(4), torch.ones(4), "0 tokens say nothing"),
+        (1, torch.ones(3, 4), torch.ones(4), r"shape \(3, 4\) and maxima of shape \(4,\)"),
+        (1, torch.ones(5), torch.ones(4), r"shape \(5,\)"),
+        (1, torch.ones(4), torch.ones(2, 2), r"maxima of shape \(2, 2\)"),
+        (1, torch.tensor([1.0, torch.nan]), torch.ones(2), "no finite numbers"),
+        (1, torch.ones(2), torch.tensor([1.0, torch.inf]), "no finite numbers"),
+        (1, -torch.eye(2), torch.ones(2), "negative mean square"),
+        (1, torch.eye(2), -torch.ones(2), "negative mean square or maximum"),
+    ],
+)
+def test_what_cannot_be_statistics_is_refused(tokens, moment, largest, message):
+    with pytest.raises(CalibrationError, match=message):
+        ActivationStats(tokens, moment, largest)
