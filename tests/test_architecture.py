@@ -15,7 +15,7 @@ ROWS = (
     "errors",
     "formats transforms",
     "scheme linalg stats",
-    "budget kernels",
+    "allocation budget kernels",
     "methods nn",
     "layers recipe parallel",
     "checkpoint doctor",

@@ -73,7 +73,7 @@ def test_a_public_name_documents_its_own_members(name):
         ("quantize_weight", ["weight", "recipe", "*method", "*seed", "*name", "*stats"]),
         ("quantize_", ["model", "recipe", "*stats", "*workers", "*progress"]),
         ("absorb_lora", ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"]),
-        ("plan_model", ["model", "recipe"]),
+        ("plan_model", ["model", "recipe", "*workers", "*progress"]),
         ("set_backend", ["model", "name"]),
     ],
 )

@@ -25,6 +25,8 @@ METHODS: dict[str, type[RTN | LQER | SVDQuant | LoRaQ | GPTQ | QERA]] = {
     "qera": QERA,
 }
 
+ALLOCATIONS = ("uniform", "greedy")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -72,6 +74,9 @@ class Recipe:
     seed: int = 0
     #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit branch's bytes).
     budget: str = str(DEFAULT_BUDGET)
+    #: How a model's layers share what the budget gives them: "uniform" (each keeps its own) or "greedy" (ranks go where
+    #: they lower the summed squared error most, with the same bytes in all; see `loraq.pipeline.sharing`).
+    allocation: str = "uniform"
     #: Read from top to bottom before the rules of the model's class; the first match wins.
     rules: tuple[Rule, ...] = ()
 
@@ -82,6 +87,8 @@ class Recipe:
             raise RecipeError(unknown("method", self.method, METHODS))
         if self.effort not in EFFORTS:
             raise RecipeError(unknown("effort", self.effort, EFFORTS))
+        if self.allocation not in ALLOCATIONS:
+            raise RecipeError(unknown("allocation", self.allocation, ALLOCATIONS))
         legal = [f.name for f in fields(METHODS[self.method])]
         for name in self.options:
             if name not in legal:
@@ -109,19 +116,24 @@ class Recipe:
         rules = (*self.rules, *family_rules(model_class))
         return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
 
+    def asked_for(self, name: str, model_class: str = "") -> Scheme | None:
+        """Return the scheme of one layer, with rank 0 if a budget is to settle it, or `None` if it is skipped."""
+        rule = self.rule_for(name, model_class)
+        if rule is not None and rule.skip:
+            return None
+        scheme = _changed(self.scheme, rule)
+        return replace(scheme, branch=None) if self.method == "rtn" else scheme  # rounding to nearest has no branch
+
     def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
         """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.
 
         Raises:
             SchemeError: what the recipe asks for does not fit the shape; the message carries the layer's name.
         """
-        rule = self.rule_for(name, model_class)
-        if rule is not None and rule.skip:
+        scheme = self.asked_for(name, model_class)
+        if scheme is None:
             return None
         try:
-            scheme = _changed(self.scheme, rule)
-            if self.method == "rtn":  # rounding to nearest has no use for a branch
-                scheme = replace(scheme, branch=None)
             scheme = with_rank(scheme, shape, Budget.parse(self.budget))
             scheme.check(shape)
         except SchemeError as error:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from data_aware import correlated, output_error, stats_of
+from correlated_inputs import correlated, output_error, stats_of
 
 from loraq.errors import CalibrationError
 from loraq.formats import FORMATS, get_format

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from data_aware import correlated, output_error, stats_of
+from correlated_inputs import correlated, output_error, stats_of
 
 from loraq.errors import CalibrationError, SchemeError
 from loraq.methods import LQER, QERA

@@ -108,7 +108,7 @@ def resumable_folder(
     """
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     target = target.resolve()  # a link stays, and what it points to is replaced
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     with _locked(target, partial, overwrite=overwrite) as file:
         journal = Journal(file, partial / "files")
         if journal.layers and not restart:
@@ -139,11 +139,20 @@ def resumable_folder(
                 shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_target(target: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` if a run cannot begin at this target; one that was begun there is looked at later."""
+    if not _partial(target.resolve()).exists():
+        require_free(target, overwrite=overwrite)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextmanager
 def _locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
     """Open the journal of a partial folder, made if need be, for this process alone."""
-    if not partial.exists():
-        require_free(target, overwrite=overwrite)
+    require_target(target, overwrite=overwrite)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         file = (partial / "journal.jsonl").open("a+b", buffering=0)

@@ -22,6 +22,12 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             "--recipe", default="default", show_default=True, help="Name (`loraq formats`), or .toml/.json file."
         ),
         click.option("--budget", help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks."),
+        click.option(
+            "--allocate",
+            "allocation",
+            flag_value="greedy",
+            help="Share the budget among the layers: the same bytes in all, ranks where they help most.",
+        ),
         click.option("--method", help="loraq, svdquant, lqer, rtn, gptq or qera instead of the recipe's."),
         click.option("--effort", type=click.Choice(["fast", "default", "best"]), help="How long loraq works."),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
@@ -31,7 +37,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-RECIPE_OPTIONS = ("recipe", "budget", "method", "effort", "seed")
+RECIPE_OPTIONS = ("recipe", "budget", "allocation", "method", "effort", "seed")
 
 config_option = click.option(
     "--config", type=click.Path(path_type=Path), help="config.json or its folder, for a SOURCE without one."
@@ -119,7 +125,8 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> None:
     """Show what `quantize` would do with SOURCE: format, rank, bytes of every layer; what is kept, and why.
 
-    Only the configuration is read, or the names and shapes of the tensors if there is none.
+    Only the configuration is read, or the names and shapes of the tensors if there is none; with --allocate every
+    weight, once.
 
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0

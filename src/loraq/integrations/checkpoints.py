@@ -18,7 +18,8 @@ from loraq.integrations.diffusers import model_of, require_fit, transformer_fold
 from loraq.integrations.single_file import ConvertedReader
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import Report, plan_model
+from loraq.pipeline.quantize import Report
+from loraq.pipeline.sharing import allocated_from_files
 from loraq.pipeline.stats import Stats, opened
 from loraq.pipeline.stream import Settings, Source, stream
 from loraq.recipe import Recipe
@@ -83,17 +84,28 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
 
 
 def plan_checkpoint(
-    source: str | Path, recipe: str | Path | Scheme | Recipe, *, config: str | Path | None = None
+    source: str | Path,
+    recipe: str | Path | Scheme | Recipe,
+    *,
+    config: str | Path | None = None,
+    workers: int = 1,
+    progress: ProgressCallback | bool = True,
 ) -> Plan:
-    """Return what `quantize_checkpoint` would do; a model that has a configuration is planned without its weights.
+    """Return what `quantize_checkpoint` would do.
+
+    A model that has a configuration is planned without its weights, unless the recipe allocates: then each is read.
 
     Raises:
         CheckpointError, RecipeError, SchemeError: the source or the recipe cannot be used.
+        LayerError: the recipe allocates, and a layer's weights cannot be used; the message names it.
     """
     recipe = Recipe.of(recipe)
     given = _locate(source, config)
+    if recipe.allocation != "uniform":
+        opened = _open(given, recipe)
+        return allocated_from_files(opened.plan, recipe, opened.reader, workers=workers, progress=progress)
     model = given.model()
-    return plan_model(model, recipe) if model else _plan_tensors(ShardReader(given.weights), recipe)
+    return Plan.of_model(model, recipe) if model else _plan_tensors(ShardReader(given.weights), recipe)
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ def _locate(source: str | Path, config: str | Path | None) -> _Given:
 def _open(given: _Given, recipe: Recipe) -> Source:
     """Check names, shapes and dtypes of all tensors against the configuration, and plan."""
     model = given.model()
-    plan = plan_model(model, recipe) if model else None
+    plan = Plan.of_model(model, recipe) if model else None
     files = ShardReader(given.weights)
     if model is None:
         _require_floats(files, given.weights)

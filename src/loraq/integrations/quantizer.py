@@ -101,6 +101,11 @@ class LoraqQuantizer(DiffusersQuantizer):
             raise LoraqError(
                 "Layers that go to the disk cannot be quantized while loading. Run `loraq quantize` once and load that."
             )
+        if not self.pre_quantized and self.recipe.allocation != "uniform":
+            raise LoraqError(
+                f"Allocation '{self.recipe.allocation}' looks at all weights before it quantizes the first, and "
+                "loading shows one at a time. Run `loraq quantize` once and load that, or use allocation 'uniform'."
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Remember where the files are, which diffusers tells here only; the keys stay."""

@@ -34,6 +34,8 @@ class LayerPlan:
     scheme: Scheme | None
     #: Why the layer stays as it is or gets something else than the recipe's scheme; empty if it gets just that.
     reason: str = ""
+    #: Whether the budget settled the rank, and not the recipe itself.
+    sized: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,9 @@ class Plan:
             scheme = recipe.scheme_for(name, shape, model_class)
             rule = recipe.rule_for(name, model_class)
             reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
-            layers.append(LayerPlan(name, shape, scheme, reason))
+            asked = recipe.asked_for(name, model_class)
+            sized = asked is not None and asked.branch is not None and asked.branch.rank == 0
+            layers.append(LayerPlan(name, shape, scheme, reason, sized))
         for rule in recipe.rules:
             if not any(fnmatchcase(name, rule.match) for name in shapes):
                 _LOGGER.warning("The recipe's rule '%s' matches no linear layer. Is its pattern right?", rule.match)

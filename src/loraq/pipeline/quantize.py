@@ -16,10 +16,13 @@ from loraq.errors import FormatError, LayerError, RecipeError, SchemeError, unkn
 from loraq.formats.block import require_finite
 from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.methods import layer_seed
+from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
+from loraq.pipeline.sharing import allocated, collected, predicted_layer, sharing_layers
 from loraq.pipeline.stats import Stats, hashes_of_used, opened
+from loraq.pipeline.workers import one_thread
 from loraq.recipe import METHODS, Recipe
 from loraq.scheme import LayerSolution, Scheme
 from loraq.stats import ActivationStats
@@ -111,14 +114,46 @@ def quantize_weight(
     return solve_layer(weight, recipe, scheme, name, stats)
 
 
-def plan_model(model: nn.Module, recipe: str | Path | Scheme | Recipe) -> Plan:
+def plan_model(
+    model: nn.Module,
+    recipe: str | Path | Scheme | Recipe,
+    *,
+    workers: int = 1,
+    progress: ProgressCallback | bool = True,
+) -> Plan:
     """Return what `quantize_` would do with a module.
 
+    The module may be on the meta device, unless the recipe allocates: then every weight is looked at.
+
+    Args:
+        model: any module; its class name selects the rules of its families.
+        recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
+        workers: layers looked at at a time, if the recipe allocates; the plan does not depend on it.
+        progress: as for `quantize_`; a function is not called here.
+
     Raises:
-        RecipeError: the recipe cannot be read.
+        LayerError: the recipe allocates, and a layer's weights cannot be used; the message names it.
+        RecipeError: the recipe cannot be read, or allocates where it cannot.
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
-    return Plan.of_model(model, Recipe.of(recipe))
+    recipe = Recipe.of(recipe)
+    plan = Plan.of_model(model, recipe)
+    if not (sharing := sharing_layers(plan, recipe)):
+        return plan
+    if done := quantized_layers(model):
+        raise RecipeError(
+            f"{len(done)} layers of {type(model).__name__} are quantized already, and sharing a budget needs the float "
+            "weights of all. Start from the float model, or use allocation 'uniform'."
+        )
+    layers = linear_layers(model)
+    for layer in sharing:
+        require_usable(layer.name, layers[layer.name])
+
+    def predict(layer: LayerPlan) -> tuple[str, Prediction]:
+        return layer.name, predicted_layer(layer, matrix_of(layers[layer.name]), recipe)
+
+    with _pool(max(1, workers)) as pool:
+        return allocated(plan, collected(pool.map(predict, sharing), sharing, progress))
 
 
 def quantize_(
@@ -152,15 +187,15 @@ def quantize_(
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
     recipe = Recipe.of(recipe)
-    plan = plan_model(model, recipe)
+    stats = opened(stats)
+    hashes = hashes_of_used(stats, Plan.of_model(model, recipe), recipe)  # before an allocation looks at all weights
+    plan = plan_model(model, recipe, workers=workers, progress=progress)
     layers = linear_layers(model)
     if not plan.quantized and not quantized_layers(model):
         raise RecipeError(
             f"Nothing to quantize: {len(layers)} linear layers were found in {type(model).__name__}, and all are "
             "skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
         )
-    stats = opened(stats)
-    hashes = hashes_of_used(stats, plan, recipe)
     for job in plan.quantized:
         require_usable(job.name, layers[job.name])
     reports: list[LayerReport] = []
@@ -212,7 +247,7 @@ def _solved(
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that leave nothing behind: with several, `_one_thread` races for what new threads of torch start with."""
+    """Threads that leave nothing behind: with several, `one_thread` races for what new threads of torch start with."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -225,19 +260,8 @@ def solve_layer(
     weight: Tensor, recipe: Recipe, scheme: Scheme, name: str, stats: ActivationStats | None = None
 ) -> LayerSolution:
     """Return one layer's solution: pure, and the same bytes whoever runs it."""
-    with torch.no_grad(), _one_thread() if weight.device.type == "cpu" else nullcontext():
+    with torch.no_grad(), one_thread() if weight.device.type == "cpu" else nullcontext():
         return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name), stats=stats)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One BLAS thread for the calling thread: sums do not depend on the core count, and layers run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def require_usable(name: str, layer: LinearLayer) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import loraq
 from loraq.checkpoint.header import TensorSpec
-from loraq.checkpoint.journal import Journal, resumable_folder
+from loraq.checkpoint.journal import Journal, require_target, resumable_folder
 from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES, ShardLayout, tensor_bytes
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
@@ -29,6 +29,7 @@ from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.quantize import LayerReport, Report, report_layer, shown_progress, solve_layer, tensor_sha256
+from loraq.pipeline.sharing import allocated_from_files
 from loraq.pipeline.stats import hashes_of_used
 from loraq.pipeline.workers import run_jobs
 from loraq.recipe import Recipe
@@ -139,16 +140,18 @@ def stream(
         LayerError: a layer failed; the message names it. What is finished is kept.
         RecipeError: the recipe leaves nothing to quantize.
     """
-    plan = source.plan
-    if not plan.quantized:
+    if not source.plan.quantized:
         raise RecipeError(
-            f"Nothing to quantize: {len(plan.layers)} linear layers were found, and all are skipped. `loraq plan` "
-            "shows why; a rule with `skip = false` overrides."
+            f"Nothing to quantize: {len(source.plan.layers)} linear layers were found, and all are skipped. "
+            "`loraq plan` shows why; a rule with `skip = false` overrides."
         )
-    stats_hashes = hashes_of_used(stats, plan, recipe)
+    stats_hashes = hashes_of_used(stats, source.plan, recipe)
+    require_target(target, overwrite=settings.overwrite)
+    _require_space(target, source, _layout(source, settings), settings)  # an allocation takes no more
+    plan = allocated_from_files(source.plan, recipe, source.reader, workers=settings.workers, progress=progress)
+    source = replace(source, plan=plan)
     tied = _output_ties(source)
-    layout = ShardLayout.of(_output_specs(source), weights_stem(source.config), settings.shard_bytes)
-    _require_space(target, source, layout, settings)
+    layout = _layout(source, settings)
     fingerprint = _fingerprint(source, layout, recipe) | {"statistics": stats_hashes}
     n = len(plan.quantized)
     with resumable_folder(target, fingerprint, n, overwrite=settings.overwrite, restart=settings.restart) as journal:
@@ -180,6 +183,10 @@ def stream(
         report = _report(recipe, plan, kept, kept=n_kept)
         _write_manifest(folder, layout, source, report, tied)
         return report
+
+
+def _layout(source: Source, settings: Settings) -> ShardLayout:
+    return ShardLayout.of(_output_specs(source), weights_stem(source.config), settings.shard_bytes)
 
 
 def _output_specs(source: Source) -> dict[str, TensorSpec]:

@@ -7,7 +7,8 @@ however that happens.
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -57,6 +58,17 @@ def attempt(work: Callable[[J], R], job: J) -> R:
         raise
     except Exception as error:
         raise LayerError(f"Layer '{job.name}' failed: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One BLAS thread for the calling thread: sums do not depend on the core count, and layers run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _in_processes(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Generator[R]:
