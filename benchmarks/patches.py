@@ -95,10 +95,12 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Load the trained diffusers transformer, in evaluation mode.
 
     Raises:
-        LoraqError: the trained weights are not there.
+        LoraqError: diffusers is not installed, or the trained weights are not there.
     """
-    from diffusers import PixArtTransformer2DModel
-
+    try:
+        from diffusers import PixArtTransformer2DModel
+    except ImportError as error:
+        raise LoraqError('The patches model needs diffusers. Run: pip install "loraq[diffusers]"') from error
     file = ASSETS / "transformer.safetensors.xz"
     if not file.exists():
         raise LoraqError(f"The trained weights '{file}' are missing. Make them with `experiments/train_patches.py`.")
@@ -123,3 +125,19 @@ def velocity_probe(transformer: nn.Module, *, count: int = 128, seed: int = 0) -
     device = flow.first_weight(transformer).device
     captions = class_tokens(labels).to(device)
     return flow.predict_velocity(transformer, noised.to(device), times.to(device), captions)
+
+
+def sample(transformer: nn.Module, labels: Tensor, *, seed: int, steps: int = 20, guidance: float = 1.5) -> Tensor:
+    """Draw one patch for each label, (batch, 3, SIZE, SIZE) in [-1, 1]; see `loraq.evaluation.flow.sample`.
+
+    Args:
+        transformer: the patches model, quantized or not.
+        labels: photographs whose patches are wanted.
+        seed: of the noise; sample i depends on it and on how many samples there are.
+        steps: number of equal Euler steps.
+        guidance: classifier-free guidance scale.
+    """
+    device = flow.first_weight(transformer).device
+    noise = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(device)
+    captions, empty = (class_tokens(which).to(device) for which in (labels, torch.full_like(labels, NULL_LABEL)))
+    return flow.sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)

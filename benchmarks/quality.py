@@ -2,57 +2,171 @@
 
 The digits transformer that ships with the package, and the patches transformer (`patches.py`: 20 million parameters,
 trained on photographs, heavier activation outliers). Every contender gets at most the bytes of a 16-bit branch of rank
-32/1152 of the width. Read the velocity error: one forward on noised real images against the model as trained, the mean
-over seeds of the solver, each with images and noise of its own, with a 95 % confidence interval (Student's t) and its
-ratio to LoRaQ's best row of the group, run by run: 1.20 is 20 % more error. Activations are never mixed in one group.
+32/1152 of the width, unless its label says otherwise; a branch-free format has fewer or more. Activations are never
+mixed in one table. "From weights alone" sees no data and never runs the model. "Own samples" sees second moments of
+what goes into each layer while the float model draws pictures from noise: no data either, but the model must run.
 
-    python benchmarks/quality.py --fast --save --write
+Read the velocity error: one forward on noised real images against the model as trained, the mean over seeds of the
+solver, each with images and noise of its own, with a 95 % confidence interval (Student's t); "/ best LoRaQ" is its
+ratio to LoRaQ's best row of the same bytes in the table, run by run: 1.20 is 20 % more error. "layers" is the mean
+relative output error of a layer on its own real inputs, activations rounded. PSNR (of the samples' mean square errors)
+and, where pictures are large enough, SSIM compare samples with those of the model as trained from the same noise. The
+Fréchet distance of the digits' features to those of real digits does not order 4-bit methods at this number of
+samples; that of the model as trained is given beside it. "s" is wall time of one thread for all layers, "MB" what the
+process grew by while it quantized.
+
+    python benchmarks/quality.py --fast --workers 2 --save --write
 """
 
 import copy
+import gc
+import resource
+import tempfile
 from collections.abc import Callable
-from dataclasses import replace
-from math import sqrt
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import log10, sqrt
+from multiprocessing import get_context
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import loraq
 import patches
 from common import HERE, options, report
 from loraq.evaluation import digits
-from loraq.evaluation.metrics import relative_error
+from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
+from loraq.layers import linear_layers, quantized_layers
 from loraq.pipeline.quantize import quantize_
-from loraq.recipe import Recipe
+from loraq.recipe import Recipe, Rule
 
 PAGE = HERE.parent / "docs" / "quality.md"
+PICTURE = HERE.parent / "docs" / "quality.svg"
 DIRECT = {"scale_rule": None}
-#: Label, recipe, method, options, by group. A rank's bytes come from the world's budget.
-CONTENDERS: dict[str, tuple[tuple[str, str, str, dict[str, Any]], ...]] = {
-    "W4A16": (
-        ("round to nearest", "mxfp4-a16", "rtn", {}),
-        ("round to nearest, INT4", "int4-a16", "rtn", {}),
-        ("plain INT5 (more bytes)", "int5-a16", "rtn", {}),
-        ("SVDQuant, 16-bit branch", "mxfp4-w16a16-a16", "svdquant", DIRECT),
-        ("SVDQuant ×20 + scale search", "mxfp4-w16a16-a16", "svdquant", {"rounds": 20}),
-        ("LoRaQ, 8-bit branch", "mxfp4-w8a8-a16", "loraq", {}),
-        ("LoRaQ, 6-bit branch", "mxfp4-w6a6-a16", "loraq", {}),
-        ("LoRaQ, INT4 main, 6-bit branch", "int4-w6a6-a16", "loraq", {}),
+#: Tokens of each layer's real inputs that its output error is measured on, and the seed they come from.
+TOKENS, INPUT_SEED = 256, 50
+#: Seed of the samples that statistics are collected on.
+STATS_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row."""
+
+    label: str
+    recipe: str
+    method: str = "loraq"
+    options: dict[str, Any] = field(default_factory=dict)
+    #: Whether its bytes are those of the table, so that LoRaQ's best may be among them.
+    same_bytes: bool = True
+    #: Instead of the world's, and of the command's.
+    budget: str | None = None
+    effort: str | None = None
+    rules: tuple[Rule, ...] = ()
+
+    def asked(self, world: "World", effort: str) -> Recipe:
+        """Return the recipe."""
+        return replace(
+            Recipe.named(self.recipe),
+            method=self.method,
+            options=self.options,
+            budget=self.budget or world.budget,
+            effort=self.effort or effort,
+            rules=self.rules,
+        )
+
+
+WITHOUT, WITH = "from weights alone", "own samples"
+INT8_BLOCK = (Rule("*blocks.0.*", weight="int8"),)
+CONTENDERS: dict[str, tuple[Contender, ...]] = {
+    f"W4A16, {WITHOUT}": (
+        Contender("round to nearest", "mxfp4-a16", "rtn"),
+        Contender("round to nearest, INT4, no search", "int4-a16", "rtn", DIRECT),
+        Contender("round to nearest, INT4", "int4-a16", "rtn"),
+        Contender("INT4, first block INT8", "int4-a16", "rtn", rules=INT8_BLOCK, same_bytes=False),
+        Contender("LQER, 16-bit branch", "int4-w16a16-a16", "lqer"),
+        Contender("SVDQuant, 16-bit branch", "int4-w16a16-a16", "svdquant", DIRECT),
+        Contender("SVDQuant ×20 + scale search", "int4-w16a16-a16", "svdquant", {"rounds": 20}),
+        Contender("LoRaQ, 16-bit branch", "int4-w16a16-a16"),
+        Contender("LoRaQ, 8-bit branch", "int4-w8a8-a16"),
+        Contender("LoRaQ, 6-bit branch", "int4-w6a6-a16"),
+        Contender("LoRaQ, 4-bit branch", "int4-w4a8-a16"),
+        Contender("LoRaQ, MXFP4 main, 6-bit branch", "mxfp4-w6a6-a16"),
+        Contender("LoRaQ, 6-bit branch, default effort", "int4-w6a6-a16", effort="default", same_bytes=False),
+        Contender("plain INT5 (5.25 bits)", "int5-a16", "rtn", same_bytes=False),
+        Contender("LoRaQ, 6-bit branch, 5.25 bits", "int4-w6a6-a16", budget="5.25", same_bytes=False),
     ),
-    "W4A8": (
-        ("round to nearest", "mxfp4-a8", "rtn", {}),
-        ("SVDQuant, 16-bit branch", "mxfp4-w16a16-a8", "svdquant", DIRECT),
-        ("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8", "loraq", {}),
-        ("LoRaQ, W6A8 branch", "mxfp4-w6a8-a8", "loraq", {}),
+    f"W4A16, {WITH}": (
+        Contender("GPTQ, INT4", "int4-a16", "gptq"),
+        Contender("SVDQuant + GPTQ, 16-bit branch", "int4-w16a16-a16", "gptq"),
+        Contender("SVDQuant + GPTQ, 6-bit branch", "int4-w6a6-a16", "gptq"),
+        Contender("QERA, 16-bit branch", "int4-w16a16-a16", "qera"),
+        Contender("LoRaQ, 8-bit branch", "int4-w8a8-a16"),
+        Contender("LoRaQ, 6-bit branch", "int4-w6a6-a16"),
+        Contender("LoRaQ, MXFP4 main, 6-bit branch", "mxfp4-w6a6-a16"),
+        Contender("GPTQ, INT5 (5.25 bits)", "int5-a16", "gptq", same_bytes=False),
+        Contender("LoRaQ, 6-bit branch, 5.25 bits", "int4-w6a6-a16", budget="5.25", same_bytes=False),
     ),
-    "W4A4": (
-        ("round to nearest", "mxfp4-a4", "rtn", {}),
-        ("SVDQuant, 16-bit branch", "mxfp4-w16a16-a4", "svdquant", DIRECT),
-        ("SVDQuant, rotated as LoRaQ's", "mxfp4-w16a16-h32-a4", "svdquant", DIRECT),
-        ("LoRaQ, W8A8 branch, not rotated", "mxfp4-w8a8-h0-a4", "loraq", {}),
-        ("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4", "loraq", {}),
-        ("LoRaQ, W4A8 branch", "mxfp4-w4a8-a4", "loraq", {}),
+    f"W4A8, {WITHOUT}": (
+        Contender("round to nearest", "mxfp4-a8", "rtn"),
+        Contender("round to nearest, INT4", "int4-int8-a8", "rtn"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a8", "svdquant", DIRECT),
+        Contender("SVDQuant ×20 + scale search", "mxfp4-w16a16-a8", "svdquant", {"rounds": 20}),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8"),
+        Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a8"),
+        Contender("LoRaQ, INT4 main, INT8 branch", "int4-int8-a8"),
+    ),
+    f"W4A8, {WITH}": (
+        Contender("GPTQ", "mxfp4-a8", "gptq"),
+        Contender("SVDQuant + GPTQ, 16-bit branch", "mxfp4-w16a16-a8", "gptq"),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8"),
+        Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a8"),
+        Contender("LoRaQ, INT4 main, INT8 branch", "int4-int8-a8"),
+    ),
+    f"W4A4, {WITHOUT}": (
+        Contender("round to nearest", "mxfp4-a4", "rtn"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a4", "svdquant", DIRECT),
+        Contender("SVDQuant ×20 + scale search", "mxfp4-w16a16-a4", "svdquant", {"rounds": 20}),
+        Contender("SVDQuant, rotated as LoRaQ's", "mxfp4-w16a16-h32-a4", "svdquant", DIRECT),
+        Contender("LoRaQ, W8A8 branch, not rotated", "mxfp4-w8a8-h0-a4"),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4"),
+        Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a4"),
+        Contender("LoRaQ, INT4 main, W8A8 branch", "int4-w8a8-a4"),
+    ),
+    f"W4A4, {WITH}": (
+        Contender("GPTQ", "mxfp4-a4", "gptq"),
+        Contender("SVDQuant + GPTQ, 16-bit branch", "mxfp4-w16a16-a4", "gptq"),
+        Contender("SVDQuant + GPTQ, rotated as LoRaQ's", "mxfp4-w16a16-h32-a4", "gptq"),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4"),
+        Contender("LoRaQ, INT4 main, W8A8 branch", "int4-w8a8-a4"),
+    ),
+}
+#: What each part of the solver is worth, on one world only: every row is `fast` unless it says otherwise.
+ABLATIONS: dict[str, tuple[Contender, ...]] = {
+    f"Ablations, W4A16, {WITHOUT}": (
+        Contender("LoRaQ, fast", "int4-w6a6-a16"),
+        Contender("branch rounded afterwards only", "int4-w6a6-a16", options={"refine_steps": 0}),
+        Contender("cold start", "int4-w6a6-a16", options={"heat": 0.0}),
+        Contender("direct scales at the end", "int4-w6a6-a16", options=DIRECT),
+        Contender("no decay of the branch", "int4-w6a6-a16", options={"decay": 0.0}),
+        Contender("effort default", "int4-w6a6-a16", effort="default"),
+        Contender("effort best", "int4-w6a6-a16", effort="best"),
+    ),
+    f"Ablations, W4A4, {WITHOUT}": (
+        Contender("LoRaQ, fast", "mxfp4-w8a8-a4"),
+        Contender("without activation noise in J", "mxfp4-w8a8-a4", options={"activation_aware": False}),
+        Contender("no rotation in rank space", "mxfp4-w8a8-a4", options={"rotate": False}),
+        Contender("no rotation of the input", "mxfp4-w8a8-h0-a4"),
+        Contender("rotation of 128 channels' blocks", "mxfp4-w8a8-h128-a4"),
+    ),
+    f"Ablations, W4A16, {WITH}": (
+        Contender("LoRaQ, fast", "int4-w6a6-a16"),
+        Contender("channels not weighed", "int4-w6a6-a16", options={"importance_damping": 1e6}),
+        Contender("no feedback", "int4-w6a6-a16", options={"feedback_damping": 1e6}),
     ),
 }
 #: Two-sided 95 % quantile of Student's t by degrees of freedom.
@@ -60,17 +174,60 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 
 class World(NamedTuple):
-    """A trained transformer and how to probe it."""
+    """A trained transformer, how to probe it, and how to look at its samples."""
 
     load: Callable[[torch.dtype], nn.Module]
     probe: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
     budget: str
+    n_labels: int
+    #: Samples of each seed, and samples that statistics are collected on.
+    n_samples: int
+    n_stats: int
+    contenders: dict[str, tuple[Contender, ...]]
+    #: Features in which a Fréchet distance means something, and those of real images; `None` if there are none.
+    features: Callable[[Tensor], Tensor] | None = None
+
+
+def digit_features(images: Tensor | None = None) -> Tensor:
+    """Return the judge's features of images, or of all real digits."""
+    return digits.Judge.from_assets().features(digits.real_digits()[0] if images is None else images)
 
 
 WORLDS = {
-    "digits": World(digits.load_transformer, digits.velocity_probe, "r16=5"),
-    "patches": World(patches.load_transformer, patches.velocity_probe, "r16=11"),
+    "digits": World(
+        digits.load_transformer,
+        digits.velocity_probe,
+        digits.sample,
+        "r16=5",
+        10,
+        200,
+        128,
+        CONTENDERS | ABLATIONS,
+        digit_features,
+    ),
+    "patches": World(
+        patches.load_transformer,
+        patches.velocity_probe,
+        patches.sample,
+        "r16=11",
+        patches.NULL_LABEL,
+        32,
+        32,
+        CONTENDERS,
+    ),
 }
+
+
+class Exact(NamedTuple):
+    """What the float model of a world does; what every row is compared with."""
+
+    velocities: list[Tensor]
+    samples: list[Tensor]
+    #: Real inputs of every layer.
+    inputs: dict[str, Tensor]
+    #: File of the statistics of its own samples.
+    stats: Path
 
 
 def main() -> None:
@@ -78,66 +235,182 @@ def main() -> None:
     chosen = options(
         __doc__,
         seeds=(3, "seeds of the solver, each with images and noise of its own (default: 3, at most 8)"),
+        worlds=(tuple(WORLDS), "trained transformers (default: both)"),
         fast="effort 'fast' instead of the default",
-        write="write docs/quality.md",
+        workers=(1, "rows measured at a time, one thread each (default: 1)"),
+        write="write docs/quality.md and its picture",
     )
     effort = "fast" if chosen.fast else "default"
-    rows: list[dict[str, object]] = []
-    text = []
-    for name, world in WORLDS.items():
-        found = measured(world, effort, chosen.seeds)
-        rows += [{"world": name, "effort": effort, **row} for row in found]
-        text.append(table(name, found))
-        print(text[-1], flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in chosen.worlds:
+        with tempfile.TemporaryDirectory() as folder:
+            exact = looked_at(WORLDS[name], chosen.seeds, Path(folder) / "stats.safetensors")
+            jobs = [(group, i) for group, contenders in WORLDS[name].contenders.items() for i in range(len(contenders))]
+            work = partial(measured, name, exact, effort)
+            # A process for each row, so that its memory is its own.
+            with ProcessPoolExecutor(chosen.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+                for row in pool.map(work, *zip(*jobs, strict=True)):
+                    print(f"{name}: {row['group']}: {row['label']}: {interval(row['velocity'], 4)}", flush=True)
+                    rows.append(row)
     if chosen.write:
-        command = f"python benchmarks/quality.py --seeds {chosen.seeds}{' --fast' if chosen.fast else ''} --write"
-        intro = (__doc__ or "").split("\n\n")
-        PAGE.write_text(f"# Quality\n\nWritten by `{command}`. {intro[0]}\n\n{intro[1]}\n\n" + "\n".join(text))
+        write(rows, f"python benchmarks/quality.py --seeds {chosen.seeds}{' --fast' if chosen.fast else ''} --write")
     report(rows, save=chosen.save)
 
 
-def measured(world: World, effort: str, n_seeds: int) -> list[dict[str, object]]:
-    """Return one row for every contender: its velocity error with each seed."""
+def looked_at(world: World, n_seeds: int, stats: Path) -> Exact:
+    """Run the float model."""
     trained = world.load(torch.float32)
-    exact = [world.probe(trained, seed=seed) for seed in range(n_seeds)]
-    rows: list[dict[str, object]] = []
-    for group, contenders in CONTENDERS.items():
-        for label, recipe, method, settings in contenders:
-            asked = replace(Recipe.named(recipe), method=method, options=settings, budget=world.budget, effort=effort)
-            errors = []
-            for seed, velocity in enumerate(exact):
-                model = copy.deepcopy(trained)
-                done = quantize_(model, replace(asked, seed=seed), progress=False)
-                errors.append(relative_error(velocity, world.probe(model, seed=seed)))
-            row = {"group": group, "label": label, "recipe": recipe, "method": method, "velocity": errors}
-            rows.append({**row, "bits": done.plan.bits_per_weight, "weight": done.mean_relative_error})
-    return rows
+    names = [layer.name for layer in loraq.plan_model(trained, "int4-r5").quantized]
+    labels = torch.arange(world.n_stats) % world.n_labels
+    collected = loraq.collect_stats(trained, lambda: world.sample(trained, labels, seed=STATS_SEED), names)
+    loraq.save_stats(collected, stats)
+    seeds = range(n_seeds)
+    samples = [samples_of(trained, world, seed) for seed in seeds]
+    return Exact([world.probe(trained, seed=seed) for seed in seeds], samples, inputs_of(trained, world, names), stats)
 
 
-def table(world: str, rows: list[dict[str, Any]]) -> str:
-    """Return the rows of one world as Markdown."""
-    lines = [f"## The {world} transformer", ""]
-    for group in CONTENDERS:
-        mine = [row for row in rows if row["group"] == group]
-        best = min((row for row in mine if row["method"] == "loraq"), key=lambda row: fmean(row["velocity"]))
-        lines += [f"**{group}**", "", "| | recipe | bits | weight error | velocity error | / best LoRaQ |"]
-        lines.append("|---|---|---|---|---|---|")
-        for row in mine:
-            ratios = [ours / theirs for ours, theirs in zip(row["velocity"], best["velocity"], strict=True)]
-            lines.append(
-                f"| {row['label']} | `{row['recipe']}` | {row['bits']:.2f} | {row['weight']:.4f} "
-                f"| {interval(row['velocity'], 4)} | {'1' if row is best else interval(ratios, 2)} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+def samples_of(model: nn.Module, world: World, seed: int) -> Tensor:
+    """Return the samples that one seed is judged by, drawn in ten steps without guidance."""
+    return world.sample(model, torch.arange(world.n_samples) % world.n_labels, seed=seed, steps=10, guidance=1.0)
+
+
+def inputs_of(model: nn.Module, world: World, names: list[str]) -> dict[str, Tensor]:
+    """Return some tokens of what goes into each layer."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].flatten(0, -2)
+        found[name] = tokens[:: max(1, len(tokens) // TOKENS)][:TOKENS].clone()
+
+    layers = linear_layers(model)
+    hooks = [layers[name].register_forward_pre_hook(partial(keep, name)) for name in names]
+    world.probe(model, seed=INPUT_SEED)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def measured(name: str, exact: Exact, effort: str, group: str, index: int) -> dict[str, Any]:
+    """Return one row: what becomes of the model with each seed."""
+    torch.set_num_threads(1)
+    world = WORLDS[name]
+    contender = world.contenders[group][index]
+    trained = world.load(torch.float32)
+    asked = contender.asked(world, effort)
+    row: dict[str, Any] = {"world": name, "group": group, "label": contender.label, "recipe": contender.recipe}
+    row |= {"method": contender.method, "effort": asked.effort, "same_bytes": contender.same_bytes, "velocity": []}
+    drawn, growth = [], 0.0
+    for seed, velocity in enumerate(exact.velocities):
+        model = copy.deepcopy(trained)
+        gc.collect()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        stats = exact.stats if group.endswith(WITH) else None
+        done = quantize_(model, replace(asked, seed=seed), stats=stats, progress=False)
+        if seed == 0:
+            growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            row["layers"] = fmean(output_errors(trained, model, exact.inputs))
+            row["seconds"] = sum(layer.seconds for layer in done.layers)
+        row["velocity"].append(relative_error(velocity, world.probe(model, seed=seed)))
+        drawn.append(samples_of(model, world, seed))
+    row |= {"bits": done.plan.bits_per_weight, "weight": done.mean_relative_error, "peak_mb": growth}
+    ours, theirs = torch.cat(drawn), torch.cat(exact.samples)
+    row["psnr"] = -10 * log10((10 ** (-psnr_db(theirs, ours, 2.0) / 10)).mean())
+    row["ssim"] = ssim(theirs, ours, 2.0).mean().item() if ours.shape[-1] >= 11 else None
+    if world.features is not None:
+        real = world.features()
+        row["frechet"] = frechet_distance(world.features(ours), real)
+        row["frechet_as_trained"] = frechet_distance(world.features(theirs), real)
+    return row
+
+
+@torch.no_grad()
+def output_errors(trained: nn.Module, model: nn.Module, inputs: dict[str, Tensor]) -> list[float]:
+    """Return the relative output error of every quantized layer on its own real inputs."""
+    exact = linear_layers(trained)
+    return [
+        relative_error(exact[name](inputs[name]), layer(inputs[name]))
+        for name, layer in quantized_layers(model).items()
+    ]
+
+
+def write(rows: list[dict[str, Any]], command: str) -> None:
+    """Write the page and its picture."""
+    _, *intro = (__doc__ or "").split("\n\n")
+    text = [f"# Quality\n\nWritten by `{command}` with its result file beside. {(__doc__ or '').split(chr(10))[0]}\n"]
+    text += [*(f"{paragraph}\n" for paragraph in intro[:2]), "![velocity errors](quality.svg)\n"]
+    for world in dict.fromkeys(row["world"] for row in rows):
+        text.append(f"## The {world} transformer\n")
+        mine = [row for row in rows if row["world"] == world]
+        text += [table([row for row in mine if row["group"] == g], g) for g in dict.fromkeys(r["group"] for r in mine)]
+    PAGE.write_text("\n".join(text))
+    draw(rows)
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return LoRaQ's best row of the table's bytes."""
+    ours = [row for row in rows if row["method"] == "loraq" and row["same_bytes"]]
+    return min(ours, key=lambda row: fmean(row["velocity"]))
+
+
+def table(rows: list[dict[str, Any]], title: str) -> str:
+    """Return one table as Markdown."""
+    best, sees = best_of(rows), "SSIM" if rows[0]["ssim"] is not None else "Fréchet"
+    if sees == "Fréchet":
+        sees += f" (as trained {rows[0]['frechet_as_trained']:.2f})"
+    lines = [
+        f"**{title}**",
+        "",
+        f"| | recipe | bits | weight | layers | velocity error | / best LoRaQ | PSNR | {sees} | s | MB |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        ratios = [ours / theirs for ours, theirs in zip(row["velocity"], best["velocity"], strict=True)]
+        last = f"{row['ssim']:.4f}" if row["ssim"] is not None else f"{row['frechet']:.2f}"
+        lines.append(
+            f"| {row['label']} | `{row['recipe']}` | {row['bits']:.2f} | {row['weight']:.4f} | {row['layers']:.4f} "
+            f"| {interval(row['velocity'], 4)} | {'1' if row is best else interval(ratios, 2)} "
+            f"| {row['psnr']:.1f} | {last} | {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw every row's velocity error over its bits, one panel for each world and kind of activations."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "quality"  # the same file for the same numbers
+    kinds = [kind for kind in ("W4A16", "W4A8", "W4A4")]
+    worlds = list(dict.fromkeys(row["world"] for row in rows))
+    figure = Figure(figsize=(12, 4 * len(worlds)), layout="constrained")
+    axes = figure.subplots(len(worlds), len(kinds), squeeze=False)
+    for i, world in enumerate(worlds):
+        for j, kind in enumerate(kinds):
+            panel = axes[i][j]
+            for row in (row for row in rows if row["world"] == world and row["group"].startswith(kind)):
+                panel.errorbar(
+                    row["bits"],
+                    fmean(row["velocity"]),
+                    half_width(row["velocity"]),
+                    marker="*" if row["method"] == "loraq" else "o",
+                    color={"loraq": "tab:red", "rtn": "tab:gray", "gptq": "tab:blue"}.get(row["method"], "tab:green"),
+                    markerfacecolor=None if row["group"].endswith(WITHOUT) else "white",
+                    markersize=9,
+                )
+            panel.set(title=f"{world}, {kind}", xlabel="stored bits per weight", yscale="log")
+    axes[0][0].set_ylabel("velocity error\nstars LoRaQ, grey RTN, blue GPTQ, green others\nfilled: from weights alone")
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def half_width(values: list[float]) -> float:
+    """Return half the width of a 95 % confidence interval of the mean; 0 for one value."""
+    return STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def interval(values: list[float], digits: int) -> str:
     """Return the mean and half the width of its 95 % confidence interval."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    half = STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values))
-    return f"{fmean(values):.{digits}f} ± {half:.{digits}f}"
+    half = f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{half}"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from loraq.recipe import GRAMMAR, METHODS, NAMED, SHOWCASE, Recipe, Rule, famili
 from loraq.scheme import Branch, Scheme
 
 #: What the branch names mean: weight, activation, intermediate.
-W8A8 = ("mxint8", "mxint8", None)
-W6A6 = ("mxfp6_e2m3", "mxfp6_e2m3", "mxint8")
-W6A8 = ("mxfp6_e2m3", "mxint8", None)
-W4A8 = ("mxfp4", "mxint8", None)
+W8A8 = ("mxint8", "mxint8", "int8")
+W6A6 = ("mxfp6_e2m3", "mxfp6_e2m3", "int8")
+W6A8 = ("mxfp6_e2m3", "mxint8", "int8")
+W4A8 = ("mxfp4", "mxint8", "int8")
 W16A16 = ("bf16", "bf16", None)
 
 #: The canonical meaning of names: main weight, its activations, rank (0 is left to the budget), branch formats.
@@ -44,7 +44,7 @@ MEANING = {
     "mxfp4-amxfp8_e4m3": ("mxfp4", "mxfp8_e4m3", None, None),
     "mxfp4-r32-amxint8": ("mxfp4", "mxint8", 32, W16A16),
     "mxfp4-w8a8-r64-amxfp8_e4m3": ("mxfp4", "mxfp8_e4m3", 64, W8A8),
-    "mxfp4-mxint8": ("mxfp4", "mxfp4", 0, W8A8),
+    "mxfp4-mxint8": ("mxfp4", "mxfp4", 0, ("mxint8", "mxint8", None)),
     "mxfp4-mxfp6_e3m2-r85": ("mxfp4", "mxfp4", 85, ("mxfp6_e3m2", "mxfp6_e3m2", None)),
     "mxfp4-nvfp4-r8": ("mxfp4", "mxfp4", 8, ("nvfp4", "nvfp4", None)),
     "mxfp4-int4-r8": ("mxfp4", "mxfp4", 8, ("int4", "int4", None)),

@@ -211,9 +211,9 @@ class Recipe:
 GRAMMAR = """MAIN[-BRANCH][-rRANK][-hSIDE][-aBITS]
 
 MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
-BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3, with the
-        rank-space intermediate in mxint8), w6a8 and w4a8 (mxfp6_e2m3 or mxfp4 weights, mxint8 activations), or one
-        format for all
+BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3), w6a8 and
+        w4a8 (mxfp6_e2m3 or mxfp4 weights, mxint8 activations), all with the rank-space intermediate in int8, one
+        scale a token; or one format for all
 RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all scales counted
         (a RANK without BRANCH means w16a16)
 SIDE    side of the Hadamard blocks that rotate the layer's input at run time and its weight beforehand, a power of
@@ -241,14 +241,15 @@ SHOWCASE = {
     "int5-a16": "a plain 5-bit format without a branch",
 }
 
-#: The named branch precisions. The intermediate is 8-bit in all that are quantized: it is never stored, small, and at
-#: 6 bits costs more than everything else in the branch (docs/log.md).
+#: The named branch precisions. The intermediate is int8 in all that are quantized: it is never stored, small, and at
+#: 6 bits costs more than everything else in the branch; with power-of-two scales it costs a tenth more velocity error
+#: (docs/log.md).
 _BRANCHES = {
     "w16a16": Branch(weight="bf16", activation="bf16"),
-    "w8a8": Branch(weight="mxint8", activation="mxint8"),
-    "w6a6": Branch(weight="mxfp6_e2m3", activation="mxfp6_e2m3", intermediate="mxint8"),
-    "w6a8": Branch(weight="mxfp6_e2m3", activation="mxint8"),
-    "w4a8": Branch(weight="mxfp4", activation="mxint8"),
+    "w8a8": Branch(weight="mxint8", activation="mxint8", intermediate="int8"),
+    "w6a6": Branch(weight="mxfp6_e2m3", activation="mxfp6_e2m3", intermediate="int8"),
+    "w6a8": Branch(weight="mxfp6_e2m3", activation="mxint8", intermediate="int8"),
+    "w4a8": Branch(weight="mxfp4", activation="mxint8", intermediate="int8"),
 }
 
 #: Activation format of the main path for each family of main formats and width.

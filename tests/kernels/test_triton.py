@@ -100,7 +100,7 @@ def test_an_interpreted_kernel_is_the_reference(interpreted, kernel, bound):
     ("name", "reason"),
     [
         ("mxfp4-a8", r"its activations are \['mxint8'\]"),
-        ("mxfp4-w8a8-r16-amxfp8_e4m3", r"its activations are \['mxfp8_e4m3', 'mxint8'\]"),
+        ("mxfp4-w8a8-r16-amxfp8_e4m3", r"its activations are \['int8', 'mxfp8_e4m3', 'mxint8'\]"),
         ("nvfp4-a16", r"it reads \('mxfp4', 'mxint4'\) in whole blocks, not 'nvfp4' of 64"),
     ],
 )

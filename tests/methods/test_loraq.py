@@ -113,7 +113,9 @@ def test_the_metrics_are_the_objective_and_that_of_the_start(branch):
         solution = LoRaQ().solve(weight, scheme)
         start = SVDQuant().solve(weight, scheme)
         assert solution.metrics["objective"] == pytest.approx(objective(solution) ** 0.5, rel=1e-4)
-        assert solution.metrics["start_objective"] == pytest.approx(objective(start) ** 0.5, rel=1e-4)
+        # Where the intermediate is rounded, the start is rotated in rank space, and its factors round otherwise.
+        same = 1e-4 if activations[1] == "bf16" else 0.02
+        assert solution.metrics["start_objective"] == pytest.approx(objective(start) ** 0.5, rel=same)
         assert solution.metrics["objective"] <= solution.metrics["start_objective"]
 
 
@@ -234,8 +236,10 @@ def test_the_noise_of_a_scheme_counts_both_roundings_of_the_branch():
     branch = Branch(8, "mxint8", "mxint8", "mxfp4")
     noise = ActivationNoise.of(Scheme("int4", "nvfp4", branch), branch)
     assert noise.main == rounding_noise("nvfp4")
-    assert noise.branch == rounding_noise("mxint8") + rounding_noise("mxfp4")
-    assert ActivationNoise.of(Scheme("int4"), Branch(8)) == ActivationNoise(0, 0)
+    assert noise.input == rounding_noise("mxint8")
+    assert noise.intermediate == rounding_noise("mxfp4", width=8, degrees=None)
+    assert noise.branch == noise.input + noise.intermediate
+    assert ActivationNoise.of(Scheme("int4"), Branch(8)) == ActivationNoise(0, 0, 0)
 
 
 # A8 in the branch: the main path's noise counts; A4: the branch's as well.

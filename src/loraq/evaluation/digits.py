@@ -9,7 +9,6 @@ The model is a rectified flow; see `loraq.evaluation.flow`.
 
 import json
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -88,7 +87,6 @@ def predict_velocity(
     return flow.predict_velocity(transformer, images, times, class_tokens(labels))
 
 
-@torch.no_grad()
 def sample(
     transformer: nn.Module, labels: Int[Tensor, " batch"], *, seed: int, steps: int = 20, guidance: float = 1.5
 ) -> Float[Tensor, "batch 1 8 8"]:
@@ -109,18 +107,9 @@ def sample(
     """
     device = flow.first_weight(transformer).device
     labels = labels.to(device)
-    images = _noise(len(labels), seed).to(device)
-    both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
-    times = torch.linspace(1, 0, steps + 1, device=device)
-    for now, later in pairwise(times):
-        if guidance == 1:
-            velocity = predict_velocity(transformer, images, now.expand(len(labels)), labels)
-        else:
-            doubled = predict_velocity(transformer, images.repeat(2, 1, 1, 1), now.expand(len(both)), both)
-            captioned, empty = doubled.chunk(2)
-            velocity = torch.lerp(empty, captioned, guidance)
-        images = images + (later - now) * velocity
-    return images.clamp(-1, 1)
+    captions, empty = class_tokens(labels), class_tokens(torch.full_like(labels, NULL_LABEL))
+    noise = _noise(len(labels), seed).to(device)
+    return flow.sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)
 
 
 @torch.no_grad()

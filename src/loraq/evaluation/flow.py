@@ -4,6 +4,8 @@ Time 0 is the image, time 1 is noise, `x_t = (1 − t) image + t noise`, and the
 without a mask on its captions, predicts the velocity `noise − image` (Liu et al. 2022, arXiv 2209.03003).
 """
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -42,6 +44,38 @@ def predict_velocity(
         return_dict=False,
     )[0]
     return output.float()
+
+
+@torch.no_grad()
+def sample(
+    transformer: nn.Module,
+    noise: Float[Tensor, "batch channels height width"],
+    captions: Float[Tensor, "batch tokens width"],
+    empty: Float[Tensor, "batch tokens width"],
+    *,
+    steps: int,
+    guidance: float,
+) -> Float[Tensor, "batch channels height width"]:
+    """Draw one image from each noise with Euler steps; they are clamped to [-1, 1].
+
+    Args:
+        transformer: of the PixArt family, quantized or not.
+        noise: where the samples start, on the transformer's device.
+        captions: token embeddings of what is wanted.
+        empty: those of the empty caption.
+        steps: number of equal Euler steps.
+        guidance: classifier-free guidance scale; 1 runs the captioned half only.
+    """
+    images, both = noise, torch.cat([captions, empty])
+    for now, later in pairwise(torch.linspace(1, 0, steps + 1, device=noise.device)):
+        if guidance == 1:
+            velocity = predict_velocity(transformer, images, now.expand(len(images)), captions)
+        else:
+            doubled = predict_velocity(transformer, images.repeat(2, 1, 1, 1), now.expand(len(both)), both)
+            captioned, uncaptioned = doubled.chunk(2)
+            velocity = torch.lerp(uncaptioned, captioned, guidance)
+        images = images + (later - now) * velocity
+    return images.clamp(-1, 1)
 
 
 def first_weight(module: nn.Module) -> Tensor:

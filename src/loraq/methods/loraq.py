@@ -92,6 +92,8 @@ class LoRaQ:
     ) -> LayerSolution:
         """Fit a quantized branch; never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike.
 
+        Where the intermediate is rounded, SVDQuant's factors are rotated in rank space as ours are.
+
         `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant; with statistics
         ‖W‖ is the size of the output. What statistics change is in the module text. See `Method.solve`.
         """
@@ -122,8 +124,9 @@ class LoRaQ:
         solutions = []
         for i, svd in enumerate(svds):
             begin = time.perf_counter()
-            pairs = (refined.up[i], refined.down[i]), svd.canonical()
-            solution = self._best_of(weight[i], scheme, noise, pairs, inputs[i])
+            # An intermediate that is rounded needs a start without outstanding rank directions, too.
+            start = _spread(*svd.balanced(), seeds[i]) if noise.intermediate and self.rotate else svd.canonical()
+            solution = self._best_of(weight[i], scheme, noise, ((refined.up[i], refined.down[i]), start), inputs[i])
             seconds = shared + time.perf_counter() - begin
             solutions.append(replace(solution, seconds=seconds))
         return solutions
@@ -182,8 +185,13 @@ class LoRaQ:
             residual = weight - product
             stored.append(inputs.round(residual, scheme.weight_format, self.scale_rule, self.feedback_damping))
             rounded = stored[-1].dequantize()
-            objective = inputs.error_energy(residual - rounded) + noise.branch * inputs.noise_energy(product)
-            objectives.append(objective + noise.main * inputs.noise_energy(rounded) if noise.main else objective)
+            objective = inputs.error_energy(residual - rounded)
+            if noise.main:
+                objective += noise.main * inputs.noise_energy(rounded)
+            if noise.branch:  # the intermediate is a sum of channels, and as large as they are together
+                objective += noise.input * inputs.noise_energy(product)
+                objective += noise.intermediate * inputs.error_energy(product)
+            objectives.append(objective)
         best = objectives.index(min(objectives))
         norm = inputs.size(weight)
         metrics = {
@@ -209,16 +217,22 @@ class ActivationNoise(NamedTuple):
 
     #: α, relative noise power of the main path's input.
     main: float = 0.0
-    #: β, summed noise powers of the branch's input and of its intermediate.
-    branch: float = 0.0
+    #: Relative noise powers of the branch's input and of its intermediate.
+    input: float = 0.0
+    intermediate: float = 0.0
+
+    @property
+    def branch(self) -> float:
+        """β, what both add."""
+        return self.input + self.intermediate
 
     @classmethod
     def of(cls, scheme: Scheme, branch: Branch) -> Self:
         """Return the noise powers of a scheme's activation formats."""
         return cls(
-            main=rounding_noise(scheme.activation, scheme.rotation),
-            branch=rounding_noise(branch.activation, scheme.rotation)
-            + rounding_noise(branch.intermediate or branch.activation),
+            main=rounding_noise(scheme.activation, rotation=scheme.rotation),
+            input=rounding_noise(branch.activation, rotation=scheme.rotation),
+            intermediate=rounding_noise(branch.intermediate or branch.activation, width=branch.rank, degrees=None),
         )
 
     def objective(self, error: Tensor, rounded: Tensor, branch_energy: Tensor, root: Tensor | None = None) -> Tensor:
@@ -230,18 +244,25 @@ class ActivationNoise(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def rounding_noise(name: str, rotation: int = 0) -> float:
-    """Return the relative noise power of a format on a fixed heavy-tailed sample (Student t, 4 degrees of freedom).
+def rounding_noise(name: str, *, rotation: int = 0, width: int = 1152, degrees: int | None = 4) -> float:
+    """Return the relative noise power of a format on a fixed sample; a 16-bit format counts as no noise.
 
-    Activations of transformers have heavy tails; a Gaussian would halve the noise of the 4-bit integer formats.
-    A 16-bit format counts as no noise. A rotation makes the tails lighter, as it does in the layer.
+    Activations of transformers have heavy tails, for which a Student t stands; a Gaussian would halve the noise of the
+    4-bit integer formats, and is right for an intermediate that was spread over its rank.
+
+    Args:
+        name: number format.
+        rotation: of the input in the layer, which makes its tails lighter.
+        width: values of a row.
+        degrees: degrees of freedom of the sample; `None` is a Gaussian.
     """
     fmt = get_format(name).for_rows()
     if isinstance(fmt, CastFormat):
         return 0.0
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn((5, 64, 1152), generator=generator)
-    sample = rotate(normal[0] / (normal[1:].square().sum(0) / 4).sqrt(), rotation)
+    normal = torch.randn((1 + (degrees or 0), 64, width), generator=generator)
+    sample = normal[0] if degrees is None else normal[0] / (normal[1:].square().sum(0) / degrees).sqrt()
+    sample = rotate(sample, rotation)
     return ((sample - fmt.round(sample)).square().sum() / sample.square().sum()).item()
 
 
