@@ -16,10 +16,13 @@ COMMANDS = {
         "python benchmarks/linear_latency.py --threads 2 --pixart --save",
         "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --pixart --save",
     ),
-    "block_latency": ("python benchmarks/block_latency.py --threads 2 --step --save",),
+    "block_latency": (
+        "python benchmarks/block_latency.py --threads 2 --step --save",
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/block_latency.py --threads 2 --step --save",
+    ),
     "solver_seconds": (
         "python benchmarks/solver_seconds.py --label after --save",
-        "git worktree add old 63dd7f7",
+        "git worktree add old 52424a7",
         "PYTHONPATH=old/src python benchmarks/solver_seconds.py --label before --save",
     ),
 }
@@ -52,9 +55,10 @@ blocks. MiB are those of the weights and of what the back end keeps.
 """
 
 SOLVER = """Process seconds for a layer (out × in), with the steps that each version takes by default (phase 1 +
-phase 2), and milliseconds for a step of each phase. "per step" is how many times faster today's steps have become: a
-version that takes more of them spends the gain on less error. `*`: only a few steps were timed, and the default number
-is counted from them; the rest of the work, such as SVDs and the last rounding, is timed whole.
+phase 2), and milliseconds for a step of each phase. "Before" is the commit that precedes the first profile of the
+solver. "per step" is how many times faster today's steps have become: a version that takes more of them spends the gain
+on less error. `*`: only a few steps were timed, and the default number is counted from them; the rest of the work, such
+as SVDs and the last rounding, is timed whole.
 """
 SOLVER_HEADINGS = ("", "s/layer before", "after", "steps before", "after", "ms/step before", "after", "per step")
 
@@ -116,14 +120,15 @@ def newest(records: list[Record], benchmark: str, part: str) -> dict[Machine, di
                     **record,
                     "rows": [row for row in record["rows"] if row[part] == value],
                 }
-    return found
+    return {machine: found[machine] for machine in sorted(found, key=lambda m: (m.device, m.cpu, -m.threads, m.limit))}
 
 
 def named(machine: Machine, record: Record) -> str:
     """Return what a machine is called: in general terms, without its name."""
     if machine.device != "cpu":
         return record.get("gpu") or machine.device
-    return f"CPU, {machine.cpu}" + (f", torch kept to {machine.limit}" if machine.limit else "")
+    limit = f", torch kept to {machine.limit}" if machine.limit else ""
+    return f"CPU, {machine.cpu}{limit}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
 
 
 def source(record: Record) -> str:
@@ -131,7 +136,7 @@ def source(record: Record) -> str:
     changed = ", **with changes that were not committed**" if record["changed"] else ""
     return (
         f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}; torch {record['torch']}, "
-        f"{record['cpu_count']} cores, {record['threads']} threads."
+        f"{record['cpu_count']} cores."
     )
 
 
@@ -280,10 +285,13 @@ def blocks(records: list[Record]) -> list[str]:
     lines = ["## A transformer block and a denoising step", "", BLOCKS, *missing(found)]
     for machine, by_what in found.items():
         lines += [f"### {named(machine, next(iter(by_what.values())))}", ""]
+        said = ""
         for what, record in by_what.items():
+            if said != (said := source(record)):
+                lines += [said, ""]
             rows = record["rows"]
             body = [[r["contender"], f"{r['ms']:.0f}", f"{r['times_bf16']:.2f}", f"{r['mib']:.0f}"] for r in rows]
-            lines += [source(record), "", *table([f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB"], body)]
+            lines += table([f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB"], body)
     return lines
 
 
