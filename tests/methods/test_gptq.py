@@ -59,16 +59,16 @@ def test_what_is_rounded_stays_on_the_grid(name):
 
 
 def test_feedback_is_that_of_the_textbook():
-    # Two channels, one format step of 1: after channel 0 is rounded, the best real value of channel 1 is
-    # w1 + e0 · h01 / h11, whatever it is rounded to next.
+    # Two channels, the one of larger mean square first: after channel 1 is rounded, the best real value of channel 0 is
+    # w0 + e1 · h01 / h00, whatever it is rounded to next.
     hessian = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
-    weight = torch.tensor([[0.4, 2.45], [7.0, 7.0]])
+    weight = torch.tensor([[2.45, 0.4], [7.0, 7.0]])
     fmt = get_format("int4_b8")
     stored = round_with_feedback(weight, fmt, hessian, damping=0.0, rule="absmax").dequantize()
     scale = (torch.tensor([2.45, 7.0]) / 7).bfloat16().float()
-    first = (weight[:, 0] / scale).round() * scale
-    second = weight[:, 1] + (weight[:, 0] - first) * hessian[0, 1] / hessian[1, 1]
-    expected = torch.stack([first, (second / scale).round().clamp(-7, 7) * scale], 1)
+    first = (weight[:, 1] / scale).round() * scale
+    second = weight[:, 0] + (weight[:, 1] - first) * hessian[0, 1] / hessian[0, 0]
+    expected = torch.stack([(second / scale).round().clamp(-7, 7) * scale, first], 1)
     assert torch.allclose(stored, expected)
 
 
