@@ -67,7 +67,8 @@ class Machine(NamedTuple):
     """What two runs must share to stand in one table."""
 
     device: str
-    cpu: str
+    #: What its CPU can do; the name of a GPU.
+    kind: str
     limit: str
     threads: int
 
@@ -113,22 +114,23 @@ def newest(records: list[Record], benchmark: str, part: str) -> dict[Machine, di
     found: dict[Machine, dict[str, Record]] = {}
     for record in records:
         if record["benchmark"] == benchmark:
-            cpu, limit = record.get("cpu_capability") or record["machine"], record.get("onednn_limit") or ""
-            machine = Machine(record["device"], cpu, limit, record["threads"])
+            kind = record.get("cpu_capability") if record["device"] == "cpu" else record.get("gpu")
+            limit = record.get("onednn_limit") or ""
+            machine = Machine(record["device"], kind or record["machine"], limit, record["threads"])
             for value in {row[part]: None for row in record["rows"]}:
                 found.setdefault(machine, {})[value] = {
                     **record,
                     "rows": [row for row in record["rows"] if row[part] == value],
                 }
-    return {machine: found[machine] for machine in sorted(found, key=lambda m: (m.device, m.cpu, -m.threads, m.limit))}
+    return {machine: found[machine] for machine in sorted(found, key=lambda m: (m.device, m.kind, -m.threads, m.limit))}
 
 
-def named(machine: Machine, record: Record) -> str:
+def named(machine: Machine) -> str:
     """Return what a machine is called: in general terms, without its name."""
     if machine.device != "cpu":
-        return record.get("gpu") or machine.device
+        return machine.kind
     limit = f", torch kept to {machine.limit}" if machine.limit else ""
-    return f"CPU, {machine.cpu}{limit}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
+    return f"CPU, {machine.kind}{limit}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
 
 
 def source(record: Record) -> str:
@@ -162,7 +164,7 @@ def layers(records: list[Record]) -> list[str]:
     found = newest(records, "linear_latency", "model")
     lines = ["## One layer", "", LEGEND, legend(), "", *missing(found)]
     for machine, by_model in found.items():
-        lines += [f"### {named(machine, next(iter(by_model.values())))}", ""]
+        lines += [f"### {named(machine)}", ""]
         rows = []
         for model in (model for model in MODELS if model in by_model):
             rows += by_model[model]["rows"]
@@ -284,7 +286,7 @@ def blocks(records: list[Record]) -> list[str]:
     found = newest(records, "block_latency", "what")
     lines = ["## A transformer block and a denoising step", "", BLOCKS, *missing(found)]
     for machine, by_what in found.items():
-        lines += [f"### {named(machine, next(iter(by_what.values())))}", ""]
+        lines += [f"### {named(machine)}", ""]
         said = ""
         for what, record in by_what.items():
             if said != (said := source(record)):
@@ -303,7 +305,7 @@ def solver(records: list[Record]) -> list[str]:
     found = newest(records, "solver_seconds", "label")
     lines = ["## The solver", "", SOLVER, *missing(found)]
     for machine, by_label in found.items():
-        lines += [f"### {named(machine, next(iter(by_label.values())))}", ""]
+        lines += [f"### {named(machine)}", ""]
         body = []
         for label in ("before", "after"):
             if label not in by_label:
