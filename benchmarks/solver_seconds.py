@@ -6,10 +6,11 @@ between and after them (SVDs, the candidates that are stored). The largest shape
 s/layer is then ends + default steps × ms/step, which the row says in "extrapolated". "rounding" is the share of
 `Format.round` in the steps, "products" that of dense matrix products, "other" the rest: norms, updates, inverses.
 
-Only names that every version of the package has are used, so that an older one can be measured by the same script:
+It takes 3 to 6 minutes. Only names that every version of the package has are used, so that an older one can be measured
+by the same script ("before" is the commit that precedes the first profile of the solver):
 
     python benchmarks/solver_seconds.py --label after --save
-    git worktree add old 63dd7f7
+    git worktree add old 52424a7
     PYTHONPATH=old/src python benchmarks/solver_seconds.py --label before --save
 """
 

@@ -1,4 +1,4 @@
-"""Write the generated pages: formats from the format table, commands from the help texts, architectures from plans.
+"""Write the generated pages, from the format table, the commands' help texts, plans of all models, and result files.
 
 python docs/generate.py            write them
 python docs/generate.py --check    exit with 1 if a page is stale
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import click
+import performance
 
 from loraq.cli import main
 from loraq.formats import FORMATS, BlockFormat, get_format
@@ -116,7 +117,12 @@ def architectures_page() -> str:
 
 
 if __name__ == "__main__":
-    pages = {"formats.md": formats_page(), "cli.md": cli_page(), "architectures.md": architectures_page()}
+    pages = {
+        "formats.md": formats_page(),
+        "cli.md": cli_page(),
+        "architectures.md": architectures_page(),
+        "performance.md": performance.page(performance.read()),
+    }
     stale = [name for name, text in pages.items() if not (HERE / name).is_file() or (HERE / name).read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"Stale: {', '.join(stale)}. Run `make docs`." if stale else 0)

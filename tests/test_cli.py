@@ -133,6 +133,23 @@ def test_the_package_runs_as_a_module():
 # --- usage errors ---------------------------------------------------------------------------------------------------
 
 
+def test_effort_without_loraq_is_refused_before_the_source_is_looked_at():
+    result = run("quantize", "nowhere", "out", "--method", "gptq", "--effort", "fast")
+    assert result.exit_code == 2
+    assert "--effort says how long method 'loraq' works, and 'gptq' has no levels of effort" in result.stderr
+
+
+def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_path):
+    (tmp_path / "recipe.toml").write_text('scheme = "mxfp4-w8a8-r8"\neffort = "fast"\n')
+    source = place / "float"
+    note = "Note: the recipe's effort 'fast' is for 'loraq' and changes nothing with 'rtn'."
+    for method, expected in (("rtn", True), ("loraq", False)):
+        result = run("plan", source, "--recipe", tmp_path / "recipe.toml", "--method", method)
+        assert result.exit_code == 0, result.stderr
+        assert (note in result.stderr) is expected
+        assert "Note" not in result.stdout
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -143,6 +160,8 @@ def test_the_package_runs_as_a_module():
         ("quantize", "a", "b", "--workers", "0"),
         ("quantize", "a", "b", "--workers", "many"),
         ("quantize", "a", "b", "--effort", "huge"),
+        ("quantize", "a", "b", "--effort", "best", "--method", "svdquant"),
+        ("plan", "a", "--effort", "default", "--method", "rtn"),
         ("quantize", "a", "b", "--seed", "x"),
         ("quantize", "a", "b", "--nonsense"),
         ("plan",),
@@ -254,7 +273,7 @@ def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     [
         (("--recipe", "mxfp5"), "Unknown number format 'mxfp5'. Did you mean 'mxfp4'?"),
         (("--recipe", "nowhere.toml"), "Cannot read the recipe 'nowhere.toml'"),
-        (("--method", "magic"), "Unknown method 'magic'. Known: loraq, lqer, rtn, svdquant."),
+        (("--method", "magic"), "Unknown method 'magic'. Known: gptq, loraq, lqer, qera, rtn, svdquant."),
         (("--budget", "plenty"), "plenty"),
         (("--recipe", "mxfp4-w8a8", "--budget", "2"), "transformer_blocks.0.attn1.to_q"),
         (("--recipe", "mxfp4-r999"), "Branch rank 999 is larger than min(out, in)"),

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def folder(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "transformer"
     quantize(source, folder)
     return folder
+
+
+def change_manifest(folder: Path, change) -> None:
+    path = folder / FILE_NAME
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -102,10 +110,74 @@ def test_sharded_folders_load(folder, tmp_path):
     assert same(PixArt.from_pretrained(tmp_path / "shards"), loraq.load(folder))
 
 
-def test_a_folder_says_itself_how_it_is_quantized(folder):
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig("int4"))
+def test_the_configuration_of_a_loaded_model_has_the_stored_recipe(folder, tmp_path):
+    loaded = PixArt.from_pretrained(folder)
+    assert loaded.config.quantization_config.recipe == RECIPE
+    assert loaded.config.quantization_config is loaded.hf_quantizer.quantization_config
+    assert json.loads(loaded.to_json_string())["quantization_config"]["recipe"] == RECIPE.to_dict()
+    # It is a whole configuration: float weights quantized with it give the same folder.
+    small_pixart().save_pretrained(tmp_path / "float")
+    again = PixArt.from_pretrained(tmp_path / "float", quantization_config=loaded.config.quantization_config)
+    assert same(again, loaded)
+
+
+def test_a_folder_that_notes_no_recipe_names_none(damaged, source):
+    def forget(manifest: dict) -> None:
+        manifest["recipes"] = []
+        for layer in manifest["layers"].values():
+            del layer["recipe"]
+
+    change_manifest(damaged, forget)
+    config = PixArt.from_pretrained(damaged).config.quantization_config
+    assert config.recipe is None
+    assert config.to_dict()["recipe"] is None
+    with pytest.raises(LoraqError, match="does not say how it was made"):
+        PixArt.from_pretrained(source, quantization_config=config)
+
+
+def test_the_recipe_of_most_layers_is_shown_and_an_unreadable_one_is_none(damaged):
+    def two(manifest: dict) -> None:
+        manifest["recipes"].append({**manifest["recipes"][0], "seed": 77})
+        for layer in list(manifest["layers"].values())[1:]:
+            layer["recipe"] = 1
+
+    def newer(manifest: dict) -> None:
+        manifest["recipes"][1]["a_field_of_the_future"] = 1
+
+    change_manifest(damaged, two)
+    assert PixArt.from_pretrained(damaged).config.quantization_config.recipe == replace(RECIPE, seed=77)
+    change_manifest(damaged, newer)
+    assert PixArt.from_pretrained(damaged).config.quantization_config.recipe is None
+
+
+def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder):
+    other = replace(RECIPE, seed=5)
+    with pytest.warns(UserWarning, match="quantized already") as caught:
+        loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig(other))
+    assert [str(warning.message) for warning in caught] == [
+        f"'{folder}' is quantized already and loads as it is stored: LoraqConfig with seed={RECIPE.seed}. The "
+        "`quantization_config` that was passed is not used: LoraqConfig with seed=5. To quantize with it, start from "
+        "the float weights."
+    ]
     assert same(loaded, loraq.load(folder))
+    assert loaded.config.quantization_config.recipe == RECIPE
+    assert "passed_in_vain" not in json.dumps(loaded.config.quantization_config.to_dict())
+
+
+def test_passing_what_is_stored_is_no_reason_to_warn(folder):
+    PixArt.from_pretrained(folder, quantization_config=LoraqConfig(RECIPE))  # warnings are errors here
+
+
+def test_the_configuration_of_another_quantizer_is_named_too(folder):
+    with pytest.warns(UserWarning, match=r"method='lqer'.*not used: GGUFQuantizationConfig\. To quantize"):
+        PixArt.from_pretrained(folder, quantization_config=diffusers.GGUFQuantizationConfig())
+
+
+def test_other_folders_are_merged_as_diffusers_does():
+    merge = diffusers.quantizers.auto.DiffusersAutoQuantizer.merge_quantization_configs
+    stored = diffusers.GGUFQuantizationConfig()
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        assert merge(stored, LoraqConfig("int4")) is stored
 
 
 def test_tied_tensors_stay_tied(tmp_path):

@@ -372,14 +372,21 @@ def test_a_recipe_that_cannot_be_used_is_refused_before_anything_changes(model, 
     assert not quantized_layers(model)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 1)], ids=["linear", "1×1 convolution"])
+@pytest.mark.parametrize("entry", [lambda layer: quantize_(layer, FAST, progress=False), lambda x: plan_model(x, FAST)])
+def test_a_bare_layer_is_told_what_to_do(layer, entry):
+    with pytest.raises(LayerError, match=r"itself a linear layer .*torch\.nn\.Sequential\(layer\).*quantize_weight"):
+        entry(layer)
+    assert len(quantize_(nn.Sequential(layer), FAST, progress=False).layers) == 1  # the advice works
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (nn.Sequential(nn.SiLU()), "Nothing to quantize: 0 linear layers were found in Sequential"),
-        (nn.Linear(8, 8), "Nothing to quantize: 0 linear layers were found in Linear"),
         (nn.ModuleDict({"proj_out": nn.Linear(8, 8)}), r"Nothing to quantize: 1 linear layers .*`skip = false`"),
     ],
-    ids=["no linear layer", "a layer itself", "all skipped"],
+    ids=["no linear layer", "all skipped"],
 )
 def test_nothing_to_quantize_is_an_error(model, message):
     with pytest.raises(RecipeError, match=message):

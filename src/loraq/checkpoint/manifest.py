@@ -1,5 +1,6 @@
 """`loraq.json`: how a folder's tensors are read, and how they came to be. The format is docs/checkpoint-format.md."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ class Manifest:
     recipes: list[dict[str, Any]]
     #: Names that share the tensor of another name.
     tied: dict[str, str]
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe that made most layers, as plain data; `None` if none was noted."""
+        noted = (layer.record.get("recipe") for layer in self.layers.values())
+        counted = Counter(place for place in noted if place is not None).most_common(1)
+        return self.recipes[counted[0][0]] if counted else None
 
     def write(self, folder: Path, files: list[str]) -> None:
         """Write `loraq.json` beside `files`, with their sizes and hashes."""

@@ -29,7 +29,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Share the budget among the layers: the same bytes in all, ranks where they help most.",
         ),
         click.option("--method", help="loraq, svdquant, lqer, rtn, gptq or qera instead of the recipe's."),
-        click.option("--effort", type=click.Choice(["fast", "default", "best"]), help="How long loraq works."),
+        click.option("--effort", type=click.Choice(["fast", "default", "best"]), help="How long method loraq works."),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )
     for option in reversed(options):
@@ -59,7 +59,19 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
 
     from loraq.recipe import Recipe
 
-    return replace(Recipe.of(recipe), **{key: value for key, value in overrides.items() if value is not None})
+    asked = {key: value for key, value in overrides.items() if value is not None}
+    made = replace(Recipe.of(recipe), **asked)
+    if made.method != "loraq" and "effort" in asked:
+        raise click.UsageError(
+            f"--effort says how long method 'loraq' works, and '{made.method}' has no levels of effort. "
+            "Leave --effort out, or use --method loraq."
+        )
+    if made.method != "loraq" and made.effort != "default":
+        click.echo(
+            f"Note: the recipe's effort '{made.effort}' is for 'loraq' and changes nothing with '{made.method}'.",
+            err=True,
+        )
+    return made
 
 
 def _warn_of_unknown_class(source: Path, config: Path | None) -> None:

@@ -1,13 +1,19 @@
 """The quantizer that diffusers calls in `from_pretrained`, and its configuration."""
 
 import os
+import warnings
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    DiffusersAutoQuantizer,
+)
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
@@ -16,7 +22,7 @@ from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import prepare
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.checkpoint.reader import ShardReader
-from loraq.errors import CheckpointError, LayerError, LoraqError
+from loraq.errors import CheckpointError, LayerError, LoraqError, RecipeError
 from loraq.layers import is_linear, replace_layer
 from loraq.pipeline.plan import LayerPlan
 from loraq.pipeline.quantize import plan_model, quantized_layer, require_usable, solve_layer
@@ -40,8 +46,14 @@ class LoraqMethod(StrEnum):
 class LoraqConfig(QuantizationConfigMixin):
     """How diffusers is asked to quantize a model while it loads: `from_pretrained(…, quantization_config=…)`.
 
-    A folder that is quantized already says by itself what it is, and needs none.
+    A folder that is quantized already says by itself what it is, and needs none; its model has the stored recipe in
+    `model.config.quantization_config`.
     """
+
+    #: How layers are, or were, quantized; `None` for a folder that does not say.
+    recipe: Recipe | None
+    #: What `from_pretrained` was given for a folder that is quantized already; it is not used.
+    passed_in_vain: Any = None
 
     def __init__(self, recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default", **others: Any) -> None:
         """Settle the recipe.
@@ -65,7 +77,7 @@ class LoraqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal configuration."""
-        return {"quant_method": self.quant_method.value, "recipe": self.recipe.to_dict()}
+        return {"quant_method": self.quant_method.value, "recipe": self.recipe and self.recipe.to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what `repr` shows: all of it."""
@@ -84,6 +96,11 @@ class LoraqQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: LoraqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        if quantization_config.recipe is None:
+            raise LoraqError(
+                "This LoraqConfig has no recipe: it belongs to a folder that does not say how it was made. "
+                "Use `LoraqConfig(recipe)`."
+            )
         self.recipe = quantization_config.recipe
         self._jobs: dict[str, LayerPlan] = {}
         self._tied: dict[str, str] = {}
@@ -123,6 +140,7 @@ class LoraqQuantizer(DiffusersQuantizer):
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
             manifest, reader, _ = prepare(model, self._folder, verify=verify)
             self._tied = {name: source for name, source in manifest.tied.items() if name not in reader.names}
+            self._tell_recipe(manifest.recipe)
             _take_dtypes(model, reader)
             return
         if (self._folder / FILE_NAME).is_file():
@@ -136,6 +154,23 @@ class LoraqQuantizer(DiffusersQuantizer):
             )
         if any(self._folder.glob("*.safetensors")):
             _take_dtypes(model, ShardReader(self._folder))
+
+    def _tell_recipe(self, stored: dict[str, Any] | None) -> None:
+        """Put the stored recipe into the model's configuration, and say so if another one was passed."""
+        config = self.quantization_config
+        assert isinstance(config, LoraqConfig)
+        try:
+            config.recipe = Recipe.from_dict(stored) if stored else None
+        except RecipeError:  # of another version; the layers say by themselves what they are
+            config.recipe = None
+        passed, config.passed_in_vain = config.passed_in_vain, None
+        if passed is not None and passed.to_dict() != config.to_dict():
+            warnings.warn(
+                f"'{self._folder}' is quantized already and loads as it is stored: {_named(config, passed)}. The "
+                f"`quantization_config` that was passed is not used: {_named(passed, config)}. To quantize with it, "
+                "start from the float weights.",
+                stacklevel=2,
+            )
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Leave out the names that share another one's tensor."""
@@ -191,9 +226,35 @@ def require_supported(version: str) -> None:
         )
 
 
+#: How diffusers itself joins what a folder says and what `from_pretrained` is given.
+_MERGE = DiffusersAutoQuantizer.merge_quantization_configs
+
+
+def _merged(stored: Any, passed: Any) -> Any:
+    """Do as diffusers does; for our folders, keep what was passed, so that a warning can name it beside the stored."""
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method != LoraqMethod.LORAQ.value:
+        return _MERGE(stored, passed)
+    config = _MERGE(stored, None)
+    config.passed_in_vain = passed
+    return config
+
+
+def _named(config: Any, other: Any) -> str:
+    """Return in what a configuration differs from another one; either may be another quantizer's."""
+    recipe, theirs = getattr(config, "recipe", None), getattr(other, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        return type(config).__name__
+    names = [field.name for field in fields(recipe)]
+    differing = [name for name in names if getattr(recipe, name) != getattr(theirs, name, None)]
+    return f"{type(config).__name__} with {', '.join(f'{name}={getattr(recipe, name)!r}' for name in differing)}"
+
+
 def register() -> None:
     """Make `quant_method: "loraq"` known to diffusers."""
     require_supported(diffusers.__version__)
+    merge = "merge_quantization_configs"
+    setattr(DiffusersAutoQuantizer, merge, staticmethod(_merged))
     AUTO_QUANTIZER_MAPPING[LoraqMethod.LORAQ.value] = LoraqQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[LoraqMethod.LORAQ.value] = LoraqConfig
 

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from loraq.layers import matrix_shapes, other_weights
+from loraq.errors import LayerError
+from loraq.layers import is_linear, matrix_shapes, other_weights
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -101,8 +102,14 @@ class Plan:
     def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
         """Settle the scheme of every layer of a module, and find the large weights that are in no linear layer.
 
-        The module may be on the meta device. Raises `SchemeError` as `of`.
+        The module may be on the meta device. Raises `SchemeError` as `of`, and `LayerError` for a module that is itself
+        a linear layer.
         """
+        if is_linear(model):
+            raise LayerError(
+                f"The module is itself a linear layer ({type(model).__name__}), which cannot be replaced in place. "
+                "Wrap it, as in `torch.nn.Sequential(layer)`, or use `loraq.quantize_weight(layer.weight, recipe)`."
+            )
         found = other_weights(model)
         sizes: Counter[str] = Counter()
         for name, (shape, _) in found.items():

@@ -132,7 +132,8 @@ def plan_model(
         progress: as for `quantize_`; a function is not called here.
 
     Raises:
-        LayerError: the recipe allocates, and a layer's weights cannot be used; the message names it.
+        LayerError: the module itself is a linear layer; or the recipe allocates, and a layer's weights cannot be
+            used: the message names it.
         RecipeError: the recipe cannot be read, or allocates where it cannot.
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
@@ -182,7 +183,8 @@ def quantize_(
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
-        LayerError: a layer failed; the message names it. The layers before it are quantized.
+        LayerError: the module itself is a linear layer; or a layer failed: the message names it, and the layers before
+            it are quantized.
         RecipeError: the recipe cannot be read, or leaves nothing to quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
