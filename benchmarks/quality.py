@@ -13,14 +13,13 @@ relative output error of a layer on its own real inputs, activations rounded. PS
 and, where pictures are large enough, SSIM compare samples with those of the model as trained from the same noise. The
 Fréchet distance of the digits' features to those of real digits does not order 4-bit methods at this number of
 samples; that of the model as trained is given beside it. "s" is wall time of one thread for all layers, "MB" what the
-process grew by while it quantized.
+process grew by while it quantized (Linux only).
 
     python benchmarks/quality.py --fast --workers 2 --save --write
 """
 
 import copy
 import gc
-import resource
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -167,6 +166,7 @@ ABLATIONS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, fast", "int4-w6a6-a16"),
         Contender("channels not weighed", "int4-w6a6-a16", options={"importance_damping": 1e6}),
         Contender("no feedback", "int4-w6a6-a16", options={"feedback_damping": 1e6}),
+        Contender("effort default", "int4-w6a6-a16", effort="default"),
     ),
 }
 #: Two-sided 95 % quantile of Student's t by degrees of freedom.
@@ -299,20 +299,20 @@ def measured(name: str, exact: Exact, effort: str, group: str, index: int) -> di
     asked = contender.asked(world, effort)
     row: dict[str, Any] = {"world": name, "group": group, "label": contender.label, "recipe": contender.recipe}
     row |= {"method": contender.method, "effort": asked.effort, "same_bytes": contender.same_bytes, "velocity": []}
-    drawn, growth = [], 0.0
+    drawn, growth = [], 0
     for seed, velocity in enumerate(exact.velocities):
         model = copy.deepcopy(trained)
         gc.collect()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = reset_peak()
         stats = exact.stats if group.endswith(WITH) else None
         done = quantize_(model, replace(asked, seed=seed), stats=stats, progress=False)
         if seed == 0:
-            growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            growth = peak_kib() - before
             row["layers"] = fmean(output_errors(trained, model, exact.inputs))
             row["seconds"] = sum(layer.seconds for layer in done.layers)
         row["velocity"].append(relative_error(velocity, world.probe(model, seed=seed)))
         drawn.append(samples_of(model, world, seed))
-    row |= {"bits": done.plan.bits_per_weight, "weight": done.mean_relative_error, "peak_mb": growth}
+    row |= {"bits": done.plan.bits_per_weight, "weight": done.mean_relative_error, "peak_mb": growth / 1024}
     ours, theirs = torch.cat(drawn), torch.cat(exact.samples)
     row["psnr"] = -10 * log10((10 ** (-psnr_db(theirs, ours, 2.0) / 10)).mean())
     row["ssim"] = ssim(theirs, ours, 2.0).mean().item() if ours.shape[-1] >= 11 else None
@@ -321,6 +321,18 @@ def measured(name: str, exact: Exact, effort: str, group: str, index: int) -> di
         row["frechet"] = frechet_distance(world.features(ours), real)
         row["frechet_as_trained"] = frechet_distance(world.features(theirs), real)
     return row
+
+
+def reset_peak() -> int:
+    """Forget the process's peak memory, as Linux lets it, and return what it has now, in KiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_kib()
+
+
+def peak_kib() -> int:
+    """Return the process's peak memory in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 @torch.no_grad()
