@@ -13,7 +13,7 @@ from torch import nn
 
 import loraq
 from loraq.cli import main
-from loraq.cli.quantize import _bytes
+from loraq.cli.quantize import size_option_value
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
 
@@ -195,7 +195,7 @@ def test_a_size_that_is_none_is_wrong_usage(place, tmp_path, size):
     ("text", "size"), [("7", 7), ("2GB", 2 * 10**9), ("1.5 mb", 1_500_000), ("1GiB", 2**30), ("3k", 3000)]
 )
 def test_sizes_are_read_with_their_units(text, size):
-    assert _bytes(None, None, text) == size
+    assert size_option_value(None, None, text) == size
 
 
 def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):

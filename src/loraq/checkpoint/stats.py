@@ -82,7 +82,7 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
     if needed > free:
         raise CheckpointError(
-            f"'{place}' has {free / 1e9:.2f} GB free and the statistics take {needed / 1e9:.2f} GB. Free space, choose "
+            f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} GB. Free space, choose "
             "another target, or collect mean squares only (`--mean-squares`)."
         )
     return needed

@@ -155,7 +155,8 @@ class _Count:
 
     def stats(self) -> ActivationStats:
         """Return what was counted, on the CPU; the sums are given up for it."""
-        assert self._sum is not None and self._max is not None, "a layer that was never called"
+        assert self._sum is not None, "a layer that was never called"
+        assert self._max is not None
         moment = self._sum.div_(self.tokens).float()
         self._sum = None
         moment = moment.cpu()

@@ -34,8 +34,8 @@ def passes_within(
         scratch = 4 * width * width if second_moment else 0
         if needed + scratch > memory_bytes:
             raise CalibrationError(
-                f"Counting layer '{name}' with its {width} inputs takes {(needed + scratch) / 1e9:.2f} GB, and "
-                f"{memory_bytes / 1e9:.2f} GB are allowed. Allow as much, or collect mean squares only."
+                f"Counting layer '{name}' with its {width} inputs takes {(needed + scratch) / 1e9:.3g} GB, and "
+                f"{memory_bytes / 1e9:.3g} GB are allowed. Allow as much, or collect mean squares only."
             )
         place = next((i for i, room in enumerate(left) if needed <= room), len(groups))
         if place == len(groups):
