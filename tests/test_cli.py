@@ -19,7 +19,7 @@ from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo", "doctor"]
+COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo", "doctor", "stats"]
 FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
 
 
@@ -150,6 +150,11 @@ def test_the_package_runs_as_a_module():
         ("compare", "a"),
         ("formats", "a"),
         ("demo", "--images", "3"),
+        ("stats", "a"),
+        ("stats", "a", "b", "--samples", "0"),
+        ("stats", "a", "b", "--memory", "much"),
+        ("stats", "a", "b", "--dtype", "int4"),
+        ("stats", "a", "b", "--set", "height"),
     ],
     ids=" ".join,
 )
@@ -159,6 +164,21 @@ def test_a_usage_error_is_exit_code_2(arguments):
     assert result.stdout == ""
     assert "Usage: " in result.stderr
     assert "Error: " in result.stderr
+
+
+# --- stats ----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_needs_something_that_draws(place, tmp_path):
+    assert "is a model alone, and cannot draw images by itself" in fails(
+        "stats", place / "float", tmp_path / "s.safetensors"
+    )
+
+
+def test_stats_reads_the_prompts_first(place, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    asked = ("stats", place / "pipeline", tmp_path / "s.safetensors", "--prompts", tmp_path / "empty.txt")
+    assert "holds no prompt" in fails(*asked)
 
 
 # --- quantize -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ def test_the_widest_stand_first_and_small_ones_fill_what_is_left():
     assert passes_within(widths, alone, second_moment=False) == [["wide", "also wide", "small", "tiny"]]
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(12 * 300**2 + 1200, 3_000_000), st.booleans())
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(12 * 300**2 + 1200, 3_000_000), st.booleans()
+)
 def test_every_layer_is_in_one_group_and_no_group_takes_more(sizes, limit, full):
     widths = {f"layer.{i}": width for i, width in enumerate(sizes)}
     groups = passes_within(widths, limit, second_moment=full)

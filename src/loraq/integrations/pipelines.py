@@ -45,7 +45,7 @@ class StatsReport:
     #: Images drawn in each run, and runs.
     samples: int
     passes: int
-    #: Wall time of all runs.
+    #: Wall time of loading and all runs.
     seconds: float
 
 
@@ -120,28 +120,29 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         f"{len(using)} layers, {nbytes / 1e9:.3g} GB on the disk. To count in {memory_bytes / 1e9:.3g} GB, runs of "
         f"{sampling.samples} images: {len(groups)}. Loading the pipeline.",
     )
-    stored = ShardReader(component).dtype(f"{using[0].name}.weight")
-    pipeline = _loaded(folder, dtype or DTYPES[stored], device)
-    show(0, images, f"drawing on {device} in {dtype or DTYPES[stored]}")
+    dtype = dtype or DTYPES[ShardReader(component).dtype(f"{using[0].name}.weight")]
     done = 0
 
     def run() -> None:
         nonlocal done
         for i in range(sampling.samples):
-            sampling.draw(pipeline, i, device)
+            sampling.draw(pipeline, i)
             done += 1
             show(done, images, f"run {(done - 1) // sampling.samples + 1} of {len(groups)}")
 
     begin = time.perf_counter()
-    collect_stats(
-        getattr(pipeline, component.name),
-        run,
-        widths,
-        second_moment=second_moment,
-        tokens_per_call=None if max_tokens is None else max(1, max_tokens // calls),
-        memory_bytes=memory_bytes,
-        target=target,
-    )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # loading draws random numbers too
+        pipeline = _loaded(folder, dtype, device)
+        show(0, images, f"drawing on {device} in {dtype}")
+        collect_stats(
+            getattr(pipeline, component.name),
+            run,
+            widths,
+            second_moment=second_moment,
+            tokens_per_call=None if max_tokens is None else max(1, max_tokens // calls),
+            memory_bytes=memory_bytes,
+            target=target,
+        )
     seconds = time.perf_counter() - begin
     return StatsReport(target, nbytes, tuple(widths), sampling.samples, len(groups), seconds)
 
@@ -219,23 +220,22 @@ class _Sampling:
             raise CalibrationError(f"{self.kind.__name__} does not say how many steps it takes. Give `--steps`.")
         return steps
 
-    def draw(self, pipeline: Any, index: int, device: torch.device) -> None:
-        """Draw an image and forget it; the random numbers of the caller are not touched."""
+    def draw(self, pipeline: Any, index: int) -> None:
+        """Draw an image and forget it."""
         call = dict(self.call)
         if self.prompts:
             call.setdefault("prompt", self.prompts[index % len(self.prompts)])
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + index)
-            generator = torch.Generator().manual_seed(self.seed + index)  # of the CPU: the same noise on all devices
-            try:
-                pipeline(generator=generator, **call)
-            except LoraqError:
-                raise
-            except Exception as error:  # pipelines raise what they like
-                raise CalibrationError(
-                    f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be set: "
-                    "`--set`, or `call`."
-                ) from error
+        torch.manual_seed(self.seed + index)  # for what a pipeline draws beside its generator
+        generator = torch.Generator().manual_seed(self.seed + index)  # of the CPU: the same noise on all devices
+        try:
+            pipeline(generator=generator, **call)
+        except LoraqError:
+            raise
+        except Exception as error:  # pipelines raise what they like
+            raise CalibrationError(
+                f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be set: `--set`, or "
+                "`call`."
+            ) from error
 
 
 def _pipeline_folder(path: Path) -> Path:
