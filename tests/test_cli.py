@@ -274,7 +274,7 @@ def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     [
         (("--recipe", "mxfp5"), "Unknown number format 'mxfp5'. Did you mean 'mxfp4'?"),
         (("--recipe", "nowhere.toml"), "Cannot read the recipe 'nowhere.toml'"),
-        (("--method", "magic"), "Unknown method 'magic'. Known: loraq, lqer, rtn, svdquant."),
+        (("--method", "magic"), "Unknown method 'magic'. Known: gptq, loraq, lqer, qera, rtn, svdquant."),
         (("--budget", "plenty"), "plenty"),
         (("--recipe", "mxfp4-w8a8", "--budget", "2"), "transformer_blocks.0.attn1.to_q"),
         (("--recipe", "mxfp4-r999"), "Branch rank 999 is larger than min(out, in)"),

@@ -17,6 +17,8 @@ from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
 _CHUNK = 4096
+#: Rows of a second moment that are worked on at a time: temporary copies of all of it would take more than itself.
+_ROWS = 256
 
 
 def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
@@ -71,8 +73,9 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
         return {name: stats[name] for name in found}
     moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
     with stats_file(Path(target), moments) as write:
-        for name, of_layer in counted:
-            write(name, of_layer)
+        for layer in counted:
+            write(*layer)
+            del layer  # not kept beside the next one
     return load_stats(target)
 
 
@@ -130,7 +133,7 @@ class _Count:
         if not self.left or not inputs[0].numel():
             return
         x = inputs[0].movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else inputs[0]
-        x = self._chosen(x.reshape(-1, x.shape[-1])).float()
+        x = self._chosen(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(
                 f"Layer '{self.name}' got an input that is no finite number. Run the model in a wider dtype, or look "
@@ -140,8 +143,11 @@ class _Count:
         if self._sum is None or self._max is None:  # a model may be offloaded: only its inputs tell where it runs
             self._sum = torch.zeros((width, width) if full else width, dtype=torch.float64, device=x.device)
             self._max = torch.zeros(width, device=x.device)
-        for part in x.split(_CHUNK):
-            self._sum += part.mT @ part if full else part.square().sum(0)
+        for part in map(Tensor.float, x.split(_CHUNK)):
+            for rows in _slices(width) if full else ():
+                self._sum[rows].add_(part[:, rows].mT @ part)
+            if not full:
+                self._sum += part.square().sum(0)
             self._max = torch.maximum(self._max, part.abs().amax(0))
         self.tokens += len(x)
         self.left -= len(x)
@@ -157,10 +163,18 @@ class _Count:
         """Return what was counted, on the CPU; the sums are given up for it."""
         assert self._sum is not None, "a layer that was never called"
         assert self._max is not None
-        moment = self._sum.div_(self.tokens).float()
+        moment = torch.empty(self._sum.shape)
+        if self.amount.full:
+            for rows in _slices(len(moment)):
+                moment[rows] = (self._sum[rows] + self._sum[:, rows].mT).div_(2 * self.tokens)
+        else:
+            moment.copy_(self._sum / self.tokens)
         self._sum = None
-        moment = moment.cpu()
-        return ActivationStats(self.tokens, (moment + moment.mT) / 2 if self.amount.full else moment, self._max.cpu())
+        return ActivationStats(self.tokens, moment, self._max.cpu())
+
+
+def _slices(size: int) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, size, _ROWS)]
 
 
 def _linear(model: nn.Module, name: str) -> LinearLayer:

@@ -15,7 +15,7 @@ def passes_within(
 ) -> list[list[str]]:
     """Return the names of layers in as few groups as first-fit finds, the widest first.
 
-    A group takes the sums of its layers, and once the product in fp32 that is added to the widest.
+    A group takes the sums of its layers, and beside them the finished moment of one layer in fp32.
 
     Args:
         widths: size of each layer's input axis.
