@@ -1,11 +1,11 @@
 """How good are statistics that a model collects on samples of its own, without any data?
 
-The shipped digits transformer is quantized with LoRaQ in the bytes of a 16-bit rank-5 branch, with statistics of: nothing;
-noised training images (`loraq.collect_stats`); images that the float model draws from noise in 20 steps, of all labels or
-of the empty one (what `loraq stats` does with and without prompts), 128 of them or 8. `full` is with all second moments,
-`squares` with mean squares only. The figure is the velocity error on noised training images of all labels, with other
-noise and other choices of images than the statistics saw (mean over seeds 0 to 2). It moves by about 4 % between solver
-seeds.
+The shipped digits transformer is quantized with LoRaQ in the bytes of a 16-bit rank-5 branch, with statistics of:
+nothing; noised training images (`loraq.collect_stats`); images that the float model draws from noise in 20 steps, of
+all labels or of the empty one (what `loraq stats` does with and without prompts), 128 of them or 8. `full` is with all
+second moments, `squares` with mean squares only. The figure is the velocity error on noised training images of all
+labels, with other noise and other choices of images than the statistics saw (mean over seeds 0 to 2). It moves by about
+4 % between solver seeds.
 
     python benchmarks/self_calibration.py [--recipe int4-w6a8-a16] [--effort default] [--text] [--save]
 """
