@@ -42,7 +42,9 @@ def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple
 )
 @click.option("--steps", type=click.IntRange(1), help="Steps of each image. [default: the pipeline's]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image's noise.")
-@click.option("--mean-squares", is_flag=True, help="No correlations: a small file, not enough for gptq.")
+@click.option(
+    "--mean-squares", is_flag=True, help="No correlations: a small file that brings little, and is not enough for gptq."
+)
 @click.option("--max-tokens", type=click.IntRange(1), help="Inputs that a layer counts, spread over images and steps.")
 @click.option(
     "--memory",

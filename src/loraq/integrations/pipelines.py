@@ -81,7 +81,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         samples: images to draw; `None` takes one for each prompt, or `DEFAULT_SAMPLES` of the empty one.
         steps: of each image; `None` takes the pipeline's own default.
         seed: image i starts from the noise of seed + i.
-        second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file thousands of times smaller.
+        second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand times smaller.
         max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None` counts all. A
             pipeline that calls its model twice a step counts twice as many.
         memory_bytes: what the counts of layers may take together beside the pipeline. Where all are more, all images
