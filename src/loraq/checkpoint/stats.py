@@ -130,7 +130,7 @@ class _StatsFile(Mapping[str, ActivationStats]):
     def __init__(self, path: Path) -> None:
         self._path = path
         if not path.is_file():
-            raise CheckpointError(f"There is no file of statistics '{path}'. `loraq.collect_stats` makes one.")
+            raise CheckpointError(f"There is no file of statistics '{path}'. `loraq stats` makes one.")
         self._reader = ShardReader(path)
         version = self._reader.files[path.name].metadata.get("loraq_stats")
         if version != FORMAT_VERSION:
