@@ -13,13 +13,13 @@ from torch import nn
 
 import loraq
 from loraq.cli import main
-from loraq.cli.quantize import _bytes
+from loraq.cli.quantize import size_option_value
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo", "doctor"]
+COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo", "doctor", "stats"]
 FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
 
 
@@ -169,6 +169,11 @@ def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_
         ("compare", "a"),
         ("formats", "a"),
         ("demo", "--images", "3"),
+        ("stats", "a"),
+        ("stats", "a", "b", "--samples", "0"),
+        ("stats", "a", "b", "--memory", "much"),
+        ("stats", "a", "b", "--dtype", "int4"),
+        ("stats", "a", "b", "--set", "height"),
     ],
     ids=" ".join,
 )
@@ -178,6 +183,21 @@ def test_a_usage_error_is_exit_code_2(arguments):
     assert result.stdout == ""
     assert "Usage: " in result.stderr
     assert "Error: " in result.stderr
+
+
+# --- stats ----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_needs_something_that_draws(place, tmp_path):
+    assert "is a model alone, and cannot draw images by itself" in fails(
+        "stats", place / "float", tmp_path / "s.safetensors"
+    )
+
+
+def test_stats_reads_the_prompts_first(place, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    asked = ("stats", place / "pipeline", tmp_path / "s.safetensors", "--prompts", tmp_path / "empty.txt")
+    assert "holds no prompt" in fails(*asked)
 
 
 # --- quantize -------------------------------------------------------------------------------------------------------
@@ -214,7 +234,7 @@ def test_a_size_that_is_none_is_wrong_usage(place, tmp_path, size):
     ("text", "size"), [("7", 7), ("2GB", 2 * 10**9), ("1.5 mb", 1_500_000), ("1GiB", 2**30), ("3k", 3000)]
 )
 def test_sizes_are_read_with_their_units(text, size):
-    assert _bytes(None, None, text) == size
+    assert size_option_value(None, None, text) == size
 
 
 def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ BUILT_IN_BASE = {
     "SchemeError": ValueError,
     "RecipeError": ValueError,
     "LayerError": RuntimeError,
+    "CalibrationError": ValueError,
     "CheckpointError": OSError,
     "KernelError": RuntimeError,
 }

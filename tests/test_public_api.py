@@ -19,6 +19,7 @@ PUBLIC = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "collect_pipeline_stats",
     "collect_stats",
     "get_format",
     "load",

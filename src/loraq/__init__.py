@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loraq.integrations.absorb import absorb_lora
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
+    from loraq.integrations.pipelines import collect_pipeline_stats
     from loraq.layers import set_backend
     from loraq.nn import QuantizedLinear
     from loraq.pipeline.collect import collect_stats
@@ -37,6 +38,7 @@ _HOMES = {
     "Rule": "loraq.recipe",
     "Scheme": "loraq.scheme",
     "absorb_lora": "loraq.integrations.absorb",
+    "collect_pipeline_stats": "loraq.integrations.pipelines",
     "collect_stats": "loraq.pipeline.collect",
     "get_format": "loraq.formats",
     "load": "loraq.integrations.diffusers",
@@ -63,6 +65,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "collect_pipeline_stats",
     "collect_stats",
     "get_format",
     "load",

@@ -28,7 +28,7 @@ class LayerError(LoraqError, RuntimeError):
 
 
 class CalibrationError(LoraqError, ValueError):
-    """A method needs activation statistics that are missing, do not fit the layer, or are no statistics."""
+    """Activation statistics are missing, do not fit the layer, are no statistics, or cannot be collected."""
 
 
 class CheckpointError(LoraqError, OSError):

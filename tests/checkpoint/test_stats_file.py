@@ -1,5 +1,7 @@
 """Statistics on the disk: a round trip, and files that are something else."""
 
+import errno
+import os
 import pickle
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from loraq.checkpoint.stats import load_stats, save_stats
+from loraq.checkpoint.stats import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.stats import ActivationStats
 from matrices import gaussian
@@ -70,6 +72,66 @@ def test_a_file_of_statistics_can_be_sent_to_another_process(path):
 def test_nothing_cannot_be_saved(tmp_path):
     with pytest.raises(CalibrationError, match="no statistics to save"):
         save_stats({}, tmp_path / "s.safetensors")
+
+
+def test_layers_may_be_written_in_any_order(path, tmp_path):
+    stats = load_stats(path)
+    shapes = {name: tuple(stats[name].second_moment.shape) for name in ("blocks.0.up", "blocks.0.down", "out")}
+    other = tmp_path / "other.safetensors"
+    with stats_file(other, shapes) as write:
+        for name in reversed(shapes):
+            assert not other.exists()
+            write(name, stats[name])
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_a_layer_that_was_not_announced_is_refused_and_nothing_is_left(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="the place for it is"),
+        stats_file(tmp_path / "s.safetensors", {"a": (4, 4)}) as write,
+    ):
+        write("a", full(8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
+    def full_disk(_file: int, _start: int, _size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    with (
+        pytest.raises(CheckpointError, match=r"Cannot write '.*': the disk is full"),
+        stats_file(tmp_path / "s.safetensors", {"a": (4, 4)}),
+    ):
+        pytest.fail("the work must not begin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):
+    moments = {"blocks.0.up": (8, 8), "blocks.0.down": (6,), "out": (4, 4)}
+    assert require_room(path, moments, overwrite=True) == path.stat().st_size
+    assert require_room(tmp_path / "new" / "s.safetensors", moments, overwrite=False) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deep/stats.safetensors", "the file exists"),
+        ("deep/stats", r"ends with '\.safetensors'"),
+        ("folder.safetensors", "a folder of this name exists"),
+        ("file/stats.safetensors", "is no folder that can be written"),
+    ],
+)
+def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=message):
+        require_room(tmp_path / name, {"a": (4, 4)}, overwrite=False)
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"GB free and the statistics take 4e\+09 GB.*--mean-squares"):
+        require_room(tmp_path / "s.safetensors", {"a": (10**9, 10**9)}, overwrite=False)
 
 
 def test_a_missing_file_is_named(tmp_path):

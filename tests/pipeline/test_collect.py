@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from loraq.checkpoint.stats import save_stats
 from loraq.errors import CalibrationError
 from loraq.pipeline.collect import collect_stats
 from matrices import gaussian, heavy_tailed
@@ -66,6 +67,79 @@ def test_long_inputs_are_counted_in_pieces():
     assert torch.allclose(stats.second_moment.double(), x.double().mT @ x.double() / 9000, rtol=1e-6, atol=1e-7)
 
 
+def test_inputs_of_one_call_are_spread_evenly():
+    net = Net()
+    stats = collect_stats(net, lambda: run(net), ["inner.0", "mix"], tokens_per_call=10)
+    chosen = [0, 3, 7, 10, 14, 17, 21, 24, 28, 31]  # of 35
+    x = torch.cat([tokens.reshape(-1, 6)[chosen] for tokens in TOKENS])
+    assert stats["inner.0"].tokens == stats["mix"].tokens == 30
+    assert torch.allclose(stats["inner.0"].second_moment, x.mT @ x / 30, rtol=1e-5)
+
+
+def test_a_limit_above_the_inputs_of_a_call_counts_all():
+    net = Net()
+    some, every = (collect_stats(net, lambda: run(net), ["mix"], tokens_per_call=n)["mix"] for n in (10**6, None))
+    assert some.sha256 == every.sha256
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_groups_give_the_same_statistics_as_one_run(full, tmp_path):
+    net, runs = Net(), []
+    once = collect_stats(net, lambda: run(net), LAYERS, second_moment=full)
+    limit = 12 * 10 * 10 + 4 * 10 if full else 12 * 10
+    target = tmp_path / "stats.safetensors"
+    for place in (None, target):
+        runs.clear()
+        grouped = collect_stats(
+            net, lambda: runs.append(run(net)), LAYERS, second_moment=full, memory_bytes=limit, target=place
+        )
+        assert len(runs) == 2
+        assert {name: grouped[name].sha256 for name in grouped} == {name: s.sha256 for name, s in once.items()}
+    save_stats(once, tmp_path / "once.safetensors")
+    assert (tmp_path / "once.safetensors").read_bytes() == target.read_bytes()
+
+
+def test_a_layer_that_is_never_called_is_found_in_the_first_of_many_runs(tmp_path):
+    net, runs = Net(), []
+    with pytest.raises(CalibrationError, match="1 of 4 layers were never called: idle"):
+        collect_stats(
+            net,
+            lambda: runs.append(run(net)),
+            [*LAYERS, "idle"],
+            memory_bytes=12 * 10 * 10 + 4 * 10,
+            target=tmp_path / "stats.safetensors",
+        )
+    assert len(runs) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_does_less_the_second_time_is_found():
+    net, runs = Net(), []
+
+    def once() -> None:
+        runs.append(0)
+        if len(runs) == 1:
+            run(net)
+
+    with pytest.raises(CalibrationError, match="were never called"):
+        collect_stats(net, once, LAYERS, memory_bytes=12 * 10 * 10 + 4 * 10)
+
+
+def test_a_call_without_inputs_is_no_call():
+    net = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(CalibrationError, match="never called"):
+        collect_stats(net, lambda: net(torch.ones(0, 4)), ["0"])
+
+
+def test_an_error_of_the_run_is_its_own(tmp_path):
+    def broken() -> None:
+        raise FileNotFoundError("of the run")
+
+    with pytest.raises(FileNotFoundError, match="of the run"):
+        collect_stats(Net(), broken, LAYERS, target=tmp_path / "s.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bfloat16_model_is_counted_in_wide_numbers():
     net, x = nn.Sequential(nn.Linear(4, 4)).bfloat16(), gaussian(5000, 4).bfloat16()
     stats = collect_stats(net, lambda: net(x), ["0"])["0"]
@@ -113,7 +187,8 @@ def test_an_input_that_is_not_finite_is_an_error_with_the_name_of_the_layer(bad)
         collect_stats(net, lambda: net(x), ["0"])
 
 
-def test_no_tokens_at_all_cannot_be_asked_for():
+@pytest.mark.parametrize("limit", ["max_tokens", "tokens_per_call"])
+def test_no_tokens_at_all_cannot_be_asked_for(limit):
     net = Net()
-    with pytest.raises(CalibrationError, match="max_tokens is 0"):
-        collect_stats(net, lambda: run(net), LAYERS, max_tokens=0)
+    with pytest.raises(CalibrationError, match=f"{limit} is 0"):
+        collect_stats(net, lambda: run(net), LAYERS, **{limit: 0})

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from loraq.pipeline import progress
-from loraq.pipeline.progress import progress_bar
+from loraq.pipeline.progress import image_lines, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -26,6 +26,22 @@ def test_elsewhere_than_on_a_terminal_each_layer_is_a_line(capsys, monkeypatch):
     assert captured.err.splitlines() == [
         "quantize: layer 1 of 4, error 0.0712, 6 s left, blocks.0.ff",
         "quantize: layer 2 of 4, error 0.5000, 6 s left, blocks.1.ff",
+    ]
+
+
+def test_each_image_is_a_line_with_the_time_left(capsys, monkeypatch):
+    clock = iter([90.0, 100.0, 102.0, 106.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    show = image_lines("stats")
+    show(0, 4, "loading")
+    show(1, 4, "run 1 of 2")
+    show(3, 4, "run 2 of 2")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "stats: loading",
+        "stats: image 1 of 4, 6 s left, run 1 of 2",
+        "stats: image 3 of 4, 2 s left, run 2 of 2",
     ]
 
 

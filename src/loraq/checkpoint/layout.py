@@ -37,11 +37,18 @@ class ShardLayout:
     index: str | None
 
     @classmethod
-    def of(cls, specs: Mapping[str, TensorSpec], stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES) -> "ShardLayout":
+    def of(
+        cls,
+        specs: Mapping[str, TensorSpec],
+        stem: str,
+        shard_bytes: float = DEFAULT_SHARD_BYTES,
+        metadata: Mapping[str, str] | None = None,
+    ) -> "ShardLayout":
         """Lay tensors out as `<stem>.safetensors`, or as numbered shards with an index.
 
         The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of its own. Within a
-        file wide dtypes stand first, which aligns every tensor; otherwise the order is kept.
+        file wide dtypes stand first, which aligns every tensor; otherwise the order is kept. The metadata go into the
+        header of every file.
         """
         shards: list[dict[str, TensorSpec]] = [{}]
         filled = 0
@@ -57,7 +64,7 @@ class ShardLayout:
         places: dict[str, tuple[str, int]] = {}
         for file, shard in zip(files, shards, strict=True):
             ordered = dict(sorted(shard.items(), key=lambda item: -item[1].itemsize))
-            headers[file], offsets = encode_header(ordered)
+            headers[file], offsets = encode_header(ordered, metadata)
             sizes[file] = len(headers[file]) + sum(spec.nbytes for spec in shard.values())
             places |= {name: (file, offset) for name, offset in offsets.items()}
         return cls(dict(specs), headers, sizes, places, None if n == 1 else f"{stem}.safetensors.index.json")

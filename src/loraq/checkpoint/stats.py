@@ -1,14 +1,16 @@
 """Statistics on the disk: one safetensors file with `<layer>.second_moment`, `<layer>.max_abs` and `<layer>.tokens`."""
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from loraq.checkpoint.header import TensorSpec, encode_header
-from loraq.checkpoint.layout import spec_of, tensor_bytes
+from loraq.checkpoint.header import TensorSpec
+from loraq.checkpoint.layout import ShardLayout
 from loraq.checkpoint.reader import ShardReader
 from loraq.checkpoint.writer import reason_of
 from loraq.errors import CalibrationError, CheckpointError
@@ -17,6 +19,84 @@ from loraq.stats import ActivationStats
 #: In the file's metadata, under "loraq_stats".
 FORMAT_VERSION = "1"
 _PARTS = ("second_moment", "max_abs", "tokens")
+
+
+def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayout:
+    """Return where everything will stand in one file, by the shape of each layer's second moment."""
+    specs: dict[str, TensorSpec] = {}
+    for layer, shape in moments.items():
+        parts = (TensorSpec("F32", shape), TensorSpec("F32", shape[:1]), TensorSpec("I64", (1,)))
+        specs |= {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
+    return ShardLayout.of(specs, stem, math.inf, {"loraq_stats": FORMAT_VERSION})
+
+
+@contextmanager
+def stats_file(path: Path, moments: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str, ActivationStats], None]]:
+    """Yield a function that writes one layer's statistics, in any order; the file appears when all is written.
+
+    The disk's space is taken at the beginning, so that it is not missing after hours of work.
+
+    Args:
+        path: the file to make; what is there is replaced.
+        moments: (in, in) or (in) of each layer to come.
+
+    Raises:
+        CheckpointError: the disk refuses, or a layer is not what was announced.
+    """
+    layout = stats_layout(moments, f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(layout.files[0])
+
+    def write(layer: str, stats: ActivationStats) -> None:
+        parts = (stats.second_moment.float(), stats.max_abs.float(), torch.tensor([stats.tokens]))
+        with _disk(path):
+            layout.write(path.parent, {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)})
+
+    try:
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            layout.allocate(path.parent)
+        yield write
+        with _disk(path):
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> int:
+    """Return the bytes that a file of statistics will take, if it can be made.
+
+    Raises:
+        CheckpointError: something is in its way, or the disk has not enough space.
+    """
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"Cannot write '{path}': a name that ends with '.safetensors' is required.")
+    if path.is_dir():
+        raise CheckpointError(f"Cannot write '{path}': a folder of this name exists. Choose another name.")
+    if path.exists() and not overwrite:
+        raise CheckpointError(
+            f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting (`--overwrite`)."
+        )
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise CheckpointError(f"Cannot write '{path}': '{place}' is no folder that can be written. Choose another.")
+    needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
+    if needed > free:
+        raise CheckpointError(
+            f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} GB. Free space, choose "
+            "another target, or collect mean squares only (`--mean-squares`)."
+        )
+    return needed
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Say in one message that the disk refuses, and why."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"Cannot write '{path}': {reason_of(error)}.") from error
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
@@ -28,26 +108,10 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
     """
     if not stats:
         raise CalibrationError("There are no statistics to save. Collect those of at least one layer.")
-    path = Path(path)
-    specs: dict[str, TensorSpec] = {}
-    for layer, of_layer in stats.items():
-        specs |= {name: spec_of(name, tensor) for name, tensor in _tensors(layer, of_layer).items()}
-    ordered = dict(sorted(specs.items(), key=lambda item: -item[1].itemsize))  # wide dtypes first, which aligns all
-    header, places = encode_header(ordered, {"loraq_stats": FORMAT_VERSION})
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(header)
-            for layer, of_layer in stats.items():
-                for name, tensor in _tensors(layer, of_layer).items():
-                    file.seek(places[name])
-                    file.write(tensor_bytes(tensor))
-        partial.rename(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write '{path}': {reason_of(error)}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    moments = {layer: tuple(of_layer.second_moment.shape) for layer, of_layer in stats.items()}
+    with stats_file(Path(path), moments) as write:
+        for layer, of_layer in stats.items():
+            write(layer, of_layer)
 
 
 def load_stats(path: str | Path) -> Mapping[str, ActivationStats]:
@@ -66,7 +130,7 @@ class _StatsFile(Mapping[str, ActivationStats]):
     def __init__(self, path: Path) -> None:
         self._path = path
         if not path.is_file():
-            raise CheckpointError(f"There is no file of statistics '{path}'. `loraq.collect_stats` makes one.")
+            raise CheckpointError(f"There is no file of statistics '{path}'. `loraq stats` makes one.")
         self._reader = ShardReader(path)
         version = self._reader.files[path.name].metadata.get("loraq_stats")
         if version != FORMAT_VERSION:
@@ -95,8 +159,3 @@ class _StatsFile(Mapping[str, ActivationStats]):
 
     def __len__(self) -> int:
         return len(self._layers)
-
-
-def _tensors(layer: str, stats: ActivationStats) -> dict[str, Tensor]:
-    parts = (stats.second_moment.float(), stats.max_abs.float(), torch.tensor([stats.tokens]))
-    return {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}

@@ -3,7 +3,7 @@
 Everything that needs torch is imported inside the commands, so that help does not wait for it.
 """
 
-from loraq.cli import contents, demo, doctor, lora, quantize
+from loraq.cli import contents, demo, doctor, lora, quantize, stats
 from loraq.cli.command import main
 
-__all__ = ["contents", "demo", "doctor", "lora", "main", "quantize"]
+__all__ = ["contents", "demo", "doctor", "lora", "main", "quantize", "stats"]

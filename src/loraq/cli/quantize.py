@@ -44,7 +44,7 @@ config_option = click.option(
 )
 
 
-def _bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+def size_option_value(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
     """Read a size such as "2GB", "500 MB" or "1GiB"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
     size = found and round(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " "))
@@ -87,9 +87,11 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @config_option
-@click.option("--stats", type=click.Path(path_type=Path), help="Activation statistics that `loraq.save_stats` wrote.")
+@click.option("--stats", type=click.Path(path_type=Path), help="Activation statistics that `loraq stats` wrote.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
-@click.option("--shard-size", "shard_bytes", default="2GB", show_default=True, callback=_bytes, help="Largest file.")
+@click.option(
+    "--shard-size", "shard_bytes", default="2GB", show_default=True, callback=size_option_value, help="Largest file."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
 @click.option("--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them.")

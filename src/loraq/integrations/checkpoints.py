@@ -1,7 +1,6 @@
 """`quantize_checkpoint`: from whatever a model comes as (folder, pipeline, single file, hub) to a quantized folder."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import marked, model_config
 from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
-from loraq.errors import CheckpointError, LoraqError
+from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, require_fit, transformer_folder
+from loraq.integrations.hub import here
 from loraq.integrations.single_file import ConvertedReader
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
@@ -24,11 +24,6 @@ from loraq.pipeline.stats import Stats, opened
 from loraq.pipeline.stream import Settings, Source, stream
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
-
-#: What is fetched of a repository besides the weights: configurations and tokenizers.
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]
-#: Second copies of the weights that many repositories hold.
-_OTHER_VARIANTS = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.fp16.json", "*.non_ema.safetensors"]
 
 
 def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
@@ -136,9 +131,7 @@ def _locate(source: str | Path, config: str | Path | None) -> _Given:
     Raises:
         CheckpointError: there is no such source, it is quantized already, or its configuration cannot be read.
     """
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        path = _fetched(str(source))
+    path = here(source)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"'{path}' is no .safetensors file. Other weight files are not read: convert it.")
@@ -234,23 +227,3 @@ def _require_apart(source: Path, target: Path) -> None:
         raise CheckpointError(
             f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another target."
         )
-
-
-def _fetched(repository: str) -> Path:
-    """Return the folder with a repository of the hub, fetched as far as it is not in the hub's cache already."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise LoraqError(
-            f'huggingface_hub cannot be imported ({error}). Run: pip install "loraq[diffusers]"'
-        ) from error
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=_SMALL_FILES))
-        inside = "*/*.safetensors" if (folder / "model_index.json").is_file() else "*.safetensors"
-        return Path(
-            snapshot_download(repository, allow_patterns=[*_SMALL_FILES, inside], ignore_patterns=_OTHER_VARIANTS)
-        )
-    except Exception as error:  # the hub has many errors of its own
-        raise CheckpointError(
-            f"'{repository}' is no file or folder here, and cannot be fetched from the hub: {error}"
-        ) from error

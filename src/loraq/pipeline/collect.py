@@ -1,90 +1,180 @@
 """`collect_stats`: run a model, and count what goes into its linear layers."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.stats import load_stats, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, is_linear, matrix_of
+from loraq.pipeline.passes import passes_within
 from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
 _CHUNK = 4096
+#: Rows of a second moment that are worked on at a time: temporary copies of all of it would take more than itself.
+_ROWS = 256
 
 
-def collect_stats(
+def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     model: nn.Module,
     run: Callable[[], object],
     layers: Iterable[str],
     *,
     second_moment: bool = True,
     max_tokens: int | None = None,
-) -> dict[str, ActivationStats]:
+    tokens_per_call: int | None = None,
+    memory_bytes: int | None = None,
+    target: str | Path | None = None,
+) -> Mapping[str, ActivationStats]:
     """Run a model and return the statistics of the inputs of some of its linear layers.
 
-    A layer takes `in`² numbers in fp64 while it is counted, or `in` without the second moment. The model is not
-    changed. Let `run` see what the model will see: all timesteps, all resolutions, with and without a caption.
+    A layer takes `in`² numbers in fp64 while it is counted, on the device of its inputs, or `in` without the second
+    moment. Where that is too much, `memory_bytes` counts the layers in groups and runs the model once for each, and
+    `target` keeps what is finished on the disk. The model is not changed. Let `run` see what the model will see: all
+    timesteps, all resolutions, with and without a caption.
 
     Args:
         model: with float weights.
-        run: calls the model as often as needed; gradients are switched off.
+        run: calls the model as often as needed; gradients are switched off. With `memory_bytes` it is called more than
+            once: seed its noise, so that all layers are counted on the same inputs.
         layers: dotted names of `nn.Linear` and 1×1 `nn.Conv2d`, such as those of `plan_model(model, recipe).quantized`.
         second_moment: whether all of E[x xᵀ] is collected, which "gptq" needs; else only E[x²].
         max_tokens: a layer counts no more than its first so many inputs; `None` counts all.
+        tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread; `None` counts all.
+        memory_bytes: what the counts of layers may take together; `None` counts all layers in one run.
+        target: the safetensors file to make, as `save_stats` does, group by group; `None` keeps all in memory.
+
+    Returns:
+        Statistics by layer; with a `target` they are read from it each time they are asked for.
 
     Raises:
-        CalibrationError: a name is no linear layer, a layer was never called, or its input was not finite.
+        CalibrationError: a name is no linear layer, a layer was never called, its input was not finite, or it alone
+            takes more than `memory_bytes`.
+        CheckpointError: the disk refuses the target.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise CalibrationError(f"max_tokens is {max_tokens}. It must be at least 1, or `None`.")
-    counts = {name: _Count(name, _linear(model, name), second_moment, max_tokens or math.inf) for name in layers}
-    if not counts:
+    for name, limit in {"max_tokens": max_tokens, "tokens_per_call": tokens_per_call}.items():
+        if limit is not None and limit < 1:
+            raise CalibrationError(f"{name} is {limit}. It must be at least 1, or `None`.")
+    found = {name: _linear(model, name) for name in layers}
+    if not found:
         raise CalibrationError("No layer was named. `loraq.plan_model` says which a recipe quantizes.")
-    with ExitStack() as hooks, torch.no_grad():
-        for count in counts.values():
-            hooks.enter_context(count.layer.register_forward_pre_hook(count))
-        run()
-    if idle := [name for name, count in counts.items() if not count.tokens]:
-        raise CalibrationError(
-            f"{len(idle)} of {len(counts)} layers were never called: {', '.join(idle[:4])}. Let `run` use all of the "
-            "model, or leave them out."
-        )
-    return {name: count.stats() for name, count in counts.items()}
+    widths = {name: matrix_of(layer).shape[1] for name, layer in found.items()}
+    groups = passes_within(widths, memory_bytes, second_moment=second_moment)
+    amount = _Amount(second_moment, max_tokens or math.inf, tokens_per_call)
+    counted = _counted(found, run, groups, amount)
+    if target is None:
+        stats = dict(counted)
+        return {name: stats[name] for name in found}
+    moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
+    with stats_file(Path(target), moments) as write:
+        for layer in counted:
+            write(*layer)
+            del layer  # not kept beside the next one
+    return load_stats(target)
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """How much is counted of every layer's inputs."""
+
+    full: bool
+    most: float
+    per_call: int | None
+
+
+def _counted(
+    layers: Mapping[str, LinearLayer], run: Callable[[], object], groups: list[list[str]], amount: _Amount
+) -> Iterator[tuple[str, ActivationStats]]:
+    """Yield the statistics of one layer after the other; each gives its memory back before the next one is made."""
+    for i, group in enumerate(groups):
+        # The first run looks for layers that are never called among all, not hours later in their own group.
+        watched = group if i else layers
+        called: set[str] = set()
+        counts = {name: _Count(name, layers[name], amount) for name in group}
+        with ExitStack() as hooks, torch.no_grad():
+            for name in watched:
+                hooks.enter_context(layers[name].register_forward_pre_hook(_note(called, name)))
+            for count in counts.values():
+                hooks.enter_context(count.layer.register_forward_pre_hook(count))
+            run()
+        if idle := [name for name in watched if name not in called]:
+            raise CalibrationError(
+                f"{len(idle)} of {len(watched)} layers were never called: {', '.join(idle[:4])}. Let the run use all "
+                "of the model, or leave them out (`skip = true` in a rule of the recipe)."
+            )
+        for name in group:
+            yield name, counts.pop(name).stats()
+
+
+def _note(called: set[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel():
+            called.add(name)
+
+    return note
 
 
 class _Count:
     """A hook that adds up the inputs of one layer."""
 
-    def __init__(self, name: str, layer: LinearLayer, full: bool, most: float) -> None:
-        self.name, self.layer, self.full, self.left, self.tokens = name, layer, full, most, 0
-        weight = matrix_of(layer)
-        width = weight.shape[1]
-        self._sum = torch.zeros((width, width) if full else width, dtype=torch.float64, device=weight.device)
-        self._max = torch.zeros(width, device=weight.device)
+    def __init__(self, name: str, layer: LinearLayer, amount: _Amount) -> None:
+        self.name, self.layer, self.amount = name, layer, amount
+        self.left, self.tokens = amount.most, 0
+        self._sum: Tensor | None = None
+        self._max: Tensor | None = None
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not self.left:
+        if not self.left or not inputs[0].numel():
             return
         x = inputs[0].movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else inputs[0]
-        x = x.reshape(-1, x.shape[-1])[: int(min(self.left, x.numel()))].float()
+        x = self._chosen(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(
                 f"Layer '{self.name}' got an input that is no finite number. Run the model in a wider dtype, or look "
                 "for the layer before it that overflows."
             )
-        for part in x.split(_CHUNK):
-            self._sum += part.mT @ part if self.full else part.square().sum(0)
+        width, full = x.shape[1], self.amount.full
+        if self._sum is None or self._max is None:  # a model may be offloaded: only its inputs tell where it runs
+            self._sum = torch.zeros((width, width) if full else width, dtype=torch.float64, device=x.device)
+            self._max = torch.zeros(width, device=x.device)
+        for part in map(Tensor.float, x.split(_CHUNK)):
+            for rows in _slices(width) if full else ():
+                self._sum[rows].add_(part[:, rows].mT @ part)
+            if not full:
+                self._sum += part.square().sum(0)
             self._max = torch.maximum(self._max, part.abs().amax(0))
         self.tokens += len(x)
         self.left -= len(x)
 
+    def _chosen(self, x: Tensor) -> Tensor:
+        """The inputs of one call that are counted."""
+        most = self.amount.per_call
+        if most is not None and most < len(x):
+            x = x[torch.arange(most, device=x.device) * len(x) // most]
+        return x[: int(min(self.left, len(x)))]
+
     def stats(self) -> ActivationStats:
-        """Return what was counted, on the CPU."""
-        moment = (self._sum / self.tokens).float().cpu()
-        return ActivationStats(self.tokens, (moment + moment.mT) / 2 if self.full else moment, self._max.cpu())
+        """Return what was counted, on the CPU; the sums are given up for it."""
+        assert self._sum is not None, "a layer that was never called"
+        assert self._max is not None
+        moment = torch.empty(self._sum.shape)
+        if self.amount.full:
+            for rows in _slices(len(moment)):
+                moment[rows] = (self._sum[rows] + self._sum[:, rows].mT).div_(2 * self.tokens)
+        else:
+            moment.copy_(self._sum / self.tokens)
+        self._sum = None
+        return ActivationStats(self.tokens, moment, self._max.cpu())
+
+
+def _slices(size: int) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, size, _ROWS)]
 
 
 def _linear(model: nn.Module, name: str) -> LinearLayer:

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: layer i of n, its error, and the time left."""
+"""Progress of long work on stderr: layer i of n and its error, or image i of n, and the time left."""
 
 import sys
 import time
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 #: Called after each layer with (layers done, layers in all, layer name, relative error).
 ProgressCallback = Callable[[int, int, str, float], None]
+
+#: Called before the first image with 0 done and after each, with (images done, images in all, what is going on).
+ImageCallback = Callable[[int, int, str], None]
 
 
 @contextmanager
@@ -43,5 +46,21 @@ def _lines(title: str) -> ProgressCallback:
         kept = done - 1 if kept is None else kept  # layers that an earlier run finished took no time of this one
         left = (time.monotonic() - begin) / (done - kept) * (total - done)
         sys.stderr.write(f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {name}\n")
+
+    return show
+
+
+def image_lines(title: str) -> ImageCallback:
+    """Return a callback that writes one plain line for each image, and the time left."""
+    begin = time.monotonic()
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal begin
+        if not done:
+            begin = time.monotonic()
+            sys.stderr.write(f"{title}: {what}\n")
+            return
+        left = (time.monotonic() - begin) / done * (total - done)
+        sys.stderr.write(f"{title}: image {done} of {total}, {left:.0f} s left, {what}\n")
 
     return show

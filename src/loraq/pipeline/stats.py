@@ -23,6 +23,22 @@ def opened(stats: Stats | None) -> Mapping[str, ActivationStats] | None:
     return load_stats(stats) if isinstance(stats, str | Path) else stats
 
 
+def layers_that_use(plan: Plan, recipe: Recipe) -> list[LayerPlan]:
+    """Return the layers of a plan whose method makes something of statistics.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    using = [layer for layer in plan.quantized if _solver(layer, recipe).use_of_stats != "ignored"]
+    if not using:
+        able = [name for name, method in METHODS.items() if method.use_of_stats != "ignored"]
+        raise CalibrationError(
+            f"No layer uses the statistics: method '{recipe.method}' makes nothing of them here. Leave them out, or "
+            f"use one of the methods {', '.join(able)}."
+        )
+    return using
+
+
 def hashes_of_used(stats: Mapping[str, ActivationStats] | None, plan: Plan, recipe: Recipe) -> dict[str, str]:
     """Return the hash of the statistics of every layer whose method uses them; none without statistics.
 
@@ -30,22 +46,16 @@ def hashes_of_used(stats: Mapping[str, ActivationStats] | None, plan: Plan, reci
         CalibrationError: a layer's method needs statistics that are missing, those given are not of this layer, or
             no layer uses them.
     """
-    uses = {layer.name: (layer, _solver(layer, recipe)) for layer in plan.quantized}
     if stats is None:
-        if needy := [name for name, (_, solver) in uses.items() if solver.use_of_stats == "required"]:
+        needy = [layer for layer in plan.quantized if _solver(layer, recipe).use_of_stats == "required"]
+        if needy:
             raise CalibrationError(
                 f"Method '{recipe.method}' needs activation statistics, and none are given for {len(needy)} layers. "
-                "Collect them with `loraq.collect_stats` and give them as `stats` (`--stats`), or use a method without "
-                "data, such as 'loraq'."
+                "Collect them with `loraq stats` or `loraq.collect_stats` and give them as `stats` (`--stats`), or use "
+                "a method without data, such as 'loraq'."
             )
         return {}
-    using = {name: layer for name, (layer, solver) in uses.items() if solver.use_of_stats != "ignored"}
-    if not using:
-        able = [name for name, method in METHODS.items() if method.use_of_stats != "ignored"]
-        raise CalibrationError(
-            f"No layer uses the statistics: method '{recipe.method}' makes nothing of them here. Leave them out, or "
-            f"use one of the methods {', '.join(able)}."
-        )
+    using = {layer.name: layer for layer in layers_that_use(plan, recipe)}
     if missing := [name for name in using if name not in stats]:
         raise CalibrationError(
             f"There are no statistics of {len(missing)} of {len(using)} layers: {', '.join(missing[:4])}. Collect "

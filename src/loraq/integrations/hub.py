@@ -1,0 +1,43 @@
+"""Repositories of the hub, fetched as far as they are not in its cache already."""
+
+import re
+from pathlib import Path
+
+from loraq.errors import CheckpointError, LoraqError
+
+#: What is fetched of a repository besides the weights: configurations and tokenizers.
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]
+#: Second copies of the weights that many repositories hold.
+_OTHER_VARIANTS = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.fp16.json", "*.non_ema.safetensors"]
+
+
+def here(source: str | Path) -> Path:
+    """Return a path as it is, or the folder of a repository such as "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
+
+    Raises:
+        CheckpointError: the source is neither here nor to be had.
+        LoraqError: huggingface_hub is not installed.
+    """
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        return _fetched(str(source))
+    return path
+
+
+def _fetched(repository: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise LoraqError(
+            f'huggingface_hub cannot be imported ({error}). Run: pip install "loraq[diffusers]"'
+        ) from error
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_SMALL_FILES))
+        inside = "*/*.safetensors" if (folder / "model_index.json").is_file() else "*.safetensors"
+        return Path(
+            snapshot_download(repository, allow_patterns=[*_SMALL_FILES, inside], ignore_patterns=_OTHER_VARIANTS)
+        )
+    except Exception as error:  # the hub has many errors of its own
+        raise CheckpointError(
+            f"'{repository}' is no file or folder here, and cannot be fetched from the hub: {error}"
+        ) from error

@@ -1,0 +1,290 @@
+"""`collect_pipeline_stats`: a float pipeline draws samples of its own, and what goes into its layers is counted.
+
+Nothing but the pipeline is needed. It starts from noise, on empty prompts unless others are given, and runs all its
+timesteps; so its layers see what they will see later, as far as the prompts are like those to come.
+"""
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraq.checkpoint.header import DTYPES
+from loraq.checkpoint.reader import ShardReader, read_json
+from loraq.checkpoint.stats import require_room
+from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
+from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
+from loraq.integrations.hub import here
+from loraq.pipeline.collect import collect_stats
+from loraq.pipeline.passes import passes_within
+from loraq.pipeline.plan import Plan
+from loraq.pipeline.progress import ImageCallback, image_lines
+from loraq.pipeline.stats import layers_that_use
+from loraq.recipe import Recipe
+from loraq.scheme import Scheme
+
+#: Images that are drawn unless the caller says otherwise.
+DEFAULT_SAMPLES = 8
+#: What the counts of layers take together unless the caller says otherwise.
+DEFAULT_MEMORY_BYTES = 8_000_000_000
+
+
+@dataclass(frozen=True)
+class StatsReport:
+    """What a run of `collect_pipeline_stats` has made."""
+
+    #: The file, and its size.
+    target: Path
+    nbytes: int
+    #: Dotted names of the layers in it.
+    layers: tuple[str, ...]
+    #: Images drawn in each run, and runs.
+    samples: int
+    passes: int
+    #: Wall time of loading and all runs.
+    seconds: float
+
+
+def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command too
+    source: str | Path,
+    target: str | Path,
+    recipe: str | Path | Scheme | Recipe = "default",
+    *,
+    prompts: Sequence[str] = (),
+    samples: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    second_moment: bool = True,
+    max_tokens: int | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    call: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: ImageCallback | bool = True,
+) -> StatsReport:
+    """Let a float pipeline draw images, and write the statistics of its layers' inputs to a file.
+
+    Without prompts no data is used. The same arguments give the same bytes on the same machine with as many threads,
+    whatever `memory_bytes` is.
+
+    Args:
+        source: folder of a diffusers pipeline (model_index.json, safetensors), or a repository of the hub.
+        target: the safetensors file to make, for `stats` of `quantize_checkpoint` and `quantize_`.
+        recipe: says which layers are quantized, and by which method; the others are left out.
+        prompts: one image after the other gets the next of them; empty for images of the empty prompt. With prompts
+            quantization becomes data-aware: choose such as will be used.
+        samples: images to draw; `None` takes one for each prompt, or `DEFAULT_SAMPLES` of the empty one.
+        steps: of each image; `None` takes the pipeline's own default.
+        seed: image i starts from the noise of seed + i.
+        second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand times smaller.
+        max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None` counts all. A
+            pipeline that calls its model twice a step counts twice as many.
+        memory_bytes: what the counts of layers may take together beside the pipeline. Where all are more, all images
+            are drawn once for each group of layers.
+        device: such as "cuda"; `None` takes a GPU if there is one.
+        dtype: of the whole pipeline; `None` takes that of the stored transformer.
+        call: further arguments of the pipeline's call, such as `{"height": 512, "width": 512}`.
+        overwrite: whether a file that is there may be replaced.
+        progress: False for silence, True for lines on stderr, or a function to call after each image.
+
+    Raises:
+        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics, a layer was never
+            called, or one alone takes more than `memory_bytes`.
+        CheckpointError: the source is no float pipeline, or the target cannot be written.
+        LoraqError: diffusers is not installed.
+        RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
+    """
+    folder = _pipeline_folder(here(source))
+    component, target = float_folder(folder), Path(target)
+    if folder.resolve() in target.resolve().parents:
+        raise CheckpointError(f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder.")
+    using = layers_that_use(Plan.of_model(empty_model(component), Recipe.of(recipe)), Recipe.of(recipe))
+    widths = {layer.name: layer.shape[1] for layer in using}
+    groups = passes_within(widths, memory_bytes, second_moment=second_moment)
+    moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
+    nbytes = require_room(target, moments, overwrite=overwrite)
+    device = _device(device)
+    sampling = _Sampling.of(_pipeline_class(folder), prompts, samples, steps, seed, call or {})
+    calls = sampling.samples * sampling.steps(max_tokens)
+
+    show = image_lines("stats") if progress is True else progress or _silence
+    images = sampling.samples * len(groups)
+    show(
+        0,
+        images,
+        f"{len(using)} layers, {nbytes / 1e9:.3g} GB on the disk. To count in {memory_bytes / 1e9:.3g} GB, runs of "
+        f"{sampling.samples} images: {len(groups)}. Loading the pipeline.",
+    )
+    dtype = dtype or DTYPES[ShardReader(component).dtype(f"{using[0].name}.weight")]
+    done = 0
+
+    def run() -> None:
+        nonlocal done
+        for i in range(sampling.samples):
+            sampling.draw(pipeline, i)
+            done += 1
+            show(done, images, f"run {(done - 1) // sampling.samples + 1} of {len(groups)}")
+
+    begin = time.perf_counter()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # loading draws random numbers too
+        pipeline = _loaded(folder, dtype, device)
+        show(0, images, f"drawing on {device} in {dtype}")
+        collect_stats(
+            getattr(pipeline, component.name),
+            run,
+            widths,
+            second_moment=second_moment,
+            tokens_per_call=None if max_tokens is None else max(1, max_tokens // calls),
+            memory_bytes=memory_bytes,
+            target=target,
+        )
+    seconds = time.perf_counter() - begin
+    return StatsReport(target, nbytes, tuple(widths), sampling.samples, len(groups), seconds)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line; blank lines count as none.
+
+    Raises:
+        CalibrationError: there is no such file, it is no text, or it holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"Cannot read the prompts '{path}': {error}. A text file is required.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise CalibrationError(
+            f"'{path}' holds no prompt. One prompt a line is required; without a file the empty prompt is used."
+        )
+    return prompts
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How a pipeline of a class draws its images."""
+
+    kind: type
+    prompts: tuple[str, ...]
+    samples: int
+    seed: int
+    #: Arguments of every call.
+    call: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        kind: type,
+        prompts: Sequence[str],
+        samples: int | None,
+        steps: int | None,
+        seed: int,
+        call: Mapping[str, Any],
+    ) -> "_Sampling":
+        """Check everything that can be known before the pipeline is loaded."""
+        if samples is None:
+            samples = len(prompts) or DEFAULT_SAMPLES
+        for name, number in {"samples": samples, "steps": steps}.items():
+            if number is not None and number < 1:
+                raise CalibrationError(f"{name} is {number}. It must be at least 1.")
+        takes = inspect.signature(kind.__call__).parameters
+        call = {**({} if steps is None else {"num_inference_steps": steps}), **call}
+        for name in (*call, *(["prompt"] if prompts else [])):
+            if name not in takes:
+                raise CalibrationError(unknown(f"argument of {kind.__name__}", name, set(takes) - {"self"}))
+        needed = [name for name, parameter in takes.items() if parameter.default is parameter.empty]
+        missing = set(needed) - {"self", "args", "kwargs", "prompt", *call}
+        if missing or "generator" not in takes:
+            raise CalibrationError(
+                f"{kind.__name__} cannot be run on a prompt alone: it needs {', '.join(sorted(missing)) or 'more'}. "
+                "Give it (`--set`, `call`), or run the pipeline yourself with `loraq.collect_stats`."
+            )
+        if "output_type" in takes:
+            call = {"output_type": "latent", **call}  # what a VAE would make of it is of no account
+        return cls(kind, tuple(prompts) or ("",) if "prompt" in takes else (), samples, seed, call)
+
+    def steps(self, max_tokens: int | None) -> int:
+        """Return how often an image calls the model, as far as it matters for a limit of tokens."""
+        if max_tokens is None:
+            return 1
+        if max_tokens < 1:
+            raise CalibrationError(f"max_tokens is {max_tokens}. It must be at least 1, or `None`.")
+        parameter = inspect.signature(self.kind.__call__).parameters.get("num_inference_steps")
+        steps = self.call.get("num_inference_steps", parameter and parameter.default)
+        if not isinstance(steps, int):
+            raise CalibrationError(f"{self.kind.__name__} does not say how many steps it takes. Give `--steps`.")
+        return steps
+
+    def draw(self, pipeline: Any, index: int) -> None:
+        """Draw an image and forget it."""
+        call = dict(self.call)
+        if self.prompts:
+            call.setdefault("prompt", self.prompts[index % len(self.prompts)])
+        torch.manual_seed(self.seed + index)  # for what a pipeline draws beside its generator
+        generator = torch.Generator().manual_seed(self.seed + index)  # of the CPU: the same noise on all devices
+        try:
+            pipeline(generator=generator, **call)
+        except LoraqError:
+            raise
+        except Exception as error:  # pipelines raise what they like
+            raise CalibrationError(
+                f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be set: `--set`, or "
+                "`call`."
+            ) from error
+
+
+def _pipeline_folder(path: Path) -> Path:
+    if (path / "model_index.json").is_file():
+        return path
+    if path.is_file() or (path / "config.json").is_file():
+        raise CheckpointError(
+            f"'{path}' is a model alone, and cannot draw images by itself. A pipeline's folder (model_index.json) is "
+            "required. With a model alone, run it yourself: `loraq.save_stats(loraq.collect_stats(model, run, layers), "
+            "path)`, where `run` calls it."
+        )
+    raise CheckpointError(f"'{path}' is no folder of a pipeline: it has no 'model_index.json'.")
+
+
+def _pipeline_class(folder: Path) -> type:
+    name = read_json(folder / "model_index.json").get("_class_name")
+    with _quiet_diffusers() as diffusers:
+        kind = getattr(diffusers, str(name), None)
+        if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
+            raise CheckpointError(
+                f"'{folder}' names the pipeline {name!r}, which diffusers {diffusers.__version__} does not have. Code "
+                "of a folder is not run: install the diffusers version that has it."
+            )
+        return kind
+
+
+def _loaded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the pipeline on a device; only safetensors are read, and no code of the folder is run."""
+    with _quiet_diffusers() as diffusers:
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            return pipeline.to(device)
+        except Exception as error:  # components raise what they like
+            raise CheckpointError(f"diffusers cannot load the pipeline '{folder}': {error}") from error
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # a name that is none, and a device that is not there
+        raise CalibrationError(f"Device '{name}' cannot be used: {error}. Use 'cpu', or leave it out.") from error
+    return device
+
+
+def _silence(_done: int, _total: int, _what: str) -> None:
+    return None
