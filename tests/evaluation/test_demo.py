@@ -1,6 +1,7 @@
 """The demo: its rows are comparable, and the report is drawn."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_every_contender_is_a_recipe_that_can_be_planned(group):
         assert recipe.method == contender.method
         for shape in SHAPES:
             scheme = recipe.scheme_for("transformer_blocks.0.ff.net.2", shape)
-            assert (scheme.branch is None) == (contender.method == "rtn")
+            assert (scheme.branch is None) == (not re.search("-w[0-9]", contender.recipe))
 
 
 @each_group
@@ -47,7 +48,7 @@ def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
             continue
         sizes = nbytes(contender)
         assert all(size <= most for size, most in zip(sizes, limit, strict=True)), contender
-        if contender.method != "rtn":  # and it uses what it is given, up to one more rank
+        if re.search("-w[0-9]", contender.recipe):  # and it uses what it is given, up to one more rank
             branch = _recipe(contender, "fast").scheme_for("layer", SHAPES[0]).branch
             assert limit[0] - sizes[0] < 2 * rank * 384 / branch.rank * 1.6
 
@@ -72,16 +73,18 @@ def result() -> DemoResult:
     pytest.importorskip("diffusers")
     pytest.importorskip("sklearn")
     star = next(c for group in CONTENDERS.values() for c in group if c.recipe == NAMED["default"])
-    few = {name: (group[0], next(c for c in group if c.method == "svdquant")) for name, group in CONTENDERS.items()}
+    few = {name: (group[0], next(c for c in group if "w16a16" in c.recipe)) for name, group in CONTENDERS.items()}
     few["weight-only"] = (CONTENDERS["weight-only"][0], star)  # the default must also be drawn where lines are
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONTENDERS", few)
         patch.setitem(EFFORTS, "fast", (6, 3))
+        patch.setattr(demo, "OWN_SAMPLES", 4)
         patch.setattr(demo, "velocity_probe", partial(demo.velocity_probe, count=32))
         result = run(n_images=10, steps=4, effort="fast", progress=lines.append)
-    assert len(lines) == 6
-    assert lines[0].startswith("[1 of 6] weight-only: ")
+    assert lines[0] == "statistics of the model's own samples"
+    assert len(lines[1:]) == 2 * len(CONTENDERS) == 8
+    assert lines[1].startswith("[1 of 8] weight-only: ")
     return result
 
 
@@ -95,7 +98,7 @@ def test_rows_are_plausible(result):
     for row in rows:
         assert 4.2 < row.bits_per_weight < 6
         assert row.nbytes == pytest.approx(first.nbytes * row.bits_per_weight / 16, rel=1e-6)
-        assert 0.02 < row.weight_error < 0.15
+        assert 0.02 < row.weight_error < 0.2
         assert 0.001 < row.velocity_error < 0.3
         assert 10 < row.psnr_db < 60
         assert 0.5 <= row.accuracy <= 1
@@ -103,7 +106,7 @@ def test_rows_are_plausible(result):
         assert row.seconds > 0
     for plain, branched in zip(rows[::2], rows[1::2], strict=True):
         assert branched.weight_error < plain.weight_error
-    assert [row.label.endswith(" ★") for row in rows] == [False, True, False, False, False, False]
+    assert [row.label.endswith(" ★") for row in rows] == [False, True] + 6 * [False]
 
 
 @pytest.mark.slow

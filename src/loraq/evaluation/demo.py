@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
-from loraq.pipeline.quantize import Report, quantize_
+from loraq.pipeline.collect import collect_stats
+from loraq.pipeline.quantize import Report, plan_model, quantize_
 from loraq.recipe import NAMED, Recipe
+from loraq.stats import ActivationStats
 
 #: 16-bit rank 5 of width 192 is the share of the weights that rank 32 is of width 1152: the equal-bytes budget.
 BUDGET = "r16=5"
+#: Samples that statistics are collected on.
+OWN_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Contender:
     recipe: str
     method: str = "loraq"
     options: tuple[tuple[str, Any], ...] = ()
+    #: Whether it gets statistics of what the layers see while the float model draws samples from noise.
+    own_samples: bool = False
 
 
 #: Grouped by the activations of the main path, which are never mixed in one comparison.
@@ -40,6 +46,12 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, 8-bit branch", "mxfp4-w8a8-a16"),
         Contender("LoRaQ, 6-bit branch", "mxfp4-w6a6-a16"),
         Contender("LoRaQ, 4-bit branch", "mxfp4-w4a8-a16"),
+        Contender("LoRaQ, INT4 main, 6-bit branch", "int4-w6a6-a16"),
+    ),
+    "weight-only, with statistics of the model's own samples (still no data)": (
+        Contender("GPTQ, INT4", "int4-a16", "gptq", own_samples=True),
+        Contender("SVDQuant + GPTQ, 16-bit branch", "int4-w16a16-a16", "gptq", own_samples=True),
+        Contender("LoRaQ, 6-bit branch", "int4-w6a6-a16", own_samples=True),
     ),
     "4-bit weights, 8-bit activations": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
@@ -114,6 +126,8 @@ def run(
     real = judge.features(real_digits()[0])
     velocity = velocity_probe(trained)
     reference = sample(trained, labels, seed=0, steps=steps)
+    progress("statistics of the model's own samples")
+    own = own_statistics(trained)
 
     def measured(model: torch.nn.Module, images: Tensor) -> dict[str, float]:
         psnr = psnr_db(reference, images, data_range=2.0)
@@ -133,7 +147,8 @@ def run(
         for contender in contenders:
             progress(f"[{len(rows) + 1} of {total}] {group}: {contender.label} ({contender.recipe})")
             model = copy.deepcopy(trained)
-            report = quantize_(model, _recipe(contender, effort), workers=workers, progress=False)
+            stats = own if contender.own_samples else None
+            report = quantize_(model, _recipe(contender, effort), stats=stats, workers=workers, progress=False)
             images = sample(model, labels, seed=0, steps=steps)
             row = _row(group, contender, report, measured(model, images))
             rows.append(row)
@@ -144,6 +159,13 @@ def run(
         "as trained", "bf16 weights", "", 2 * n_weights, 16.0, 0.0, **measured(trained, reference), seconds=0.0
     )
     return DemoResult((trained_row, *rows), pictures, layer_errors)
+
+
+def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
+    """Return statistics of the model's inputs while it draws samples from noise that no row is judged by."""
+    names = [layer.name for layer in plan_model(trained, NAMED["default"]).quantized]
+    labels = torch.arange(OWN_SAMPLES) % 10
+    return collect_stats(trained, lambda: sample(trained, labels, seed=1), names)
 
 
 def _recipe(contender: Contender, effort: str) -> Recipe:
