@@ -1,7 +1,8 @@
 """What a solver knows of a layer's inputs: nothing, their mean squares, or all their second moments.
 
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With E[x xᵀ] the
-price of an error is exactly the output error it makes, and rounding feeds errors back (`round_with_feedback`).
+price of an error is exactly the output error it makes, and rounding feeds errors back (`round_with_feedback`) and
+filters the noise of rounded activations (`Inputs.round`).
 Activation noise is priced by h alone: it is about as large as its channel, and not correlated with the input.
 """
 
@@ -36,11 +37,33 @@ class Inputs:
         weights = self.stats.mean_square / self._power + damping
         return weights / weights.mean()
 
-    def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None, damping: float) -> QTensor:
-        """Return the rounded target; `damping` is that of `round_with_feedback`."""
+    def round(
+        self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None, *, damping: float, noise: float
+    ) -> QTensor:
+        """Return the rounded matrix that answers inputs as the target does.
+
+        With all second moments H, and activation rounding that adds noise of power Σ = noise · diag(H), the expected
+        squared error of a matrix M is tr((T − M) H (T − M)ᵀ) + tr(M Σ Mᵀ): up to a constant that of rounding
+        T H (H + Σ)⁻¹ for inputs of moment H + Σ. Where inputs are correlated, this filters noise that would reach the
+        output through directions without signal (Wiener's filter). H is damped as in `round_with_feedback`, for
+        inputs that the statistics have not seen: what these directions do is shrunk, and not forgotten.
+
+        Args:
+            target: T, fp32.
+            fmt: format of the result.
+            rule: scale rule.
+            damping: added to each mean square, as a share of their mean.
+            noise: relative noise power of the rounded activations.
+        """
         if self.stats is None or not self.stats.is_full:
             return fmt.quantize(target, rule)
-        return round_with_feedback(target, fmt, self.stats.second_moment, damping=damping, rule=rule)
+        moment = self.stats.second_moment
+        if noise and self._power > 0:
+            clean = moment.double() + damping * self._power * torch.eye(len(moment), device=moment.device)
+            seen = clean + torch.diag(noise * moment.diagonal().double() + 1e-6 * self._power)
+            target = torch.linalg.solve(seen, clean @ target.double().mT).mT.float()
+            moment, damping = seen.float(), 0.0
+        return round_with_feedback(target.contiguous(), fmt, moment, damping=damping, rule=rule)
 
     def error_energy(self, error: Float[Tensor, "out in"]) -> float:
         """Return E‖x errorᵀ‖²."""

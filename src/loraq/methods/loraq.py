@@ -18,7 +18,8 @@ lose what they won on the weight (see `ActivationNoise`).
 
 Statistics of the inputs, which nobody needs to give, change two things. In all norms above a channel counts by its mean
 square (`Inputs.importance`). And if all second moments are known, the last rounding of the main weight feeds its errors
-back (`round_with_feedback`), and candidates are compared by the output error that they make.
+back (`round_with_feedback`) and filters the noise of rounded activations (`Inputs.round`), and candidates are compared
+by the output error that they make.
 """
 
 import math
@@ -183,7 +184,11 @@ class LoRaQ:
         for candidate in candidates:
             product = candidate.reconstruct()
             residual = weight - product
-            stored.append(inputs.round(residual, scheme.weight_format, self.scale_rule, self.feedback_damping))
+            stored.append(
+                inputs.round(
+                    residual, scheme.weight_format, self.scale_rule, damping=self.feedback_damping, noise=noise.main
+                )
+            )
             rounded = stored[-1].dequantize()
             objective = inputs.error_energy(residual - rounded)
             if noise.main:
