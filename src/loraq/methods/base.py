@@ -79,7 +79,7 @@ def prepare_stats(stats: ActivationStats, weight: Tensor, scheme: Scheme) -> Act
             f"The statistics are of {stats.width} input channels, the weight has {weight.shape[1]}. Those of the same "
             "layer are required."
         )
-    return stats.to(weight.device).transformed(rotation=scheme.rotation)
+    return stats.to(weight.device).rotated(scheme.rotation)
 
 
 def require_stats(stats: ActivationStats | None, method: str) -> ActivationStats:
