@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.fixed_scales import FixedScales
-from loraq.linalg import truncated_svd
+from loraq.linalg import damped_cholesky, truncated_svd
 from loraq.methods.base import (
     full_moment,
     output_error,
@@ -115,10 +115,7 @@ def _feedback(hessian: Tensor, damping: float) -> Tensor:
     With H⁻¹ = Rᵀ R and R upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the
     Cholesky factor of H taken from the last channel to the first. Everything in double precision.
     """
-    hessian = hessian.double()
-    mean = hessian.diagonal().mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor = torch.linalg.cholesky((hessian + ridge * eye).flip(0, 1)).flip(0, 1)
+    factor = damped_cholesky(hessian.flip(0, 1), damping).flip(0, 1)
+    eye = torch.eye(len(hessian), dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
     return (inverse / inverse.diagonal()[:, None]).float()
