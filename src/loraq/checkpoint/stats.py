@@ -100,15 +100,16 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
-    """Write the statistics of all layers to one safetensors file, which appears when it is whole.
+    """Write the statistics of all layers to one .safetensors file, which appears, or is replaced, when it is whole.
 
     Raises:
         CalibrationError: there are no statistics.
-        CheckpointError: the disk refuses.
+        CheckpointError: the file cannot be written.
     """
     if not stats:
         raise CalibrationError("There are no statistics to save. Collect those of at least one layer.")
     moments = {layer: tuple(of_layer.second_moment.shape) for layer, of_layer in stats.items()}
+    require_room(Path(path), moments, overwrite=True)
     with stats_file(Path(path), moments) as write:
         for layer, of_layer in stats.items():
             write(layer, of_layer)
@@ -136,7 +137,8 @@ class _StatsFile(Mapping[str, ActivationStats]):
         if version != FORMAT_VERSION:
             what = "no file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
-                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq.save_stats`."
+                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq stats`"
+                " or `loraq.save_stats`."
             )
         names = self._reader.names
         self._layers = [name.removesuffix(".max_abs") for name in names if name.endswith(".max_abs")]
@@ -153,6 +155,9 @@ class _StatsFile(Mapping[str, ActivationStats]):
             return ActivationStats(int(tokens), moment, largest)
         except CalibrationError as error:
             raise CalibrationError(f"'{self._path}': layer '{layer}': {error}") from error
+
+    def __contains__(self, layer: object) -> bool:  # a Mapping's own would read all of it
+        return layer in self._layers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
