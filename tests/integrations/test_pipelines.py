@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 CALL = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16}
 FAST = {"recipe": "int4-w6a8-r8-a16", "samples": 2, "steps": 2, "call": CALL, "progress": False}
+GPTQ = loraq.Recipe.from_dict({"scheme": "int4-w6a8-r8-a16", "method": "gptq"})
 #: Tokens of one image in one step: 8×8 patches, with and without guidance.
 TOKENS = 2 * 8 * 8
 
@@ -198,7 +199,8 @@ def no_loading(monkeypatch):
         ({"call": {"hight": 512}}, CalibrationError, "Unknown argument of PixArtSigmaPipeline 'hight'.*'height'"),
         ({"memory_bytes": 10**6}, CalibrationError, r"512 inputs takes 0\.00315 GB, and 0\.001 GB are allowed"),
         ({"device": "abacus"}, CalibrationError, "Device 'abacus' cannot be used"),
-        ({"recipe": "int5-a16"}, CalibrationError, "No layer uses the statistics"),
+        ({"recipe": "int5-a16"}, CalibrationError, "No layer uses the statistics: none has a branch"),
+        ({"recipe": GPTQ, "second_moment": False}, CalibrationError, "Mean squares are not enough: method 'gptq'"),
         ({"recipe": "int4_b7-w9"}, loraq.LoraqError, "Recipe name"),
     ],
 )

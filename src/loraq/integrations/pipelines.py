@@ -23,7 +23,7 @@ from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.passes import passes_within
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, image_lines
-from loraq.pipeline.stats import layers_that_use
+from loraq.pipeline.stats import layers_that_use, require_enough
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -93,8 +93,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         progress: False for silence, True for lines on stderr, or a function to call after each image.
 
     Raises:
-        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics, a layer was never
-            called, or one alone takes more than `memory_bytes`.
+        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics, mean squares do not
+            do for the recipe's method, a layer was never called, or one alone takes more than `memory_bytes`.
         CheckpointError: the source is no float pipeline, or the target cannot be written.
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
@@ -103,7 +103,10 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     component, target = float_folder(folder), Path(target)
     if folder.resolve() in target.resolve().parents:
         raise CheckpointError(f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder.")
-    using = layers_that_use(Plan.of_model(empty_model(component), Recipe.of(recipe)), Recipe.of(recipe))
+    recipe = Recipe.of(recipe)
+    using = layers_that_use(Plan.of_model(empty_model(component), recipe), recipe)
+    if not second_moment:
+        require_enough(using, recipe)
     widths = {layer.name: layer.shape[1] for layer in using}
     groups = passes_within(widths, memory_bytes, second_moment=second_moment)
     moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}

@@ -40,6 +40,7 @@ class GPTQ:
     """Round with error feedback through the second moment; a branch is one-shot SVDQuant's."""
 
     use_of_stats: ClassVar[str] = "required"
+    needs_full_moment: ClassVar[bool] = True
 
     #: What is added to the diagonal of the second moment, as a share of its mean.
     damping: float = 0.01

@@ -53,6 +53,7 @@ class LoRaQ:
     """Anneal the branch against the rounding error of what it leaves; see the module text."""
 
     use_of_stats: ClassVar[str] = "optional"
+    needs_full_moment: ClassVar[bool] = False
 
     #: Steps with full-precision factors, hot to stable.
     steps: int = 140

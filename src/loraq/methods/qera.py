@@ -41,6 +41,11 @@ class QERA:
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: str | None = "search"
 
+    @property
+    def needs_full_moment(self) -> bool:
+        """Whether statistics of mean squares alone do not do: in the exact form."""
+        return self.exact
+
     def solve(
         self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
     ) -> LayerSolution:
