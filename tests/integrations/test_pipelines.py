@@ -196,6 +196,8 @@ def no_loading(monkeypatch):
         ({"samples": 0}, CalibrationError, "samples is 0. It must be at least 1"),
         ({"steps": 0}, CalibrationError, "steps is 0"),
         ({"max_tokens": 0}, CalibrationError, "max_tokens is 0"),
+        ({"max_tokens": 3}, CalibrationError, r"max_tokens is 3, and 2 images of 2 steps call .* 4 times\. At least 4"),
+        ({"call": {"generator": 3}}, CalibrationError, r"generator cannot be given: .*`--seed`"),
         ({"call": {"hight": 512}}, CalibrationError, "Unknown argument of PixArtSigmaPipeline 'hight'.*'height'"),
         ({"memory_bytes": 10**6}, CalibrationError, r"512 inputs takes 0\.00315 GB, and 0\.001 GB are allowed"),
         ({"device": "abacus"}, CalibrationError, "Device 'abacus' cannot be used"),
