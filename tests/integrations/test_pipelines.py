@@ -170,6 +170,8 @@ def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp
     quantize = ["quantize", str(source), str(tmp_path / "out"), "--stats", str(target), *recipe, "--effort", "fast"]
     result = CliRunner().invoke(main, quantize)
     assert result.exit_code == 0, result.stderr
+    inspected = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert "16 of them were made with activation statistics" in inspected.stdout
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     array = pipeline("", num_inference_steps=1, output_type="np", **CALL).images
