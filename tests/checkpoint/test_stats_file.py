@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -94,6 +95,27 @@ def test_layers_may_be_written_in_any_order(path, tmp_path):
             assert not other.exists()
             write(name, stats[name])
     assert other.read_bytes() == path.read_bytes()
+
+
+def test_what_a_killed_run_left_is_used_again(path, monkeypatch):
+    left = path.with_name(".stats.partial.safetensors")
+    left.write_bytes(b"\xff" * 10**5)
+    usage = shutil.disk_usage(path.parent)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage)
+    stats, before = dict(load_stats(path)), path.read_bytes()
+    save_stats({name: stats[name] for name in ("blocks.0.up", "blocks.0.down", "out")}, path)
+    assert path.read_bytes() == before
+    assert not left.exists()
+
+
+def test_two_runs_cannot_make_the_same_file(path):
+    before = path.read_bytes()
+    with stats_file(path, {"a": (4, 4)}) as write:
+        with pytest.raises(CheckpointError, match="is being written by another run"):
+            save_stats({"b": full(8)}, path)
+        write("a", full(4))
+    assert list(load_stats(path)) == ["a"]
+    assert path.read_bytes() != before
 
 
 def test_a_layer_that_was_not_announced_is_refused_and_nothing_is_left(tmp_path):
