@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loraq.errors import SchemeError
 from loraq.linalg import damped_cholesky, svd_of_product, truncated_svd
 from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
 
@@ -138,3 +139,8 @@ def test_a_moment_that_rounding_made_indefinite_has_a_factor(damping):
     added = (factor @ factor.mT - moment.double()).diagonal()
     assert torch.allclose(added, added[:1])
     assert -least <= added[0] < 11 * -least
+
+
+def test_a_negative_damping_is_refused():
+    with pytest.raises(SchemeError, match=r"damping of -0\.1 is negative"):
+        damped_cholesky(torch.eye(4), -0.1)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraq.errors import SchemeError
+
 
 @dataclass(frozen=True)
 class TruncatedSVD:
@@ -89,8 +91,13 @@ def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tenso
 
     Args:
         moment: symmetric, positive semi-definite but for rounding; any float dtype.
-        damping: share of the diagonal's mean.
+        damping: share of the diagonal's mean, not negative.
+
+    Raises:
+        SchemeError: the damping is negative.
     """
+    if damping < 0:
+        raise SchemeError(f"A damping of {damping} is negative. Use 0 or more; 0.01 is usual.")
     mean = moment.diagonal().double().mean().item()
     ridge = damping * mean if mean > 0 else 1.0
     while True:
