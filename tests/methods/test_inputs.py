@@ -5,6 +5,7 @@ import torch
 from correlated_inputs import correlated, stats_of
 
 from loraq.formats import get_format
+from loraq.methods import gptq
 from loraq.methods.inputs import Inputs
 from matrices import dit_like, gaussian
 
@@ -49,6 +50,18 @@ def test_importance_is_the_damped_mean_square_and_1_in_the_mean():
 def test_only_full_moments_feed_errors_back():
     weight, fmt = dit_like(24, 96), get_format("mxfp4")
     nearest = fmt.quantize(weight, "search").packed
-    assert torch.equal(Inputs().round(weight, fmt, "search", 0.01).packed, nearest)
-    assert torch.equal(Inputs(stats_of(X, full=False)).round(weight, fmt, "search", 0.01).packed, nearest)
-    assert not torch.equal(Inputs(stats_of(X)).round(weight, fmt, "search", 0.01).packed, nearest)
+    assert torch.equal(Inputs().round(weight, fmt, "search").packed, nearest)
+    assert torch.equal(Inputs(stats_of(X, full=False)).round(weight, fmt, "search").packed, nearest)
+    assert not torch.equal(Inputs(stats_of(X)).round(weight, fmt, "search").packed, nearest)
+
+
+def test_several_roundings_share_one_factor(monkeypatch):
+    made, inputs = [], Inputs(stats_of(X))
+    factor = gptq._unit_factor
+    monkeypatch.setattr(gptq, "_unit_factor", lambda *of: made.append(of) or factor(*of))
+    first, second = (inputs.round(dit_like(24, 96, seed), get_format("mxfp4"), "search") for seed in (0, 1))
+    assert len(made) == 1
+    assert torch.equal(
+        second.packed, Inputs(stats_of(X)).round(dit_like(24, 96, 1), get_format("mxfp4"), "search").packed
+    )
+    assert not torch.equal(first.packed, second.packed)

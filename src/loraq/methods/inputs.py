@@ -1,12 +1,13 @@
 """What a solver knows of a layer's inputs: nothing, their mean squares, or all their second moments.
 
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With E[x xᵀ] the
-price of an error is exactly the output error it makes, and rounding feeds errors back (`round_with_feedback`).
+price of an error is exactly the output error it makes, and rounding feeds errors back (`loraq.methods.gptq.Feedback`).
 Activation noise is priced by h alone: it is about as large as its channel, and not correlated with the input.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from loraq.formats import Format, QTensor
 from loraq.methods.base import energy, frobenius
-from loraq.methods.gptq import round_with_feedback
+from loraq.methods.gptq import Feedback
 from loraq.stats import ActivationStats
 
 
@@ -24,6 +25,8 @@ class Inputs:
 
     #: As the prepared weight sees them, or `None` for white inputs.
     stats: ActivationStats | None = None
+    #: `GPTQ.damping` of rounding with feedback.
+    feedback_damping: float = 0.01
 
     def importance(self, damping: float) -> Float[Tensor, " in"] | None:
         """Return what an error of each channel counts, 1 in the mean, or `None` for all alike.
@@ -36,11 +39,11 @@ class Inputs:
         weights = self.stats.mean_square / self._power + damping
         return weights / weights.mean()
 
-    def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None, damping: float) -> QTensor:
-        """Return the rounded target; `damping` is that of `round_with_feedback`."""
+    def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None) -> QTensor:
+        """Return the rounded target, with feedback if all second moments are known."""
         if self.stats is None or not self.stats.is_full:
             return fmt.quantize(target, rule)
-        return round_with_feedback(target, fmt, self.stats.second_moment, damping=damping, rule=rule)
+        return self._feedback.round(target, fmt, rule)
 
     def error_energy(self, error: Float[Tensor, "out in"]) -> float:
         """Return E‖x errorᵀ‖²."""
@@ -66,3 +69,8 @@ class Inputs:
     def _power(self) -> float:
         assert self.stats is not None
         return self.stats.mean_square.double().mean().item() or 1.0
+
+    @cached_property
+    def _feedback(self) -> Feedback:
+        assert self.stats is not None
+        return Feedback(self.stats.second_moment, damping=self.feedback_damping)
