@@ -173,6 +173,13 @@ def test_a_run_may_be_in_inference_mode_and_leave_it():
     assert not stats.max_abs.is_inference()
 
 
+def test_an_input_that_is_trained_leaves_no_graph():
+    net, x = nn.Sequential(nn.Linear(4, 4)), nn.Parameter(gaussian(500, 4))
+    stats = collect_stats(net, lambda: net(x), ["0"])["0"]
+    assert not stats.second_moment.requires_grad
+    assert not stats.max_abs.requires_grad
+
+
 def test_an_input_may_be_given_by_name():
     net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(500, 4)
     by_name, by_place = (collect_stats(net, run, ["0"])["0"] for run in (lambda: net[0](input=x), lambda: net(x)))

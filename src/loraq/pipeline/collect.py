@@ -141,7 +141,7 @@ class _Count:
         if not self.left or not x.numel():
             return
         # A run under autocast would have products of 16 bits, and one in inference mode sums that no other can add to.
-        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False):
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
             self._add(x)
 
     def _add(self, x: Tensor) -> None:
