@@ -15,7 +15,7 @@ Fréchet distance of the digits' features to those of real digits does not order
 samples; that of the model as trained is given beside it. "s" is wall time of one thread for all layers, "MB" what the
 process grew by while it quantized (Linux only).
 
-    python benchmarks/quality.py --fast --workers 2 --save --write
+    python benchmarks/quality.py --fast --workers 2 --save
 """
 
 import copy
@@ -36,15 +36,13 @@ from torch import Tensor, nn
 
 import loraq
 import patches
-from common import HERE, options, report
+from common import options, report
 from loraq.evaluation import digits
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
 from loraq.pipeline.quantize import quantize_
 from loraq.recipe import Recipe, Rule
 
-PAGE = HERE.parent / "docs" / "quality.md"
-PICTURE = HERE.parent / "docs" / "quality.svg"
 DIRECT = {"scale_rule": None}
 #: Tokens of each layer's real inputs that its output error is measured on, and the seed they come from.
 TOKENS, INPUT_SEED = 256, 50
@@ -147,6 +145,16 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, INT4 main, W8A8 branch", "int4-w8a8-a4"),
     ),
 }
+#: Rows that are measured on the smaller world alone, for time.
+SMALL_ONLY = {
+    "round to nearest, INT4, no search",
+    "LQER, 16-bit branch",
+    "LoRaQ, 16-bit branch",
+    "LoRaQ, 4-bit branch",
+    "LoRaQ, MXFP4 main, 6-bit branch",
+    "LoRaQ, 6-bit branch, default effort",
+    "LoRaQ, W8A8 branch, not rotated",
+}
 #: What each part of the solver is worth, on one world only: every row is `fast` unless it says otherwise.
 ABLATIONS: dict[str, tuple[Contender, ...]] = {
     f"Ablations, W4A16, {WITHOUT}": (
@@ -217,7 +225,7 @@ WORLDS = {
         patches.NULL_LABEL,
         32,
         32,
-        CONTENDERS,
+        {group: tuple(c for c in rows if c.label not in SMALL_ONLY) for group, rows in CONTENDERS.items()},
     ),
 }
 
@@ -234,30 +242,26 @@ class Exact(NamedTuple):
 
 
 def main() -> None:
-    """Print the tables and the JSON line; with `--write`, also the page of the documents."""
+    """Print a line for every row, and a JSON line for every world, from which `make docs` makes docs/quality.md."""
     chosen = options(
         __doc__,
         seeds=(3, "seeds of the solver, each with images and noise of its own (default: 3, at most 8)"),
         worlds=(tuple(WORLDS), "trained transformers (default: both)"),
         fast="effort 'fast' instead of the default",
         workers=(1, "rows measured at a time, one thread each (default: 1)"),
-        write="write docs/quality.md and its picture",
     )
     effort = "fast" if chosen.fast else "default"
-    rows: list[dict[str, Any]] = []
     for name in chosen.worlds:
+        rows = []
         with tempfile.TemporaryDirectory() as folder:
             exact = looked_at(WORLDS[name], chosen.seeds, Path(folder) / "stats.safetensors")
             jobs = [(group, i) for group, contenders in WORLDS[name].contenders.items() for i in range(len(contenders))]
-            work = partial(measured, name, exact, effort)
             # A process for each row, so that its memory is its own.
             with ProcessPoolExecutor(chosen.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
-                for row in pool.map(work, *zip(*jobs, strict=True)):
+                for row in pool.map(partial(measured, name, exact, effort), *zip(*jobs, strict=True)):
                     print(f"{name}: {row['group']}: {row['label']}: {interval(row['velocity'], 4)}", flush=True)
                     rows.append(row)
-    if chosen.write:
-        write(rows, f"python benchmarks/quality.py --seeds {chosen.seeds}{' --fast' if chosen.fast else ''} --write")
-    report(rows, save=chosen.save)
+        report(rows, save=chosen.save)
 
 
 def looked_at(world: World, n_seeds: int, stats: Path) -> Exact:
@@ -346,75 +350,6 @@ def output_errors(trained: nn.Module, model: nn.Module, inputs: dict[str, Tensor
         relative_error(exact[name](inputs[name]), layer(inputs[name]))
         for name, layer in quantized_layers(model).items()
     ]
-
-
-def write(rows: list[dict[str, Any]], command: str) -> None:
-    """Write the page and its picture."""
-    _, *intro = (__doc__ or "").split("\n\n")
-    text = [f"# Quality\n\nWritten by `{command}` with its result file beside. {(__doc__ or '').split(chr(10))[0]}\n"]
-    text += [*(f"{paragraph}\n" for paragraph in intro[:2]), "![velocity errors](quality.svg)\n"]
-    for world in dict.fromkeys(row["world"] for row in rows):
-        text.append(f"## The {world} transformer\n")
-        mine = [row for row in rows if row["world"] == world]
-        text += [table([row for row in mine if row["group"] == g], g) for g in dict.fromkeys(r["group"] for r in mine)]
-    PAGE.write_text("\n".join(text))
-    draw(rows)
-
-
-def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return LoRaQ's best row of the table's bytes."""
-    ours = [row for row in rows if row["method"] == "loraq" and row["same_bytes"]]
-    return min(ours, key=lambda row: fmean(row["velocity"]))
-
-
-def table(rows: list[dict[str, Any]], title: str) -> str:
-    """Return one table as Markdown."""
-    best, sees = best_of(rows), "SSIM" if rows[0]["ssim"] is not None else "Fréchet"
-    if sees == "Fréchet":
-        sees += f" (as trained {rows[0]['frechet_as_trained']:.2f})"
-    lines = [
-        f"**{title}**",
-        "",
-        f"| | recipe | bits | weight | layers | velocity error | / best LoRaQ | PSNR | {sees} | s | MB |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        ratios = [ours / theirs for ours, theirs in zip(row["velocity"], best["velocity"], strict=True)]
-        last = f"{row['ssim']:.4f}" if row["ssim"] is not None else f"{row['frechet']:.2f}"
-        lines.append(
-            f"| {row['label']} | `{row['recipe']}` | {row['bits']:.2f} | {row['weight']:.4f} | {row['layers']:.4f} "
-            f"| {interval(row['velocity'], 4)} | {'1' if row is best else interval(ratios, 2)} "
-            f"| {row['psnr']:.1f} | {last} | {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
-        )
-    return "\n".join([*lines, ""])
-
-
-def draw(rows: list[dict[str, Any]]) -> None:
-    """Draw every row's velocity error over its bits, one panel for each world and kind of activations."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    mpl.rcParams["svg.hashsalt"] = "quality"  # the same file for the same numbers
-    kinds = [kind for kind in ("W4A16", "W4A8", "W4A4")]
-    worlds = list(dict.fromkeys(row["world"] for row in rows))
-    figure = Figure(figsize=(12, 4 * len(worlds)), layout="constrained")
-    axes = figure.subplots(len(worlds), len(kinds), squeeze=False)
-    for i, world in enumerate(worlds):
-        for j, kind in enumerate(kinds):
-            panel = axes[i][j]
-            for row in (row for row in rows if row["world"] == world and row["group"].startswith(kind)):
-                panel.errorbar(
-                    row["bits"],
-                    fmean(row["velocity"]),
-                    half_width(row["velocity"]),
-                    marker="*" if row["method"] == "loraq" else "o",
-                    color={"loraq": "tab:red", "rtn": "tab:gray", "gptq": "tab:blue"}.get(row["method"], "tab:green"),
-                    markerfacecolor=None if row["group"].endswith(WITHOUT) else "white",
-                    markersize=9,
-                )
-            panel.set(title=f"{world}, {kind}", xlabel="stored bits per weight", yscale="log")
-    axes[0][0].set_ylabel("velocity error\nstars LoRaQ, grey RTN, blue GPTQ, green others\nfilled: from weights alone")
-    figure.savefig(PICTURE, metadata={"Date": None})
 
 
 def half_width(values: list[float]) -> float:

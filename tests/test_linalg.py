@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from loraq.linalg import svd_of_product, truncated_svd
+from loraq.errors import SchemeError
+from loraq.linalg import damped_cholesky, svd_of_product, truncated_svd
 from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
 
 FAMILIES = {"dit_like": dit_like, "gaussian": gaussian, "heavy_tailed": heavy_tailed, "outliers": outlier_columns}
@@ -111,3 +112,35 @@ def test_the_svd_of_a_product_may_lack_rank():
     svd = svd_of_product(up, down)
     torch.testing.assert_close((svd.left * svd.values) @ svd.right, up @ down, rtol=0, atol=1e-4)
     assert (svd.values[4:] < 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_damped_factor_is_that_of_the_damped_moment(dtype):
+    x = gaussian(50, 12)
+    moment = (x.mT @ x / 50).to(dtype)
+    before = moment.clone()
+    factor = damped_cholesky(moment, 0.1)
+    damped = moment.double() + 0.1 * moment.double().diagonal().mean() * torch.eye(12)
+    assert torch.allclose(factor @ factor.mT, damped, rtol=1e-9)
+    assert torch.equal(factor, factor.tril())
+    assert torch.equal(moment, before)
+
+
+def test_the_factor_of_zeros_is_the_identity():
+    assert torch.equal(damped_cholesky(torch.zeros(5, 5), 0.01), torch.eye(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-9, 1e-4])
+def test_a_moment_that_rounding_made_indefinite_has_a_factor(damping):
+    least = -1e-3 / 8
+    moment = torch.diag(torch.tensor([1.0, *[0.0] * 6, least]))  # its mean square is about an eighth
+    factor = damped_cholesky(moment, damping)
+    assert factor.isfinite().all()
+    added = (factor @ factor.mT - moment.double()).diagonal()
+    assert torch.allclose(added, added[:1])
+    assert -least <= added[0] < 11 * -least
+
+
+def test_a_negative_damping_is_refused():
+    with pytest.raises(SchemeError, match=r"damping of -0\.1 is negative"):
+        damped_cholesky(torch.eye(4), -0.1)

@@ -22,9 +22,9 @@ def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
     """Return one choice for each layer that together store at most `nbytes`, with little total loss.
 
     From the smallest choices on, the step that lowers the loss most for each byte is taken next; only choices on the
-    lower convex hull of a layer are looked at. What results is the best for the bytes it stores (Shoham and Gersho,
-    IEEE Trans. ASSP 36(9), 1988), and at most one step of one layer away from the best for the budget. Equal gains are
-    taken in the order of the layers.
+    lower convex hull of a layer are looked at. While every step fits, what results is the best for the bytes it stores
+    (Shoham and Gersho, IEEE Trans. ASSP 36(9), 1988). A step that does not fit ends its layer, and others go on: the
+    loss is at most that step's above the best for the budget. Equal gains are taken in the order of the layers.
 
     Raises:
         SchemeError: the smallest choices together are more than the budget; the message says how much they are.

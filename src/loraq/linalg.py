@@ -1,10 +1,12 @@
-"""Truncated SVD by subspace iteration, its factored forms, and a rotation that spreads."""
+"""Truncated SVD by subspace iteration, its factored forms, a rotation that spreads, and a Cholesky factor."""
 
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from loraq.errors import SchemeError
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,32 @@ def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:
     cosines = torch.cos(torch.pi * (rows + 0.5) * columns / size) * (2 / size) ** 0.5
     cosines[:, 0] /= 2**0.5
     return (signs * cosines).float()
+
+
+def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """Return the lower Cholesky factor of moment + damping · the mean of its diagonal · I, in double precision.
+
+    Zeros count as the identity. A moment that was summed or stored in fp32 may miss being positive by more than a small
+    damping: then ten times as much is added until it is.
+
+    Args:
+        moment: symmetric, positive semi-definite but for rounding; any float dtype.
+        damping: share of the diagonal's mean, not negative.
+
+    Raises:
+        SchemeError: the damping is negative.
+    """
+    if damping < 0:
+        raise SchemeError(f"A damping of {damping} is negative. Use 0 or more; 0.01 is usual.")
+    mean = moment.diagonal().double().mean().item()
+    ridge = damping * mean if mean > 0 else 1.0
+    while True:
+        damped = moment.to(torch.float64, copy=True)
+        damped.diagonal().add_(ridge)
+        factor, failed_at = torch.linalg.cholesky_ex(damped)
+        if not failed_at:
+            return factor
+        ridge = max(10 * ridge, 1e-7 * mean)
 
 
 def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int) -> TruncatedSVD:

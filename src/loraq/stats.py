@@ -1,13 +1,14 @@
 """What a linear layer's inputs look like: `ActivationStats`, all that a data-aware method knows of the data."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraq.errors import CalibrationError
-from loraq.transforms import rotate
+from loraq.transforms import block_side, rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,26 +63,32 @@ class ActivationStats:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> "ActivationStats":
-        """Return the same statistics on a device."""
-        return ActivationStats(self.tokens, self.second_moment.to(device), self.max_abs.to(device))
+        """Return the same statistics on a device, in fp32 whatever they were computed in."""
+        moment, largest = (tensor.to(device, torch.float32) for tensor in (self.second_moment, self.max_abs))
+        return ActivationStats(self.tokens, moment, largest)
 
-    def transformed(self, *, scale: Tensor | None = None, rotation: int = 0) -> "ActivationStats":
-        """Return the statistics of x / scale, rotated: what the main weight sees after the same rewrite of the layer.
+    def rotated(self, side: int) -> "ActivationStats":
+        """Return the statistics of rotated inputs: what the main weight sees after the same rewrite of the layer.
 
-        Full moments are exact. Mean squares alone are rotated as if channels were uncorrelated, and the maxima become
-        bounds, because neither says what a sum of channels is.
+        Full moments are exact up to rounding, which must not make a mean square negative where inputs never go. Mean
+        squares alone are rotated as if channels were uncorrelated, and the maxima become bounds, because neither says
+        what a sum of channels is.
 
         Args:
-            scale: positive divisor of each channel, (in); `None` divides by nothing.
-            rotation: side of the Hadamard blocks, as `loraq.transforms.rotate` takes it; 0 rotates nothing.
+            side: of the Hadamard blocks, as `loraq.transforms.rotate` takes it; 0 rotates nothing.
         """
-        moment, largest = self.second_moment, self.max_abs
-        if scale is not None:
-            scale = scale.to(moment)
-            moment = moment / scale / scale[:, None] if self.is_full else moment / scale.square()
-            largest = largest / scale
-        if rotation:
-            squares = rotate(torch.eye(self.width, device=moment.device), rotation).square()
-            moment = rotate(rotate(moment, rotation).mT, rotation).mT if self.is_full else moment @ squares
-            largest = largest @ squares.sqrt()
-        return ActivationStats(self.tokens, moment.contiguous(), largest)
+        if not side:
+            return self
+        if self.is_full:
+            moment = rotate(rotate(self.second_moment, side).mT, side).mT.contiguous()
+            moment.diagonal().clamp_(min=0)
+        else:
+            moment = self._summed(self.second_moment, side) / block_side(self.width, side)
+        return ActivationStats(
+            self.tokens, moment, self._summed(self.max_abs, side) / math.sqrt(block_side(self.width, side))
+        )
+
+    def _summed(self, channels: Tensor, side: int) -> Tensor:
+        """Return the sum over its Hadamard block for each channel: all entries of a block are alike in size."""
+        blocks = channels.unflatten(0, (-1, block_side(self.width, side)))
+        return blocks.sum(1, keepdim=True).expand_as(blocks).flatten()

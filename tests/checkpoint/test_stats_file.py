@@ -3,12 +3,14 @@
 import errno
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from loraq.checkpoint.reader import ShardReader
 from loraq.checkpoint.stats import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.stats import ActivationStats
@@ -34,9 +36,7 @@ def path(tmp_path):
 
 def test_what_is_saved_is_loaded(path):
     stats = load_stats(path)
-    assert list(stats) == ["blocks.0.up", "blocks.0.down", "out"] or sorted(stats) == sorted(
-        ["blocks.0.up", "blocks.0.down", "out"]
-    )
+    assert set(stats) == {"blocks.0.up", "blocks.0.down", "out"}
     assert len(stats) == 3
     assert stats["blocks.0.up"].sha256 == full(8).sha256
     assert stats["blocks.0.down"].sha256 == diagonal(6).sha256
@@ -44,6 +44,13 @@ def test_what_is_saved_is_loaded(path):
     assert "blocks.1.up" not in stats
     with pytest.raises(KeyError):
         stats["blocks.1.up"]
+
+
+def test_asking_whether_a_layer_is_there_reads_nothing(path, monkeypatch):
+    stats = load_stats(path)
+    monkeypatch.setattr(ShardReader, "read", lambda *_: pytest.fail("a tensor was read"))
+    assert "out" in stats
+    assert "in" not in stats
 
 
 def test_the_file_is_plain_safetensors_with_documented_keys(path):
@@ -69,6 +76,11 @@ def test_a_file_of_statistics_can_be_sent_to_another_process(path):
     assert sent["out"].sha256 == load_stats(path)["out"].sha256
 
 
+def test_a_name_that_could_not_be_read_again_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"ends with '\.safetensors'"):
+        save_stats({"a": full(4)}, tmp_path / "stats.bin")
+
+
 def test_nothing_cannot_be_saved(tmp_path):
     with pytest.raises(CalibrationError, match="no statistics to save"):
         save_stats({}, tmp_path / "s.safetensors")
@@ -83,6 +95,27 @@ def test_layers_may_be_written_in_any_order(path, tmp_path):
             assert not other.exists()
             write(name, stats[name])
     assert other.read_bytes() == path.read_bytes()
+
+
+def test_what_a_killed_run_left_is_used_again(path, monkeypatch):
+    left = path.with_name(".stats.partial.safetensors")
+    left.write_bytes(b"\xff" * 10**5)
+    usage = shutil.disk_usage(path.parent)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage)
+    stats, before = dict(load_stats(path)), path.read_bytes()
+    save_stats({name: stats[name] for name in ("blocks.0.up", "blocks.0.down", "out")}, path)
+    assert path.read_bytes() == before
+    assert not left.exists()
+
+
+def test_two_runs_cannot_make_the_same_file(path):
+    before = path.read_bytes()
+    with stats_file(path, {"a": (4, 4)}) as write:
+        with pytest.raises(CheckpointError, match="is being written by another run"):
+            save_stats({"b": full(8)}, path)
+        write("a", full(4))
+    assert list(load_stats(path)) == ["a"]
+    assert path.read_bytes() != before
 
 
 def test_a_layer_that_was_not_announced_is_refused_and_nothing_is_left(tmp_path):

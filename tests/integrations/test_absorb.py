@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.cli import main
 from loraq.errors import CheckpointError, LayerError
+from loraq.integrations.diffusers import load_float
 from loraq.integrations.lora import Lora
 
 pytest.importorskip("diffusers")
@@ -135,6 +137,21 @@ def test_the_manifest_says_what_was_absorbed(source, folder, lora, tmp_path):
     with pytest.raises(LayerError, match="has absorbed a LoRA before"):
         loraq.absorb_lora(tmp_path / "out", lora, source, target=tmp_path / "twice", progress=False)
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_layer_that_statistics_made_is_refused(source, lora, tmp_path, no_work):
+    model = load_float(source)
+    recipe = loraq.Recipe.of("mxfp4-w8a8-r8")
+    names = [layer.name for layer in loraq.plan_model(model, recipe).quantized]
+    stats = {name: _white(model.get_submodule(name).weight.shape[1]) for name in names}
+    loraq.quantize_checkpoint(source, tmp_path / "out", replace(recipe, effort="fast"), stats=stats, progress=False)
+    with pytest.raises(LayerError, match="was quantized with activation statistics"):
+        loraq.absorb_lora(tmp_path / "out", lora, source, target=tmp_path / "absorbed", progress=False)
+    assert not (tmp_path / "absorbed").exists()
+
+
+def _white(width: int) -> loraq.ActivationStats:
+    return loraq.ActivationStats(1, torch.ones(width), torch.ones(width))
 
 
 def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 CALL = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16}
 FAST = {"recipe": "int4-w6a8-r8-a16", "samples": 2, "steps": 2, "call": CALL, "progress": False}
+GPTQ = loraq.Recipe.from_dict({"scheme": "int4-w6a8-r8-a16", "method": "gptq"})
 #: Tokens of one image in one step: 8×8 patches, with and without guidance.
 TOKENS = 2 * 8 * 8
 
@@ -169,6 +170,8 @@ def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp
     quantize = ["quantize", str(source), str(tmp_path / "out"), "--stats", str(target), *recipe, "--effort", "fast"]
     result = CliRunner().invoke(main, quantize)
     assert result.exit_code == 0, result.stderr
+    inspected = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert "16 of them were made with activation statistics" in inspected.stdout
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     array = pipeline("", num_inference_steps=1, output_type="np", **CALL).images
@@ -195,10 +198,13 @@ def no_loading(monkeypatch):
         ({"samples": 0}, CalibrationError, "samples is 0. It must be at least 1"),
         ({"steps": 0}, CalibrationError, "steps is 0"),
         ({"max_tokens": 0}, CalibrationError, "max_tokens is 0"),
+        ({"max_tokens": 3}, CalibrationError, r"max_tokens is 3, and 2 images of 2 steps call .* 4 times\. At least 4"),
+        ({"call": {"generator": 3}}, CalibrationError, r"generator cannot be given: .*`--seed`"),
         ({"call": {"hight": 512}}, CalibrationError, "Unknown argument of PixArtSigmaPipeline 'hight'.*'height'"),
         ({"memory_bytes": 10**6}, CalibrationError, r"512 inputs takes 0\.00315 GB, and 0\.001 GB are allowed"),
         ({"device": "abacus"}, CalibrationError, "Device 'abacus' cannot be used"),
-        ({"recipe": "int5-a16"}, CalibrationError, "No layer uses the statistics"),
+        ({"recipe": "int5-a16"}, CalibrationError, "No layer uses the statistics: none has a branch"),
+        ({"recipe": GPTQ, "second_moment": False}, CalibrationError, "Mean squares are not enough: method 'gptq'"),
         ({"recipe": "int4_b7-w9"}, loraq.LoraqError, "Recipe name"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from loraq.checkpoint.stats import save_stats
-from loraq.errors import CalibrationError
+from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.collect import collect_stats
 from matrices import gaussian, heavy_tailed
 
@@ -146,6 +146,57 @@ def test_a_bfloat16_model_is_counted_in_wide_numbers():
     exact = x.double().mT @ x.double() / 5000
     assert stats.second_moment.dtype == torch.float32
     assert torch.allclose(stats.second_moment.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_under_autocast_is_counted_in_wide_numbers():
+    net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(500, 4)
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            net(x)
+
+    under, plain = (collect_stats(net, each, ["0"])["0"] for each in (run, lambda: net(x)))
+    assert under.sha256 == plain.sha256
+
+
+def test_a_run_may_be_in_inference_mode_and_leave_it():
+    net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(500, 4)
+
+    def run() -> None:
+        with torch.inference_mode():
+            net(x)
+        net(x)
+
+    stats = collect_stats(net, run, ["0"])["0"]
+    assert stats.tokens == 1000
+    assert not stats.second_moment.is_inference()
+    assert not stats.max_abs.is_inference()
+
+
+def test_an_input_that_is_trained_leaves_no_graph():
+    net, x = nn.Sequential(nn.Linear(4, 4)), nn.Parameter(gaussian(500, 4))
+    stats = collect_stats(net, lambda: net(x), ["0"])["0"]
+    assert not stats.second_moment.requires_grad
+    assert not stats.max_abs.requires_grad
+
+
+def test_an_input_may_be_given_by_name():
+    net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(500, 4)
+    by_name, by_place = (collect_stats(net, run, ["0"])["0"] for run in (lambda: net[0](input=x), lambda: net(x)))
+    assert by_name.sha256 == by_place.sha256
+
+
+def test_squares_that_overflow_are_an_error_with_the_name_of_the_layer():
+    net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(10, 4) * 1e30
+    with pytest.raises(CalibrationError, match=r"Layer '0': .*no finite numbers"):
+        collect_stats(net, lambda: net(x), ["0"])
+
+
+@pytest.mark.parametrize("name", ["folder.safetensors", "stats.bin"])
+def test_a_target_that_cannot_be_is_known_before_the_run(tmp_path, name):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=name):
+        collect_stats(Net(), lambda: pytest.fail("the run must not begin"), LAYERS, target=tmp_path / name)
 
 
 def test_the_model_is_left_as_it_was():

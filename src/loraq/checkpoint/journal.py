@@ -9,7 +9,6 @@ A line is written after what it tells is on the disk, and a torn last line does 
 run can go on from what the journal says. The journal is locked by the run that writes it; the lock dies with it.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from loraq.checkpoint.writer import publish, reason_of, require_free
+from loraq.checkpoint.writer import publish, reason_of, require_alone, require_free
 from loraq.errors import CheckpointError, LayerError
 
 _WHOLE = {"whole": True}
@@ -159,20 +158,8 @@ def _locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[byte
     except OSError as error:
         raise CheckpointError(f"Cannot write '{target}': {reason_of(error)}. Choose another target.") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(
-                f"'{target}' is being written by another run. Wait until it has ended, or choose another target."
-            ) from error
-        if not _is_at(file, partial / "journal.jsonl"):
-            raise CheckpointError(f"'{target}' was being written by another run, which has just ended. Try again.")
+        require_alone(file, partial / "journal.jsonl", target)
         yield file
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Say whether an open file still has its name: the run that held the lock removes its journal at the end."""
-    return path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
 
 
 def _require_same(journal: Journal, fingerprint: dict[str, Any], partial: Path, n_layers: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from loraq.checkpoint.header import TensorSpec
 from loraq.checkpoint.layout import ShardLayout
 from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import reason_of
+from loraq.checkpoint.writer import reason_of, require_alone
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.stats import ActivationStats
 
@@ -34,32 +34,42 @@ def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayo
 def stats_file(path: Path, moments: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str, ActivationStats], None]]:
     """Yield a function that writes one layer's statistics, in any order; the file appears when all is written.
 
-    The disk's space is taken at the beginning, so that it is not missing after hours of work.
+    The disk's space is taken at the beginning, so that it is not missing after hours of work, under the name
+    `.NAME.partial.safetensors` beside the file; what a run that was killed has left there is used again.
 
     Args:
         path: the file to make; what is there is replaced.
         moments: (in, in) or (in) of each layer to come.
 
     Raises:
-        CheckpointError: the disk refuses, or a layer is not what was announced.
+        CheckpointError: the disk refuses, another run makes the same file, or a layer is not what was announced.
     """
-    layout = stats_layout(moments, f".{path.name}.partial-{os.getpid()}")
-    partial = path.with_name(layout.files[0])
+    partial = _partial(path)
+    layout = stats_layout(moments, partial.stem)
 
     def write(layer: str, stats: ActivationStats) -> None:
         parts = (stats.second_moment.float(), stats.max_abs.float(), torch.tensor([stats.tokens]))
         with _disk(path):
             layout.write(path.parent, {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)})
 
-    try:
-        with _disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            layout.allocate(path.parent)
-        yield write
-        with _disk(path):
-            partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = partial.open("ab")
+    with lock:
+        require_alone(lock, partial, path)
+        try:
+            with _disk(path):
+                layout.allocate(path.parent)
+            yield write
+            with _disk(path):
+                partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial.safetensors")
 
 
 def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> int:
@@ -80,7 +90,8 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(f"Cannot write '{path}': '{place}' is no folder that can be written. Choose another.")
     needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
-    if needed > free:
+    left = _partial(path).stat().st_size if _partial(path).is_file() else 0
+    if needed > free + left:
         raise CheckpointError(
             f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} GB. Free space, choose "
             "another target, or collect mean squares only (`--mean-squares`)."
@@ -100,15 +111,16 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
-    """Write the statistics of all layers to one safetensors file, which appears when it is whole.
+    """Write the statistics of all layers to one .safetensors file, which appears, or is replaced, when it is whole.
 
     Raises:
         CalibrationError: there are no statistics.
-        CheckpointError: the disk refuses.
+        CheckpointError: the file cannot be written.
     """
     if not stats:
         raise CalibrationError("There are no statistics to save. Collect those of at least one layer.")
     moments = {layer: tuple(of_layer.second_moment.shape) for layer, of_layer in stats.items()}
+    require_room(Path(path), moments, overwrite=True)
     with stats_file(Path(path), moments) as write:
         for layer, of_layer in stats.items():
             write(layer, of_layer)
@@ -136,7 +148,8 @@ class _StatsFile(Mapping[str, ActivationStats]):
         if version != FORMAT_VERSION:
             what = "no file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
-                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq.save_stats`."
+                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq stats`"
+                " or `loraq.save_stats`."
             )
         names = self._reader.names
         self._layers = [name.removesuffix(".max_abs") for name in names if name.endswith(".max_abs")]
@@ -153,6 +166,9 @@ class _StatsFile(Mapping[str, ActivationStats]):
             return ActivationStats(int(tokens), moment, largest)
         except CalibrationError as error:
             raise CalibrationError(f"'{self._path}': layer '{layer}': {error}") from error
+
+    def __contains__(self, layer: object) -> bool:  # a Mapping's own would read all of it
+        return layer in self._layers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)

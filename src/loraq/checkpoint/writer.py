@@ -1,6 +1,7 @@
 """Write folders that are whole or not there: shards, an index, and one rename at the end."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,12 +9,28 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loraq.errors import CheckpointError
 
 #: A folder that is replaced whole must hold one of these.
 _MODEL_MARKS = ("loraq.json", "config.json", "model_index.json")
+
+
+def require_alone(file: IO[bytes], path: Path, target: Path) -> None:
+    """Lock an open file, which stands for all work on `target` and dies with it, for this process until it is closed.
+
+    Raises:
+        CheckpointError: another run has the lock, or had it and has taken the file away meanwhile.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CheckpointError(
+            f"'{target}' is being written by another run. Wait until it has ended, or choose another target."
+        ) from error
+    if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+        raise CheckpointError(f"'{target}' was being written by another run, which has just ended. Try again.")
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:

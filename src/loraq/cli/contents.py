@@ -52,6 +52,10 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits per weight.")
+    if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
+        click.echo(
+            f"{with_stats} of them were made with activation statistics: their error counts weights, not outputs."
+        )
     click.echo("All files are as they were written.")
 
 

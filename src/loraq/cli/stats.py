@@ -43,7 +43,9 @@ def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple
 @click.option("--steps", type=click.IntRange(1), help="Steps of each image. [default: the pipeline's]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image's noise.")
 @click.option(
-    "--mean-squares", is_flag=True, help="No correlations: a small file that brings little, and is not enough for gptq."
+    "--mean-squares",
+    is_flag=True,
+    help="No correlations: a small file that brings little, and is not enough for gptq and qera.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Inputs that a layer counts, spread over images and steps.")
 @click.option(
@@ -62,10 +64,10 @@ def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file that is at TARGET.")
 def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Let the pipeline SOURCE draw images from noise, and write what its layers see to TARGET.safetensors.
+    """Let the pipeline SOURCE draw images from noise, and write what its layers see to the file TARGET.
 
     SOURCE is the folder of a float diffusers pipeline (model_index.json) or a repository of the hub. No data is
-    needed. `loraq quantize --stats TARGET` uses the file.
+    needed. `loraq quantize --stats TARGET` uses the file, whose name ends with .safetensors.
 
     \b
     Example: loraq stats PixArt-Sigma pixart.safetensors --set height=512 --set width=512

@@ -23,7 +23,7 @@ from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.passes import passes_within
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, image_lines
-from loraq.pipeline.stats import layers_that_use
+from loraq.pipeline.stats import layers_that_use, require_enough
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -88,13 +88,13 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             are drawn once for each group of layers.
         device: such as "cuda"; `None` takes a GPU if there is one.
         dtype: of the whole pipeline; `None` takes that of the stored transformer.
-        call: further arguments of the pipeline's call, such as `{"height": 512, "width": 512}`.
+        call: further arguments of the pipeline's call but its generator, such as `{"height": 512, "width": 512}`.
         overwrite: whether a file that is there may be replaced.
         progress: False for silence, True for lines on stderr, or a function to call after each image.
 
     Raises:
-        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics, a layer was never
-            called, or one alone takes more than `memory_bytes`.
+        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics, mean squares do not
+            do for the recipe's method, a layer was never called, or one alone takes more than `memory_bytes`.
         CheckpointError: the source is no float pipeline, or the target cannot be written.
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
@@ -103,14 +103,17 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     component, target = float_folder(folder), Path(target)
     if folder.resolve() in target.resolve().parents:
         raise CheckpointError(f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder.")
-    using = layers_that_use(Plan.of_model(empty_model(component), Recipe.of(recipe)), Recipe.of(recipe))
+    recipe = Recipe.of(recipe)
+    using = layers_that_use(Plan.of_model(empty_model(component), recipe), recipe)
+    if not second_moment:
+        require_enough(using, recipe)
     widths = {layer.name: layer.shape[1] for layer in using}
     groups = passes_within(widths, memory_bytes, second_moment=second_moment)
     moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
     nbytes = require_room(target, moments, overwrite=overwrite)
     device = _device(device)
     sampling = _Sampling.of(_pipeline_class(folder), prompts, samples, steps, seed, call or {})
-    calls = sampling.samples * sampling.steps(max_tokens)
+    tokens_per_call = None if max_tokens is None else sampling.share(max_tokens)
 
     show = image_lines("stats") if progress is True else progress or _silence
     images = sampling.samples * len(groups)
@@ -139,7 +142,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             run,
             widths,
             second_moment=second_moment,
-            tokens_per_call=None if max_tokens is None else max(1, max_tokens // calls),
+            tokens_per_call=tokens_per_call,
             memory_bytes=memory_bytes,
             target=target,
         )
@@ -194,6 +197,8 @@ class _Sampling:
                 raise CalibrationError(f"{name} is {number}. It must be at least 1.")
         takes = inspect.signature(kind.__call__).parameters
         call = {**({} if steps is None else {"num_inference_steps": steps}), **call}
+        if "generator" in call:
+            raise CalibrationError("The generator cannot be given: noise comes from the seed (`--seed`, `seed`).")
         for name in (*call, *(["prompt"] if prompts else [])):
             if name not in takes:
                 raise CalibrationError(unknown(f"argument of {kind.__name__}", name, set(takes) - {"self"}))
@@ -208,17 +213,19 @@ class _Sampling:
             call = {"output_type": "latent", **call}  # what a VAE would make of it is of no account
         return cls(kind, tuple(prompts) or ("",) if "prompt" in takes else (), samples, seed, call)
 
-    def steps(self, max_tokens: int | None) -> int:
-        """Return how often an image calls the model, as far as it matters for a limit of tokens."""
-        if max_tokens is None:
-            return 1
-        if max_tokens < 1:
-            raise CalibrationError(f"max_tokens is {max_tokens}. It must be at least 1, or `None`.")
+    def share(self, max_tokens: int) -> int:
+        """Return how many inputs of each call of the model a layer counts, so that they are `max_tokens` in all."""
         parameter = inspect.signature(self.kind.__call__).parameters.get("num_inference_steps")
         steps = self.call.get("num_inference_steps", parameter and parameter.default)
         if not isinstance(steps, int):
             raise CalibrationError(f"{self.kind.__name__} does not say how many steps it takes. Give `--steps`.")
-        return steps
+        calls = self.samples * steps
+        if max_tokens < calls:
+            raise CalibrationError(
+                f"max_tokens is {max_tokens}, and {self.samples} images of {steps} steps call the model {calls} times. "
+                f"At least {calls} are required, one of each call; or draw fewer images."
+            )
+        return max_tokens // calls
 
     def draw(self, pipeline: Any, index: int) -> None:
         """Draw an image and forget it."""

@@ -27,6 +27,11 @@ class Method(Protocol):
     #: What becomes of statistics that are given: "required", "optional" or "ignored".
     use_of_stats: ClassVar[str]
 
+    @property
+    def needs_full_moment(self) -> bool:
+        """Whether statistics of mean squares alone do not do."""
+        ...
+
     def solve(
         self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
     ) -> LayerSolution:
@@ -79,7 +84,7 @@ def prepare_stats(stats: ActivationStats, weight: Tensor, scheme: Scheme) -> Act
             f"The statistics are of {stats.width} input channels, the weight has {weight.shape[1]}. Those of the same "
             "layer are required."
         )
-    return stats.to(weight.device).transformed(rotation=scheme.rotation)
+    return stats.to(weight.device).rotated(scheme.rotation)
 
 
 def require_stats(stats: ActivationStats | None, method: str) -> ActivationStats:
@@ -97,7 +102,7 @@ def full_moment(stats: ActivationStats, method: str) -> Float[Tensor, "in in"]:
     if not stats.is_full:
         raise CalibrationError(
             f"Method '{method}' needs full second moments, and the statistics have mean squares only. Collect them "
-            "with `second_moment=True`."
+            "with `second_moment=True` (`loraq stats` without `--mean-squares`)."
         )
     return stats.second_moment
 

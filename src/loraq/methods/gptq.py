@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.fixed_scales import FixedScales
-from loraq.linalg import truncated_svd
+from loraq.linalg import damped_cholesky, truncated_svd
 from loraq.methods.base import (
     full_moment,
     output_error,
@@ -40,6 +40,7 @@ class GPTQ:
     """Round with error feedback through the second moment; a branch is one-shot SVDQuant's."""
 
     use_of_stats: ClassVar[str] = "required"
+    needs_full_moment: ClassVar[bool] = True
 
     #: What is added to the diagonal of the second moment, as a share of its mean.
     damping: float = 0.01
@@ -61,8 +62,8 @@ class GPTQ:
             svd = truncated_svd(weight, scheme.branch.rank, seed=seed)
             branch = quantize_branch(*svd.canonical(), scheme.branch, self.scale_rule)
             target = weight - branch.reconstruct()
-        hessian = full_moment(stats, "gptq")
-        stored = round_with_feedback(target, scheme.weight_format, hessian, damping=self.damping, rule=self.scale_rule)
+        feedback = Feedback(full_moment(stats, "gptq"), damping=self.damping)
+        stored = feedback.round(target, scheme.weight_format, self.scale_rule)
         return LayerSolution(
             scheme,
             stored,
@@ -73,52 +74,51 @@ class GPTQ:
         )
 
 
-def round_with_feedback(
-    weight: Float[Tensor, "out in"],
-    fmt: Format,
-    hessian: Float[Tensor, "in in"],
-    *,
-    damping: float = 0.01,
-    rule: str | None = "search",
-) -> QTensor:
-    """Return a rounded weight Q that lowers tr((W − Q) H (W − Q)ᵀ); with a diagonal H it is round to nearest.
+class Feedback:
+    """Rounding with error feedback through one second moment, whose factor is made once for any number of weights."""
 
-    Args:
-        weight: fp32.
-        fmt: a 16-bit format rounds to nearest, because there is nothing to gain.
-        hessian: H, symmetric and positive semi-definite; a zero matrix counts as the identity.
-        damping: added to the diagonal, as a share of its mean.
-        rule: scale rule.
-    """
-    if not isinstance(fmt, BlockFormat):
-        return fmt.quantize(weight, rule)
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    feedback = _feedback(hessian[order][:, order], damping)
-    scales = FixedScales(weight, fmt, rule)
-    of_values = scales.of_values.mT[order]  # (in, out): a channel is a row in memory
-    channels = weight.mT[order]
-    for start in range(0, len(channels), _LAZY):
-        stop = min(start + _LAZY, len(channels))
-        errors = torch.empty_like(channels[start:stop])
-        for j in range(start, stop):
-            rounded = scales.round(channels[j], of_values[j])
-            errors[j - start] = channels[j] - rounded
-            channels[j] = rounded
-            channels[j + 1 : stop].addr_(feedback[j, j + 1 : stop], errors[j - start], alpha=-1)
-        channels[stop:].addmm_(feedback[start:stop, stop:].mT, errors, alpha=-1)
-    return scales.pack(channels[order.argsort()].mT.contiguous())
+    def __init__(self, hessian: Float[Tensor, "in in"], *, damping: float = 0.01) -> None:
+        """Settle the order of the channels, and what an error asks of later ones.
+
+        Args:
+            hessian: H, symmetric and positive semi-definite; a zero matrix counts as the identity.
+            damping: added to the diagonal, as a share of its mean.
+        """
+        self._order = hessian.diagonal().argsort(descending=True, stable=True)
+        self._factor = _unit_factor(hessian[self._order][:, self._order], damping)
+
+    def round(self, weight: Float[Tensor, "out in"], fmt: Format, rule: str | None = "search") -> QTensor:
+        """Return a rounded weight Q that lowers tr((W − Q) H (W − Q)ᵀ); with a diagonal H it is round to nearest.
+
+        Args:
+            weight: fp32.
+            fmt: a 16-bit format rounds to nearest, because there is nothing to gain.
+            rule: scale rule.
+        """
+        if not isinstance(fmt, BlockFormat):
+            return fmt.quantize(weight, rule)
+        scales = FixedScales(weight, fmt, rule)
+        of_values = scales.of_values.mT[self._order]  # (in, out): a channel is a row in memory
+        channels = weight.mT[self._order]
+        for start in range(0, len(channels), _LAZY):
+            stop = min(start + _LAZY, len(channels))
+            errors = torch.empty_like(channels[start:stop])
+            for j in range(start, stop):
+                rounded = scales.round(channels[j], of_values[j])
+                errors[j - start] = channels[j] - rounded
+                channels[j] = rounded
+                channels[j + 1 : stop].addr_(self._factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+            channels[stop:].addmm_(self._factor[start:stop, stop:].mT, errors, alpha=-1)
+        return scales.pack(channels[self._order.argsort()].mT.contiguous())
 
 
-def _feedback(hessian: Tensor, damping: float) -> Tensor:
+def _unit_factor(hessian: Tensor, damping: float) -> Tensor:
     """Return the unit upper triangular F: an error e of channel i asks of channel j > i the change −e F[i, j].
 
     With H⁻¹ = Rᵀ R and R upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the
     Cholesky factor of H taken from the last channel to the first. Everything in double precision.
     """
-    hessian = hessian.double()
-    mean = hessian.diagonal().mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor = torch.linalg.cholesky((hessian + ridge * eye).flip(0, 1)).flip(0, 1)
+    factor = damped_cholesky(hessian.flip(0, 1), damping).flip(0, 1)
+    eye = torch.eye(len(hessian), dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
     return (inverse / inverse.diagonal()[:, None]).float()

@@ -1,13 +1,14 @@
 """What a solver knows of a layer's inputs: nothing, their mean squares, or all their second moments.
 
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With E[x xᵀ] the
-price of an error is exactly the output error it makes, and rounding feeds errors back (`round_with_feedback`) and
-filters the noise of rounded activations (`Inputs.round`).
-Activation noise is priced by h alone: it is about as large as its channel, and not correlated with the input.
+price of an error is exactly the output error it makes, rounding feeds errors back (`loraq.methods.gptq.Feedback`), and
+noise of rounded activations is filtered. Activation noise is priced by h alone: it is about as large as its channel,
+and not correlated with the input.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from loraq.formats import Format, QTensor
 from loraq.methods.base import energy, frobenius
-from loraq.methods.gptq import round_with_feedback
+from loraq.methods.gptq import Feedback
 from loraq.stats import ActivationStats
 
 
@@ -25,6 +26,10 @@ class Inputs:
 
     #: As the prepared weight sees them, or `None` for white inputs.
     stats: ActivationStats | None = None
+    #: `GPTQ.damping` of rounding with feedback.
+    feedback_damping: float = 0.01
+    #: Relative noise power of the main path's rounded activations.
+    activation_noise: float = 0.0
 
     def importance(self, damping: float) -> Float[Tensor, " in"] | None:
         """Return what an error of each channel counts, 1 in the mean, or `None` for all alike.
@@ -37,33 +42,19 @@ class Inputs:
         weights = self.stats.mean_square / self._power + damping
         return weights / weights.mean()
 
-    def round(
-        self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None, *, damping: float, noise: float
-    ) -> QTensor:
-        """Return the rounded matrix that answers inputs as the target does.
+    def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None) -> QTensor:
+        """Return the rounded matrix that answers inputs as the target T does, best if all second moments are known.
 
-        With all second moments H, and activation rounding that adds noise of power Σ = noise · diag(H), the expected
-        squared error of a matrix M is tr((T − M) H (T − M)ᵀ) + tr(M Σ Mᵀ): up to a constant that of rounding
-        T H (H + Σ)⁻¹ for inputs of moment H + Σ. Where inputs are correlated, this filters noise that would reach the
-        output through directions without signal (Wiener's filter). H is damped as in `round_with_feedback`, for
-        inputs that the statistics have not seen: what these directions do is shrunk, and not forgotten.
-
-        Args:
-            target: T, fp32.
-            fmt: format of the result.
-            rule: scale rule.
-            damping: added to each mean square, as a share of their mean.
-            noise: relative noise power of the rounded activations.
+        With second moments H, and activation rounding that adds noise of power Σ, the expected squared error of a
+        matrix M is tr((T − M) H (T − M)ᵀ) + tr(M Σ Mᵀ): up to a constant that of rounding T H (H + Σ)⁻¹ for inputs of
+        moment H + Σ. Where inputs are correlated, that filters noise which would reach the output through directions
+        without signal (Wiener's filter).
         """
         if self.stats is None or not self.stats.is_full:
             return fmt.quantize(target, rule)
-        moment = self.stats.second_moment
-        if noise and self._power > 0:
-            clean = moment.double() + damping * self._power * torch.eye(len(moment), device=moment.device)
-            seen = clean + torch.diag(noise * moment.diagonal().double() + 1e-6 * self._power)
-            target = torch.linalg.solve(seen, clean @ target.double().mT).mT.float()
-            moment, damping = seen.float(), 0.0
-        return round_with_feedback(target.contiguous(), fmt, moment, damping=damping, rule=rule)
+        if self._filter is not None:
+            target = target @ self._filter
+        return self._feedback.round(target, fmt, rule)
 
     def error_energy(self, error: Float[Tensor, "out in"]) -> float:
         """Return E‖x errorᵀ‖²."""
@@ -89,3 +80,26 @@ class Inputs:
     def _power(self) -> float:
         assert self.stats is not None
         return self.stats.mean_square.double().mean().item() or 1.0
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """H and H + Σ in double precision, both damped for what the statistics have not seen."""
+        assert self.stats is not None
+        clean = self.stats.second_moment.double()
+        clean = clean + self.feedback_damping * self._power * torch.eye(len(clean), device=clean.device)
+        return clean, clean + self.activation_noise * torch.diag(clean.diagonal())
+
+    @cached_property
+    def _filter(self) -> Float[Tensor, "in in"] | None:
+        """H (H + Σ)⁻¹, or `None` where there is no noise."""
+        if not self.activation_noise:
+            return None
+        clean, noisy = self._moments
+        return torch.linalg.solve(noisy, clean).mT.float()
+
+    @cached_property
+    def _feedback(self) -> Feedback:
+        assert self.stats is not None
+        if self._filter is None:
+            return Feedback(self.stats.second_moment, damping=self.feedback_damping)
+        return Feedback(self._moments[1], damping=0.0)

@@ -18,8 +18,8 @@ lose what they won on the weight (see `ActivationNoise`).
 
 Statistics of the inputs, which nobody needs to give, change two things. In all norms above a channel counts by its mean
 square (`Inputs.importance`). And if all second moments are known, the last rounding of the main weight feeds its errors
-back (`round_with_feedback`) and filters the noise of rounded activations (`Inputs.round`), and candidates are compared
-by the output error that they make.
+back (`Feedback`) and filters the noise of rounded activations (`Inputs.round`), and candidates are compared by the
+output error that they make.
 """
 
 import math
@@ -54,6 +54,7 @@ class LoRaQ:
     """Anneal the branch against the rounding error of what it leaves; see the module text."""
 
     use_of_stats: ClassVar[str] = "optional"
+    needs_full_moment: ClassVar[bool] = False
 
     #: Steps with full-precision factors, hot to stable.
     steps: int = 140
@@ -114,7 +115,8 @@ class LoRaQ:
         weight = torch.stack([prepare(w, scheme) for w in weights])
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
         known = stats or [None] * len(weights)
-        inputs = [Inputs(s and prepare_stats(s, w, scheme)) for s, w in zip(known, weight, strict=True)]
+        prepared = [s and prepare_stats(s, w, scheme) for s, w in zip(known, weight, strict=True)]
+        inputs = [Inputs(s, self.feedback_damping, noise.main) for s in prepared]
         importance = _of_batch([x.importance(self.importance_damping) for x in inputs])
         problem = _Problem(weight, scheme.weight_format, branch.weight_format, noise, importance)
 
@@ -184,11 +186,7 @@ class LoRaQ:
         for candidate in candidates:
             product = candidate.reconstruct()
             residual = weight - product
-            stored.append(
-                inputs.round(
-                    residual, scheme.weight_format, self.scale_rule, damping=self.feedback_damping, noise=noise.main
-                )
-            )
+            stored.append(inputs.round(residual, scheme.weight_format, self.scale_rule))
             rounded = stored[-1].dequantize()
             objective = inputs.error_energy(residual - rounded)
             if noise.main:

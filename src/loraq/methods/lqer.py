@@ -21,6 +21,7 @@ class LQER:
     """Round the weight first, then approximate the error W − Q(W) by a low-rank branch."""
 
     use_of_stats: ClassVar[str] = "ignored"
+    needs_full_moment: ClassVar[bool] = False
 
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: str | None = "search"

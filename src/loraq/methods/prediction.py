@@ -4,7 +4,7 @@ Three facts make the prediction: E₀ = ‖W − Q(W)‖, what rounding alone le
 leading singular directions; ρ(r) = r (m + n − r) / (m n), the share of a matrix's freedoms that a rank-r product has.
 
     svdquant, gptq   E² = E₀² t(r)                          rounding error follows what is left to round
-    loraq            E² = E₀² t(r)^0.7 exp(−2.8 √ρ)         fitted (docs/log.md); 2.8 is for factors of 6 bits
+    loraq            E² = E₀² t(r)^0.7 exp(−2.8 √ρ)         fitted, see below; 2.8 is for factors of 6 bits
     lqer, qera       E² = E₀² t'(r), of the rounding error  the truncated SVD's own error
 
 Ranks go by the slopes of these curves alone, so that what scales all layers alike is of no account.

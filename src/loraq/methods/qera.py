@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraq.linalg import truncated_svd
+from loraq.linalg import damped_cholesky, truncated_svd
 from loraq.methods.base import (
     full_moment,
     output_error,
@@ -40,6 +40,11 @@ class QERA:
     damping: float = 1e-4
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: str | None = "search"
+
+    @property
+    def needs_full_moment(self) -> bool:
+        """Whether statistics of mean squares alone do not do: in the exact form."""
+        return self.exact
 
     def solve(
         self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
@@ -73,14 +78,11 @@ def weighted_svd(
 
     `up` is orthonormal. A moment of zeros counts as the identity, a vector is a diagonal.
     """
-    diagonal = moment if moment.dim() == 1 else moment.diagonal()
-    mean = diagonal.double().mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
     if moment.dim() == 1:
-        root = (moment.double() + ridge).sqrt()
+        mean = moment.double().mean()
+        root = (moment.double() + (damping * mean if mean > 0 else 1.0)).sqrt()
         up, down = truncated_svd((error.double() * root).float(), rank, seed=seed).canonical()
         return up, (down / root).float()
-    eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    root = torch.linalg.cholesky(moment.double() + ridge * eye)
+    root = damped_cholesky(moment, damping)
     up, down = truncated_svd((error.double() @ root).float(), rank, seed=seed).canonical()
     return up, torch.linalg.solve_triangular(root, down.double(), upper=False, left=False).float()

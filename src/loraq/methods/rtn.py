@@ -18,6 +18,7 @@ class RTN:
     """Round every weight to its nearest code; no branch."""
 
     use_of_stats: ClassVar[str] = "ignored"
+    needs_full_moment: ClassVar[bool] = False
 
     #: Scale rule of the weight; `None` is the direct rule of the format ("floor" or "absmax").
     scale_rule: str | None = "search"

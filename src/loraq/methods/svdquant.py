@@ -26,6 +26,7 @@ class SVDQuant:
     """
 
     use_of_stats: ClassVar[str] = "ignored"
+    needs_full_moment: ClassVar[bool] = False
 
     #: Number of (SVD, round) alternations; 1 is one-shot. The best round is kept.
     rounds: int = 1

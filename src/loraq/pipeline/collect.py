@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.stats import load_stats, stats_file
+from loraq.checkpoint.stats import load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, is_linear, matrix_of
 from loraq.pipeline.passes import passes_within
@@ -48,7 +48,8 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
         max_tokens: a layer counts no more than its first so many inputs; `None` counts all.
         tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread; `None` counts all.
         memory_bytes: what the counts of layers may take together; `None` counts all layers in one run.
-        target: the safetensors file to make, as `save_stats` does, group by group; `None` keeps all in memory.
+        target: the .safetensors file to make or to replace, as `save_stats` does, group by group; `None` keeps all in
+            memory.
 
     Returns:
         Statistics by layer; with a `target` they are read from it each time they are asked for.
@@ -56,12 +57,13 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     Raises:
         CalibrationError: a name is no linear layer, a layer was never called, its input was not finite, or it alone
             takes more than `memory_bytes`.
-        CheckpointError: the disk refuses the target.
+        CheckpointError: the target cannot be written.
     """
     for name, limit in {"max_tokens": max_tokens, "tokens_per_call": tokens_per_call}.items():
         if limit is not None and limit < 1:
             raise CalibrationError(f"{name} is {limit}. It must be at least 1, or `None`.")
-    found = {name: _linear(model, name) for name in layers}
+    modules = dict(model.named_modules())
+    found = {name: _linear(modules, name) for name in layers}
     if not found:
         raise CalibrationError("No layer was named. `loraq.plan_model` says which a recipe quantizes.")
     widths = {name: matrix_of(layer).shape[1] for name, layer in found.items()}
@@ -72,6 +74,7 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
         stats = dict(counted)
         return {name: stats[name] for name in found}
     moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
+    require_room(Path(target), moments, overwrite=True)
     with stats_file(Path(target), moments) as write:
         for layer in counted:
             write(*layer)
@@ -99,9 +102,9 @@ def _counted(
         counts = {name: _Count(name, layers[name], amount) for name in group}
         with ExitStack() as hooks, torch.no_grad():
             for name in watched:
-                hooks.enter_context(layers[name].register_forward_pre_hook(_note(called, name)))
+                hooks.enter_context(layers[name].register_forward_pre_hook(_note(called, name), with_kwargs=True))
             for count in counts.values():
-                hooks.enter_context(count.layer.register_forward_pre_hook(count))
+                hooks.enter_context(count.layer.register_forward_pre_hook(count, with_kwargs=True))
             run()
         if idle := [name for name in watched if name not in called]:
             raise CalibrationError(
@@ -112,12 +115,16 @@ def _counted(
             yield name, counts.pop(name).stats()
 
 
-def _note(called: set[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def note(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel():
+def _note(called: set[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+    def note(_layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        if _input_of(inputs, named).numel():
             called.add(name)
 
     return note
+
+
+def _input_of(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    return inputs[0] if inputs else named["input"]  # what torch calls it in both kinds of layers
 
 
 class _Count:
@@ -129,10 +136,16 @@ class _Count:
         self._sum: Tensor | None = None
         self._max: Tensor | None = None
 
-    def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not self.left or not inputs[0].numel():
+    def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = _input_of(inputs, named)
+        if not self.left or not x.numel():
             return
-        x = inputs[0].movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else inputs[0]
+        # A run under autocast would have products of 16 bits, and one in inference mode sums that no other can add to.
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
+            self._add(x)
+
+    def _add(self, x: Tensor) -> None:
+        x = x.movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else x
         x = self._chosen(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(
@@ -170,15 +183,17 @@ class _Count:
         else:
             moment.copy_(self._sum / self.tokens)
         self._sum = None
-        return ActivationStats(self.tokens, moment, self._max.cpu())
+        try:
+            return ActivationStats(self.tokens, moment, self._max.cpu())
+        except CalibrationError as error:  # squares of numbers that are finite need not be
+            raise CalibrationError(f"Layer '{self.name}': {error}") from error
 
 
 def _slices(size: int) -> list[slice]:
     return [slice(start, start + _ROWS) for start in range(0, size, _ROWS)]
 
 
-def _linear(model: nn.Module, name: str) -> LinearLayer:
-    modules = dict(model.named_modules())
+def _linear(modules: Mapping[str, nn.Module], name: str) -> LinearLayer:
     if name not in modules:
         raise CalibrationError(f"The model has no layer '{name}'. `loraq.plan_model` lists its linear layers.")
     if not is_linear(layer := modules[name]):

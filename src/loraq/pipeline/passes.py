@@ -35,7 +35,8 @@ def passes_within(
         if needed + scratch > memory_bytes:
             raise CalibrationError(
                 f"Counting layer '{name}' with its {width} inputs takes {(needed + scratch) / 1e9:.3g} GB, and "
-                f"{memory_bytes / 1e9:.3g} GB are allowed. Allow as much, or collect mean squares only."
+                f"{memory_bytes / 1e9:.3g} GB are allowed. Allow as much (`--memory`, `memory_bytes`), or "
+                "collect mean squares only (`--mean-squares`, `second_moment=False`)."
             )
         place = next((i for i, room in enumerate(left) if needed <= room), len(groups))
         if place == len(groups):

@@ -138,7 +138,11 @@ def plan_model(
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
     recipe = Recipe.of(recipe)
-    plan = Plan.of_model(model, recipe)
+    return _allocated(model, Plan.of_model(model, recipe), recipe, workers, progress)
+
+
+def _allocated(model: nn.Module, plan: Plan, recipe: Recipe, workers: int, progress: ProgressCallback | bool) -> Plan:
+    """Return the plan that a recipe's allocation makes of a module's weights."""
     if not (sharing := sharing_layers(plan, recipe)):
         return plan
     if done := quantized_layers(model):
@@ -189,10 +193,7 @@ def quantize_(
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
     recipe = Recipe.of(recipe)
-    stats = opened(stats)
-    hashes = hashes_of_used(stats, Plan.of_model(model, recipe), recipe)  # before an allocation looks at all weights
-    plan = plan_model(model, recipe, workers=workers, progress=progress)
-    layers = linear_layers(model)
+    stats, plan, layers = opened(stats), Plan.of_model(model, recipe), linear_layers(model)
     if not plan.quantized and not quantized_layers(model):
         raise RecipeError(
             f"Nothing to quantize: {len(layers)} linear layers were found in {type(model).__name__}, and all are "
@@ -200,6 +201,8 @@ def quantize_(
         )
     for job in plan.quantized:
         require_usable(job.name, layers[job.name])
+    hashes = hashes_of_used(stats, plan, recipe)
+    plan = _allocated(model, plan, recipe, workers, progress)
     reports: list[LayerReport] = []
     attach_save_pretrained(model)
     with shown_progress(progress) as show:

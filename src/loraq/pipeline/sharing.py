@@ -1,8 +1,9 @@
 """One budget for all layers: ranks go where they lower the summed squared error of the weights most.
 
 The layers whose rank a budget settles share the bytes that they would take one by one. One pass over their weights
-predicts what each rank would leave of ‖W − Ŵ‖²; nothing is solved, and no data is needed. The sum of these squares is
-the squared error at the layers' outputs if all inputs have uncorrelated channels of one power (docs/decisions/0013).
+predicts what each rank would leave of ‖W − Ŵ‖²; nothing is solved, and no data is needed: statistics that are given are
+not looked at here. The sum of these squares is the squared error at the layers' outputs if all inputs have uncorrelated
+channels of one power.
 """
 
 from collections.abc import Iterable, Sequence

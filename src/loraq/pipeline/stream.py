@@ -145,14 +145,15 @@ def stream(
             f"Nothing to quantize: {len(source.plan.layers)} linear layers were found, and all are skipped. "
             "`loraq plan` shows why; a rule with `skip = false` overrides."
         )
-    stats_hashes = hashes_of_used(stats, source.plan, recipe)
     require_target(target, overwrite=settings.overwrite)
     _require_space(target, source, _layout(source, settings), settings)  # an allocation takes no more
+    stats_hashes = hashes_of_used(stats, source.plan, recipe)
     plan = allocated_from_files(source.plan, recipe, source.reader, workers=settings.workers, progress=progress)
     source = replace(source, plan=plan)
     tied = _output_ties(source)
     layout = _layout(source, settings)
-    fingerprint = _fingerprint(source, layout, recipe) | {"statistics": stats_hashes}
+    fingerprint = _fingerprint(source, layout, recipe)
+    fingerprint["statistics"] = {name: digest[:16] for name, digest in stats_hashes.items()}
     n = len(plan.quantized)
     with resumable_folder(target, fingerprint, n, overwrite=settings.overwrite, restart=settings.restart) as journal:
         if journal.whole and not journal.folder.exists():

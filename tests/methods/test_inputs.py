@@ -1,0 +1,93 @@
+"""What a solver knows of inputs: prices are those of the inputs themselves."""
+
+import pytest
+import torch
+from correlated_inputs import correlated, stats_of
+
+from loraq.formats import get_format
+from loraq.methods import gptq
+from loraq.methods.inputs import Inputs
+from loraq.stats import ActivationStats
+from matrices import dit_like, gaussian
+
+X = correlated(2000, 96)
+POWER = X.double().square().mean().item()
+
+
+def test_white_inputs_price_a_matrix_by_its_energy():
+    error = gaussian(24, 96)
+    white = Inputs()
+    assert white.importance(0.3) is None
+    assert white.error_energy(error) == pytest.approx(error.square().sum().item(), rel=1e-5)
+    assert white.noise_energy(error) == white.error_energy(error)
+    assert white.size(error) == pytest.approx(error.norm().item(), rel=1e-5)
+    assert white.size(torch.zeros(4, 4)) == 1
+
+
+def test_with_full_moments_an_error_costs_what_it_does_to_the_outputs():
+    error = gaussian(24, 96)
+    outputs = (X.double() @ error.double().mT).square().sum(1).mean().item()
+    assert Inputs(stats_of(X)).error_energy(error) == pytest.approx(outputs / POWER, rel=1e-4)
+    assert Inputs(stats_of(X)).size(error) == pytest.approx((outputs / POWER) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_noise_costs_by_the_mean_squares_alone(full):
+    matrix = gaussian(24, 96)
+    expected = (matrix.double().square() * X.double().square().mean(0)).sum().item() / POWER
+    inputs = Inputs(stats_of(X, full=full))
+    assert inputs.noise_energy(matrix) == pytest.approx(expected, rel=1e-5)
+    if not full:
+        assert inputs.error_energy(matrix) == pytest.approx(expected, rel=1e-5)
+
+
+def test_importance_is_the_damped_mean_square_and_1_in_the_mean():
+    squares = X.double().square().mean(0)
+    found = Inputs(stats_of(X)).importance(0.3).double()
+    assert found.mean().item() == pytest.approx(1)
+    assert torch.allclose(found, (squares / squares.mean() + 0.3) / 1.3, rtol=1e-5)
+
+
+def test_only_full_moments_feed_errors_back():
+    weight, fmt = dit_like(24, 96), get_format("mxfp4")
+    nearest = fmt.quantize(weight, "search").packed
+    assert torch.equal(Inputs().round(weight, fmt, "search").packed, nearest)
+    assert torch.equal(Inputs(stats_of(X, full=False)).round(weight, fmt, "search").packed, nearest)
+    assert not torch.equal(Inputs(stats_of(X)).round(weight, fmt, "search").packed, nearest)
+
+
+def test_several_roundings_share_one_factor(monkeypatch):
+    made, inputs = [], Inputs(stats_of(X))
+    factor = gptq._unit_factor
+    monkeypatch.setattr(gptq, "_unit_factor", lambda *of: made.append(of) or factor(*of))
+    first, second = (inputs.round(dit_like(24, 96, seed), get_format("mxfp4"), "search") for seed in (0, 1))
+    assert len(made) == 1
+    assert torch.equal(
+        second.packed, Inputs(stats_of(X)).round(dit_like(24, 96, 1), get_format("mxfp4"), "search").packed
+    )
+    assert not torch.equal(first.packed, second.packed)
+
+
+def test_noise_that_inputs_cannot_make_is_filtered():
+    weight, fmt = dit_like(24, 96), get_format("int8")  # fine enough that its own error is no matter
+    noise = 0.02
+    plain, filtered = (
+        Inputs(stats_of(X), activation_noise=power).round(weight, fmt, "search").dequantize() for power in (0.0, noise)
+    )
+    inputs = Inputs(stats_of(X))
+
+    def expected(rounded):
+        return inputs.error_energy(weight - rounded) + noise * inputs.noise_energy(rounded)
+
+    assert expected(filtered) < 0.8 * expected(plain)
+    generator = torch.Generator().manual_seed(5)
+    noisy = X + noise**0.5 * X.square().mean(0).sqrt() * torch.randn(X.shape, generator=generator)
+    errors = [(X @ weight.mT - noisy @ rounded.mT).square().mean().item() for rounded in (plain, filtered)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_uncorrelated_inputs_leave_the_filter_nothing_but_to_shrink():
+    weight, noise = gaussian(8, 32), 0.1
+    white = ActivationStats(10, torch.eye(32), torch.ones(32))
+    rounded = Inputs(white, 0.0, noise).round(weight, get_format("bf16"), None).dequantize()
+    assert torch.allclose(rounded, weight / (1 + noise), rtol=1e-2)

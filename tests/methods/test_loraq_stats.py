@@ -1,0 +1,87 @@
+"""LoRaQ with statistics: less output error, an objective that is the output error, and nothing new for white inputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from correlated_inputs import correlated, output_error, stats_of
+
+from loraq.errors import CalibrationError
+from loraq.methods import GPTQ, LoRaQ
+from loraq.scheme import Branch, Scheme
+from loraq.stats import ActivationStats
+from matrices import dit_like
+
+SCHEME = Scheme("int4", branch=Branch(8, "mxint8"))
+FAST = LoRaQ.at("fast")
+WEIGHT, X = dit_like(64, 96), correlated(2000, 96)
+
+
+def packed(solution) -> list[torch.Tensor]:
+    return list(solution.tensors.values())
+
+
+def test_more_knowledge_is_less_output_error():
+    none, squares, full = (
+        output_error(X, WEIGHT, FAST.solve(WEIGHT, SCHEME, stats=stats))
+        for stats in (None, stats_of(X, full=False), stats_of(X))
+    )
+    assert full < 0.8 * squares
+    assert squares < none
+
+
+def test_it_is_better_than_the_same_rounding_beside_a_branch_of_svd():
+    stats = stats_of(X)
+    ours = FAST.solve(WEIGHT, SCHEME, stats=stats)
+    assert output_error(X, WEIGHT, ours) < 0.95 * output_error(X, WEIGHT, GPTQ().solve(WEIGHT, SCHEME, stats=stats))
+    assert ours.metrics["objective"] <= ours.metrics["start_objective"]
+
+
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_without_activation_noise_the_objective_is_the_output_error(rotation):
+    scheme = Scheme("mxfp4", "mxfp4", Branch(8, "mxint8"), rotation)
+    ours = replace(FAST, activation_aware=False).solve(WEIGHT, scheme, stats=stats_of(X))
+    assert ours.metrics["objective"] == pytest.approx(output_error(X, WEIGHT, ours), rel=1e-3)
+
+
+def test_mean_squares_that_are_all_alike_change_no_byte():
+    alike = ActivationStats(10, torch.full((96,), 4.0), torch.ones(96))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            packed(FAST.solve(WEIGHT, SCHEME, stats=alike)), packed(FAST.solve(WEIGHT, SCHEME)), strict=True
+        )
+    )
+
+
+def test_a_batch_gives_what_its_weights_give_alone():
+    weights, inputs = [WEIGHT, dit_like(64, 96, seed=1)], [stats_of(X), stats_of(correlated(500, 96, seed=9))]
+    together = FAST.solve_batch(weights, SCHEME, seeds=[1, 2], stats=inputs)
+    for i in range(2):
+        alone = FAST.solve(weights[i], SCHEME, seed=i + 1, stats=inputs[i])
+        assert together[i].metrics["objective"] == pytest.approx(alone.metrics["objective"], rel=0.05)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("kind", ["zeros", "dead", "constant", "tiny", "huge"])
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_inputs_at_the_edge_are_no_problem(kind, full, rotation):
+    x = X.clone()
+    if kind == "zeros":
+        x = torch.zeros_like(x)
+    elif kind == "dead":
+        x[:, 5:40] = 0
+    elif kind == "constant":
+        x = torch.ones_like(x)
+    else:
+        x = x * (1e-18 if kind == "tiny" else 1e15)
+    scheme = Scheme("mxfp4", "mxfp4", Branch(8, "mxint8"), rotation)
+    ours = FAST.solve(WEIGHT, scheme, stats=stats_of(x, full=full))
+    assert ours.reconstruct().isfinite().all()
+    assert ours.relative_error < 0.5
+    assert ours.metrics["objective"] <= ours.metrics["start_objective"]
+
+
+def test_statistics_of_another_layer_are_refused():
+    with pytest.raises(CalibrationError, match="of 96 input channels, the weight has 64"):
+        FAST.solve(dit_like(24, 64), SCHEME, stats=stats_of(X))
