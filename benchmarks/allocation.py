@@ -32,7 +32,7 @@ from loraq.pipeline.quantize import plan_model, solve_layer
 from loraq.pipeline.sharing import allocated, predicted_layer
 from loraq.recipe import Recipe
 from loraq.scheme import LayerSolution, Scheme
-from quality import WORLDS, World, interval
+from quality import WORLDS, World
 
 RECIPES = ("mxfp4-w6a8-a16", "mxfp4-w6a8-a8", "mxfp4-w6a8-a4")
 #: A seed that no row is measured with.

@@ -6,14 +6,9 @@ trained on photographs, heavier activation outliers). Every contender gets at mo
 mixed in one table. "From weights alone" sees no data and never runs the model. "Own samples" sees second moments of
 what goes into each layer while the float model draws pictures from noise: no data either, but the model must run.
 
-Read the velocity error: one forward on noised real images against the model as trained, the mean over seeds of the
-solver, each with images and noise of its own, with a 95 % confidence interval (Student's t); "/ best LoRaQ" is its
-ratio to LoRaQ's best row of the same bytes in the table, run by run: 1.20 is 20 % more error. "layers" is the mean
-relative output error of a layer on its own real inputs, activations rounded. PSNR (of the samples' mean square errors)
-and, where pictures are large enough, SSIM compare samples with those of the model as trained from the same noise. The
-Fréchet distance of the digits' features to those of real digits does not order 4-bit methods at this number of
-samples; that of the model as trained is given beside it. "s" is wall time of one thread for all layers, "MB" what the
-process grew by while it quantized (Linux only).
+Read the velocity error: one forward on noised real images against the model as trained, one for each seed of the
+solver. What the other columns of the record mean, and the tables with confidence intervals, is on the page that
+`make docs` makes of it, docs/quality.md.
 
     python benchmarks/quality.py --fast --workers 2 --save
 """
@@ -25,10 +20,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import log10, sqrt
+from math import log10
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -180,8 +175,6 @@ ABLATIONS: dict[str, tuple[Contender, ...]] = {
         Contender("effort default", "int4-w6a6-a16", effort="default"),
     ),
 }
-#: Two-sided 95 % quantile of Student's t by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 
 class World(NamedTuple):
@@ -259,7 +252,7 @@ def main() -> None:
             # A process for each row, so that its memory is its own.
             with ProcessPoolExecutor(chosen.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
                 for row in pool.map(partial(measured, name, exact, effort), *zip(*jobs, strict=True)):
-                    print(f"{name}: {row['group']}: {row['label']}: {interval(row['velocity'], 4)}", flush=True)
+                    print(f"{name}: {row['group']}: {row['label']}: {fmean(row['velocity']):.4f}", flush=True)
                     rows.append(row)
         report(rows, save=chosen.save)
 
@@ -350,17 +343,6 @@ def output_errors(trained: nn.Module, model: nn.Module, inputs: dict[str, Tensor
         relative_error(exact[name](inputs[name]), layer(inputs[name]))
         for name, layer in quantized_layers(model).items()
     ]
-
-
-def half_width(values: list[float]) -> float:
-    """Return half the width of a 95 % confidence interval of the mean; 0 for one value."""
-    return STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def interval(values: list[float], digits: int) -> str:
-    """Return the mean and half the width of its 95 % confidence interval."""
-    half = f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{half}"
 
 
 if __name__ == "__main__":

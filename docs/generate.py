@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import performance
+import quality_page
 
 from loraq.cli import main
 from loraq.formats import FORMATS, BlockFormat, get_format
@@ -117,14 +118,17 @@ def architectures_page() -> str:
 
 
 if __name__ == "__main__":
+    records = performance.read()
     pages = {
         "formats.md": formats_page(),
         "cli.md": cli_page(),
         "architectures.md": architectures_page(),
-        "performance.md": performance.page(performance.read()),
+        "performance.md": performance.page(records),
+        "quality.md": quality_page.page(records),
     }
     stale = [name for name, text in pages.items() if not (HERE / name).is_file() or (HERE / name).read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"Stale: {', '.join(stale)}. Run `make docs`." if stale else 0)
     for name, text in pages.items():
         (HERE / name).write_text(text)
+    quality_page.draw(records)  # not compared: another version of the drawing library draws other paths

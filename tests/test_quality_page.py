@@ -1,0 +1,85 @@
+"""The page of quality says what the result files say: the newest of each world, and a verdict beyond noise only."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "docs").is_dir():
+    pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "docs"))
+import quality_page  # noqa: E402
+
+
+def row(label, velocity, *, method="loraq", bits=4.9, same_bytes=True, group="W4A16, own samples", world="digits"):
+    numbers = {"bits": bits, "weight": 0.1, "layers": 0.05, "psnr": 40.0, "ssim": 0.99, "seconds": 3.0, "peak_mb": 9.0}
+    names = {"label": label, "method": method, "group": group, "world": world, "recipe": "int4-a16"}
+    return {**names, **numbers, "same_bytes": same_bytes, "velocity": velocity}
+
+
+def record(*rows, date="2026-01-02", **changes):
+    plain = {"benchmark": "quality", "date": date, "commit": "abc1234", "changed": False, "command": "quality.py"}
+    return plain | {"rows": list(rows)} | changes
+
+
+OURS = row("LoRaQ", [0.010, 0.011, 0.0105])
+
+
+def verdict(*rows):
+    lines = quality_page.page([record(*rows)]).splitlines()
+    return next(line for line in lines if line.startswith("| digits, ")).split("|")
+
+
+def test_the_page_is_what_the_result_files_give():
+    import performance
+
+    assert (ROOT / "docs" / "quality.md").read_text() == quality_page.page(performance.read())
+
+
+def test_the_newest_record_of_each_world_counts_and_others_are_left_out():
+    old, new = record(row("old", [1.0])), record(row("new", [1.0]), date="2026-01-03")
+    there = record(row("there", [1.0], world="patches"))
+    foreign = record({"label": "of an older form", "world": "digits"}, date="2026-01-04")
+    timings = record(row("timings", [1.0]), benchmark="linear_latency", date="2026-01-05")
+    found = quality_page.newest([old, there, new, foreign, timings])
+    assert {world: kept["rows"][0]["label"] for world, kept in found.items()} == {"digits": "new", "patches": "there"}
+
+
+@pytest.mark.parametrize(
+    ("rival", "expected"),
+    [
+        ([0.020, 0.022, 0.021], "met"),
+        ([0.0101, 0.0109, 0.0106], "**open**: within noise"),
+        ([0.005, 0.0055, 0.00525], "**MISSED**"),
+    ],
+)
+def test_a_bar_is_met_or_missed_only_beyond_the_confidence_interval(rival, expected):
+    assert verdict(row("GPTQ", rival, method="gptq"), OURS)[-2].strip() == expected
+
+
+def test_a_rival_meets_rows_that_store_no_more_than_it():
+    plain = row("INT5", [0.008, 0.0082, 0.0081], method="rtn", bits=5.25)
+    larger = row("LoRaQ, 5.25 bits", [0.006, 0.0061, 0.0062], bits=5.24, same_bytes=False)
+    assert verdict(plain, OURS)[4:6] == [" LoRaQ ", " 4.90 "]
+    assert verdict(plain, OURS, larger)[4:6] == [" LoRaQ, 5.25 bits ", " 5.24 "]
+    smaller = row("round to nearest", [0.03, 0.03, 0.031], method="rtn", bits=4.25)
+    assert verdict(smaller, plain, OURS, larger)[2] == " INT5 "
+
+
+def test_ratios_are_to_the_best_row_of_the_same_bytes():
+    larger = row("more bytes", [0.005, 0.0055, 0.00525], bits=5.25, same_bytes=False)
+    text = quality_page.table([OURS, larger, row("worse", [0.02, 0.022, 0.021])], "title")
+    cells = {line.split("|")[1].strip(): line.split("|")[7].strip() for line in text.splitlines() if "int4" in line}
+    assert cells == {"LoRaQ": "1", "more bytes": "0.50 ± 0.00", "worse": "2.00 ± 0.00"}
+
+
+def test_the_picture_is_the_same_for_the_same_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [record(OURS, row("SVDQuant", [0.02, 0.022, 0.021], method="svdquant"))]
+    pictures = []
+    for name in ("one.svg", "other.svg"):
+        quality_page.draw(records, tmp_path / name)
+        pictures.append((tmp_path / name).read_text())
+    assert pictures[0] == pictures[1]
+    assert pictures[0].startswith("<?xml")
