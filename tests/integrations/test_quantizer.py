@@ -14,7 +14,7 @@ from test_diffusers import RECIPE, edit_json, edit_weights, files_of, quantize, 
 
 import loraq
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.errors import CheckpointError, LayerError, LoraqError, RecipeError
+from loraq.errors import CalibrationError, CheckpointError, LayerError, LoraqError, RecipeError
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedLinear
 from loraq.recipe import Recipe
@@ -230,6 +230,15 @@ def test_a_recipe_that_leaves_nothing_is_refused(source):
     recipe = Recipe.from_dict({"scheme": "mxfp4", "rules": [{"match": "*", "skip": True}]})
     with pytest.raises(LoraqError, match="every linear layer of PixArtTransformer2DModel is skipped"):
         PixArt.from_pretrained(source, quantization_config=LoraqConfig(recipe))
+
+
+def test_what_needs_more_than_one_weight_at_a_time_is_refused(source):
+    statistics = replace(Recipe.named("int4-w8a8-r4-a16"), method="gptq")
+    with pytest.raises(CalibrationError, match=r"which loading does not take\. Run `loraq quantize --stats` once"):
+        PixArt.from_pretrained(source, quantization_config=LoraqConfig(statistics))
+    shared = replace(Recipe.named("int4-w8a8-a16"), allocation="greedy")
+    with pytest.raises(LoraqError, match="looks at all weights before it quantizes the first"):
+        PixArt.from_pretrained(source, quantization_config=LoraqConfig(shared))
 
 
 def test_a_single_file_says_what_to_do_instead(model):

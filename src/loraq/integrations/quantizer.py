@@ -22,7 +22,7 @@ from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import prepare
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.checkpoint.reader import ShardReader
-from loraq.errors import CheckpointError, LayerError, LoraqError, RecipeError
+from loraq.errors import CalibrationError, CheckpointError, LayerError, LoraqError, RecipeError
 from loraq.layers import is_linear, replace_layer
 from loraq.pipeline.plan import LayerPlan
 from loraq.pipeline.quantize import plan_model, quantized_layer, require_usable, solve_layer
@@ -146,7 +146,13 @@ class LoraqQuantizer(DiffusersQuantizer):
         if (self._folder / FILE_NAME).is_file():
             raise CheckpointError(f"'{self._folder}' is quantized already. Load it without `quantization_config`.")
         plan = plan_model(model, self.recipe)
-        hashes_of_used(None, plan, self.recipe)  # a method that needs statistics cannot run here
+        try:
+            hashes_of_used(None, plan, self.recipe)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"Method '{self.recipe.method}' needs activation statistics, which loading does not take. Run "
+                "`loraq quantize --stats` once and load that."
+            ) from error
         self._jobs = {job.name: job for job in plan.quantized}
         if not self._jobs:
             raise LoraqError(
