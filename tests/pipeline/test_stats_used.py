@@ -61,6 +61,21 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "source")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_reports_say_what_statistics_think_of_the_outputs(method, source, tmp_path, stats):
+    report = quantize(source, tmp_path / "out", by(method), stats=stats)
+    float_net, x = net(), heavy_tailed(500, 64, 0)  # what the statistics saw
+    rounded = loraq.quantize_weight(float_net[0].weight, by(method), name="0", stats=stats["0"]).reconstruct()
+    exact = x @ float_net[0].weight.detach().mT
+    first = report.layers[0]
+    assert first.output_error == pytest.approx(((x @ rounded.mT - exact).norm() / exact.norm()).item(), rel=1e-3)
+    assert report.mean_output_error == pytest.approx(sum(layer.output_error for layer in report.layers) / 4)
+    assert first.record()["output_error"] == first.output_error
+    without = quantize(source, tmp_path / "without", by("svdquant"))
+    assert without.mean_output_error is None
+    assert "output_error" not in without.layers[0].record()
+
+
 # --- the same bytes -------------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "recipe": report.recipe.to_dict(),
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
+                "mean_output_error": report.mean_output_error,
                 "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
             }
         )
@@ -126,9 +127,10 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     if report.kept:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, {size_of(report.plan.nbytes)} now.")
-    click.echo(
-        f"{report.plan.bits_per_weight:.3f} bits per weight, mean relative error {report.mean_relative_error:.4f}."
-    )
+    errors = f"mean relative error {report.mean_relative_error:.4f}"
+    if report.mean_output_error is not None:
+        errors += f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
+    click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
     click.echo(f"Written to {target}.")
 
 

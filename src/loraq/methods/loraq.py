@@ -36,7 +36,15 @@ from torch import Tensor
 from loraq.errors import SchemeError, unknown
 from loraq.formats import CastFormat, Format, get_format
 from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
-from loraq.methods.base import energy, prepare, prepare_stats, quantize_branch, relative_error, require_branch
+from loraq.methods.base import (
+    energy,
+    output_error,
+    prepare,
+    prepare_stats,
+    quantize_branch,
+    relative_error,
+    require_branch,
+)
 from loraq.methods.inputs import Inputs
 from loraq.scheme import Branch, LayerSolution, Scheme
 from loraq.stats import ActivationStats
@@ -97,7 +105,8 @@ class LoRaQ:
         Where the intermediate is rounded, SVDQuant's factors are rotated in rank space as ours are.
 
         `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant; with statistics
-        ‖W‖ is the size of the output. What statistics change is in the module text. See `Method.solve`.
+        ‖W‖ is the size of the output, and there is "output_error". What statistics change is in the module text.
+        See `Method.solve`.
         """
         return self.solve_batch([weight], scheme, seeds=[seed], stats=[stats])[0]
 
@@ -201,6 +210,8 @@ class LoRaQ:
             "objective": math.sqrt(objectives[best]) / norm,
             "start_objective": math.sqrt(objectives[1]) / norm,
         }
+        if inputs.stats is not None:
+            metrics["output_error"] = output_error(weight, stored[best], candidates[best], inputs.stats)
         error = relative_error(weight, stored[best], candidates[best])
         return LayerSolution(scheme, stored[best], candidates[best], error, metrics=metrics)
 

@@ -48,11 +48,13 @@ class LayerReport:
     source_sha256: str
     #: SHA-256 of the statistics that were used; empty for none.
     stats_sha256: str = ""
+    #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None` without any.
+    output_error: float | None = None
 
     def record(self) -> dict[str, float | int | str]:
         """Return what a checkpoint keeps of this besides shape and scheme: plain data, the same for every run."""
-        names = ("relative_error", "bits_per_weight", "nbytes", "source_sha256", "stats_sha256")
-        return {name: value for name in names if (value := getattr(self, name)) != ""}
+        names = ("relative_error", "output_error", "bits_per_weight", "nbytes", "source_sha256", "stats_sha256")
+        return {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class Report:
     def mean_relative_error(self) -> float:
         """Mean of the layers' relative errors."""
         return sum(layer.relative_error for layer in self.layers) / max(1, len(self.layers))
+
+    @property
+    def mean_output_error(self) -> float | None:
+        """Mean of the output errors of the layers that statistics made; `None` if there are none."""
+        known = [layer.output_error for layer in self.layers if layer.output_error is not None]
+        return sum(known) / len(known) if known else None
 
 
 def quantize_weight(
@@ -308,6 +316,7 @@ def report_layer(name: str, weight: Tensor, solution: LayerSolution, stats_sha25
         seconds=solution.seconds,
         source_sha256=tensor_sha256(weight),
         stats_sha256=stats_sha256,
+        output_error=solution.metrics.get("output_error"),
     )
 
 
