@@ -58,13 +58,16 @@ def test_a_bar_is_met_or_missed_only_beyond_the_confidence_interval(rival, expec
     assert verdict(row("GPTQ", rival, method="gptq"), OURS)[-2].strip() == expected
 
 
-def test_a_rival_meets_rows_that_store_no_more_than_it():
-    plain = row("INT5", [0.008, 0.0082, 0.0081], method="rtn", bits=5.25)
+def test_a_rival_meets_rows_that_store_no_more_and_have_its_main_format():
+    plain = row("INT5", [0.008, 0.0082, 0.0081], method="rtn", bits=5.25, same_bytes=False) | {"recipe": "int5-a16"}
     larger = row("LoRaQ, 5.25 bits", [0.006, 0.0061, 0.0062], bits=5.24, same_bytes=False)
     assert verdict(plain, OURS)[4:6] == [" LoRaQ ", " 4.90 "]
     assert verdict(plain, OURS, larger)[4:6] == [" LoRaQ, 5.25 bits ", " 5.24 "]
-    smaller = row("round to nearest", [0.03, 0.03, 0.031], method="rtn", bits=4.25)
-    assert verdict(smaller, plain, OURS, larger)[2] == " INT5 "
+    rival = row("SVDQuant", [0.02, 0.021, 0.022], method="svdquant") | {"recipe": "mxfp4-w16a16-a16"}
+    ours = row("LoRaQ, MXFP4", [0.012, 0.013, 0.014]) | {"recipe": "mxfp4-w6a6-a16"}
+    assert verdict(rival, OURS, ours)[4] == " LoRaQ, MXFP4 "
+    smaller = row("round to nearest", [0.01, 0.01, 0.01], method="rtn", bits=4.25)
+    assert verdict(smaller, rival, OURS, ours)[2] == " SVDQuant "
 
 
 def test_ratios_are_to_the_best_row_of_the_same_bytes():
