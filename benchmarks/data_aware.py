@@ -56,7 +56,7 @@ def main() -> None:
     names = [layer.name for layer in loraq.plan_model(trained, f"{args.main}-r5").quantized]
     full = collect(trained, names, seeds=range(100, 100 + -(-args.tokens // 8192)), max_tokens=args.tokens)
     unseen = collect(trained, names, seeds=range(900, 902))
-    diagonal = {name: ActivationStats(s.tokens, s.mean_square.contiguous(), s.max_abs) for name, s in full.items()}
+    diagonal = {name: ActivationStats(s.tokens, s.mean_square.contiguous()) for name, s in full.items()}
     known = {"": None, "diagonal": diagonal, "full": full}
     exact = {seed: velocity_probe(trained, seed=seed) for seed in HELD_OUT}
     print(f"{min(s.tokens for s in full.values())} to {max(s.tokens for s in full.values())} tokens a layer\n")

@@ -237,7 +237,7 @@ SHOWCASE = {
     "nvfp4-w8a8": "NVFP4 main weight",
     "nvfp4-r32": "SVDQuant's native NVFP4 form",
     "int4-r32": "SVDQuant's native INT4 form",
-    "mxfp4-w8a8-a16": "weight-only",
+    "int4-w6a6-a16": "weight-only; INT4 with signed scales leaves less error than MXFP4",
     "int5-a16": "a plain 5-bit format without a branch",
 }
 

@@ -1,7 +1,6 @@
 """What a linear layer's inputs look like: `ActivationStats`, all that a data-aware method knows of the data."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from loraq.transforms import block_side, rotate
 
 @dataclass(frozen=True, eq=False)
 class ActivationStats:
-    """Second moments and maxima of the inputs x of one linear layer, over tokens.
+    """Second moments of the inputs x of one linear layer, over tokens.
 
     The moments are not centred: a mean that is not zero is part of what the layer multiplies.
     """
@@ -22,27 +21,25 @@ class ActivationStats:
     tokens: int
     #: E[x xᵀ], (in, in), or only its diagonal E[x²], (in); fp32.
     second_moment: Tensor
-    #: Largest |x| of each channel, (in); fp32.
-    max_abs: Tensor
 
     def __post_init__(self) -> None:
-        shape, width = tuple(self.second_moment.shape), self.max_abs.numel()
+        shape = tuple(self.second_moment.shape)
         if self.tokens < 1:
             raise CalibrationError(f"Statistics of {self.tokens} tokens say nothing. At least 1 token is required.")
-        if self.max_abs.dim() != 1 or shape not in ((width,), (width, width)):
+        if len(shape) not in (1, 2) or shape[0] != shape[-1]:
             raise CalibrationError(
-                f"Statistics have a second moment of shape {shape} and maxima of shape {tuple(self.max_abs.shape)}. "
-                "Shapes (in, in) or (in), and (in), are required. Collect them again."
+                f"Statistics have a second moment of shape {shape}. A shape (in, in) or (in) is required. Collect them "
+                "again."
             )
-        if not (self.second_moment.isfinite().all() and self.max_abs.isfinite().all()):
+        if not self.second_moment.isfinite().all():
             raise CalibrationError("Statistics hold values that are no finite numbers. Collect them again.")
-        if (self.mean_square < 0).any() or (self.max_abs < 0).any():
-            raise CalibrationError("Statistics hold a negative mean square or maximum. Collect them again.")
+        if (self.mean_square < 0).any():
+            raise CalibrationError("Statistics hold a negative mean square. Collect them again.")
 
     @property
     def width(self) -> int:
         """Size of the input axis."""
-        return self.max_abs.numel()
+        return self.second_moment.shape[0]
 
     @property
     def is_full(self) -> bool:
@@ -58,21 +55,19 @@ class ActivationStats:
     def sha256(self) -> str:
         """Hash of everything in it."""
         digest = hashlib.sha256(f"{self.tokens}/{tuple(self.second_moment.shape)}/".encode())
-        for tensor in (self.second_moment, self.max_abs):
-            digest.update(memoryview(tensor.detach().cpu().float().contiguous().view(torch.uint8).numpy().data))
+        raw = self.second_moment.detach().cpu().float().contiguous().view(torch.uint8)
+        digest.update(memoryview(raw.numpy().data))
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> "ActivationStats":
         """Return the same statistics on a device, in fp32 whatever they were computed in."""
-        moment, largest = (tensor.to(device, torch.float32) for tensor in (self.second_moment, self.max_abs))
-        return ActivationStats(self.tokens, moment, largest)
+        return ActivationStats(self.tokens, self.second_moment.to(device, torch.float32))
 
     def rotated(self, side: int) -> "ActivationStats":
         """Return the statistics of rotated inputs: what the main weight sees after the same rewrite of the layer.
 
         Full moments are exact up to rounding, which must not make a mean square negative where inputs never go. Mean
-        squares alone are rotated as if channels were uncorrelated, and the maxima become bounds, because neither says
-        what a sum of channels is.
+        squares alone are rotated as if channels were uncorrelated: all entries of a Hadamard block are alike in size.
 
         Args:
             side: of the Hadamard blocks, as `loraq.transforms.rotate` takes it; 0 rotates nothing.
@@ -83,12 +78,6 @@ class ActivationStats:
             moment = rotate(rotate(self.second_moment, side).mT, side).mT.contiguous()
             moment.diagonal().clamp_(min=0)
         else:
-            moment = self._summed(self.second_moment, side) / block_side(self.width, side)
-        return ActivationStats(
-            self.tokens, moment, self._summed(self.max_abs, side) / math.sqrt(block_side(self.width, side))
-        )
-
-    def _summed(self, channels: Tensor, side: int) -> Tensor:
-        """Return the sum over its Hadamard block for each channel: all entries of a block are alike in size."""
-        blocks = channels.unflatten(0, (-1, block_side(self.width, side)))
-        return blocks.sum(1, keepdim=True).expand_as(blocks).flatten()
+            blocks = self.second_moment.unflatten(0, (-1, block_side(self.width, side)))
+            moment = blocks.mean(1, keepdim=True).expand_as(blocks).flatten()
+        return ActivationStats(self.tokens, moment)

@@ -151,7 +151,7 @@ def test_a_layer_that_statistics_made_is_refused(source, lora, tmp_path, no_work
 
 
 def _white(width: int) -> loraq.ActivationStats:
-    return loraq.ActivationStats(1, torch.ones(width), torch.ones(width))
+    return loraq.ActivationStats(1, torch.ones(width))
 
 
 def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):

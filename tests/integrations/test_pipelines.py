@@ -61,7 +61,6 @@ def test_it_counts_what_the_layers_see_when_the_pipeline_runs(source, once):
     x = torch.cat([inputs.flatten(0, -2) for inputs in seen])
     found = load_stats(once)[name]
     assert found.tokens == len(x) == 2 * 2 * TOKENS
-    assert torch.equal(found.max_abs, x.abs().amax(0))
     assert torch.allclose(found.second_moment, x.mT @ x / len(x), rtol=1e-4, atol=1e-6)
 
 

@@ -17,7 +17,7 @@ def correlated(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 def stats_of(x: torch.Tensor, *, full: bool = True) -> ActivationStats:
     wide = x.double()
     moment = wide.mT @ wide / len(x) if full else wide.square().mean(0)
-    return ActivationStats(len(x), moment.float(), x.abs().amax(0))
+    return ActivationStats(len(x), moment.float())
 
 
 def output_error(x: torch.Tensor, weight: torch.Tensor, solution: LayerSolution) -> float:

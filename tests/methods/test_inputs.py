@@ -88,6 +88,6 @@ def test_noise_that_inputs_cannot_make_is_filtered():
 
 def test_uncorrelated_inputs_leave_the_filter_nothing_but_to_shrink():
     weight, noise = gaussian(8, 32), 0.1
-    white = ActivationStats(10, torch.eye(32), torch.ones(32))
+    white = ActivationStats(10, torch.eye(32))
     rounded = Inputs(white, 0.0, noise).round(weight, get_format("bf16"), None).dequantize()
     assert torch.allclose(rounded, weight / (1 + noise), rtol=1e-2)

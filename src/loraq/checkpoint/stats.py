@@ -1,4 +1,4 @@
-"""Statistics on the disk: one safetensors file with `<layer>.second_moment`, `<layer>.max_abs` and `<layer>.tokens`."""
+"""Statistics on the disk: one safetensors file with `<layer>.second_moment` and `<layer>.tokens`."""
 
 import math
 import os
@@ -18,14 +18,14 @@ from loraq.stats import ActivationStats
 
 #: In the file's metadata, under "loraq_stats".
 FORMAT_VERSION = "1"
-_PARTS = ("second_moment", "max_abs", "tokens")
+_PARTS = ("second_moment", "tokens")
 
 
 def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayout:
     """Return where everything will stand in one file, by the shape of each layer's second moment."""
     specs: dict[str, TensorSpec] = {}
     for layer, shape in moments.items():
-        parts = (TensorSpec("F32", shape), TensorSpec("F32", shape[:1]), TensorSpec("I64", (1,)))
+        parts = (TensorSpec("F32", shape), TensorSpec("I64", (1,)))
         specs |= {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
     return ShardLayout.of(specs, stem, math.inf, {"loraq_stats": FORMAT_VERSION})
 
@@ -48,7 +48,7 @@ def stats_file(path: Path, moments: Mapping[str, tuple[int, ...]]) -> Iterator[C
     layout = stats_layout(moments, partial.stem)
 
     def write(layer: str, stats: ActivationStats) -> None:
-        parts = (stats.second_moment.float(), stats.max_abs.float(), torch.tensor([stats.tokens]))
+        parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
         with _disk(path):
             layout.write(path.parent, {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)})
 
@@ -152,18 +152,18 @@ class _StatsFile(Mapping[str, ActivationStats]):
                 " or `loraq.save_stats`."
             )
         names = self._reader.names
-        self._layers = [name.removesuffix(".max_abs") for name in names if name.endswith(".max_abs")]
+        self._layers = [name.removesuffix(".tokens") for name in names if name.endswith(".tokens")]
         if sorted(names) != sorted(f"{layer}.{part}" for layer in self._layers for part in _PARTS):
             raise CalibrationError(f"'{path}' has other tensors than {', '.join(_PARTS)} of each layer. Make it again.")
 
     def __getitem__(self, layer: str) -> ActivationStats:
         if layer not in self._layers:
             raise KeyError(layer)
-        moment, largest, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
-        if tokens.dtype != torch.int64 or tokens.numel() != 1 or {moment.dtype, largest.dtype} != {torch.float32}:
+        moment, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
+        if tokens.dtype != torch.int64 or tokens.numel() != 1 or moment.dtype != torch.float32:
             raise CalibrationError(f"'{self._path}': layer '{layer}' has other dtypes than fp32 and int64.")
         try:
-            return ActivationStats(int(tokens), moment, largest)
+            return ActivationStats(int(tokens), moment)
         except CalibrationError as error:
             raise CalibrationError(f"'{self._path}': layer '{layer}': {error}") from error
 

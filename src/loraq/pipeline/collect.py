@@ -134,7 +134,6 @@ class _Count:
         self.name, self.layer, self.amount = name, layer, amount
         self.left, self.tokens = amount.most, 0
         self._sum: Tensor | None = None
-        self._max: Tensor | None = None
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         x = _input_of(inputs, named)
@@ -153,15 +152,13 @@ class _Count:
                 "for the layer before it that overflows."
             )
         width, full = x.shape[1], self.amount.full
-        if self._sum is None or self._max is None:  # a model may be offloaded: only its inputs tell where it runs
+        if self._sum is None:  # a model may be offloaded: only its inputs tell where it runs
             self._sum = torch.zeros((width, width) if full else width, dtype=torch.float64, device=x.device)
-            self._max = torch.zeros(width, device=x.device)
         for part in map(Tensor.float, x.split(_CHUNK)):
             for rows in _slices(width) if full else ():
                 self._sum[rows].add_(part[:, rows].mT @ part)
             if not full:
                 self._sum += part.square().sum(0)
-            self._max = torch.maximum(self._max, part.abs().amax(0))
         self.tokens += len(x)
         self.left -= len(x)
 
@@ -175,7 +172,6 @@ class _Count:
     def stats(self) -> ActivationStats:
         """Return what was counted, on the CPU; the sums are given up for it."""
         assert self._sum is not None, "a layer that was never called"
-        assert self._max is not None
         moment = torch.empty(self._sum.shape)
         if self.amount.full:
             for rows in _slices(len(moment)):
@@ -184,7 +180,7 @@ class _Count:
             moment.copy_(self._sum / self.tokens)
         self._sum = None
         try:
-            return ActivationStats(self.tokens, moment, self._max.cpu())
+            return ActivationStats(self.tokens, moment)
         except CalibrationError as error:  # squares of numbers that are finite need not be
             raise CalibrationError(f"Layer '{self.name}': {error}") from error
 

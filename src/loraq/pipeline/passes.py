@@ -6,8 +6,8 @@ from loraq.errors import CalibrationError
 
 
 def counting_bytes(width: int, *, second_moment: bool) -> int:
-    """Return the bytes that a layer of `width` inputs takes while it is counted: sums in fp64, maxima in fp32."""
-    return (8 * width * width if second_moment else 8 * width) + 4 * width
+    """Return the bytes that a layer of `width` inputs takes while it is counted: sums in fp64."""
+    return 8 * width * width if second_moment else 8 * width
 
 
 def passes_within(
