@@ -221,13 +221,14 @@ SIDE    side of the Hadamard blocks that rotate the layer's input at run time an
 BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 4 for a 4-bit MAIN, else 8.
         a16 is weight-only: the branch leaves its activations in 16 bits too"""
 
-#: Names beyond the grammar. The default has the least velocity error in the demo of all recipes that store and multiply
-#: nothing in 16 bits, block scales included (which leaves out int4, whose scales are bf16).
-NAMED = {"default": "mxfp4-w6a8-a8"}
+#: Names beyond the grammar. Of the recipes with 8-bit activations that store and multiply nothing in 16 bits, block
+#: scales included (which leaves out int4, whose scales are bf16), the default has the least velocity error on both
+#: trained transformers, from weights alone (docs/quality.md).
+NAMED = {"default": "mxfp4-w8a8-a8"}
 
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
-    "default": f"{NAMED['default']}: the best recipe without any 16-bit part, by the demo's velocity error",
+    "default": f"{NAMED['default']}: the best 8-bit-activation recipe without any 16-bit part (docs/quality.md)",
     "mxfp4-w8a8": "W4A4 with an 8-bit branch; -a8 and -a16 for wider activations",
     "mxfp4-w6a6": "W4A4 with a 6-bit branch",
     "mxfp4-w6a8": "W4A4 with a 6-bit branch that runs on 8-bit activations",
