@@ -91,11 +91,11 @@ def train_judge(images: Tensor, labels: Tensor, *, steps: int = 1500) -> digits.
     return judge.eval()
 
 
-def build_transformer() -> nn.Module:
+def build_transformer(config: dict[str, object]) -> nn.Module:
     """Build the transformer and let every residual branch start at zero, which diffusers does not do."""
     from diffusers import PixArtTransformer2DModel
 
-    transformer = PixArtTransformer2DModel(**TRANSFORMER)
+    transformer = PixArtTransformer2DModel(**config)
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             modulation = "scale_shift_table" in name or name.startswith("adaln_single.linear")
@@ -106,7 +106,7 @@ def build_transformer() -> nn.Module:
 
 def train_transformer(images: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[nn.Module, float]:
     """Train the rectified flow and return the averaged weights with the mean loss of the last 100 steps."""
-    model = build_transformer().train()
+    model = build_transformer(TRANSFORMER).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, fused=True)
     losses: list[float] = []

@@ -20,7 +20,6 @@ import copy
 import json
 import lzma
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import patches
 from loraq.evaluation import digits
 from loraq.evaluation.flow import interpolate, predict_velocity
+from train_digits import build_transformer, say
 
 TRANSFORMER = {
     "num_attention_heads": 6,
@@ -54,24 +54,6 @@ TRANSFORMER = {
 WARMUP_STEPS = 100
 
 
-def say(line: str) -> None:
-    """Report progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def build_transformer() -> nn.Module:
-    """Build the transformer and let every residual branch start at zero, which diffusers does not do."""
-    from diffusers import PixArtTransformer2DModel
-
-    transformer = PixArtTransformer2DModel(**TRANSFORMER)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            modulation = "scale_shift_table" in name or name.startswith("adaln_single.linear")
-            if modulation or name.startswith("proj_out") or "attn2.to_out" in name:
-                parameter.zero_()
-    return transformer
-
-
 class Training:
     """The state of a training run: weights, their average, the optimizer and the number of finished steps."""
 
@@ -79,7 +61,7 @@ class Training:
         torch.manual_seed(int(settings["seed"]))
         self.settings = settings
         self.done = 0
-        self.model = build_transformer().train()
+        self.model = build_transformer(TRANSFORMER).train()
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings["learning_rate"], weight_decay=0.01, fused=True

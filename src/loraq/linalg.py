@@ -96,8 +96,7 @@ def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tenso
     Raises:
         SchemeError: the damping is negative.
     """
-    if damping < 0:
-        raise SchemeError(f"A damping of {damping} is negative. Use 0 or more; 0.01 is usual.")
+    require_damping(damping)
     mean = moment.diagonal().double().mean().item()
     ridge = damping * mean if mean > 0 else 1.0
     while True:
@@ -107,6 +106,12 @@ def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tenso
         if not failed_at:
             return factor
         ridge = max(10 * ridge, 1e-7 * mean)
+
+
+def require_damping(damping: float) -> None:
+    """Raise `SchemeError` for a negative damping."""
+    if damping < 0:
+        raise SchemeError(f"A damping of {damping} is negative. Use 0 or more; 0.01 is usual.")
 
 
 def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int) -> TruncatedSVD:

@@ -243,7 +243,7 @@ SHOWCASE = {
 }
 
 #: The named branch precisions. The intermediate is int8 in all that are quantized: it is never stored, small, and at
-#: 6 bits costs more than everything else in the branch; with power-of-two scales it costs a tenth more velocity error
+#: 6 bits costs more than everything else in the branch; with power-of-two scales the velocity error is mostly larger
 #: (docs/log.md).
 _BRANCHES = {
     "w16a16": Branch(weight="bf16", activation="bf16"),

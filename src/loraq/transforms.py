@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, library
 
 
 def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
@@ -56,7 +56,7 @@ def _parity(bits: Tensor) -> Tensor:
 
 
 # Opaque to `torch.compile`, like the rounding that follows it.
-@torch.library.custom_op("loraq::rotate", mutates_args=())
+@library.custom_op("loraq::rotate", mutates_args=())
 def _rotate(x: Tensor, side: int, inverse: bool) -> Tensor:
     matrix = signed_hadamard(block_side(x.shape[-1], side)).to(x.device)
     blocks = x.float().unflatten(-1, (-1, matrix.shape[0]))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
@@ -130,7 +130,7 @@ def forbidden(run: Callable[[], object]) -> set[str]:
     return FORBIDDEN & {event.key for event in found.key_averages()}
 
 
-@torch.library.custom_op("loraq_test::opaque", mutates_args=())
+@library.custom_op("loraq_test::opaque", mutates_args=())
 def opaque(x: Tensor, reads: bool) -> Tensor:
     return x * x.sum().item() if reads else x * torch.tensor([2.0])
 

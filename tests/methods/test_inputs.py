@@ -4,6 +4,7 @@ import pytest
 import torch
 from correlated_inputs import correlated, stats_of
 
+from loraq.errors import SchemeError
 from loraq.formats import get_format
 from loraq.methods import gptq
 from loraq.methods.inputs import Inputs
@@ -91,3 +92,9 @@ def test_uncorrelated_inputs_leave_the_filter_nothing_but_to_shrink():
     white = ActivationStats(10, torch.eye(32))
     rounded = Inputs(white, 0.0, noise).round(weight, get_format("bf16"), None).dequantize()
     assert torch.allclose(rounded, weight / (1 + noise), rtol=1e-2)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_a_negative_damping_is_refused(noise):
+    with pytest.raises(SchemeError, match=r"A damping of -0\.5 is negative"):
+        Inputs(stats_of(X), -0.5, noise).round(dit_like(24, 96), get_format("mxfp4"), "search")

@@ -217,19 +217,24 @@ class BlockFormat:
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
-        assert q.scale is not None, "a block format always stores scales"
         n = q.shape[-1]
         rows = q.packed.reshape(-1, q.packed.shape[-1])
-        scale = self.scale_format.decode(q.scale.reshape(rows.shape[0], -1)).unsqueeze(-1)
-        above = None if q.global_scale is None else view_bytes(q.global_scale, torch.float32)
-        above = _of_rows(above, rows, slice(None))
-        if above is not None:
-            scale = scale * above
+        scale = self.scales(q)
         out = torch.empty((rows.shape[0], n), dtype=torch.float32, device=rows.device)
         for part in _row_chunks(out):
             values = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
             out[part] = values.mul_(scale[part]).flatten(-2)[..., :n]
         return out.view(q.shape)
+
+    def scales(self, q: QTensor) -> Tensor:
+        """Return the fp32 scale of every block of a packed tensor, (rows, n_blocks, 1), the global scale included."""
+        assert q.scale is not None, "a block format always stores scales"
+        n_rows = math.prod(q.shape[:-1])
+        scale = self.scale_format.decode(q.scale.reshape(n_rows, -1)).unsqueeze(-1)
+        if q.global_scale is None:
+            return scale
+        above = view_bytes(q.global_scale, torch.float32)
+        return scale * above.repeat_interleave(n_rows // len(above)).view(-1, 1, 1)
 
     def _blocks(self, rows: Tensor) -> Tensor:
         """(rows, n) to (rows, n_blocks, block_size); a shorter last block is filled with zeros."""

@@ -6,12 +6,11 @@ by itself, in any order.
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from loraq.formats.block import BlockFormat, QTensor, _of_rows, _safe
+from loraq.formats.block import BlockFormat, QTensor, _safe
 from loraq.formats.packing import pack
-from loraq.formats.scales import scale_rule, view_bytes
+from loraq.formats.scales import scale_rule
 
 
 class FixedScales:
@@ -31,14 +30,8 @@ class FixedScales:
         self._nearest = fmt.quantize(matrix, rule)
         self._element = fmt._element(scale_rule(rule or fmt.default_rule, fmt.scale_format, fmt.element))
         n = matrix.shape[1]
-        assert self._nearest.scale is not None, "a block format always stores scales"
-        scale = fmt.scale_format.decode(self._nearest.scale)
-        if self._nearest.global_scale is not None:
-            above = _of_rows(view_bytes(self._nearest.global_scale, torch.float32), matrix, slice(None))
-            assert above is not None
-            scale = scale * above[..., 0]
         #: Scale of every value, (out, in).
-        self.of_values = scale.repeat_interleave(fmt.block_size or n, 1)[:, :n]
+        self.of_values = fmt.scales(self._nearest)[..., 0].repeat_interleave(fmt.block_size or n, 1)[:, :n]
 
     def round(self, values: Tensor, scale: Tensor) -> Tensor:
         """Return the nearest values that can be stored with these scales, a part of `of_values`; saturates."""

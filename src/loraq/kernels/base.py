@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import linear
 
 from loraq.formats import CastFormat, Format, QTensor, get_format
@@ -94,7 +94,7 @@ def side_path(x: Tensor, factors: tuple[Tensor, Tensor], scheme: Scheme) -> Tens
 
 
 # One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on it.
-@torch.library.custom_op("loraq::dequantize", mutates_args=())
+@library.custom_op("loraq::dequantize", mutates_args=())
 def _dequantize(
     packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
 ) -> Tensor:
@@ -119,7 +119,7 @@ def rounded(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
 
 # Opaque as well: a compiler that sees inside fuses the casts of scales away, and torch 2.13's misreads on a CPU the
 # padding of a shorter last block, so that its output would not be that of the uncompiled layer.
-@torch.library.custom_op("loraq::round", mutates_args=())
+@library.custom_op("loraq::round", mutates_args=())
 def _round(x: Tensor, name: str) -> Tensor:
     return get_format(name).for_rows().round(x)
 

@@ -14,7 +14,7 @@ asked to carry its sums on in fp32. On a CPU the same operands are multiplied in
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format, QTensor, get_format
@@ -127,7 +127,7 @@ def _may_fit(fmt: Format) -> bool:
 
 
 # Opaque, like `loraq::round`: the rounding inside must not be fused away.
-@torch.library.custom_op("loraq::fp8_linear", mutates_args=())
+@library.custom_op("loraq::fp8_linear", mutates_args=())
 def _fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, activation: str) -> Tensor:
     fmt = get_format(activation).for_rows()
     assert isinstance(fmt, BlockFormat)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import pad
 
 from loraq.errors import KernelError
@@ -190,7 +190,7 @@ def _parts(n_tokens: int, step: int) -> list[slice]:
 
 # One opaque operator: a compiler would unroll its chunks and trace again for every number of tokens. `codes` and
 # `scales` are those of the main weight, then of proj_down if the branch is in integers.
-@torch.library.custom_op("loraq::int8_linear", mutates_args=())
+@library.custom_op("loraq::int8_linear", mutates_args=())
 def _int8_linear(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
 ) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from loraq.formats import BlockFormat, CastFormat, QTensor, get_format
 from loraq.formats.scales import view_bytes
@@ -93,7 +93,7 @@ def _by_table(q: QTensor, dtype: torch.dtype) -> Tensor:
 
 
 # Opaque, as `loraq::dequantize` is, so that a compiled model keeps no decoded weight as a constant.
-@torch.library.custom_op("loraq::dequantize_pairs", mutates_args=())
+@library.custom_op("loraq::dequantize_pairs", mutates_args=())
 def _dequantize_pairs(
     packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
 ) -> Tensor:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from loraq.formats import CastFormat, QTensor
 from loraq.kernels.base import Stored, decode_factors, side_path
@@ -92,7 +92,7 @@ def _is_weight_only(scheme: Scheme) -> bool:
     return isinstance(scheme.activation_format, CastFormat)
 
 
-@torch.library.custom_op("loraq::triton_fp8_linear", mutates_args=())
+@library.custom_op("loraq::triton_fp8_linear", mutates_args=())
 def _fp8_branch_linear(x: Tensor, codes: Tensor, scale: Tensor, factors: list[Tensor], bias: Tensor | None) -> Tensor:
     from loraq.kernels.triton_gemm_up import gemm_up
     from loraq.kernels.triton_quant_down import quant_down
@@ -129,7 +129,7 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 _fp8_branch_linear.register_autograd(_straight_through, setup_context=_save)
 
 
-@torch.library.custom_op("loraq::triton_small_m", mutates_args=())
+@library.custom_op("loraq::triton_small_m", mutates_args=())
 def _small_m(x: Tensor, packed: Tensor, scale: Tensor, integer: bool) -> Tensor:
     from loraq.kernels.triton_small_m import small_m
 

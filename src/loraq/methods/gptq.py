@@ -5,7 +5,7 @@ what the branch leaves, as SVDQuant, arXiv 2411.05007, does with its option "gpt
 
 Scales are those of rounding to nearest, settled before the first channel, so that channels can go in any order. They go
 by falling mean square ("act order" of the authors' code): the largest are rounded while all others can still make up
-for them. With scales chosen on the way, from left to right, the velocity error is a fifth larger (docs/log.md).
+for them. Scales chosen on the way, from left to right, are worse (docs/log.md).
 """
 
 import time

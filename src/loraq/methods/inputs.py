@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.formats import Format, QTensor
+from loraq.linalg import require_damping
 from loraq.methods.base import energy, frobenius
 from loraq.methods.gptq import Feedback
 from loraq.stats import ActivationStats
@@ -52,9 +53,8 @@ class Inputs:
         """
         if self.stats is None or not self.stats.is_full:
             return fmt.quantize(target, rule)
-        if self._filter is not None:
-            target = target @ self._filter
-        return self._feedback.round(target, fmt, rule)
+        noise_filter, feedback = self._answer
+        return feedback.round(target if noise_filter is None else target @ noise_filter, fmt, rule)
 
     def error_energy(self, error: Float[Tensor, "out in"]) -> float:
         """Return E‖x errorᵀ‖²."""
@@ -82,24 +82,15 @@ class Inputs:
         return self.stats.mean_square.double().mean().item() or 1.0
 
     @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """H and H + Σ in double precision, both damped for what the statistics have not seen."""
+    def _answer(self) -> tuple[Float[Tensor, "in in"] | None, Feedback]:
+        """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ; H damped for what it has not seen."""
         assert self.stats is not None
-        clean = self.stats.second_moment.double()
-        clean = clean + self.feedback_damping * self._power * torch.eye(len(clean), device=clean.device)
-        return clean, clean + self.activation_noise * torch.diag(clean.diagonal())
-
-    @cached_property
-    def _filter(self) -> Float[Tensor, "in in"] | None:
-        """H (H + Σ)⁻¹, or `None` where there is no noise."""
+        moment = self.stats.second_moment
         if not self.activation_noise:
-            return None
-        clean, noisy = self._moments
-        return torch.linalg.solve(noisy, clean).mT.float()
-
-    @cached_property
-    def _feedback(self) -> Feedback:
-        assert self.stats is not None
-        if self._filter is None:
-            return Feedback(self.stats.second_moment, damping=self.feedback_damping)
-        return Feedback(self._moments[1], damping=0.0)
+            return None, Feedback(moment, damping=self.feedback_damping)
+        require_damping(self.feedback_damping)
+        clean = moment.to(torch.float64, copy=True)
+        clean.diagonal().add_(self.feedback_damping * self._power)
+        noisy = clean.clone()
+        noisy.diagonal().add_(self.activation_noise * clean.diagonal())
+        return torch.linalg.solve(noisy, clean).mT.float(), Feedback(noisy, damping=0.0)

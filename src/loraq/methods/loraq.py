@@ -38,7 +38,6 @@ from loraq.formats import CastFormat, Format, get_format
 from loraq.linalg import spreading_rotation, svd_of_product, truncated_svd
 from loraq.methods.base import (
     energy,
-    output_error,
     prepare,
     prepare_stats,
     quantize_branch,
@@ -191,13 +190,13 @@ class LoRaQ:
             quantize_branch(*factors, branch, rule)
             for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted"))
         ]
-        stored, objectives = [], []
+        stored, errors, objectives = [], [], []
         for candidate in candidates:
             product = candidate.reconstruct()
             residual = weight - product
             stored.append(inputs.round(residual, scheme.weight_format, self.scale_rule))
             rounded = stored[-1].dequantize()
-            objective = inputs.error_energy(residual - rounded)
+            errors.append(objective := inputs.error_energy(residual - rounded))
             if noise.main:
                 objective += noise.main * inputs.noise_energy(rounded)
             if noise.branch:  # the intermediate is a sum of channels, and as large as they are together
@@ -211,7 +210,7 @@ class LoRaQ:
             "start_objective": math.sqrt(objectives[1]) / norm,
         }
         if inputs.stats is not None:
-            metrics["output_error"] = output_error(weight, stored[best], candidates[best], inputs.stats)
+            metrics["output_error"] = math.sqrt(errors[best]) / norm
         error = relative_error(weight, stored[best], candidates[best])
         return LayerSolution(scheme, stored[best], candidates[best], error, metrics=metrics)
 
