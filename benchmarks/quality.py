@@ -94,6 +94,8 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, 6-bit branch, default effort", "int4-w6a6-a16", effort="default", same_bytes=False),
         Contender("plain INT5 (5.25 bits)", "int5-a16", "rtn", same_bytes=False),
         Contender("LoRaQ, 6-bit branch, 5.25 bits", "int4-w6a6-a16", budget="5.25", same_bytes=False),
+        Contender("LoRaQ, 8-bit branch, 5.25 bits", "int4-w8a8-a16", budget="5.25", same_bytes=False),
+        Contender("LoRaQ, INT5 main, 8-bit branch, 5.25 bits", "int5_b256-w8a8-a16", budget="5.25", same_bytes=False),
     ),
     f"W4A16, {WITH}": (
         Contender("GPTQ, INT4", "int4-a16", "gptq"),
@@ -105,6 +107,8 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, MXFP4 main, 6-bit branch", "mxfp4-w6a6-a16"),
         Contender("GPTQ, INT5 (5.25 bits)", "int5-a16", "gptq", same_bytes=False),
         Contender("LoRaQ, 6-bit branch, 5.25 bits", "int4-w6a6-a16", budget="5.25", same_bytes=False),
+        Contender("LoRaQ, 8-bit branch, 5.25 bits", "int4-w8a8-a16", budget="5.25", same_bytes=False),
+        Contender("LoRaQ, INT5 main, 8-bit branch, 5.25 bits", "int5_b256-w8a8-a16", budget="5.25", same_bytes=False),
     ),
     f"W4A8, {WITHOUT}": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
@@ -118,6 +122,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
     f"W4A8, {WITH}": (
         Contender("GPTQ", "mxfp4-a8", "gptq"),
         Contender("SVDQuant + GPTQ, 16-bit branch", "mxfp4-w16a16-a8", "gptq"),
+        Contender("LoRaQ, W16A16 branch", "mxfp4-w16a16-a8"),
         Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8"),
         Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a8"),
         Contender("LoRaQ, INT4 main, INT8 branch", "int4-int8-a8"),
