@@ -10,7 +10,7 @@ Read the velocity error: one forward on noised real images against the model as 
 solver. What the other columns of the record mean, and the tables with confidence intervals, is on the page that
 `make docs` makes of it, docs/quality.md.
 
-    python benchmarks/quality.py --fast --workers 2 --save
+    python benchmarks/quality.py --fast --workers 2 --save [--tables "W4A16, own samples" ...]
 """
 
 import copy
@@ -245,15 +245,20 @@ def main() -> None:
         __doc__,
         seeds=(3, "seeds of the solver, each with images and noise of its own (default: 3, at most 8)"),
         worlds=(tuple(WORLDS), "trained transformers (default: both)"),
+        tables=((*CONTENDERS, *ABLATIONS), "tables, by their titles (default: all that a world has)"),
         fast="effort 'fast' instead of the default",
         workers=(1, "rows measured at a time, one thread each (default: 1)"),
     )
     effort = "fast" if chosen.fast else "default"
+    for title in chosen.tables:
+        if title not in CONTENDERS | ABLATIONS:
+            raise SystemExit(f"There is no table '{title}'. Tables: {'; '.join(CONTENDERS | ABLATIONS)}.")
     for name in chosen.worlds:
         rows = []
         with tempfile.TemporaryDirectory() as folder:
             exact = looked_at(WORLDS[name], chosen.seeds, Path(folder) / "stats.safetensors")
-            jobs = [(group, i) for group, contenders in WORLDS[name].contenders.items() for i in range(len(contenders))]
+            tables = {title: rows for title, rows in WORLDS[name].contenders.items() if title in chosen.tables}
+            jobs = [(title, i) for title, contenders in tables.items() for i in range(len(contenders))]
             # A process for each row, so that its memory is its own.
             with ProcessPoolExecutor(chosen.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
                 for row in pool.map(partial(measured, name, exact, effort), *zip(*jobs, strict=True)):

@@ -37,13 +37,24 @@ def test_the_page_is_what_the_result_files_give():
     assert (ROOT / "docs" / "quality.md").read_text() == quality_page.page(performance.read())
 
 
-def test_the_newest_record_of_each_world_counts_and_others_are_left_out():
-    old, new = record(row("old", [1.0])), record(row("new", [1.0]), date="2026-01-03")
+def test_the_newest_record_of_each_table_counts_and_others_are_left_out():
+    old = record(row("old", [1.0]), row("kept", [1.0], group="W4A8, own samples"))
+    new = record(row("new", [1.0]), row("newer", [1.0]), date="2026-01-03")
     there = record(row("there", [1.0], world="patches"))
     foreign = record({"label": "of an older form", "world": "digits"}, date="2026-01-04")
     timings = record(row("timings", [1.0]), benchmark="linear_latency", date="2026-01-05")
     found = quality_page.newest([old, there, new, foreign, timings])
-    assert {world: kept["rows"][0]["label"] for world, kept in found.items()} == {"digits": "new", "patches": "there"}
+    labels = {
+        (world, group): [row["label"] for row in kept["rows"]]
+        for world, tables in found.items()
+        for group, kept in tables.items()
+    }
+    assert labels == {
+        ("digits", "W4A16, own samples"): ["new", "newer"],
+        ("digits", "W4A8, own samples"): ["kept"],
+        ("patches", "W4A16, own samples"): ["there"],
+    }
+    assert old["rows"][0]["label"] == "old"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,7 @@ def test_a_rival_meets_rows_that_store_no_more_and_have_its_main_format():
 
 def test_ratios_are_to_the_best_row_of_the_same_bytes():
     larger = row("more bytes", [0.005, 0.0055, 0.00525], bits=5.25, same_bytes=False)
-    text = quality_page.table([OURS, larger, row("worse", [0.02, 0.022, 0.021])], "title")
+    text = quality_page.table([OURS, larger, row("worse", [0.02, 0.022, 0.021])], "title", "source")
     cells = {line.split("|")[1].strip(): line.split("|")[7].strip() for line in text.splitlines() if "int4" in line}
     assert cells == {"LoRaQ": "1", "more bytes": "0.50 ± 0.00", "worse": "2.00 ± 0.00"}
 
