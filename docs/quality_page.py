@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import rivals_section
+
 Record = dict[str, Any]
 Row = dict[str, Any]
 #: The newest record of each table of one world.
@@ -61,6 +63,7 @@ def newest(records: Iterable[Record]) -> dict[str, Tables]:
 
 def page(records: Iterable[Record]) -> str:
     """Return the page for these records, which are sorted by date."""
+    records = list(records)
     worlds = newest(records)
     parts = [INTRO, *verdicts(worlds)]
     for world, tables in worlds.items():
@@ -69,6 +72,7 @@ def page(records: Iterable[Record]) -> str:
             changed = ", with uncommitted changes" if record["changed"] else ""
             source = f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}."
             parts.append(table(record["rows"], group, source))
+    parts.append(rivals_section.section(records))
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -10,6 +10,7 @@ if not (ROOT / "docs").is_dir():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "docs"))
 import quality_page  # noqa: E402
+import rivals_section  # noqa: E402
 
 
 def row(label, velocity, *, method="loraq", bits=4.9, same_bytes=True, group="W4A16, own samples", world="digits"):
@@ -97,3 +98,23 @@ def test_the_picture_is_the_same_for_the_same_numbers(tmp_path):
         pictures.append((tmp_path / name).read_text())
     assert pictures[0] == pictures[1]
     assert pictures[0].startswith("<?xml")
+
+
+def rival(name, error, ours, table="1152x1152", a4=0.2):
+    loraq = ours and {"weight_error": ours, "output_error": {"A4": 0.1}}
+    measured = {"bits": 4.5, "weight_error": error, "output_error": {"A4": a4}, "counted": "stored"}
+    return {"contender": name, "table": table, "package": name, "loraq": loraq, **measured}
+
+
+def test_packages_are_compared_where_a_branch_fits_and_the_worst_of_them_is_named():
+    rows = [rival("near", 0.11, 0.1), rival("far", 0.2, 0.1), rival("far", 0.1, None, table="digits"), {"failure": "x"}]
+    changes = {"benchmark": "against_rivals", "command": "against_rivals.py --save"}
+    partial = (
+        record(rival("part", 1.0, 1.0), date="2026-01-09") | changes | {"command": "against_rivals.py --quick --save"}
+    )
+    text = rivals_section.section([record(*rows) | changes, partial])
+    assert "| near | 4.500 | 0.1100 | 1.10 / – | 2.00 / – |" in text
+    assert "| far | 4.500 | 0.2000 | 2.00 / ∅ | 2.00 / ∅ |" in text
+    assert "| 1.100 (near, 1152x1152) | 2 | **MISSED** by 1 |" in text
+    assert "| 2 | met |" in text
+    assert rivals_section.section([]) == ""
