@@ -139,3 +139,13 @@ def test_a_rule_that_matches_nothing_is_warned_of(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "The recipe's rule 'encoder.*' matches no linear layer. Is its pattern right?"
     ]
+
+
+def test_branches_larger_than_their_weights_are_warned_of_if_the_budget_sized_them(caplog):
+    Plan.of({"wide": (1152, 1152)}, Recipe.named("mxfp4-w8a8"))
+    Plan.of({"asked for": (64, 64)}, Recipe.named("mxfp4-w8a8-r48"))
+    assert not caplog.records
+    Plan.of({"wide": (1152, 1152), "narrow": (192, 192)}, Recipe.named("mxfp4-w8a8"))
+    (record,) = caplog.records
+    assert "The budget of r16=32 is large for narrow layers: in 1 of 2" in record.getMessage()
+    assert "9.58 bits per weight in 'narrow'" in record.getMessage()

@@ -75,7 +75,9 @@ class Plan:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = "") -> "Plan":
-        """Settle the scheme of every layer; a rule of the recipe that matches none is warned of in the log.
+        """Settle the scheme of every layer.
+
+        A rule of the recipe that matches none is warned of in the log, and branches larger than their main weight are.
 
         Args:
             shapes: (out, in) of every linear layer by dotted name.
@@ -96,7 +98,18 @@ class Plan:
         for rule in recipe.rules:
             if not any(fnmatchcase(name, rule.match) for name in shapes):
                 _LOGGER.warning("The recipe's rule '%s' matches no linear layer. Is its pattern right?", rule.match)
-        return cls(tuple(layers))
+        planned = cls(tuple(layers))
+        if large := [layer for layer in planned.quantized if layer.sized and _has_large_branch(layer)]:
+            _LOGGER.warning(
+                "The budget of %s is large for narrow layers: in %d of %d the branch takes more bytes than the main "
+                "weight, %.2f bits per weight in '%s'. A smaller budget, such as '5' bits per weight, stores less.",
+                recipe.budget,
+                len(large),
+                len(planned.quantized),
+                large[0].bits_per_weight,
+                large[0].name,
+            )
+        return planned
 
     @classmethod
     def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
@@ -142,6 +155,10 @@ class Plan:
         """Mean stored bits for each weight of the quantized layers."""
         weights = sum(math.prod(layer.shape) for layer in self.quantized)
         return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
+
+
+def _has_large_branch(layer: LayerPlan) -> bool:
+    return layer.scheme is not None and layer.nbytes > 2 * layer.scheme.weight_format.nbytes(layer.shape)
 
 
 def _family(name: str) -> str:
