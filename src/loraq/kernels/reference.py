@@ -38,8 +38,11 @@ def run(x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None, dtyp
     """Evaluate the layer's equation on operands of `dtype`."""
     weight, proj_up, proj_down = operands
     rows = x.reshape(-1, x.shape[-1])  # BLAS adds in another order for other strides
-    y = linear(rounded(rows, scheme.activation_format, dtype), weight, None if bias is None else bias.to(dtype))
+    seen = rounded(rows, scheme.activation_format, dtype)
+    y = linear(seen, weight, None if bias is None else bias.to(dtype))
     if scheme.branch is not None and proj_up is not None and proj_down is not None:
-        inner = linear(rounded(rows, scheme.branch.activation_format, dtype), proj_down)
+        if scheme.branch.activation_format != scheme.activation_format:  # rounding costs more than these products
+            seen = rounded(rows, scheme.branch.activation_format, dtype)
+        inner = linear(seen, proj_down)
         y = y + linear(rounded(inner, scheme.branch.intermediate_format, dtype), proj_up)
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
