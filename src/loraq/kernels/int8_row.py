@@ -8,10 +8,12 @@ main product uses, and up in the dtype of the input, added to the main product i
 which holds every value of up to 8 bits.
 
 On a CPU with AVX-512 VNNI the operands are packed: laid out once as oneDNN multiplies them. Its product is up to twice
-as
-fast as `torch._int_mm`, as exact, and writes the sums times the channel's scale itself, in bf16 for inputs in bf16. The
-branch then comes first: it is divided by the token's scale, the product is added to it in place, and one last pass
-multiplies by that scale and adds the bias. Numbers are in docs/log.md. NVIDIA GPUs before Hopper have no FP8.
+as fast as `torch._int_mm`, as exact, and writes the sums times the channel's scale itself: in bf16 for inputs in bf16,
+else in fp32. The branch, divided by the token's scale, then comes first, the product is added to it in place, and one
+last pass multiplies by that scale and adds the bias.
+
+CPUs with VNNI multiply INT8 several times as fast as bf16, those with AMX units up to twice as fast (docs/log.md), and
+NVIDIA GPUs before Hopper have no FP8.
 """
 
 import os
@@ -28,9 +30,9 @@ from loraq.formats.scales import view_bytes
 from loraq.kernels.base import decode_factors, decode_one, side_path
 from loraq.scheme import LowRankBranch, Scheme
 
-#: Tokens handled at a time on a CPU without packed operands: all passes over them stay in cache, and the integer
-#: product is still efficient.
+#: Tokens multiplied at a time on a CPU: the passes over the sums find them in cache, and the product is efficient.
 _CHUNK_TOKENS = 256
+_CHUNK_TOKENS_PACKED = 1024
 #: Values encoded at a time on a CPU: in fp32 they fit the cache of one core.
 _CHUNK_VALUES = 2**18
 _LARGEST = 0.99 * torch.finfo(torch.float32).max
@@ -200,34 +202,29 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
 
     With the offset 128 the codes are unsigned.
     """
-    codes = torch.empty(x.shape, dtype=torch.uint8 if offset else torch.int8, device=x.device)
-    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
-    step = min(len(x), max(1, _CHUNK_VALUES // x.shape[1])) if x.device.type == "cpu" else len(x)
-    scratch = torch.empty((step, x.shape[1]), dtype=torch.float32, device=x.device)
-    for part in _parts(len(x), step):
-        _encode(x[part], scratch, codes[part], scale[part], offset)
-    return Rows(codes, scale.view(-1))
-
-
-def _encode(x: Tensor, scratch: Tensor, codes: Tensor, scale: Tensor, offset: int = 0) -> None:
-    """Write the codes (tokens, n) and scales (tokens, 1) of a few tokens."""
-    values = scratch[: len(x)].copy_(x)
-    _largest_magnitude(x if x.dtype.itemsize == 2 else values, out=scale)
+    n_tokens, n = x.shape
+    parts = _parts(n_tokens, max(1, _CHUNK_VALUES // n if x.device.type == "cpu" else n_tokens))
+    scale = torch.empty((n_tokens, 1), dtype=torch.float32, device=x.device)
+    for part in parts:
+        _largest_magnitude(x[part], out=scale[part])
     scale.clamp_(max=_LARGEST).mul_(1.0 / _TOP)
-    # One pass divides, and then rounds by adding; only an infinity, or a value near the largest, needs the clamp.
-    rounder = values.new_full((x.shape[1],), _ROUNDER + offset)
-    torch.addcdiv(rounder, values, scale.clamp(min=_SMALLEST), out=values)
-    values.clamp_(_ROUNDER + offset - _TOP, _ROUNDER + offset + _TOP)
-    codes.copy_(values.view(torch.int32))  # keeps the low byte
-    scale.masked_fill_(scale < _SMALLEST, 0.0)
+    divisor, rounder = scale.clamp(min=_SMALLEST), scale.new_full((n,), _ROUNDER + offset)
+    codes = torch.empty(x.shape, dtype=torch.uint8 if offset else torch.int8, device=x.device)
+    for part in parts:
+        # One pass divides, and then rounds by adding. Only infinities and values near the largest need the clamp.
+        values = x[part].to(torch.float32, copy=True)
+        torch.addcdiv(rounder, values, divisor[part], out=values)
+        values.clamp_(_ROUNDER + offset - _TOP, _ROUNDER + offset + _TOP)
+        codes[part].copy_(values.view(torch.int32))  # keeps the low byte
+    return Rows(codes, scale.masked_fill_(scale < _SMALLEST, 0.0).view(-1))
 
 
 def _largest_magnitude(x: Tensor, out: Tensor) -> None:
     """Write the largest magnitude of every row, NaN if there is one in it."""
     if x.dtype.itemsize == 2:  # without the sign, the bits of floats are in the order of their values, NaN last
         out.copy_(x.view(torch.int16).bitwise_and(0x7FFF).amax(-1, keepdim=True).view(x.dtype))
-    else:  # two passes that only read: one over |x| would also write
-        torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_(), out=out)
+    else:
+        out.copy_(x.abs().amax(-1, keepdim=True))
 
 
 def _packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None) -> Tensor:
@@ -242,31 +239,30 @@ def _packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Te
 def _packed_linear(x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None) -> Tensor:
     """The layer on packed operands. The token's scale comes last: until then all is divided by it."""
     dtype = _sum_dtype(x.dtype)
-    tokens, token_scale = encode_rows(x, _UNSIGNED)
-    if down is None or up is None:
-        y = _packed_product(tokens, weight, dtype)
-    else:
-        latent = _packed_product(tokens, down, torch.float32)
-        y = _packed_product(tokens, weight, dtype, added_to=_rounded(latent).to(dtype) @ up.t())
-    shift = y.new_zeros(1) if bias is None else bias.to(dtype)
-    return torch.addcmul(shift, y, token_scale.to(dtype)[:, None], out=y).to(x.dtype)
+    tokens, scale = encode_rows(x, _UNSIGNED)
+    y = x.new_empty((len(x), len(weight.scale)))
+    shift = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
+    scale = scale.to(dtype)[:, None]
+    for part in _parts(len(x), _CHUNK_TOKENS_PACKED):
+        if down is None or up is None:
+            sums = _packed_product(tokens[part], weight, dtype)
+        else:
+            latent = _rounded(_packed_product(tokens[part], down, torch.float32))
+            sums = _packed_product(tokens[part], weight, dtype, added_to=latent.to(dtype) @ up.t())
+        torch.addcmul(shift, sums, scale[part], out=y[part])
+    return y
 
 
 def _rounded(latent: Tensor) -> Tensor:
-    """Return the intermediate on the grid of `int8`; it is a sum of products of codes, far from the largest fp32."""
+    """Return an intermediate that is still divided by the token's scale, hence small, on the grid of `int8`."""
     scale = latent.new_empty((len(latent), 1))
     _largest_magnitude(latent, out=scale)
     scale.mul_(1.0 / _TOP).clamp_(min=_SMALLEST)
     return latent.div_(scale).round_().mul_(scale)
 
 
-def _chunk(x: Tensor) -> int:
-    """Tokens to handle at a time: few on a CPU, whose caches are small, all of them elsewhere."""
-    return min(len(x), _CHUNK_TOKENS) if x.device.type == "cpu" else len(x)
-
-
 def _parts(n_tokens: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, max(1, step))]
+    return [slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, step)]
 
 
 # One opaque operator: a compiler would unroll its chunks and trace again for every number of tokens. `codes` and
@@ -275,37 +271,24 @@ def _parts(n_tokens: int, step: int) -> list[slice]:
 def _int8_linear(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    n_tokens, n_out = len(x), len(scales[0])
-    y = torch.empty((n_tokens, n_out), dtype=x.dtype, device=x.device)
+    n_tokens = len(x)
     if n_tokens == 0:
-        return y
+        return x.new_empty((0, len(scales[0])))
     if codes[0].is_mkldnn:
         weight, *down = map(Rows, codes, scales)
         return _packed_linear(x, weight, down[0] if down else None, up, bias)
     if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
         return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, up, bias)[:n_tokens].clone()
-
-    def buffer(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((step, width), dtype=dtype, device=x.device)
-
-    step = _chunk(x)
-    values, tokens, token_scale = buffer(x.shape[1]), buffer(x.shape[1], torch.int8), buffer(1)
-    sums, outputs = buffer(n_out, torch.int32), buffer(n_out)
-    rank = 0 if up is None else up.shape[1]
-    inner, inner_values, inner_scale = buffer(rank, torch.int8), buffer(rank), buffer(1)
-    inner_rounded = torch.empty((n_tokens, rank), dtype=x.dtype, device=x.device)
+    tokens, token_scale = encode_rows(x)
+    y = x.new_empty((n_tokens, len(scales[0])))
+    inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))
     shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
-    for part in _parts(n_tokens, step):
-        few = slice(part.stop - part.start)
-        _encode(x[part], values, tokens[few], token_scale[few])
-        torch._int_mm(tokens[few], codes[0].t(), out=sums[few])
-        torch.mul(sums[few], scales[0], out=outputs[few]).mul_(token_scale[few])
-        y[part] = outputs[few].add_(shift)
+    for part in _parts(n_tokens, _CHUNK_TOKENS if x.device.type == "cpu" else n_tokens):
+        scale = token_scale[part, None]
+        y[part] = (torch._int_mm(tokens[part], codes[0].t()) * scales[0]).mul_(scale).add_(shift)
         if up is not None:
-            latent = torch._int_mm(tokens[few], codes[1].t()) * token_scale[few] * scales[1]
-            _encode(latent, inner_values, inner[few], inner_scale[few])
-            inner_rounded[part] = torch.mul(inner[few], inner_scale[few], out=inner_values[few])
-    return y if up is None else y.addmm_(inner_rounded, up.t())
+            inner[part] = _rounded(torch._int_mm(tokens[part], codes[1].t()) * scales[1]).mul_(scale)
+    return y if up is None else y.addmm_(inner, up.t())
 
 
 @_int8_linear.register_fake
