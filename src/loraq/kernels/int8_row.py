@@ -42,7 +42,7 @@ _TOP = 127.0
 #: Adding it rounds a small fp32 number to an integer, half to even, and leaves that integer in the low bits.
 _ROUNDER = 1.5 * 2.0**23
 #: What a packed product wants added to the codes of the tokens: VNNI multiplies unsigned by signed bytes only.
-_UNSIGNED = 128
+UNSIGNED = 128
 #: Least limits of oneDNN under which its product is fast and exact; without a limit the CPU decides.
 _FAST_LIMITS = ("AVX512_CORE_", "AVX10", "ALL", "DEFAULT")
 
@@ -113,15 +113,15 @@ class Int8Row:
                 f"{self.weight_error} is allowed: its block scales differ too much within a row. Use the back end "
                 "'resident'."
             )
-        packs = _can_pack(rows.codes.device)
-        rows = _packed(rows) if packs else rows
+        packs = can_pack(rows.codes.device)
+        rows = packed(rows) if packs else rows
         if branch is None:
             return Int8Operands(rows, None, None)
         if not _in_integers(scheme):
             return Int8Operands(rows, None, decode_factors(branch))
         down = _codes_of(branch.proj_down)
         up = decode_one(branch.proj_up, _sum_dtype(dtype) if packs else dtype)
-        return Int8Operands(rows, (_packed(down) if packs else down, up), None)
+        return Int8Operands(rows, (packed(down) if packs else down, up), None)
 
     def linear(self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
@@ -176,7 +176,7 @@ def _in_integers(scheme: Scheme) -> bool:
     return all(_is_int8_row(f) for f in (branch.weight_format, branch.activation_format, branch.intermediate_format))
 
 
-def _can_pack(device: torch.device) -> bool:
+def can_pack(device: torch.device) -> bool:
     """Whether oneDNN multiplies packed INT8 fast and exactly: elsewhere it takes a slow loop, or saturates sums."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
     return (
@@ -188,7 +188,8 @@ def _can_pack(device: torch.device) -> bool:
     )
 
 
-def _packed(rows: Rows) -> Rows:
+def packed(rows: Rows) -> Rows:
+    """Return rows in the layout of oneDNN's product; `codes.to_dense().t()` gives them back."""
     return Rows(torch.ops.onednn.qlinear_prepack(rows.codes, None), rows.scale)
 
 
@@ -227,9 +228,9 @@ def _largest_magnitude(x: Tensor, out: Tensor) -> None:
         out.copy_(x.abs().amax(-1, keepdim=True))
 
 
-def _packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None) -> Tensor:
-    """Return the integer product times the rows' scales, or add it to a tensor in place."""
-    given = (tokens, 1.0, _UNSIGNED, rows.codes, rows.scale, torch.zeros_like(rows.scale, dtype=torch.int64))
+def packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None) -> Tensor:
+    """Return the product with unsigned codes (tokens, n) times the rows' scales, or add it to a tensor in place."""
+    given = (tokens, 1.0, UNSIGNED, rows.codes, rows.scale, torch.zeros_like(rows.scale, dtype=torch.int64))
     product = torch.ops.onednn.qlinear_pointwise
     if added_to is None:
         return product.default(*given, None, 1.0, 0, dtype, "none", [], "")
@@ -239,16 +240,16 @@ def _packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Te
 def _packed_linear(x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None) -> Tensor:
     """The layer on packed operands. The token's scale comes last: until then all is divided by it."""
     dtype = _sum_dtype(x.dtype)
-    tokens, scale = encode_rows(x, _UNSIGNED)
+    tokens, scale = encode_rows(x, UNSIGNED)
     y = x.new_empty((len(x), len(weight.scale)))
     shift = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
     scale = scale.to(dtype)[:, None]
     for part in _parts(len(x), _CHUNK_TOKENS_PACKED):
         if down is None or up is None:
-            sums = _packed_product(tokens[part], weight, dtype)
+            sums = packed_product(tokens[part], weight, dtype)
         else:
-            latent = _rounded(_packed_product(tokens[part], down, torch.float32))
-            sums = _packed_product(tokens[part], weight, dtype, added_to=latent.to(dtype) @ up.t())
+            latent = _rounded(packed_product(tokens[part], down, torch.float32))
+            sums = packed_product(tokens[part], weight, dtype, added_to=latent.to(dtype) @ up.t())
         torch.addcmul(shift, sums, scale[part], out=y[part])
     return y
 
