@@ -46,8 +46,8 @@ two.
 """
 
 LEGEND = """Rounding of the activations and the bias are included. "int8" and "fp8" are layers without a branch, and
-"branch of" is what the branch adds to their time. "int8 product" is `torch._int_mm` alone, without rounding anything:
-no INT8 layer can be faster. "torchao int8" is torchao's dynamic INT8 linear, the nearest that it has.
+"branch of" is what the branch adds to their time. "int8 product" is the integer product of `int8_row` alone: no INT8
+layer can be faster. "torchao int8" is torchao's dynamic INT8 linear, the nearest that it has.
 """
 
 BLOCKS = """PixArt-Σ at its real width (1152) with random weights, batch 1, one forward; "step" is all 28

@@ -227,6 +227,8 @@ class QuantizedConv1x1(QuantizedLinear):
 def _storages(operands: Any) -> set[tuple[int, int]]:
     """Place and bytes of every piece of memory in the tuples and lists of tensors that a back end keeps."""
     if isinstance(operands, Tensor):
+        if operands.is_mkldnn:  # opaque: it has no storage to look at
+            return {(id(operands), operands.numel() * operands.itemsize)}
         storage = operands.untyped_storage()
         return {(storage.data_ptr(), storage.nbytes())}
     return set().union(*map(_storages, operands)) if isinstance(operands, tuple | list) else set()

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 from loraq.errors import KernelError
-from loraq.kernels import BACKENDS
+from loraq.kernels import BACKENDS, int8_row
 from loraq.nn import QuantizedLinear
 from loraq.recipe import parse_scheme
 from matrices import gaussian
@@ -91,6 +91,17 @@ def test_a_layer_that_prepares_itself_inside_the_graph_costs_one_more(backend, n
         outputs = [compiled(x) for _ in range(3)]
     assert all(torch.equal(y, layer(x)) for y in outputs)
     assert counter.frame_count == 2
+
+
+def test_int8_row_without_packed_operands_is_one_graph_too(monkeypatch):
+    monkeypatch.setattr(int8_row, "can_pack", lambda device: False)
+    layer, counter = layer_of("int8_row", "int8-int8-r16-a8"), counted()
+    layer.prepare(torch.float32)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        x = gaussian(24, WIDTH)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
 
 
 class Block(nn.Module):

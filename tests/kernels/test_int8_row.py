@@ -1,6 +1,8 @@
 """`int8_row`: its codes are those of the format, its sums are exact, and it refuses what it cannot keep."""
 
+import copy
 import logging
+import pickle
 import shutil
 
 import pytest
@@ -9,8 +11,8 @@ from torch import nn
 
 from loraq.errors import KernelError
 from loraq.formats import get_format
-from loraq.kernels import choose, dispatch
-from loraq.kernels.int8_row import Int8Row, encode_rows, rows_of
+from loraq.kernels import choose, dispatch, int8_row
+from loraq.kernels.int8_row import UNSIGNED, Int8Row, Rows, can_pack, encode_rows, packed, packed_product, rows_of
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe import parse_scheme
@@ -19,6 +21,17 @@ from matrices import dit_like, gaussian, heavy_tailed
 
 CPU = torch.device("cpu")
 ALL_INT8 = Scheme("int8", "int8", Branch(16, "int8", "int8"))
+
+
+needs_packing = pytest.mark.skipif(not can_pack(CPU), reason="this CPU, or this build of torch, packs no INT8")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_packing, id="packed"), pytest.param(False, id="int_mm")])
+def product(request, monkeypatch):
+    """Run a test with both products."""
+    if not request.param:
+        monkeypatch.setattr(int8_row, "can_pack", lambda device: False)
+    return request.param
 
 
 def layer_of(scheme: Scheme, backend: str = "int8_row", shape: tuple[int, int] = (48, 96)) -> QuantizedLinear:
@@ -40,7 +53,21 @@ def test_codes_and_scales_are_those_of_the_format(dtype):
     assert torch.equal(scale.view(-1, 1).view(torch.uint8), expected.scale)
 
 
-def test_an_infinity_saturates_and_a_nan_stays_in_its_token():
+@pytest.mark.parametrize("offset", [0, UNSIGNED])
+def test_codes_are_those_of_the_format_for_every_number_of_16_bits_and_every_tie(offset):
+    patterns = torch.arange(2**16).to(torch.int16)
+    numbers = [patterns.view(dtype) for dtype in (torch.bfloat16, torch.float16)]
+    cases = [x[x.isfinite()].view(-1, 16) for x in numbers]  # neighbours share a row
+    ties = torch.cat([torch.tensor([127.0]), torch.arange(-127, 127) + 0.5])
+    cases += [ties[None], -ties[None], ties.nextafter(torch.zeros(1))[None], ties.nextafter(2 * ties)[None]]
+    for x in (*cases, cases[0].float()):
+        expected = get_format("int8").quantize(x)
+        codes, scale = encode_rows(x, offset)
+        assert torch.equal((codes.int() - offset).to(torch.int8).view(torch.uint8), expected.packed)
+        assert torch.equal(scale.view(-1, 1).view(torch.uint8), expected.scale)
+
+
+def test_an_infinity_saturates_and_a_nan_stays_in_its_token(product):
     layer, x = layer_of(ALL_INT8), gaussian(4, 96)
     expected = layer(x)
     x[1, 5], x[2, 7] = torch.inf, torch.nan
@@ -50,7 +77,7 @@ def test_an_infinity_saturates_and_a_nan_stays_in_its_token():
     assert y[2].isnan().all()
 
 
-def test_with_int8_throughout_the_sums_are_those_of_double_precision():
+def test_with_int8_throughout_the_sums_are_those_of_double_precision(product):
     layer, x = layer_of(ALL_INT8), gaussian(33, 96)
     fmt = get_format("int8")
     weight, down, up = (fmt.dequantize(q).double() for q in (layer.stored_weight, *_factors(layer)))
@@ -123,6 +150,81 @@ def test_it_refuses_a_weight_that_rows_would_change_too_much():
         Int8Row(weight_error=1e-3).prepare(stored, None, Scheme("int4_b16", "int8"), torch.float32)
 
 
+# --- packed operands ------------------------------------------------------------------------------------------------
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (17, 33), (48, 96), (8, 5000)], ids=str)
+def test_the_packed_product_is_exact_and_its_codes_come_back(shape):
+    n_out, n_in = shape
+    codes = torch.randint(-127, 128, (n_out + 3, n_in), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    codes[0], codes[n_out] = 127, 127  # the largest sum there is, which VNNI's predecessors would saturate
+    weight, tokens = codes[:n_out], codes[n_out:]
+    scale = torch.rand(n_out) + 0.5
+    rows = packed(Rows(weight.contiguous(), scale))
+    assert torch.equal(rows.codes.to_dense().t(), weight)
+    sums = (tokens.long() @ weight.long().t()).float()
+    assert torch.equal(packed_product((tokens.int() + UNSIGNED).to(torch.uint8), rows, torch.float32), sums * scale)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["int8-a8", "int4-int8-r16-a8", "int8-r8-a8"])
+def test_packed_or_not_the_results_are_equal_up_to_rounding_of_the_output(name, dtype, monkeypatch):
+    layer, x = layer_of(parse_scheme(name)), gaussian(2100, 96).to(dtype)
+    fast = layer(x)
+    monkeypatch.setattr(int8_row, "can_pack", lambda device: False)
+    layer.prepared_no_more()
+    slow = layer(x)
+    bound = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert (fast.float() - slow.float()).norm() <= bound * slow.float().norm()
+    if dtype == torch.float32 and name == "int8-a8":
+        layer.bias = None
+        slow = layer(x)
+        monkeypatch.undo()
+        layer.prepared_no_more()
+        assert torch.equal(layer(x), slow)
+
+
+@needs_packing
+def test_large_values_in_fp16_do_not_overflow_before_the_scale():
+    layer, x = layer_of(parse_scheme("int4-int8-r16-a8")), (1e-3 * gaussian(5, 96)).half()
+    layer.bias = None
+    y = layer(x)
+    layer.backend = "reference"
+    assert (y - layer(x)).float().norm() <= 2e-2 * y.float().norm()
+
+
+@needs_packing
+def test_packed_operands_take_one_byte_a_value_and_no_copy_travels_with_the_layer():
+    layer, x = layer_of(parse_scheme("int4-int8-r16-a8")), gaussian(3, 96)
+    y = layer(x)
+    # weight, proj_down and proj_up, and the scale of the weight; that of proj_down is the stored one
+    assert layer.kept_nbytes == 48 * 96 + 16 * 96 + 4 * 48 * 16 + 4 * 48
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.kept_nbytes == 0
+        assert torch.equal(twin(x), y)
+
+
+@pytest.mark.parametrize(
+    ("limit", "packs"), [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_VNNI", True), ("all", True), ("", True)]
+)
+def test_a_limit_below_vnni_means_no_packing(limit, packs, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert can_pack(CPU) == packs
+    assert not can_pack(torch.device("cuda"))
+
+
+def test_without_onednn_it_is_the_product_of_torch(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    layer, x = layer_of(parse_scheme("int8-a8")), gaussian(3, 96)
+    layer(x)
+    assert layer.kept_nbytes == 0  # the stored bytes themselves
+    assert not layer._prepared[1].weight.codes.is_mkldnn
+
+
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +277,7 @@ def test_the_environment_takes_the_place_of_the_automatic_choice(monkeypatch):
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 3), (2, 0, 3)], ids=str)
-def test_any_leading_shape(leading):
+def test_any_leading_shape(leading, product):
     layer = layer_of(ALL_INT8)
     x = torch.randn((*leading, 96), generator=torch.Generator().manual_seed(0))
     y = layer(x)
@@ -185,7 +287,7 @@ def test_any_leading_shape(leading):
 
 
 @pytest.mark.parametrize("scheme", [ALL_INT8, parse_scheme("int8-r8-a8")], ids=["int8 branch", "bf16 branch"])
-def test_the_gradient_is_that_of_the_reconstruction(scheme):
+def test_the_gradient_is_that_of_the_reconstruction(scheme, product):
     layer, x = layer_of(scheme), gaussian(3, 96).requires_grad_()
     toward = gaussian(3, 48, 8)
     (layer(x) * toward).sum().backward()
