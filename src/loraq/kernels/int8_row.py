@@ -209,7 +209,8 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
     for part in parts:
         _largest_magnitude(x[part], out=scale[part])
     scale.clamp_(max=_LARGEST).mul_(1.0 / _TOP)
-    divisor, rounder = scale.clamp(min=_SMALLEST), scale.new_full((n,), _ROUNDER + offset)
+    scale.masked_fill_(scale < _SMALLEST, 0.0)
+    divisor, rounder = scale.masked_fill(scale == 0, 1.0), scale.new_full((n,), _ROUNDER + offset)
     codes = torch.empty(x.shape, dtype=torch.uint8 if offset else torch.int8, device=x.device)
     for part in parts:
         # One pass divides, and then rounds by adding. Only infinities and values near the largest need the clamp.
@@ -217,7 +218,7 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
         torch.addcdiv(rounder, values, divisor[part], out=values)
         values.clamp_(_ROUNDER + offset - _TOP, _ROUNDER + offset + _TOP)
         codes[part].copy_(values.view(torch.int32))  # keeps the low byte
-    return Rows(codes, scale.masked_fill_(scale < _SMALLEST, 0.0).view(-1))
+    return Rows(codes, scale.view(-1))
 
 
 def _largest_magnitude(x: Tensor, out: Tensor) -> None:
