@@ -10,8 +10,8 @@ in 8 bits. "torchao int8" is its dynamic INT8 linear, the nearest thing that tor
 
 Bars on a CPU with 2 threads: int8_row at least 1.5 x bf16 from 1024 tokens, in and out from 1152, with the branch; the
 branch costs int8_row at most 15 %; resident with 16-bit activations takes at most 1.25 times what bf16 takes. They were
-set on a CPU whose INT8 instructions are twice as fast as its bf16 ones. Matrix units (AMX) make both about as fast; the
-second command keeps torch from using them.
+set on a CPU whose INT8 instructions are twice as fast as its bf16 ones. From matrix units (AMX) bf16
+gains more; the second command keeps torch from using them.
 
     python benchmarks/linear_latency.py --threads 2 --pixart --save
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --pixart --save

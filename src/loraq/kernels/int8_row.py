@@ -177,7 +177,7 @@ def _in_integers(scheme: Scheme) -> bool:
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN multiplies packed INT8 fast and exactly: elsewhere it takes a slow loop, or saturates sums."""
+    """Whether oneDNN multiplies packed INT8 fast and exactly: without VNNI it is slow, or saturates sums."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
     return (
         device.type == "cpu"
