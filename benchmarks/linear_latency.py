@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 
 from common import HERE, interleaved_seconds, options, report, spread
 from loraq.errors import KernelError
-from loraq.kernels.int8_row import Rows, can_pack, packed, packed_product
+from loraq.kernels.int8_matrix import Rows, can_pack, packed, packed_product
 from loraq.nn import QuantizedLinear
 from loraq.recipe import parse_scheme
 from random_layers import bias_of, random_layer

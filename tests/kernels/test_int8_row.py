@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import platform
 import shutil
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 
 from loraq.errors import KernelError
 from loraq.formats import get_format
-from loraq.kernels import choose, dispatch, int8_row
-from loraq.kernels.int8_row import UNSIGNED, Int8Row, Rows, can_pack, encode_rows, packed, packed_product, rows_of
+from loraq.kernels import choose, dispatch, int8_matrix, int8_row
+from loraq.kernels.int8_matrix import UNSIGNED, Rows, can_pack, encode_rows, packed, packed_product, rows_of
+from loraq.kernels.int8_row import Int8Row
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe import parse_scheme
@@ -215,6 +217,19 @@ def test_a_limit_below_vnni_means_no_packing(limit, packs, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert can_pack(CPU) == packs
     assert not can_pack(torch.device("cuda"))
+
+
+def test_a_cpu_whose_sums_overflow_is_refused(monkeypatch):
+    layer = layer_of(ALL_INT8)
+    monkeypatch.setattr(int8_matrix, "has_vnni", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert int8_matrix.saturates(torch.device("cpu")) is False
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert int8_matrix.saturates(torch.device("cuda")) is False
+    with pytest.raises(KernelError, match="overflow on an x86 CPU without AVX-512 VNNI"):
+        layer.backend = "int8_row"
+    layer.backend = "auto"
+    assert layer.backend == "resident"
 
 
 def test_without_onednn_it_is_the_product_of_torch(monkeypatch):

@@ -7,8 +7,7 @@ is encoded anew, with a bound, if that is allowed. A branch in `int8` projects d
 main product uses, and up in the dtype of the input, added to the main product in place. Any other branch runs in bf16,
 which holds every value of up to 8 bits.
 
-On a CPU with AVX-512 VNNI the operands are packed: laid out once as oneDNN multiplies them. Its product is up to twice
-as fast as `torch._int_mm`, as exact, and writes the sums times the channel's scale itself: in bf16 for inputs in bf16,
+On a CPU with AVX-512 VNNI the operands are packed (`int8_matrix`), and sums are written in bf16 for inputs in bf16,
 else in fp32. The branch, divided by the token's scale, then comes first, the product is added to it in place, and one
 last pass multiplies by that scale and adds the bias.
 
@@ -16,7 +15,6 @@ CPUs with VNNI multiply INT8 several times as fast as bf16, those with AMX units
 NVIDIA GPUs before Hopper have no FP8.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,34 +24,28 @@ from torch.nn.functional import pad
 
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format, QTensor
-from loraq.formats.scales import view_bytes
 from loraq.kernels.base import decode_factors, decode_one, side_path
+from loraq.kernels.int8_matrix import (
+    SMALLEST,
+    TOP,
+    UNSIGNED,
+    Rows,
+    can_pack,
+    codes_of,
+    encode_rows,
+    is_int8_row,
+    largest_magnitude,
+    packed,
+    packed_product,
+    parts_of,
+    rows_of,
+    saturates,
+)
 from loraq.scheme import LowRankBranch, Scheme
 
 #: Tokens multiplied at a time on a CPU: the passes over the sums find them in cache, and the product is efficient.
 _CHUNK_TOKENS = 256
 _CHUNK_TOKENS_PACKED = 1024
-#: Values encoded at a time on a CPU: in fp32 they fit the cache of one core.
-_CHUNK_VALUES = 2**18
-_LARGEST = 0.99 * torch.finfo(torch.float32).max
-#: Smaller scales would be fp32 subnormals; such a row is stored as zeros.
-_SMALLEST = 2.0**-126
-_TOP = 127.0
-#: Adding it rounds a small fp32 number to an integer, half to even, and leaves that integer in the low bits.
-_ROUNDER = 1.5 * 2.0**23
-#: What a packed product wants added to the codes of the tokens: VNNI multiplies unsigned by signed bytes only.
-UNSIGNED = 128
-#: Least limits of oneDNN under which its product is fast and exact; without a limit the CPU decides.
-_FAST_LIMITS = ("AVX512_CORE_", "AVX10", "ALL", "DEFAULT")
-
-
-class Rows(NamedTuple):
-    """A matrix in INT8 with one scale a row."""
-
-    #: (rows, n), INT8; opaque if it is packed.
-    codes: Tensor
-    #: (rows,), fp32; multiplies.
-    scale: Tensor
 
 
 class Int8Operands(NamedTuple):
@@ -79,12 +71,14 @@ class Int8Row:
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
-        if not _is_int8_row(scheme.activation_format):
+        if not is_int8_row(scheme.activation_format):
             return f"its activations are '{scheme.activation}', not INT8 with one scale a token ('int8')"
         if not self.weight_error and not _may_fit(scheme.weight_format):
             return f"'{scheme.weight}' does not fit INT8 rows exactly"
         if device.type not in ("cpu", "cuda", "meta"):
             return f"INT8 matrix products are known on 'cpu' and 'cuda', not on '{device.type}'"
+        if saturates(device):
+            return "sums of INT8 products overflow on an x86 CPU without AVX-512 VNNI"
         sizes = (*shape, scheme.branch.rank) if scheme.branch and _in_integers(scheme) else shape
         if device.type == "cuda" and any(size % 8 for size in sizes):
             return f"its sizes {sizes} are not all multiples of 8"
@@ -92,7 +86,7 @@ class Int8Row:
 
     def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
         """Return the bound of exact operands, or that of a weight which is encoded anew."""
-        if self.weight_error and not _is_int8_row(scheme.weight_format):
+        if self.weight_error and not is_int8_row(scheme.weight_format):
             return 4e-2
         if dtype == torch.float32 and (scheme.branch is None or _in_integers(scheme)):
             return 1e-4  # sums are exact; a code of the intermediate may flip at a tie
@@ -119,7 +113,7 @@ class Int8Row:
             return Int8Operands(rows, None, None)
         if not _in_integers(scheme):
             return Int8Operands(rows, None, decode_factors(branch))
-        down = _codes_of(branch.proj_down)
+        down = codes_of(branch.proj_down)
         up = decode_one(branch.proj_up, _sum_dtype(dtype) if packs else dtype)
         return Int8Operands(rows, (packed(down) if packs else down, up), None)
 
@@ -137,105 +131,20 @@ class Int8Row:
         return y.to(x.dtype).view(*x.shape[:-1], len(scale))
 
 
-def rows_of(q: QTensor) -> tuple[Rows, float]:
-    """Return INT8 rows of a stored matrix, and ‖rows − stored‖ / ‖stored‖, which is 0 where they are the same."""
-    if _is_int8_row(q.format):
-        return _codes_of(q), 0.0
-    dense = decode_one(q, torch.float32)
-    largest = dense.abs().amax(-1)
-    # The finest power of two that still leaves the largest value inside INT8: exact if any power of two is.
-    fine = torch.exp2(torch.ceil(torch.log2(largest / _TOP))).clamp_(min=_SMALLEST)
-    wide = (largest / _TOP).clamp_(min=_SMALLEST)
-    codes = dense / fine[:, None]
-    fits = (codes == codes.round()).all(-1)
-    scale = torch.where(fits, fine, wide)
-    codes = (dense / scale[:, None]).round_().clamp_(-_TOP, _TOP)
-    norm = torch.linalg.vector_norm(dense)
-    lost = torch.linalg.vector_norm(dense.sub_(codes * scale[:, None]))
-    return Rows(codes.to(torch.int8), scale), (lost / norm).item() if norm > 0 else 0.0
-
-
-def _codes_of(q: QTensor) -> Rows:
-    """The bytes of an `int8` matrix as they are: no copy."""
-    assert q.scale is not None
-    return Rows(q.packed.view(torch.int8), view_bytes(q.scale, torch.float32).view(-1))
-
-
-def _is_int8_row(fmt: Format) -> bool:
-    return isinstance(fmt, BlockFormat) and fmt.element.name == "int8" and fmt.block_size is None
-
-
 def _may_fit(fmt: Format) -> bool:
-    return _is_int8_row(fmt) or (isinstance(fmt, BlockFormat) and fmt.scale_format.is_power_of_two)
+    return is_int8_row(fmt) or (isinstance(fmt, BlockFormat) and fmt.scale_format.is_power_of_two)
 
 
 def _in_integers(scheme: Scheme) -> bool:
     branch = scheme.branch
     if branch is None:
         return False
-    return all(_is_int8_row(f) for f in (branch.weight_format, branch.activation_format, branch.intermediate_format))
-
-
-def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN multiplies packed INT8 fast and exactly: without VNNI it is slow, or saturates sums."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.onednn, "qlinear_prepack")
-        and torch.cpu._is_vnni_supported()
-        and limit.upper().startswith(_FAST_LIMITS)
-    )
-
-
-def packed(rows: Rows) -> Rows:
-    """Return rows in the layout of oneDNN's product; `codes.to_dense().t()` gives them back."""
-    return Rows(torch.ops.onednn.qlinear_prepack(rows.codes, None), rows.scale)
+    return all(is_int8_row(f) for f in (branch.weight_format, branch.activation_format, branch.intermediate_format))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that packed products are written in; fp16 would overflow before the token's scale is applied."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def encode_rows(x: Tensor, offset: int = 0) -> Rows:
-    """Return the codes and scales of the format `int8`, bit for bit, in fewer passes than the format takes.
-
-    With the offset 128 the codes are unsigned.
-    """
-    n_tokens, n = x.shape
-    parts = _parts(n_tokens, max(1, _CHUNK_VALUES // n if x.device.type == "cpu" else n_tokens))
-    scale = torch.empty((n_tokens, 1), dtype=torch.float32, device=x.device)
-    for part in parts:
-        _largest_magnitude(x[part], out=scale[part])
-    scale.clamp_(max=_LARGEST).mul_(1.0 / _TOP)
-    scale.masked_fill_(scale < _SMALLEST, 0.0)
-    divisor, rounder = scale.masked_fill(scale == 0, 1.0), scale.new_full((n,), _ROUNDER + offset)
-    codes = torch.empty(x.shape, dtype=torch.uint8 if offset else torch.int8, device=x.device)
-    for part in parts:
-        # One pass divides, and then rounds by adding. Only infinities and values near the largest need the clamp.
-        values = x[part].to(torch.float32, copy=True)
-        torch.addcdiv(rounder, values, divisor[part], out=values)
-        values.clamp_(_ROUNDER + offset - _TOP, _ROUNDER + offset + _TOP)
-        codes[part].copy_(values.view(torch.int32))  # keeps the low byte
-    return Rows(codes, scale.view(-1))
-
-
-def _largest_magnitude(x: Tensor, out: Tensor) -> None:
-    """Write the largest magnitude of every row, NaN if there is one in it."""
-    if x.dtype.itemsize == 2:  # without the sign, the bits of floats are in the order of their values, NaN last
-        out.copy_(x.view(torch.int16).bitwise_and(0x7FFF).amax(-1, keepdim=True).view(x.dtype))
-    else:
-        out.copy_(x.abs().amax(-1, keepdim=True))
-
-
-def packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None) -> Tensor:
-    """Return the product with unsigned codes (tokens, n) times the rows' scales, or add it to a tensor in place."""
-    given = (tokens, 1.0, UNSIGNED, rows.codes, rows.scale, torch.zeros_like(rows.scale, dtype=torch.int64))
-    product = torch.ops.onednn.qlinear_pointwise
-    if added_to is None:
-        return product.default(*given, None, 1.0, 0, dtype, "none", [], "")
-    return product.binary(*given, added_to, None, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", [], "")
 
 
 def _packed_linear(x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -245,7 +154,7 @@ def _packed_linear(x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None
     y = x.new_empty((len(x), len(weight.scale)))
     shift = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
     scale = scale.to(dtype)[:, None]
-    for part in _parts(len(x), _CHUNK_TOKENS_PACKED):
+    for part in parts_of(len(x), _CHUNK_TOKENS_PACKED):
         if down is None or up is None:
             sums = packed_product(tokens[part], weight, dtype)
         else:
@@ -258,13 +167,9 @@ def _packed_linear(x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None
 def _rounded(latent: Tensor) -> Tensor:
     """Return an intermediate that is still divided by the token's scale, hence small, on the grid of `int8`."""
     scale = latent.new_empty((len(latent), 1))
-    _largest_magnitude(latent, out=scale)
-    scale.mul_(1.0 / _TOP).clamp_(min=_SMALLEST)
+    largest_magnitude(latent, out=scale)
+    scale.mul_(1.0 / TOP).clamp_(min=SMALLEST)
     return latent.div_(scale).round_().mul_(scale)
-
-
-def _parts(n_tokens: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, step)]
 
 
 # One opaque operator: a compiler would unroll its chunks and trace again for every number of tokens. `codes` and
@@ -285,7 +190,7 @@ def _int8_linear(
     y = x.new_empty((n_tokens, len(scales[0])))
     inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))
     shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
-    for part in _parts(n_tokens, _CHUNK_TOKENS if x.device.type == "cpu" else n_tokens):
+    for part in parts_of(n_tokens, _CHUNK_TOKENS if x.device.type == "cpu" else n_tokens):
         scale = token_scale[part, None]
         y[part] = (torch._int_mm(tokens[part], codes[0].t()) * scales[0]).mul_(scale).add_(shift)
         if up is not None:
