@@ -4,10 +4,20 @@ import pytest
 import torch
 from hypothesis import settings
 
+from loraq.kernels.int8_matrix import saturates
+
 torch.set_num_threads(1)
 
 settings.register_profile("loraq", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("loraq")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs exact INT8 sums on a CPU that has none."""
+    if saturates(torch.device("cpu")):
+        for item in items:
+            if "int8_row" in item.nodeid or "every_back_end" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason="INT8 sums overflow on this CPU, so int8_row refuses it"))
 
 
 @pytest.fixture
