@@ -13,8 +13,8 @@ branch costs int8_row at most 15 %; resident with 16-bit activations takes at mo
 set on a CPU whose INT8 instructions are twice as fast as its bf16 ones. From matrix units (AMX) bf16
 gains more; the second command keeps torch from using them.
 
-    python benchmarks/linear_latency.py --threads 2 --pixart --save
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --pixart --save
+    python benchmarks/linear_latency.py --threads 2 --save
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --save
 """
 
 import csv

@@ -13,8 +13,8 @@ Row = dict[str, Any]
 #: What makes a missing result file, by benchmark. The page shows them, so that a table can be made again.
 COMMANDS = {
     "linear_latency": (
-        "python benchmarks/linear_latency.py --threads 2 --pixart --save",
-        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --pixart --save",
+        "python benchmarks/linear_latency.py --threads 2 --save",
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --save",
     ),
     "block_latency": (
         "python benchmarks/block_latency.py --threads 2 --step --save",
