@@ -109,6 +109,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, 6-bit branch, 5.25 bits", "int4-w6a6-a16", budget="5.25", same_bytes=False),
         Contender("LoRaQ, 8-bit branch, 5.25 bits", "int4-w8a8-a16", budget="5.25", same_bytes=False),
         Contender("LoRaQ, INT5 main, 8-bit branch, 5.25 bits", "int5_b256-w8a8-a16", budget="5.25", same_bytes=False),
+        Contender("LoRaQ, INT5 main, 4-bit branch, 5.25 bits", "int5_b256-w4a8-a16", budget="5.25", same_bytes=False),
     ),
     f"W4A8, {WITHOUT}": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
@@ -154,6 +155,7 @@ SMALL_ONLY = {
     "LoRaQ, MXFP4 main, 6-bit branch",
     "LoRaQ, 6-bit branch, default effort",
     "LoRaQ, W8A8 branch, not rotated",
+    "LoRaQ, INT5 main, 4-bit branch, 5.25 bits",
 }
 #: What each part of the solver is worth, on one world only: every row is `fast` unless it says otherwise.
 ABLATIONS: dict[str, tuple[Contender, ...]] = {
