@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import performance
 import rivals_section
 
 Record = dict[str, Any]
@@ -69,9 +70,7 @@ def page(records: Iterable[Record]) -> str:
     for world, tables in worlds.items():
         parts.append(f"## The {world} transformer\n")
         for group, record in tables.items():
-            changed = ", with uncommitted changes" if record["changed"] else ""
-            source = f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}."
-            parts.append(table(record["rows"], group, source))
+            parts.append(table(record["rows"], group, performance.source(record)))
     parts.append(rivals_section.section(records))
     return "\n".join(parts).rstrip() + "\n"
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import performance
+
 Record = dict[str, Any]
 Row = dict[str, Any]
 
@@ -41,10 +43,9 @@ def section(records: Iterable[Record]) -> str:
     rivals: dict[str, dict[str, Row]] = {}
     for row in rows:
         rivals.setdefault(row["contender"], {})[row["table"]] = row
-    changed = ", with uncommitted changes" if record["changed"] else ""
     lines = [
         INTRO.format(packages=len({row["package"] for row in rows}), tables=" / ".join(tables), first=tables[0]),
-        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}.\n",
+        performance.source(record) + "\n",
         "| | bits | weight error | ratio, weight | ratio, output with 4-bit activations |",
         "|---|--:|--:|---|---|",
     ]

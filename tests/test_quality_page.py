@@ -21,6 +21,7 @@ def row(label, velocity, *, method="loraq", bits=4.9, same_bytes=True, group="W4
 
 def record(*rows, date="2026-01-02", **changes):
     plain = {"benchmark": "quality", "date": date, "commit": "abc1234", "changed": False, "command": "quality.py"}
+    plain |= {"torch": "2", "cpu_count": 2}
     return plain | {"rows": list(rows)} | changes
 
 
