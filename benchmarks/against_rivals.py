@@ -1,19 +1,23 @@
 """Which installable packages leave less error than LoRaQ at the same stored bytes?
 
-Every rival in `rivals/` is installed into its own environment and quantizes the same weights as our methods, without
-data, through its public interface where it has one: `rivals/NAME.txt` says which version, `rivals/run_NAME.py` how.
+Every rival in `rivals/` is installed into its own environment and quantizes the same weights as our
+methods, without data, through its public interface where it has one: `rivals/NAME.txt` says which
+version, `rivals/run_NAME.py` how.
 
-Reading guide: "bits" are those of every tensor that is stored for a weight, scales, zero points and factors included
-("*": counted as packed, because the package keeps unpacked codes or only simulates). "weight" is the relative weight
-error; A16, A8 and A4 are relative output errors on synthetic heavy-tailed inputs, with the main path's input left
-alone or rounded by our 8- and 4-bit formats of the rival's family. A rival's branch always sees 16-bit inputs, ours
-8-bit ones beside A8 and A4. "-" stands where the package rotates its input itself. The right half is LoRaQ at the
-default effort in the same or fewer bytes: main format of the family, or `int4_b128` where the bytes do not pay for a
-branch beside that; 6-bit factors, no rotation. The ratios are the rival's error over LoRaQ's: above 1 LoRaQ is better.
-"CPU s" is process time of one thread for all weights of a table, the first call included.
+Reading guide: "bits" are those of every tensor that is stored for a weight, scales, zero points and
+factors included ("*": counted as packed, because the package keeps unpacked codes or only
+simulates). "weight" is the relative weight error; A16, A8 and A4 are relative output errors on
+synthetic heavy-tailed inputs, with the main path's input left alone or rounded by our 8- and 4-bit
+formats of the rival's family. A rival's branch always sees 16-bit inputs, ours 8-bit ones beside A8
+and A4. "-" stands where the package rotates its input itself. The right half is LoRaQ at the
+default effort in the same or fewer bytes: main format of the family, or `int4_b128` where the bytes
+do not pay for a branch beside that; 6-bit factors, no rotation. The ratios are the rival's error
+over LoRaQ's: above 1 LoRaQ is better. "CPU s" is process time of one thread for all weights of a
+table, the first call included.
 
-1152x1152 and 1152x4608 are `matrices.dit_like`; "digits" are linear layers of the trained transformer that ships with
-the package, with ranks scaled to their width. Slow rivals run on the square weight only.
+1152x1152 and 1152x4608 are `matrices.dit_like`; "digits" are linear layers of the trained
+transformer that ships with the package, with ranks scaled to their width. Slow rivals run on the
+square weight only.
 
     python benchmarks/against_rivals.py [--only NAME ...] [--quick] [--save]
 """
@@ -111,7 +115,11 @@ class Row:
             for column in ("A16", "A8", "A4")
             for values in [[f.output_error[column] for f in found.values()]]
         }
-        bits = 8 * sum(f.nbytes for f in found.values()) / sum(weight.value.numel() for weight in found)
+        bits = (
+            8
+            * sum(f.nbytes for f in found.values())
+            / sum(weight.value.numel() for weight in found)
+        )
         weight_error = fmean(f.weight_error for f in found.values())
         seconds = sum(f.seconds for f in found.values())
         return cls(table, contender, bits, weight_error, errors, seconds, **more)
@@ -142,7 +150,9 @@ class Ours:
             if column == "A4" and isinstance(method, LoRaQ):
                 measured = Measured.of(Entry("", method, asked), weight.value, seed)
             errors[column] = output_error(weight.value, measured.solution, asked, weight.x)
-        self._found[key] = Found(first.solution.nbytes, first.solution.relative_error, errors, first.seconds)
+        self._found[key] = Found(
+            first.solution.nbytes, first.solution.relative_error, errors, first.seconds
+        )
         return self._found[key]
 
     def beside(self, table: str, rival: dict[Weight, Found], family: str) -> Row | None:
@@ -178,14 +188,23 @@ def our_rows(table: str, weights: list[Weight], ours: Ours, *, best: bool) -> li
             open_branch = Branch(weight=branch.weight)
             lines.append((f"LoRaQ {main} {name[: name.index('a')]}", LoRaQ(), main, open_branch))
             if best:
-                lines.append((f"LoRaQ {main} {name[: name.index('a')]}, best", LoRaQ.at("best"), main, open_branch))
+                lines.append(
+                    (
+                        f"LoRaQ {main} {name[: name.index('a')]}, best",
+                        LoRaQ.at("best"),
+                        main,
+                        open_branch,
+                    )
+                )
     lines.append(("RTN int5", RTN(), "int5", None))
     rows = []
     for label, method, main, branch in lines:
         family = main if main in ACTIVATIONS else "int4"
         found = {}
         for weight in weights:
-            scheme = with_rank(Scheme(main, branch=branch), weight.shape, Budget(rank_16bit=rank_of(weight.value)))
+            scheme = with_rank(
+                Scheme(main, branch=branch), weight.shape, Budget(rank_16bit=rank_of(weight.value))
+            )
             found[weight] = ours.solve(weight, method, scheme, family)
         rows.append(Row.of(table, f"our {label}", found, family=family))
     return rows
@@ -199,12 +218,22 @@ def judge(weight: Weight, line: dict, folder: Path) -> Found:
     for column, activation in ACTIVATIONS[line["family"]].items():
         rounded = weight.x if column == "A16" else get_format(activation).for_rows().round(weight.x)
         known = line["splits"] or column == "A16"
-        errors[column] = relative_error(exact, rounded @ main.T + weight.x @ branch.T) if known else None
-    return Found(line["nbytes"], relative_error(weight.value, main + branch), errors, line["seconds"])
+        errors[column] = (
+            relative_error(exact, rounded @ main.T + weight.x @ branch.T) if known else None
+        )
+    return Found(
+        line["nbytes"], relative_error(weight.value, main + branch), errors, line["seconds"]
+    )
 
 
 def rival_rows(
-    name: str, python: Path, weights: list[Weight], ours: Ours, *, limit: float, runners: Path = RUNNERS
+    name: str,
+    python: Path,
+    weights: list[Weight],
+    ours: Ours,
+    *,
+    limit: float,
+    runners: Path = RUNNERS,
 ) -> tuple[list[Row], list[str]]:
     """Run one rival and return its rows, and a line for everything that failed."""
     package = (runners / f"{name}.txt").read_text().strip()
@@ -229,7 +258,9 @@ def rival_rows(
     for (table, label, family, counted), of_weights in found.items():
         wanted = sum(weight.table == table for weight in weights)
         if len(of_weights) < wanted:
-            failures[f"{label}, {table}: only {len(of_weights)} of {wanted} weights, left out"] = None
+            failures[f"{label}, {table}: only {len(of_weights)} of {wanted} weights, left out"] = (
+                None
+            )
             continue
         beside = ours.beside(table, of_weights, family)
         more = {"family": family, "package": package, "counted": counted, "loraq": beside}
@@ -255,7 +286,9 @@ def show(rows: list[Row], table: str, n_weights: int) -> None:
 
 
 def _figures(row: Row) -> str:
-    errors = "".join("       -" if error is None else f"{error:8.4f}" for error in row.output_error.values())
+    errors = "".join(
+        "       -" if error is None else f"{error:8.4f}" for error in row.output_error.values()
+    )
     return f"{row.bits:8.3f}{row.weight_error:8.4f}{errors}"
 
 
@@ -264,7 +297,9 @@ def weights_to_quantize(*, quick: bool) -> list[Weight]:
     weights = [Weight(SQUARE, SQUARE, dit_like(1152, 1152))]
     if not quick:
         weights.append(Weight("1152x4608", "1152x4608", dit_like(1152, 4608, seed=1)))
-        weights += [Weight(name, "digits", value) for name, value in trained_layers("int4", every=4).items()]
+        weights += [
+            Weight(name, "digits", value) for name, value in trained_layers("int4", every=4).items()
+        ]
     return weights
 
 
@@ -274,7 +309,10 @@ def main() -> None:
     chosen = options(
         __doc__,
         only=(("",), f"only these rivals; known: {', '.join(names)}"),
-        environments=(str(Path.home() / ".cache" / "loraq-rivals"), "folder of the rivals' environments"),
+        environments=(
+            str(Path.home() / ".cache" / "loraq-rivals"),
+            "folder of the rivals' environments",
+        ),
         limit=(3600, "seconds after which a rival is stopped"),
         quick="only the square weight",
     )

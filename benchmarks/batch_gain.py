@@ -1,8 +1,9 @@
 """Is it worth solving layers of one shape together?
 
-Eight layers are solved one by one and as one batch. Read the ratio: above 1 the batch is faster. `quantize_` solves
-layers alone all the same: sums of small matrices depend on where in memory a batch puts them, so a layer's bytes would
-depend on its neighbours. On a GPU, where a small layer is bound by launches, try `--cuda`.
+Eight layers are solved one by one and as one batch. Read the ratio: above 1 the batch is faster.
+`quantize_` solves layers alone all the same: sums of small matrices depend on where in memory a
+batch puts them, so a layer's bytes would depend on its neighbours. On a GPU, where a small layer is
+bound by launches, try `--cuda`.
 
     python benchmarks/batch_gain.py [--cuda] [--save]
 """
@@ -31,7 +32,11 @@ def main() -> None:
     seeds = range(LAYERS)
     for n_out, n_in in ((192, 192), (768, 192), (1152, 1152)):
         weights = [dit_like(n_out, n_in, seed).to(device) for seed in seeds]
-        alone = _seconds(lambda w=weights: [method.solve(x, SCHEME, seed=s) for x, s in zip(w, seeds, strict=True)])
+        alone = _seconds(
+            lambda w=weights: [
+                method.solve(x, SCHEME, seed=s) for x, s in zip(w, seeds, strict=True)
+            ]
+        )
         batch = _seconds(lambda w=weights: method.solve_batch(w, SCHEME, seeds=seeds))
         print(f"{n_out:4}×{n_in:<5} {alone:14.4f} {batch:14.4f} {alone / batch:14.2f}")
         rows.append({"shape": [n_out, n_in], "alone_s": alone, "batch_s": batch})

@@ -1,10 +1,10 @@
 """How fast are a whole transformer block and a whole denoising step of PixArt-Sigma, quantized, against bf16?
 
-Reading guide: a PixArt transformer of real width (1152) with random weights, batch 1, one forward. "block" has one
-block, "step" all 28, both with their embeddings. Every linear layer inside the blocks is quantized; attention and norms
-are not and cap the gain. All contenders run in turn in one process; "ms" is the median wall time with its quartiles,
-"x bf16" is how many times faster than the bf16 model (more is better), "MiB" is the memory of weights and of what the
-back end keeps.
+Reading guide: a PixArt transformer of real width (1152) with random weights, batch 1, one forward.
+"block" has one block, "step" all 28, both with their embeddings. Every linear layer inside the
+blocks is quantized; attention and norms are not and cap the gain. All contenders run in turn in one
+process; "ms" is the median wall time with its quartiles, "x bf16" is how many times faster than the
+bf16 model (more is better), "MiB" is the memory of weights and of what the back end keeps.
 
     python benchmarks/block_latency.py --threads 2 --save
 """
@@ -21,18 +21,20 @@ from loraq.recipe import parse_scheme
 from random_layers import quantize_randomly
 
 CONTENDERS = (
-    ("resident a16", "mxfp4-w8a8-r64-a16", "resident"),
-    ("low_memory a16", "mxfp4-w8a8-r64-a16", "low_memory"),
-    ("int8_row", "int4-int8-r64-a8", "int8_row"),
+    ("resident a16", "mxfp4-a16+w8a8-r64", "resident"),
+    ("low_memory a16", "mxfp4-a16+w8a8-r64", "low_memory"),
+    ("int8_row", "int4-a8+int8-r64", "int8_row"),
 )
 #: Only on a GPU: emulated elsewhere.
-ON_GPU = (("fp8_row", "mxfp4-w8a8-r64-amxfp8_e4m3", "fp8_row"),)
+ON_GPU = (("fp8_row", "mxfp4-amxfp8_e4m3+w8a8-r64", "fp8_row"),)
 
 
 def main() -> None:
     """Print a table and the JSON line."""
     chosen = options(
-        __doc__, step="also the whole step of 28 blocks (2 GB of weights for each contender)", quick="a tiny model"
+        __doc__,
+        step="also the whole step of 28 blocks (2 GB of weights for each contender)",
+        quick="a tiny model",
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, object]] = []
@@ -42,8 +44,8 @@ def main() -> None:
             rows.append({"what": what, "tokens": (side // 2) ** 2, **row})
             quartiles = f"{row['ms_low']:.1f}-{row['ms_high']:.1f}"
             print(
-                f"{what:6}{row['contender']:16}{row['ms']:10.1f} ms{quartiles:>18}{row['times_bf16']:8.2f} x bf16"
-                f"{row['mib']:9.0f} MiB"
+                f"{what:6}{row['contender']:16}{row['ms']:10.1f} "
+                f"ms{quartiles:>18}{row['times_bf16']:8.2f} x bf16{row['mib']:9.0f} MiB"
             )
     report(rows, save=chosen.save, device=device.type)
 
@@ -65,7 +67,9 @@ def pixart(n_blocks: int, heads: int, side: int) -> nn.Module:
 
 
 @torch.no_grad()
-def measure(n_blocks: int, heads: int, side: int, repeats: int, device: torch.device) -> list[dict[str, object]]:
+def measure(
+    n_blocks: int, heads: int, side: int, repeats: int, device: torch.device
+) -> list[dict[str, object]]:
     """Return one row for every contender."""
     plain = pixart(n_blocks, heads, side).to(device).eval()
     models = {"bf16": plain}

@@ -22,14 +22,20 @@ def options(description: str | None, **flags: str | tuple[object, str]) -> argpa
 
     Args:
         description: the text of `--help`.
-        flags: further options of one benchmark: a switch is its line for `--help`, an option with a value is its
-            default (whose type it takes; a tuple for several values) and that line.
+        flags: further options of one benchmark: a switch is its line for `--help`, an option with a
+            value is its default (whose type it takes; a tuple for several values) and that line.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of which the fastest counts (default: 7)")
     parser.add_argument(
-        "--save", action="store_true", help="also write benchmarks/results/<device>/<date>-<commit>.json"
+        "--repeats", type=int, default=7, help="runs of which the fastest counts (default: 7)"
+    )
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="also write benchmarks/results/<device>/<date>-<commit>.json",
     )
     for name, meaning in flags.items():
         if isinstance(meaning, str):
@@ -38,7 +44,9 @@ def options(description: str | None, **flags: str | tuple[object, str]) -> argpa
         default, line = meaning
         many = isinstance(default, tuple)
         kind = type(default[0]) if isinstance(default, tuple) else type(default)
-        parser.add_argument(f"--{name}", type=kind, nargs="+" if many else None, default=default, help=line)
+        parser.add_argument(
+            f"--{name}", type=kind, nargs="+" if many else None, default=default, help=line
+        )
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     return chosen
@@ -47,7 +55,8 @@ def options(description: str | None, **flags: str | tuple[object, str]) -> argpa
 def best_cpu_seconds(run: Callable[[], object], repeats: int = 7) -> float:
     """Return the least process time of `repeats` runs, after one that does not count.
 
-    Process time adds up all threads and leaves out the time other programs had the core. Read it as +- 10 %.
+    Process time adds up all threads and leaves out the time other programs had the core. Read it as
+    +- 10 %.
     """
     run()
     best = float("inf")
@@ -63,7 +72,8 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Return the wall times of all runs of every contender, taken in turn so that all see the same machine.
 
-    The first round does not count. Ratios of medians of one call are what to read; times differ between machines.
+    The first round does not count. Ratios of medians of one call are what to read; times differ
+    between machines.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
@@ -100,7 +110,8 @@ def environment() -> dict[str, object]:
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() + (" + AMX" if _has_amx() else ""),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability()
+        + (" + AMX" if _has_amx() else ""),
         "onednn_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "threads": torch.get_num_threads(),
     }
@@ -109,7 +120,8 @@ def environment() -> dict[str, object]:
 def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") -> None:
     """Print one JSON line with the environment and all rows; with `save`, write it to a file as well.
 
-    A second benchmark saved at the same commit on the same day is added to the same file, one line each.
+    A second benchmark saved at the same commit on the same day is added to the same file, one line
+    each.
     """
     record = {"benchmark": Path(sys.argv[0]).stem, "device": device, **environment(), "rows": rows}
     line = json.dumps(record)
@@ -130,7 +142,9 @@ def _has_amx() -> bool:
 def _git(*arguments: str) -> str:
     """Output of a git command in this repository, or an empty string where there is none."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()

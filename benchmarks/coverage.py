@@ -1,9 +1,9 @@
 """What share of a transformer becomes 4-bit under the default rules, and how many bits has a parameter in the file?
 
-Full-size models on the meta device, planned with one recipe: the published configurations of `published.toml`, then
-every transformer class that diffusers exports, in the published size or else in that of its default configuration.
-Read the last column: it counts everything in the file, kept layers, biases and norms at 16 bits each.
-`docs/architectures.md` is made from the same functions.
+Full-size models on the meta device, planned with one recipe: the published configurations of
+`published.toml`, then every transformer class that diffusers exports, in the published size or else
+in that of its default configuration. Read the last column: it counts everything in the file, kept
+layers, biases and norms at 16 bits each. `docs/architectures.md` is made from the same functions.
 
     python benchmarks/coverage.py [--save]
 """
@@ -52,7 +52,9 @@ class Coverage:
         total = sum(parameter.numel() for parameter in model.parameters())
         weights = {layer.name: math.prod(layer.shape) for layer in plan.layers}
         quantized = sum(weights[layer.name] for layer in plan.quantized)
-        weight_only = [layer for layer in plan.quantized if layer.scheme and layer.scheme.activation == "bf16"]
+        weight_only = [
+            layer for layer in plan.quantized if layer.scheme and layer.scheme.activation == "bf16"
+        ]
         nbytes = plan.nbytes + 2 * (total - sum(weights.values()))
         return cls(
             parameters=total,
@@ -101,8 +103,13 @@ def main() -> None:
     args = options(__doc__)
     recipe = Recipe.named("default")
     rows: list[dict[str, object]] = []
-    for table, covered in (("published", of_published(recipe)), ("classes", of_all_classes(recipe))):
-        print(f"\n{table:42}{'params':>10}{'layers':>8}{'4-bit':>8}{'wt-only':>9}{'kept':>8}{'bits/param':>12}")
+    for table, covered in (
+        ("published", of_published(recipe)),
+        ("classes", of_all_classes(recipe)),
+    ):
+        print(
+            f"\n{table:42}{'params':>10}{'layers':>8}{'4-bit':>8}{'wt-only':>9}{'kept':>8}{'bits/param':>12}"
+        )
         for name, row in covered.items():
             shares = f"{row.quantized:8.1%}{row.weight_only:9.1%}{row.kept:8.1%}{row.bits_per_parameter:12.3f}"
             print(f"{name:42}{row.parameters / 1e9:9.3f}B{row.layers_quantized:8}{shares}")

@@ -1,17 +1,19 @@
 """How fast is one quantized layer on each back end, against bf16 `F.linear`?
 
-Reading guide: real layer shapes of PixArt-Sigma, SANA and FLUX (`shapes.csv`), bf16 inputs, bias and quantization of
-the activation included. All contenders of a shape run in turn in one process; "ms" is the median wall time with its
-quartiles, "x bf16" is how many times faster than bf16 `F.linear` (more is better), "error" is the distance to the
-reference on 64 tokens. "int8" and "fp8" are the same products without a branch; the branch of the others has rank 64
-in 8 bits. "torchao int8" is its dynamic INT8 linear, the nearest thing that torchao has.
+Reading guide: real layer shapes of PixArt-Sigma, SANA and FLUX (`shapes.csv`), bf16 inputs, bias
+and quantization of the activation included. All contenders of a shape run in turn in one process;
+"ms" is the median wall time with its quartiles, "x bf16" is how many times faster than bf16
+`F.linear` (more is better), "error" is the distance to the reference on 64 tokens. "int8" and "fp8"
+are the same products without a branch; the branch of the others has rank 64 in 8 bits. "torchao
+int8" is its dynamic INT8 linear, the nearest thing that torchao has.
 
 "int8 product" is the integer product of int8_row alone: what no INT8 layer can beat here.
 
-Bars on a CPU with 2 threads: int8_row at least 1.5 x bf16 from 1024 tokens, in and out from 1152, with the branch; the
-branch costs int8_row at most 15 %; resident with 16-bit activations takes at most 1.25 times what bf16 takes. They were
-set on a CPU whose INT8 instructions are twice as fast as its bf16 ones. From matrix units (AMX) bf16
-gains more; the second command keeps torch from using them.
+Bars on a CPU with 2 threads: int8_row at least 1.5 x bf16 from 1024 tokens, in and out from 1152,
+with the branch; the branch costs int8_row at most 15 %; resident with 16-bit activations takes at
+most 1.25 times what bf16 takes. They were set on a CPU whose INT8 instructions are twice as fast as
+its bf16 ones. From matrix units (AMX) bf16 gains more; the second command keeps torch from using
+them.
 
     python benchmarks/linear_latency.py --threads 2 --save
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --save
@@ -33,15 +35,16 @@ from loraq.nn import QuantizedLinear
 from loraq.recipe import parse_scheme
 from random_layers import bias_of, random_layer
 
-#: Label, recipe, back end; the two labels without a branch are what the branch's cost is measured against.
+#: Label, recipe, back end; the two labels without a branch are what the branch's cost is measured
+#: against.
 CONTENDERS = (
-    ("resident a16", "mxfp4-w8a8-r64-a16", "resident"),
-    ("low_memory a16", "mxfp4-w8a8-r64-a16", "low_memory"),
-    ("resident a8", "mxfp4-w8a8-r64-a8", "resident"),
+    ("resident a16", "mxfp4-a16+w8a8-r64", "resident"),
+    ("low_memory a16", "mxfp4-a16+w8a8-r64", "low_memory"),
+    ("resident a8", "mxfp4-a8+w8a8-r64", "resident"),
     ("int8", "int8-a8", "int8_row"),
-    ("int8_row", "int4-int8-r64-a8", "int8_row"),
+    ("int8_row", "int4-a8+int8-r64", "int8_row"),
     ("fp8", "fp8_e4m3-a8", "fp8_row"),
-    ("fp8_row", "mxfp4-w8a8-r64-amxfp8_e4m3", "fp8_row"),
+    ("fp8_row", "mxfp4-amxfp8_e4m3+w8a8-r64", "fp8_row"),
 )
 WITHOUT_BRANCH = {"int8_row": "int8", "fp8_row": "fp8"}
 TOKENS = (256, 1024, 4096)
@@ -74,7 +77,9 @@ def main() -> None:
     report(rows, save=chosen.save, device=device.type)
 
 
-def build(shape: tuple[int, int], device: torch.device) -> tuple[dict[str, QuantizedLinear], nn.Linear]:
+def build(
+    shape: tuple[int, int], device: torch.device
+) -> tuple[dict[str, QuantizedLinear], nn.Linear]:
     """Return every contender that this device runs, and the bf16 layer."""
     plain = nn.Linear(shape[1], shape[0], device=device, dtype=torch.bfloat16)
     plain.bias = nn.Parameter(bias_of(shape[0], device))
@@ -99,7 +104,11 @@ def measure(
 ) -> list[dict[str, object]]:
     """Return one row for every contender."""
     device = plain.weight.device
-    x = torch.randn(n_tokens, plain.in_features, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    x = (
+        torch.randn(n_tokens, plain.in_features, generator=torch.Generator().manual_seed(0))
+        .bfloat16()
+        .to(device)
+    )
     runs: dict[str, Callable[[], object]] = {"bf16": lambda: linear(x, plain.weight, plain.bias)}
     for label, layer in layers.items():
         runs[label] = lambda layer=layer: layer(x)
@@ -150,7 +159,9 @@ def torchao_int8(plain: nn.Linear) -> nn.Module | None:
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         except ImportError:
             return None
-        copy = nn.Sequential(nn.Linear(plain.in_features, plain.out_features, dtype=plain.weight.dtype))
+        copy = nn.Sequential(
+            nn.Linear(plain.in_features, plain.out_features, dtype=plain.weight.dtype)
+        )
         copy.load_state_dict({"0.weight": plain.weight, "0.bias": plain.bias})
         copy = copy.to(plain.weight.device).requires_grad_(False)
         quantize_(copy, Int8DynamicActivationInt8WeightConfig())
@@ -159,12 +170,17 @@ def torchao_int8(plain: nn.Linear) -> nn.Module | None:
 
 def show(n_tokens: int, rows: list[dict[str, object]]) -> None:
     """Print the rows of one shape and number of tokens."""
-    print(f"{n_tokens} tokens{'':8}{'ms':>9}{'quartiles':>18}{'x bf16':>9}{'error':>10}{'branch':>9}")
+    print(
+        f"{n_tokens} tokens{'':8}{'ms':>9}{'quartiles':>18}{'x bf16':>9}{'error':>10}{'branch':>9}"
+    )
     for row in rows:
         quartiles = f"{row['ms_low']:.2f}-{row['ms_high']:.2f}"
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         branch = f"{100 * row['branch_cost']:+.1f} %" if "branch_cost" in row else ""  # type: ignore[operator]
-        print(f"  {row['contender']:16}{row['ms']:9.2f}{quartiles:>18}{row['times_bf16']:9.2f}{error:>10}{branch:>9}")
+        print(
+            f"  "
+            f"{row['contender']:16}{row['ms']:9.2f}{quartiles:>18}{row['times_bf16']:9.2f}{error:>10}{branch:>9}"
+        )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def huge(m: int, n: int, seed: int = 0) -> Tensor:
 def dit_like(m: int, n: int, seed: int = 0) -> Tensor:
     """Look-alike of a diffusion transformer's weight.
 
-    A unit Gaussian bulk plus singular values 3 (√m + √n) k^-0.7; rows times exp(0.25 N), columns times exp(0.30 N),
-    0.5 % of the columns times another 3 to 8; all times 0.02.
+    A unit Gaussian bulk plus singular values 3 (√m + √n) k^-0.7; rows times exp(0.25 N), columns
+    times exp(0.30 N), 0.5 % of the columns times another 3 to 8; all times 0.02.
     """
     generator = torch.Generator().manual_seed(seed)
     k = min(m, n)

@@ -1,8 +1,9 @@
 """The patches world: a test-bed four times the digits world, trained on real photographs.
 
-A 20-million-parameter `PixArtTransformer2DModel` (384 wide, 6 heads, 8 transformer blocks, 64 tokens) that draws 32×32
-colour patches of sixteen photographs, which come with scikit-image and scikit-learn and need no download. The
-left four fifths of every photograph are for training, the right-most fifth for the velocity probe.
+A 20-million-parameter `PixArtTransformer2DModel` (384 wide, 6 heads, 8 transformer blocks, 64
+tokens) that draws 32×32 colour patches of sixteen photographs, which come with scikit-image and
+scikit-learn and need no download. The left four fifths of every photograph are for training, the
+right-most fifth for the velocity probe.
 """
 
 import json
@@ -17,13 +18,22 @@ from torch.nn import functional as F
 from loraq.errors import LoraqError
 from loraq.evaluation import flow
 
-#: The trained transformer: its configuration, and a safetensors file in bf16 that xz makes a third smaller.
+#: The trained transformer: its configuration, and a safetensors file in bf16 that xz makes a third
+#: smaller.
 ASSETS = Path(__file__).parent / "assets" / "patches"
 
 #: The class of a patch is the photograph it was cut from; the empty caption comes after the last.
 PHOTOGRAPHS = (
     *("china", "flower"),  # of scikit-learn; the others are of scikit-image
-    *("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "immunohistochemistry", "retina"),
+    *(
+        "astronaut",
+        "chelsea",
+        "coffee",
+        "rocket",
+        "hubble_deep_field",
+        "immunohistochemistry",
+        "retina",
+    ),
     *("stereo_motorcycle", "brick", "grass", "gravel", "camera", "coins", "page"),
 )
 NULL_LABEL = len(PHOTOGRAPHS)
@@ -45,8 +55,8 @@ def photographs(*, heldout: bool) -> list[Tensor]:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise LoraqError(
-            "The photographs come with scikit-image and scikit-learn, which are not both installed. "
-            "Install them with `pip install scikit-image scikit-learn`."
+            "The photographs come with scikit-image and scikit-learn, which are not both "
+            "installed. Install them with `pip install scikit-image scikit-learn`."
         ) from error
     parts = []
     for name in PHOTOGRAPHS:
@@ -62,7 +72,9 @@ def photographs(*, heldout: bool) -> list[Tensor]:
     return parts
 
 
-def cut_patches(parts: list[Tensor], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def cut_patches(
+    parts: list[Tensor], count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Cut patches at random places of random photographs, half of them mirrored.
 
     Args:
@@ -77,9 +89,14 @@ def cut_patches(parts: list[Tensor], count: int, generator: torch.Generator) -> 
     places = torch.rand(count, 2, generator=generator)
     mirrored = torch.rand(count, generator=generator) < 0.5
     patches = []
-    for label, (down, right), mirror in zip(labels.tolist(), places.tolist(), mirrored.tolist(), strict=True):
+    for label, (down, right), mirror in zip(
+        labels.tolist(), places.tolist(), mirrored.tolist(), strict=True
+    ):
         part = parts[label]
-        top, left = (int(at * (size - 2 * SIZE + 1)) for at, size in zip((down, right), part.shape[1:], strict=True))
+        top, left = (
+            int(at * (size - 2 * SIZE + 1))
+            for at, size in zip((down, right), part.shape[1:], strict=True)
+        )
         patch = part[:, top : top + 2 * SIZE, left : left + 2 * SIZE]
         patches.append(patch.flip(2) if mirror else patch)
     return F.avg_pool2d(torch.stack(patches), 2), labels
@@ -100,10 +117,15 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     try:
         from diffusers import PixArtTransformer2DModel
     except ImportError as error:
-        raise LoraqError('The patches model needs diffusers. Run: pip install "loraq[diffusers]"') from error
+        raise LoraqError(
+            'The patches model needs diffusers. Run: pip install "loraq[diffusers]"'
+        ) from error
     file = ASSETS / "transformer.safetensors.xz"
     if not file.exists():
-        raise LoraqError(f"The trained weights '{file}' are missing. Make them with `experiments/train_patches.py`.")
+        raise LoraqError(
+            f"The trained weights '{file}' are missing. Make them with "
+            f"`experiments/train_patches.py`."
+        )
     model = PixArtTransformer2DModel(**json.loads((ASSETS / "config.json").read_text()))
     model.load_state_dict(load(lzma.decompress(file.read_bytes())))
     return nn.Module.to(model.eval(), dtype)
@@ -127,7 +149,9 @@ def velocity_probe(transformer: nn.Module, *, count: int = 128, seed: int = 0) -
     return flow.predict_velocity(transformer, noised.to(device), times.to(device), captions)
 
 
-def sample(transformer: nn.Module, labels: Tensor, *, seed: int, steps: int = 20, guidance: float = 1.5) -> Tensor:
+def sample(
+    transformer: nn.Module, labels: Tensor, *, seed: int, steps: int = 20, guidance: float = 1.5
+) -> Tensor:
     """Draw one patch for each label, (batch, 3, SIZE, SIZE) in [-1, 1]; see `loraq.evaluation.flow.sample`.
 
     Args:
@@ -138,6 +162,10 @@ def sample(transformer: nn.Module, labels: Tensor, *, seed: int, steps: int = 20
         guidance: classifier-free guidance scale.
     """
     device = flow.first_weight(transformer).device
-    noise = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(device)
-    captions, empty = (class_tokens(which).to(device) for which in (labels, torch.full_like(labels, NULL_LABEL)))
+    noise = torch.randn(
+        len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)
+    ).to(device)
+    captions, empty = (
+        class_tokens(which).to(device) for which in (labels, torch.full_like(labels, NULL_LABEL))
+    )
     return flow.sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)

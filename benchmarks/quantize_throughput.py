@@ -1,10 +1,11 @@
 """How fast is rounding, packing and unpacking for each format?
 
-Reading guide: one 4608 x 1152 fp32 matrix (21 MB), CPU time of one run, best of several. GB/s counts the fp32 bytes of
-the matrix once. "copies" is the same time in units of one copy of the matrix, measured in this run: it is what to
-compare between machines. `round` is what a solver and a fake-quantized activation pay, `quantize` what storing pays,
-`dequantize` what loading pays. The direct rule ("floor" or "absmax") is what activations use at run time, "fitted" is
-the solver's, "search" is the one for stored weights.
+Reading guide: one 4608 x 1152 fp32 matrix (21 MB), CPU time of one run, best of several. GB/s
+counts the fp32 bytes of the matrix once. "copies" is the same time in units of one copy of the
+matrix, measured in this run: it is what to compare between machines. `round` is what a solver and a
+fake-quantized activation pay, `quantize` what storing pays, `dequantize` what loading pays. The
+direct rule ("floor" or "absmax") is what activations use at run time, "fitted" is the solver's,
+"search" is the one for stored weights.
 """
 
 import torch
@@ -36,8 +37,12 @@ def main() -> None:
         for rule in rules_of(fmt):
             repeats = 2 if rule == "search" else chosen.repeats
             seconds = {
-                "round": best_cpu_seconds(lambda fmt=fmt, rule=rule: fmt.round(x, rule, out=out), repeats),
-                "quantize": best_cpu_seconds(lambda fmt=fmt, rule=rule: fmt.quantize(x, rule), repeats),
+                "round": best_cpu_seconds(
+                    lambda fmt=fmt, rule=rule: fmt.round(x, rule, out=out), repeats
+                ),
+                "quantize": best_cpu_seconds(
+                    lambda fmt=fmt, rule=rule: fmt.quantize(x, rule), repeats
+                ),
                 "dequantize": decode,
             }
             cells = "".join(f"{gigabytes / s:10.2f}{s / copy:10.1f}" for s in seconds.values())

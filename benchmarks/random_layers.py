@@ -27,7 +27,9 @@ def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -
     branch = None
     if scheme.branch is not None:
         fmt, rank = scheme.branch.weight_format, scheme.branch.rank
-        branch = LowRankBranch(proj_up=stored(fmt, n_out, rank, 0.1), proj_down=stored(fmt, rank, n_in, 0.02))
+        branch = LowRankBranch(
+            proj_up=stored(fmt, n_out, rank, 0.1), proj_down=stored(fmt, rank, n_in, 0.02)
+        )
     residual = stored(scheme.weight_format, n_out, n_in, n_in**-0.5)
     solution = LayerSolution(scheme, residual, branch, relative_error=float("nan"))
     return QuantizedLinear.from_solution(solution, bias_of(n_out, device))
@@ -41,7 +43,9 @@ def bias_of(n_out: int, device: torch.device) -> Tensor:
 def quantize_randomly(model: nn.Module, scheme: Scheme, backend: str) -> None:
     """Put a random quantized layer in place of every linear layer of a model that the scheme fits."""
     for name, layer in linear_layers(model).items():
-        if scheme.branch is None or scheme.branch.rank <= min(layer.out_features, layer.in_features):
+        if scheme.branch is None or scheme.branch.rank <= min(
+            layer.out_features, layer.in_features
+        ):
             new = random_layer((layer.out_features, layer.in_features), scheme, layer.weight.device)
             new.backend = backend
             replace_layer(model, name, new)

@@ -1,11 +1,12 @@
 """How much error does each scale rule leave, and which constants are best for power-of-two scales?
 
-Reading guide: relative error |x - Q(x)| / |x| in percent, on a Gaussian, a Student-t (4 degrees) and a synthetic
-transformer weight. First table: every rule of every format; less is better, "search" is the bound for one scale for
-each block. Second table: a block takes the scale 2^(floor(log2(c * max)) - emax); c = 1 is the rule of the MX
-specification, "best c" the one with the least error on that matrix, "excess" how much more error than that the constant
-in use (`loraq.formats.scales`) leaves, in percent of the error. The optimum is flat: an excess below 0.5 is no reason
-to change a constant.
+Reading guide: relative error |x - Q(x)| / |x| in percent, on a Gaussian, a Student-t (4 degrees)
+and a synthetic transformer weight. First table: every rule of every format; less is better,
+"search" is the bound for one scale for each block. Second table: a block takes the scale
+2^(floor(log2(c * max)) - emax); c = 1 is the rule of the MX specification, "best c" the one with
+the least error on that matrix, "excess" how much more error than that the constant in use
+(`loraq.formats.scales`) leaves, in percent of the error. The optimum is flat: an excess below 0.5
+is no reason to change a constant.
 """
 
 import torch
@@ -16,7 +17,11 @@ from loraq.formats import FORMATS, BlockFormat
 from loraq.formats.scales import scale_rule
 from matrices import dit_like, gaussian, heavy_tailed
 
-MATRICES = {"gaussian": gaussian(576, 1152), "student_t4": heavy_tailed(576, 1152), "dit_like": dit_like(576, 1152)}
+MATRICES = {
+    "gaussian": gaussian(576, 1152),
+    "student_t4": heavy_tailed(576, 1152),
+    "dit_like": dit_like(576, 1152),
+}
 FACTORS = [round(0.70 + 0.01 * i, 2) for i in range(81)]
 
 
@@ -45,7 +50,9 @@ def compare_rules(formats: list[BlockFormat]) -> list[dict[str, object]]:
     for fmt in formats:
         for rule in rules_of(fmt):
             errors = {name: percent(x, fmt.round(x, rule)) for name, x in MATRICES.items()}
-            print(f"{fmt.name:12}{rule:10}" + "".join(f"{error:12.3f}" for error in errors.values()))
+            print(
+                f"{fmt.name:12}{rule:10}" + "".join(f"{error:12.3f}" for error in errors.values())
+            )
             rows.append({"table": "rules", "format": fmt.name, "rule": rule, **errors})
     return rows
 
@@ -53,13 +60,19 @@ def compare_rules(formats: list[BlockFormat]) -> list[dict[str, object]]:
 def sweep_factors(formats: list[BlockFormat]) -> list[dict[str, object]]:
     """Print the best constant for every power-of-two format, and what the constant in use loses against it."""
     print(f"\n{'':12}{'':8}" + "".join(f"{name:>18}" for name in MATRICES))
-    print(f"{'format':12}{'in use':>8}" + f"{'best c':>9}{'excess':>9}" * len(MATRICES) + f"{'best for all':>14}")
+    print(
+        f"{'format':12}{'in use':>8}"
+        + f"{'best c':>9}{'excess':>9}" * len(MATRICES)
+        + f"{'best for all':>14}"
+    )
     rows: list[dict[str, object]] = []
     for fmt in formats:
         if not fmt.scale_format.is_power_of_two:
             continue
         used = scale_rule("fitted", fmt.scale_format, fmt.element).factors[0]
-        errors = torch.tensor([[error_with_factor(fmt, x, c) for c in FACTORS] for x in MATRICES.values()])
+        errors = torch.tensor(
+            [[error_with_factor(fmt, x, c) for c in FACTORS] for x in MATRICES.values()]
+        )
         ratio = errors / errors.min(1, keepdim=True).values
         best = [FACTORS[int(i)] for i in errors.argmin(1)]
         best_for_all = FACTORS[int(ratio.log().mean(0).argmin())]

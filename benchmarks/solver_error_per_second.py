@@ -1,18 +1,20 @@
 """What does each method buy for its stored bytes and its time?
 
-Reading guide: every figure is the relative weight error divided by that of one-shot SVDQuant with a 16-bit rank-32
-branch, the same main format and direct scales ("absmax" or "floor"), on the same matrix in the same run: less is
-better, 1 is that baseline. "CPU s" is process time of one thread for a layer, "bits" what is stored for each weight,
-all scales counted. "Nominal" ranks cost the bytes of the baseline's branch if scales were free, as in the paper;
-"strict" ranks cost them with scales. A plain 5-bit format without a branch is the honest rival: on hardware that has
-one, it is simpler.
+Reading guide: every figure is the relative weight error divided by that of one-shot SVDQuant with a
+16-bit rank-32 branch, the same main format and direct scales ("absmax" or "floor"), on the same
+matrix in the same run: less is better, 1 is that baseline. "CPU s" is process time of one thread
+for a layer, "bits" what is stored for each weight, all scales counted. "Nominal" ranks cost the
+bytes of the baseline's branch if scales were free, as in the paper; "strict" ranks cost them with
+scales. A plain 5-bit format without a branch is the honest rival: on hardware that has one, it is
+simpler.
 
 1. Synthetic transformer weights (`matrices.dit_like`), with the bars that the solver must keep.
 2. What the three effort levels buy.
-3. The linear layers of the digits transformer that ships with the package: trained weights. A 16-bit rank-5 branch
-   takes the share of bytes there that rank 32 takes at width 1152.
-4. Relative error of the layer's output when activations are rounded as well, on synthetic heavy-tailed activations.
-   Weight error alone does not decide that: a large 4-bit part and a large branch that cancel lose it again.
+3. The linear layers of the digits transformer that ships with the package: trained weights. A
+   16-bit rank-5 branch takes the share of bytes there that rank 32 takes at width 1152.
+4. Relative error of the layer's output when activations are rounded as well, on synthetic
+   heavy-tailed activations. Weight error alone does not decide that: a large 4-bit part and a large
+   branch that cancel lose it again.
 """
 
 import time
@@ -96,7 +98,9 @@ def entries(main: str, shape: tuple[int, int]) -> list[Entry]:
     ]
     for name, branch in NOMINAL.items():
         bar = ERROR_BARS.get(main, {}).get(name)
-        lines.append(Entry(f"LoRaQ r{branch.rank} {name}", LoRaQ(), Scheme(main, branch=branch), bar))
+        lines.append(
+            Entry(f"LoRaQ r{branch.rank} {name}", LoRaQ(), Scheme(main, branch=branch), bar)
+        )
     for name, branch in NOMINAL.items():
         if branch.weight != "bf16":
             strict = with_rank(Scheme(main, branch=opened(branch)), shape)
@@ -121,25 +125,39 @@ def synthetic_weights(mains: list[str], shapes: list[tuple[int, int]], seeds: ra
                     seconds[key].append(measured.seconds)
                     bits[key] = measured.solution.bits_per_weight
         print(
-            f"\n1. Synthetic weights, main {main}, {len(seeds)} seed(s): error / SVDQuant r32 w16a16, direct scales\n"
+            f"\n1. Synthetic weights, main {main}, {len(seeds)} seed(s): error / SVDQuant r32 "
+            f"w16a16, direct scales\n"
         )
         print(
-            f"{'':28}" + "".join(f"{f'{m}x{n}':>10}{'CPU s':>7}{'bits':>7}" for m, n in shapes) + f"{'mean':>8}   bar"
+            f"{'':28}"
+            + "".join(f"{f'{m}x{n}':>10}{'CPU s':>7}{'bits':>7}" for m, n in shapes)
+            + f"{'mean':>8}   bar"
         )
         for entry in entries(main, shapes[0]):
             keys = [(entry.label, shape) for shape in shapes]
             mean = fmean(fmean(ratios[key]) for key in keys)
             in_time = all(fmean(seconds[key]) <= SECONDS_BARS[key[1]] for key in keys)
             line = f"{entry.label:28}"
-            line += "".join(f"{fmean(ratios[key]):10.3f}{fmean(seconds[key]):7.2f}{bits[key]:7.3f}" for key in keys)
+            line += "".join(
+                f"{fmean(ratios[key]):10.3f}{fmean(seconds[key]):7.2f}{bits[key]:7.3f}"
+                for key in keys
+            )
             line += f"{mean:8.3f}"
             if entry.bar is not None:
                 complete = len(shapes) == len(SECONDS_BARS)
-                line += f"   {entry.bar:.2f} " + (verdict(mean <= entry.bar) if complete else "(for both shapes)")
+                line += f"   {entry.bar:.2f} " + (
+                    verdict(mean <= entry.bar) if complete else "(for both shapes)"
+                )
                 line += f", time {verdict(in_time)}"
             print(line)
             rows += [
-                {"table": "synthetic", "main": main, "method": label, "shape": shape, "bar": entry.bar}
+                {
+                    "table": "synthetic",
+                    "main": main,
+                    "method": label,
+                    "shape": shape,
+                    "bar": entry.bar,
+                }
                 | {"mean_over_shapes": mean, "bits_per_weight": bits[label, shape]}
                 | {"ratios": ratios[label, shape], "cpu_seconds": seconds[label, shape]}
                 for label, shape in keys
@@ -152,16 +170,28 @@ def effort_levels(mains: list[str], seeds: range) -> list[Row]:
     rows: list[Row] = []
     shape = (1152, 1152)
     for main in mains:
-        print(f"\n2. Effort levels on 1152x1152, main {main}, {len(seeds)} seed(s): ratio as above, CPU s\n")
+        print(
+            f"\n2. Effort levels on 1152x1152, main {main}, {len(seeds)} seed(s): ratio as above, "
+            f"CPU s\n"
+        )
         print(f"{'':16}" + "".join(f"{effort:>14}{'CPU s':>8}" for effort in EFFORTS))
         weights = [dit_like(*shape, seed=seed) for seed in seeds]
-        bases = [BASELINE.solve(weight, Scheme(main, branch=NOMINAL["w16a16"])).relative_error for weight in weights]
+        bases = [
+            BASELINE.solve(weight, Scheme(main, branch=NOMINAL["w16a16"])).relative_error
+            for weight in weights
+        ]
         for name, branch in NOMINAL.items():
             line = f"r{branch.rank} {name}".ljust(16)
             for effort in EFFORTS:
                 entry = Entry(effort, LoRaQ.at(effort), Scheme(main, branch=branch))
-                runs = [Measured.of(entry, weight, seed) for seed, weight in zip(seeds, weights, strict=True)]
-                ratio = fmean(run.solution.relative_error / base for run, base in zip(runs, bases, strict=True))
+                runs = [
+                    Measured.of(entry, weight, seed)
+                    for seed, weight in zip(seeds, weights, strict=True)
+                ]
+                ratio = fmean(
+                    run.solution.relative_error / base
+                    for run, base in zip(runs, bases, strict=True)
+                )
                 seconds = fmean(run.seconds for run in runs)
                 line += f"{ratio:14.3f}{seconds:8.2f}"
                 rows.append(
@@ -177,7 +207,9 @@ def trained_layers(main: str, every: int) -> dict[str, Tensor]:
     recipe = Recipe.of(Scheme(main))
     tensors = load_file(assets_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
     layers = {
-        name.removesuffix(".weight"): t for name, t in tensors.items() if name.endswith(".weight") and t.dim() == 2
+        name.removesuffix(".weight"): t
+        for name, t in tensors.items()
+        if name.endswith(".weight") and t.dim() == 2
     }
     chosen = [
         name
@@ -224,10 +256,22 @@ def trained_weights(mains: list[str], every: int) -> list[Row]:
             mean, bits = fmean(of_layers), 8 * stored[label] / values
             print(f"{label:28}{mean:9.5f}{mean / base:9.3f}{bits:8.3f}{seconds[label]:8.2f}")
             rows.append(
-                {"table": "trained", "main": main, "method": label, "layers": len(layers), "mean_error": mean}
+                {
+                    "table": "trained",
+                    "main": main,
+                    "method": label,
+                    "layers": len(layers),
+                    "mean_error": mean,
+                }
                 | {"ratio": mean / base, "bits_per_weight": bits, "cpu_seconds": seconds[label]}
             )
-        order = ["RTN", "SVDQuant r5 w16a16", "SVDQuant r5 w16a16 x100", "LoRaQ r5 w16a16", "LoRaQ w8a8 strict"]
+        order = [
+            "RTN",
+            "SVDQuant r5 w16a16",
+            "SVDQuant r5 w16a16 x100",
+            "LoRaQ r5 w16a16",
+            "LoRaQ w8a8 strict",
+        ]
         means = [fmean(errors[label]) for label in order]
         kept = means == sorted(means, reverse=True)
         print("RTN > SVDQuant > alternating > LoRaQ-16 > LoRaQ-8: " + verdict(kept))
@@ -268,25 +312,35 @@ def outputs(mains: list[str], seeds: range) -> list[Row]:
             "A4/A8": (four, "mxint8"),
             "A4/A4": (four, four),
         }
-        print(f"\n4. Relative output error, 1152x1152, main {main}, {len(seeds)} seed(s), by main/branch activations\n")
+        print(
+            f"\n4. Relative output error, 1152x1152, main {main}, {len(seeds)} seed(s), by "
+            f"main/branch activations\n"
+        )
         print(f"{'':28}" + "".join(f"{name:>10}" for name in columns))
         errors: dict[tuple[str, str], list[float]] = defaultdict(list)
         for seed in seeds:
             weight = dit_like(1152, 1152, seed=seed)
             generator = torch.Generator().manual_seed(seed)
-            x = heavy_tailed(512, 1152, seed=seed + 100) * torch.exp(0.5 * torch.randn(1152, generator=generator))
+            x = heavy_tailed(512, 1152, seed=seed + 100) * torch.exp(
+                0.5 * torch.randn(1152, generator=generator)
+            )
             for label, (method, branch) in lines.items():
                 aware = isinstance(method, LoRaQ) and method.activation_aware
                 solution: LayerSolution | None = None
                 for column, (activation, of_branch) in columns.items():
                     if branch is w6 and of_branch == "mxint8":
                         of_branch = w6.weight  # w6a6 stays below 8 bits
-                    scheme = Scheme(main, activation, branch and replace(branch, activation=of_branch))
+                    scheme = Scheme(
+                        main, activation, branch and replace(branch, activation=of_branch)
+                    )
                     if solution is None or aware:
                         solution = method.solve(weight, scheme, seed=seed)
                     errors[label, column].append(output_error(weight, solution, scheme, x))
         for label in lines:
-            print(f"{label:28}" + "".join(f"{fmean(errors[label, column]):10.4f}" for column in columns))
+            print(
+                f"{label:28}"
+                + "".join(f"{fmean(errors[label, column]):10.4f}" for column in columns)
+            )
             rows += [
                 {"table": "output", "main": main, "method": label, "activations": column}
                 | {"formats": columns[column], "errors": errors[label, column]}
@@ -297,7 +351,9 @@ def outputs(mains: list[str], seeds: range) -> list[Row]:
 
 def main() -> None:
     """Print the four tables and the JSON line."""
-    chosen = options(__doc__, quick="one seed, one main format in tables 2 and 4, every eighth trained layer")
+    chosen = options(
+        __doc__, quick="one seed, one main format in tables 2 and 4, every eighth trained layer"
+    )
     shapes, mains = list(SECONDS_BARS), list(ERROR_BARS)
     seeds, every = range(3), 1
     few = mains

@@ -1,13 +1,15 @@
 """How many seconds does the solver take for a layer, and where do they go?
 
-Reading guide: process time of `LoRaQ` on synthetic transformer weights, "s/layer" with the steps that the installed
-version takes by default, "ms/step" of each phase (1: full-precision factors, 2: rounded ones), "ends" for all before,
-between and after them (SVDs, the candidates that are stored). The largest shape takes a few steps only, and its
-s/layer is then ends + default steps × ms/step, which the row says in "extrapolated". "rounding" is the share of
-`Format.round` in the steps, "products" that of dense matrix products, "other" the rest: norms, updates, inverses.
+Reading guide: process time of `LoRaQ` on synthetic transformer weights, "s/layer" with the steps
+that the installed version takes by default, "ms/step" of each phase (1: full-precision factors, 2:
+rounded ones), "ends" for all before, between and after them (SVDs, the candidates that are stored).
+The largest shape takes a few steps only, and its s/layer is then ends + default steps × ms/step,
+which the row says in "extrapolated". "rounding" is the share of `Format.round` in the steps,
+"products" that of dense matrix products, "other" the rest: norms, updates, inverses.
 
-It takes 3 to 6 minutes. Only names that every version of the package has are used, so that an older one can be measured
-by the same script ("before" is the commit that precedes the first profile of the solver):
+It takes 3 to 6 minutes. Only names that every version of the package has are used, so that an older
+one can be measured by the same script ("before" is the commit that precedes the first profile of
+the solver):
 
     python benchmarks/solver_seconds.py --label after --save
     git worktree add old 52424a7
@@ -36,8 +38,8 @@ from matrices import dit_like
 SHAPES = {(1152, 1152): True, (1152, 4608): True, (3072, 12288): False}
 #: Main weight, its activations, weight and activations of the branch.
 SCHEMES = {
-    "mxfp4-w6a8-a8": ("mxfp4", "mxint8", "mxfp6_e2m3", "mxint8"),
-    "int4-w8a8-a8": ("int4", "int8", "mxint8", "mxint8"),
+    "mxfp4-a8+w6a8": ("mxfp4", "mxint8", "mxfp6_e2m3", "mxint8"),
+    "int4-a8+w8a8": ("int4", "int8", "mxint8", "mxint8"),
 }
 #: Steps of both phases where not all are taken, and under the profiler.
 FEW = (10, 4)
@@ -48,16 +50,27 @@ PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::badd
 
 def main() -> None:
     """Print a table and the JSON line."""
-    chosen = options(__doc__, label=("after", "written in every row: before or after"), quick="without the largest")
+    chosen = options(
+        __doc__,
+        label=("after", "written in every row: before or after"),
+        quick="without the largest",
+    )
     rows: list[dict[str, object]] = []
-    print(f"{'shape':12}{'scheme':15}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}{'ends s':>8}   where")
+    print(
+        f"{'shape':12}{'scheme':15}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}{'ends s':>8}   "
+        f"where"
+    )
     for shape, complete in SHAPES.items():
         if chosen.quick and not complete:
             continue
         weight = dit_like(*shape)
         for name in SCHEMES:
             scheme = scheme_of(name, shape)
-            row = {"shape": list(shape), "scheme": name, "rank": scheme.branch.rank if scheme.branch else 0}
+            row = {
+                "shape": list(shape),
+                "scheme": name,
+                "rank": scheme.branch.rank if scheme.branch else 0,
+            }
             row |= {"label": chosen.label, "package_commit": commit_of_the_package()}
             row |= seconds_of(weight, scheme, complete) | shares_of(weight, scheme)
             rows.append(row)
@@ -74,7 +87,9 @@ def scheme_of(name: str, shape: tuple[int, int]) -> Scheme:
     return Scheme(main, activation, Branch(rank, weight, inner))
 
 
-def watched(steps: tuple[int, int], around: Callable[[str], AbstractContextManager[object]]) -> LoRaQ:
+def watched(
+    steps: tuple[int, int], around: Callable[[str], AbstractContextManager[object]]
+) -> LoRaQ:
     """Return a solver whose phases run inside a context that `around` makes for the phase's name."""
 
     class Watched(LoRaQ):
@@ -101,7 +116,9 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
 
     default = EFFORTS["default"]
     steps = default if complete else FEW
-    LoRaQ(steps=2, refine_steps=2).solve(weight[:256, :512], scheme)  # what is done once in a process
+    LoRaQ(steps=2, refine_steps=2).solve(
+        weight[:256, :512], scheme
+    )  # what is done once in a process
     with clock("layer"):
         watched(steps, clock).solve(weight, scheme)
     each = [spent["anneal"] / steps[0], spent["refine"] / steps[1]]
@@ -133,7 +150,9 @@ def shares_of(weight: Tensor, scheme: Scheme) -> dict[str, object]:
     total = sum(own.values())
     rounding = sum(event.cpu_time_total for event in events if event.key == ROUNDING) / total
     products = sum(own[name] for name in PRODUCTS) / total
-    top = sorted(((own[name] / total, name) for name in own if name.startswith("aten::")), reverse=True)[:TOP]
+    top = sorted(
+        ((own[name] / total, name) for name in own if name.startswith("aten::")), reverse=True
+    )[:TOP]
     return {
         "share_of_rounding": rounding,
         "share_of_products": products,
@@ -162,7 +181,10 @@ def commit_of_the_package() -> str:
     """Return the commit of the package that is measured, which need not be this script's."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     folder = Path(inspect.getfile(BlockFormat)).parent
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or "unknown"
+    return (
+        subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+        or "unknown"
+    )
 
 
 def show(row: dict) -> None:

@@ -1,13 +1,15 @@
 """Does streaming stay inside its memory limit, and how long do whole models take?
 
-Checkpoints with the names, shapes and shards of published models are written with random bf16 weights, and quantized
-by the command `loraq quantize`, in its own process, as a user would. Reading guide: "peak MB" is the most anonymous
-memory that the command and its workers held together (file pages that the kernel can drop are not counted), and
-"tensor MB" is the largest weight in fp32. If streaming works, the first follows the second and not the GB of the model.
+Checkpoints with the names, shapes and shards of published models are written with random bf16
+weights, and quantized by the command `loraq quantize`, in its own process, as a user would. Reading
+guide: "peak MB" is the most anonymous memory that the command and its workers held together (file
+pages that the kernel can drop are not counted), and "tensor MB" is the largest weight in fp32. If
+streaming works, the first follows the second and not the GB of the model.
 
-A whole FLUX.1 takes hours on two cores. `--layers N` quantizes N layers, from the smallest to the largest, and keeps
-the others in 16 bits: every byte of the checkpoint is still read, checked and written, and "hours" tells what all
-layers would take on as many workers at the measured seconds per weight.
+A whole FLUX.1 takes hours on two cores. `--layers N` quantizes N layers, from the smallest to the
+largest, and keeps the others in 16 bits: every byte of the checkpoint is still read, checked and
+written, and "hours" tells what all layers would take on as many workers at the measured seconds per
+weight.
 
     python benchmarks/stream_models.py --layers 8                        all three, a subset
     python benchmarks/stream_models.py --models pixart-sigma --layers 0  all layers of one
@@ -84,7 +86,9 @@ def write_checkpoint(config: dict[str, object], folder: Path) -> torch.nn.Module
     write_json(folder / "config.json", config)
     model = model_of(config, folder / "config.json")
     specs = {
-        name: TensorSpec(DTYPE_NAMES[torch.bfloat16 if t.is_floating_point() else t.dtype], tuple(t.shape))
+        name: TensorSpec(
+            DTYPE_NAMES[torch.bfloat16 if t.is_floating_point() else t.dtype], tuple(t.shape)
+        )
         for name, t in model.state_dict().items()
     }
     layout = ShardLayout.of(specs, "diffusion_pytorch_model", SHARD_BYTES)
@@ -92,7 +96,9 @@ def write_checkpoint(config: dict[str, object], folder: Path) -> torch.nn.Module
     rng = torch.Generator().manual_seed(0)
     for name, spec in specs.items():
         width = math.prod(spec.shape[1:]) or 1
-        layout.write(folder, {name: (torch.randn(spec.shape, generator=rng) * width**-0.5).bfloat16()})
+        layout.write(
+            folder, {name: (torch.randn(spec.shape, generator=rng) * width**-0.5).bfloat16()}
+        )
     return model
 
 
@@ -103,7 +109,10 @@ def subset(plan: Plan, recipe: Recipe, n_layers: int) -> Recipe:
     by_size = sorted(plan.quantized, key=lambda layer: math.prod(layer.shape))
     step = (len(by_size) - 1) / max(1, n_layers - 1)
     chosen = {by_size[round(i * step)].name for i in range(n_layers)}
-    rules = (*(Rule(name) for name in sorted(chosen)), Rule("*", skip=True, reason="not in the subset"))
+    rules = (
+        *(Rule(name) for name in sorted(chosen)),
+        Rule("*", skip=True, reason="not in the subset"),
+    )
     return replace(recipe, rules=rules)
 
 
@@ -114,13 +123,25 @@ def anonymous_bytes(pid: int) -> int:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:  # it has just ended
         return 0
-    own = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Anonymous:"))
+    own = next(
+        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Anonymous:")
+    )
     return own + sum(anonymous_bytes(int(child)) for child in children)
 
 
 def measure(source: Path, target: Path, recipe: Path, workers: int) -> tuple[dict, float, int]:
     """Run the command; return what it reports, its seconds, and its peak of anonymous memory."""
-    command = [sys.executable, "-m", "loraq", "quantize", source, target, "--recipe", recipe, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "loraq",
+        "quantize",
+        source,
+        target,
+        "--recipe",
+        recipe,
+        "--json",
+    ]
     begin, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen([*command, "--workers", str(workers)], stdout=output)
@@ -148,7 +169,17 @@ def main() -> None:
         effort=("fast", "effort of the solver (default: fast)"),
         folder=("", "where to write; 30 GB for FLUX.1 (default: a temporary folder)"),
     )
-    columns = ("layers", "GB in", "GB out", "min", "s/layer", "GB/s", "tensor MB", "peak MB", "hours")
+    columns = (
+        "layers",
+        "GB in",
+        "GB out",
+        "min",
+        "s/layer",
+        "GB/s",
+        "tensor MB",
+        "peak MB",
+        "hours",
+    )
     print(f"{'':14}" + "".join(f"{column:>11}" for column in columns))
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=chosen.folder or None) as place:
@@ -158,7 +189,9 @@ def main() -> None:
             recipe = replace(Recipe.named("default"), effort=chosen.effort)
             plan = plan_model(model, recipe)
             write_json(Path(place, "recipe.json"), subset(plan, recipe, chosen.layers).to_dict())
-            found, seconds, peak = measure(source, target, Path(place, "recipe.json"), chosen.workers)
+            found, seconds, peak = measure(
+                source, target, Path(place, "recipe.json"), chosen.workers
+            )
             n_layers, n_all = len(found["layers"]), len(plan.quantized)
             largest = max(parameter.numel() for parameter in model.parameters()) * 4
             weights = {layer.name: math.prod(layer.shape) for layer in plan.quantized}

@@ -1,4 +1,7 @@
-"""The page of timings. Every number on it is read from the result files; nothing is measured or remembered here."""
+"""The page of timings.
+
+Every number on it is read from the result files; nothing is measured or remembered here.
+"""
 
 import json
 from collections.abc import Callable, Iterable
@@ -10,15 +13,18 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 Record = dict[str, Any]
 Row = dict[str, Any]
 
-#: What makes a missing result file, by benchmark. The page shows them, so that a table can be made again.
+#: What makes a missing result file, by benchmark. The page shows them, so that a table can be made
+#: again.
 COMMANDS = {
     "linear_latency": (
         "python benchmarks/linear_latency.py --threads 2 --save",
-        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --save",
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 "
+        "--save",
     ),
     "block_latency": (
         "python benchmarks/block_latency.py --threads 2 --step --save",
-        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/block_latency.py --threads 2 --step --save",
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/block_latency.py --threads 2 --step "
+        "--save",
     ),
     "solver_seconds": (
         "python benchmarks/solver_seconds.py --label after --save",
@@ -60,7 +66,16 @@ solver. "per step" is how many times faster today's steps have become: a version
 on less error. `*`: only a few steps were timed, and the default number is counted from them; the rest of the work, such
 as SVDs and the last rounding, is timed whole.
 """
-SOLVER_HEADINGS = ("", "s/layer before", "after", "steps before", "after", "ms/step before", "after", "per step")
+SOLVER_HEADINGS = (
+    "",
+    "s/layer before",
+    "after",
+    "steps before",
+    "after",
+    "ms/step before",
+    "after",
+    "per step",
+)
 
 
 class Machine(NamedTuple):
@@ -98,14 +113,23 @@ class Bar(NamedTuple):
 
 def read(folder: Path = RESULTS) -> list[Record]:
     """Return every record of every result file, oldest first. A file has one record a line."""
-    lines = (line for path in sorted(folder.glob("*/*.json")) for line in path.read_text().splitlines())
+    lines = (
+        line for path in sorted(folder.glob("*/*.json")) for line in path.read_text().splitlines()
+    )
     return sorted((json.loads(line) for line in lines), key=lambda record: record["date"])
 
 
 def page(records: Iterable[Record]) -> str:
     """Return the page for these records, which are sorted by date."""
     records = list(records)
-    parts = [INTRO, *layers(records), *blocks(records), *solver(records), *on_gpu(records), *commands()]
+    parts = [
+        INTRO,
+        *layers(records),
+        *blocks(records),
+        *solver(records),
+        *on_gpu(records),
+        *commands(),
+    ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -122,7 +146,10 @@ def newest(records: list[Record], benchmark: str, part: str) -> dict[Machine, di
                     **record,
                     "rows": [row for row in record["rows"] if row[part] == value],
                 }
-    return {machine: found[machine] for machine in sorted(found, key=lambda m: (m.device, m.kind, -m.threads, m.limit))}
+    return {
+        machine: found[machine]
+        for machine in sorted(found, key=lambda m: (m.device, m.kind, -m.threads, m.limit))
+    }
 
 
 def named(machine: Machine) -> str:
@@ -130,15 +157,17 @@ def named(machine: Machine) -> str:
     if machine.device != "cpu":
         return machine.kind
     limit = f", torch kept to {machine.limit}" if machine.limit else ""
-    return f"CPU, {machine.kind}{limit}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
+    return (
+        f"CPU, {machine.kind}{limit}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
+    )
 
 
 def source(record: Record) -> str:
     """Return the sentence that says where a table's numbers come from."""
     changed = ", **with changes that were not committed**" if record["changed"] else ""
     return (
-        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}; torch {record['torch']}, "
-        f"{record['cpu_count']} cores."
+        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}; torch "
+        f"{record['torch']}, {record['cpu_count']} cores."
     )
 
 
@@ -156,7 +185,7 @@ def on_gpu(records: list[Record]) -> list[str]:
     return ["## GPU", "", "No run on a GPU has been recorded: nothing is claimed for one.", ""]
 
 
-# --- one layer ------------------------------------------------------------------------------------------------------
+# --- one layer ------------------------------------------------------------------------------------
 
 
 def layers(records: list[Record]) -> list[str]:
@@ -168,7 +197,11 @@ def layers(records: list[Record]) -> list[str]:
         rows = []
         for model in (model for model in MODELS if model in by_model):
             rows += by_model[model]["rows"]
-            lines += [f"**{MODELS[model]}.** {source(by_model[model])}", "", *speeds(by_model[model]["rows"])]
+            lines += [
+                f"**{MODELS[model]}.** {source(by_model[model])}",
+                "",
+                *speeds(by_model[model]["rows"]),
+            ]
         lines += judged(machine, rows)
     return lines
 
@@ -190,8 +223,12 @@ def speeds(rows: list[Row]) -> list[str]:
         here = [row for row in rows if row["tokens"] == tokens]
         for place in {shape_of(row): None for row in here}:
             one = {row["contender"]: row for row in here if shape_of(row) == place}
-            cells = [f"{one[name]['times_bf16']:.2f}" if name in one else "–" for name in contenders]
-            costs = [percent(one[name]["branch_cost"]) if name in one else "–" for name in with_branch]
+            cells = [
+                f"{one[name]['times_bf16']:.2f}" if name in one else "–" for name in contenders
+            ]
+            costs = [
+                percent(one[name]["branch_cost"]) if name in one else "–" for name in with_branch
+            ]
             body.append([place, f"{one['bf16']['ms']:.2f}", *cells, *costs])
         branches = [f"branch of {name}" for name in with_branch]
         lines += table([f"{tokens} tokens", "bf16 ms", *contenders, *branches], body)
@@ -217,7 +254,15 @@ def judged(machine: Machine, rows: list[Row]) -> list[str]:
         worst, place = bar.worst()
         middle = median(value for value, _ in bar.measured)
         verdict = "met" if bar.met() else "**MISSED**"
-        body.append([bar.promise, f"{bar.show(worst)} ({place})", bar.show(middle), str(len(bar.measured)), verdict])
+        body.append(
+            [
+                bar.promise,
+                f"{bar.show(worst)} ({place})",
+                bar.show(middle),
+                str(len(bar.measured)),
+                verdict,
+            ]
+        )
         reasons += [bar.reason, ""] if bar.reason and not bar.met() else []
     return [*table(["bar", "worst", "median", "measured", ""], body), *reasons]
 
@@ -225,14 +270,19 @@ def judged(machine: Machine, rows: list[Row]) -> list[str]:
 def bars(rows: list[Row]) -> list[Bar]:
     """Return the bars of a CPU."""
 
-    def of(contender: str, value: Callable[[Row], float], among: list[Row]) -> list[tuple[float, str]]:
+    def of(
+        contender: str, value: Callable[[Row], float], among: list[Row]
+    ) -> list[tuple[float, str]]:
         mine = (row for row in among if row["contender"] == contender)
-        return [(value(row), f"{row['n_in']} → {row['n_out']}, {row['tokens']} tokens") for row in mine]
+        return [
+            (value(row), f"{row['n_in']} → {row['n_out']}, {row['tokens']} tokens") for row in mine
+        ]
 
     large = [row for row in rows if is_large(row)]
     return [
         Bar(
-            f"`int8_row` with branch ≥ {BAR_SPEED} × bf16, from {LARGE_TOKENS} tokens, in and out from {LARGE_SIZE}",
+            f"`int8_row` with branch ≥ {BAR_SPEED} × bf16, from {LARGE_TOKENS} tokens, in and out "
+            f"from {LARGE_SIZE}",
             of("int8_row", lambda row: row["times_bf16"], large),
             BAR_SPEED,
             True,
@@ -268,8 +318,9 @@ def slow_product(rows: list[Row]) -> str:
     if not slow:
         return ""
     return (
-        f"The bare INT8 product is itself below {BAR_SPEED} × bf16 in {slow} of these {len(product)} measurements "
-        f"({min(product):.2f} to {max(product):.2f} ×): there no INT8 layer can be at {BAR_SPEED}."
+        f"The bare INT8 product is itself below {BAR_SPEED} × bf16 in {slow} of these "
+        f"{len(product)} measurements ({min(product):.2f} to {max(product):.2f} ×): there no INT8 "
+        f"layer can be at {BAR_SPEED}."
     )
 
 
@@ -278,7 +329,7 @@ def percent(share: float) -> str:
     return f"{100 * share:+.0f} %"
 
 
-# --- blocks and steps -----------------------------------------------------------------------------------------------
+# --- blocks and steps -----------------------------------------------------------------------------
 
 
 def blocks(records: list[Record]) -> list[str]:
@@ -292,12 +343,15 @@ def blocks(records: list[Record]) -> list[str]:
             if said != (said := source(record)):
                 lines += [said, ""]
             rows = record["rows"]
-            body = [[r["contender"], f"{r['ms']:.0f}", f"{r['times_bf16']:.2f}", f"{r['mib']:.0f}"] for r in rows]
+            body = [
+                [r["contender"], f"{r['ms']:.0f}", f"{r['times_bf16']:.2f}", f"{r['mib']:.0f}"]
+                for r in rows
+            ]
             lines += table([f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB"], body)
     return lines
 
 
-# --- the solver -----------------------------------------------------------------------------------------------------
+# --- the solver -----------------------------------------------------------------------------------
 
 
 def solver(records: list[Record]) -> list[str]:
@@ -314,7 +368,11 @@ def solver(records: list[Record]) -> list[str]:
             record = by_label[label]
             package = record["rows"][0]["package_commit"]
             lines += [f"{label.capitalize()}: package of commit {package}. {source(record)}", ""]
-        rows = {(tuple(r["shape"]), r["scheme"], r["label"]): r for record in by_label.values() for r in record["rows"]}
+        rows = {
+            (tuple(r["shape"]), r["scheme"], r["label"]): r
+            for record in by_label.values()
+            for r in record["rows"]
+        }
         for shape, scheme in {(shape, scheme): None for shape, scheme, _ in rows}:
             pair = [rows.get((shape, scheme, label)) for label in ("before", "after")]
             body.append([f"{shape[0]}×{shape[1]}, `{scheme}`", *solver_cells(*pair)])
@@ -325,9 +383,14 @@ def solver(records: list[Record]) -> list[str]:
 def solver_cells(before: Row | None, after: Row | None) -> list[str]:
     """Return the cells of one shape and scheme."""
     both = (before, after)
-    seconds = [f"{row['seconds']:.1f}{' *' if row['extrapolated'] else ''}" if row else "–" for row in both]
+    seconds = [
+        f"{row['seconds']:.1f}{' *' if row['extrapolated'] else ''}" if row else "–" for row in both
+    ]
     steps = [" + ".join(map(str, row["default_steps"])) if row else "–" for row in both]
-    each = [" / ".join(f"{1e3 * s:.0f}" for s in row["seconds_per_step"]) if row else "–" for row in both]
+    each = [
+        " / ".join(f"{1e3 * s:.0f}" for s in row["seconds_per_step"]) if row else "–"
+        for row in both
+    ]
     gain = "–"
     if before and after:  # weighed by the steps of today's version
         spent = [

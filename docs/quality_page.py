@@ -1,4 +1,7 @@
-"""The page of quality. Every number on it is read from the result files of `benchmarks/quality.py`."""
+"""The page of quality.
+
+Every number on it is read from the result files of `benchmarks/quality.py`.
+"""
 
 from collections.abc import Iterable
 from math import sqrt
@@ -51,7 +54,9 @@ def newest(records: Iterable[Record]) -> dict[str, Tables]:
     """Return the newest record of each table of each world, with the rows of that table, from records by date."""
     found: dict[str, Tables] = {}
     for record in records:
-        if record["benchmark"] != "quality" or not all("same_bytes" in row for row in record["rows"]):
+        if record["benchmark"] != "quality" or not all(
+            "same_bytes" in row for row in record["rows"]
+        ):
             continue
         for row in record["rows"]:
             tables = found.setdefault(row["world"], {})
@@ -79,9 +84,12 @@ def verdicts(worlds: dict[str, Tables]) -> list[str]:
     """Return the table of the strongest rivals: is LoRaQ below every other method of no fewer bytes, beyond noise?"""
     lines = [
         "## The bar\n",
-        "LoRaQ's velocity error is to be below that of every other method at the same stored bytes, beyond the",
-        "confidence interval. The rival of each table that comes nearest, and among wider formats the one that does,",
-        "against the best LoRaQ row with the same main format (for wider ones: any) that stores no more:\n",
+        "LoRaQ's velocity error is to be below that of every other method at the same stored "
+        "bytes, beyond the",
+        "confidence interval. The rival of each table that comes nearest, and among wider formats "
+        "the one that does,",
+        "against the best LoRaQ row with the same main format (for wider ones: any) that stores no "
+        "more:\n",
         "| | rival | bits | LoRaQ | bits | rival / LoRaQ | |",
         "|---|---|--:|---|--:|--:|---|",
     ]
@@ -89,9 +97,17 @@ def verdicts(worlds: dict[str, Tables]) -> list[str]:
         for group, record in tables.items():
             for same_bytes in (True, False):
                 rows = [] if group.startswith("Ablations") else record["rows"]
-                rivals = [row for row in rows if row["method"] != "loraq" and row["same_bytes"] is same_bytes]
+                rivals = [
+                    row
+                    for row in rows
+                    if row["method"] != "loraq" and row["same_bytes"] is same_bytes
+                ]
                 if pairs := [(rival, ours) for rival in rivals if (ours := best(rows, rival))]:
-                    lines.append(verdict(f"{world}, {group}", *min(pairs, key=lambda pair: fmean(ratios(*pair)))))
+                    lines.append(
+                        verdict(
+                            f"{world}, {group}", *min(pairs, key=lambda pair: fmean(ratios(*pair)))
+                        )
+                    )
     return [*lines, ""]
 
 
@@ -101,17 +117,20 @@ def verdict(place: str, rival: Row, ours: Row) -> str:
     low, high = fmean(found) - half_width(found), fmean(found) + half_width(found)
     said = "met" if low > 1 else ("**MISSED**" if high < 1 else "**open**: within noise")
     return (
-        f"| {place} | {rival['label']} | {rival['bits']:.2f} | {ours['label']} | {ours['bits']:.2f} "
-        f"| {interval(found, 2)} | {said} |"
+        f"| {place} | {rival['label']} | {rival['bits']:.2f} | {ours['label']} | "
+        f"{ours['bits']:.2f} | {interval(found, 2)} | {said} |"
     )
 
 
 def best(rows: list[Row], rival: Row) -> Row | None:
     """Return LoRaQ's row with the least velocity error among those like a rival, if there is one.
 
-    They store no more, and have the same main format, unless no LoRaQ row has the rival's (as for INT5).
+    They store no more, and have the same main format, unless no LoRaQ row has the rival's (as for
+    INT5).
     """
-    ours = [row for row in rows if row["method"] == "loraq" and row["bits"] <= rival["bits"] + SAME_BITS]
+    ours = [
+        row for row in rows if row["method"] == "loraq" and row["bits"] <= rival["bits"] + SAME_BITS
+    ]
     alike = [row for row in ours if main_of(row) == main_of(rival)]
     return min(alike or ours, key=lambda row: fmean(row["velocity"]), default=None)
 
@@ -128,22 +147,43 @@ def table(rows: list[Row], title: str, source: str) -> str:
     pictures = "SSIM"
     if rows[0]["ssim"] is None:
         pictures = f"Fréchet (as trained {rows[0]['frechet_as_trained']:.2f})"
-    headings = ("", "recipe", "bits", "weight", "layers", "velocity error", "/ LoRaQ", "PSNR dB", pictures, "s", "MB")
-    lines = [f"**{title}**", "", source, "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    headings = (
+        "",
+        "recipe",
+        "bits",
+        "weight",
+        "layers",
+        "velocity error",
+        "/ LoRaQ",
+        "PSNR dB",
+        pictures,
+        "s",
+        "MB",
+    )
+    lines = [
+        f"**{title}**",
+        "",
+        source,
+        "",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+    ]
     for row in rows:
         last = f"{row['ssim']:.4f}" if row["ssim"] is not None else f"{row['frechet']:.2f}"
         over = "1" if row is reference else interval(ratios(row, reference), 2)
         lines.append(
-            f"| {row['label']} | `{row['recipe']}` | {row['bits']:.2f} | {row['weight']:.4f} | {row['layers']:.4f} "
-            f"| {interval(row['velocity'], 4)} | {over} | {row['psnr']:.1f} | {last} | {row['seconds']:.0f} "
-            f"| {row['peak_mb']:.0f} |"
+            f"| {row['label']} | `{row['recipe']}` | {row['bits']:.2f} | {row['weight']:.4f} | "
+            f"{row['layers']:.4f} | {interval(row['velocity'], 4)} | {over} | {row['psnr']:.1f} | "
+            f"{last} | {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
         )
     return "\n".join([*lines, ""])
 
 
 def ratios(row: Row, reference: Row) -> list[float]:
     """Return the ratio of two rows' velocity errors, run by run."""
-    return [ours / theirs for ours, theirs in zip(row["velocity"], reference["velocity"], strict=True)]
+    return [
+        ours / theirs for ours, theirs in zip(row["velocity"], reference["velocity"], strict=True)
+    ]
 
 
 def half_width(values: list[float]) -> float:
@@ -169,7 +209,9 @@ def draw(records: Iterable[Record], path: Path = HERE / "quality.svg") -> None:
     colors = {"loraq": "tab:red", "rtn": "tab:gray", "gptq": "tab:blue"}
     for line, (world, tables) in zip(panels, worlds.items(), strict=True):
         for panel, kind in zip(line, kinds, strict=True):
-            for row in (row for group in tables if group.startswith(kind) for row in tables[group]["rows"]):
+            for row in (
+                row for group in tables if group.startswith(kind) for row in tables[group]["rows"]
+            ):
                 panel.errorbar(
                     row["bits"],
                     fmean(row["velocity"]),
@@ -180,5 +222,7 @@ def draw(records: Iterable[Record], path: Path = HERE / "quality.svg") -> None:
                     markersize=10,
                 )
             panel.set(title=f"{world}, {kind}", xlabel="stored bits per weight", yscale="log")
-    panels[0][0].set_ylabel("velocity error\nstars: LoRaQ; grey RTN, blue GPTQ, green others\nhollow: own samples")
+    panels[0][0].set_ylabel(
+        "velocity error\nstars: LoRaQ; grey RTN, blue GPTQ, green others\nhollow: own samples"
+    )
     figure.savefig(path, metadata={"Date": None})

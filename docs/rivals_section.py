@@ -28,7 +28,9 @@ inputs are rounded to 4 bits; beside that our branch sees 8-bit inputs and their
 def newest(records: Iterable[Record]) -> Record | None:
     """Return the newest complete record, from records sorted by date."""
     found = [
-        r for r in records if r["benchmark"] == "against_rivals" and "--" not in r["command"].replace("--save", "")
+        r
+        for r in records
+        if r["benchmark"] == "against_rivals" and "--" not in r["command"].replace("--save", "")
     ]
     return found[-1] if found else None
 
@@ -44,7 +46,11 @@ def section(records: Iterable[Record]) -> str:
     for row in rows:
         rivals.setdefault(row["contender"], {})[row["table"]] = row
     lines = [
-        INTRO.format(packages=len({row["package"] for row in rows}), tables=" / ".join(tables), first=tables[0]),
+        INTRO.format(
+            packages=len({row["package"] for row in rows}),
+            tables=" / ".join(tables),
+            first=tables[0],
+        ),
         performance.source(record) + "\n",
         "| | bits | weight error | ratio, weight | ratio, output with 4-bit activations |",
         "|---|--:|--:|---|---|",
@@ -52,8 +58,14 @@ def section(records: Iterable[Record]) -> str:
     for name, by_table in rivals.items():
         first = by_table[tables[0]]
         mark = "" if first["counted"] == "stored" else " *"
-        columns = (" / ".join(shown(by_table.get(table), kind) for table in tables) for kind in (weight, output))
-        lines.append(f"| {name}{mark} | {first['bits']:.3f} | {first['weight_error']:.4f} | {' | '.join(columns)} |")
+        columns = (
+            " / ".join(shown(by_table.get(table), kind) for table in tables)
+            for kind in (weight, output)
+        )
+        lines.append(
+            f"| {name}{mark} | {first['bits']:.3f} | {first['weight_error']:.4f} | "
+            f"{' | '.join(columns)} |"
+        )
     return "\n".join([*lines, "", *verdict(rows), ""])
 
 

@@ -24,30 +24,32 @@ from loraq.integrations.checkpoints import quantize_checkpoint
 from loraq.recipe import Recipe
 from tiny_pipelines import SENTENCES
 
-#: (method, recipe). All rows with a branch get at most the bytes of SVDQuant's 16-bit rank 32 in the same main format.
+#: (method, recipe). All rows with a branch get at most the bytes of SVDQuant's 16-bit rank 32 in
+#: the same main format.
 CONFIGURATIONS = (
     ("rtn", "int4"),
     ("rtn", "nvfp4"),
     ("rtn", "mxfp4"),
     # SVDQuant in its native formats, and in the paper's.
-    ("svdquant", "int4-r32"),
-    ("svdquant", "nvfp4-r32"),
-    ("svdquant", "mxfp4-r32"),
+    ("svdquant", "int4+bf16-r32"),
+    ("svdquant", "nvfp4+bf16-r32"),
+    ("svdquant", "mxfp4+bf16-r32"),
     # LoRaQ with the same 16-bit branch.
-    ("loraq", "int4-r32"),
-    ("loraq", "nvfp4-r32"),
-    ("loraq", "mxfp4-r32"),
+    ("loraq", "int4+bf16-r32"),
+    ("loraq", "nvfp4+bf16-r32"),
+    ("loraq", "mxfp4+bf16-r32"),
     # The paper's quantized branches: W8A8, W6A6, W4A8; floating and integer elements.
-    ("loraq", "mxfp4-w8a8-h0"),
-    ("loraq", "mxfp4-w6a6-h0"),
-    ("loraq", "mxfp4-w4a8-h0"),
-    ("loraq", "mxint4-w8a8-h0"),
-    ("loraq", "mxint4-w6a6-h0"),
-    ("loraq", "mxint4-w4a8-h0"),
+    ("loraq", "mxfp4+w8a8-h0"),
+    ("loraq", "mxfp4+w6a6-h0"),
+    ("loraq", "mxfp4+w4a8-h0"),
+    ("loraq", "mxint4+w8a8-h0"),
+    ("loraq", "mxint4+w6a6-h0"),
+    ("loraq", "mxint4+w4a8-h0"),
     # With the rotation of the input that 4-bit activations get by default here.
-    ("loraq", "mxfp4-w6a8"),
-    # Main path at 8-bit activations, as the authors' kernels run it; and the default of this package.
-    ("loraq", "mxfp4-w8a8-a8"),
+    ("loraq", "mxfp4+w6a8"),
+    # Main path at 8-bit activations, as the authors' kernels run it; and the default of this
+    # package.
+    ("loraq", "mxfp4-a8+w8a8"),
     ("loraq", "default"),
 )
 
@@ -83,7 +85,8 @@ class Row:
     ssim: float
     seconds_to_quantize: float
     seconds_per_image: float
-    #: Peak of the accelerator while images are made; without one, peak resident memory of this process so far.
+    #: Peak of the accelerator while images are made; without one, peak resident memory of this
+    #: process so far.
     peak_bytes: int
 
 
@@ -103,7 +106,11 @@ def main(study: Study, argv: list[str] | None = None) -> list[Row]:
     exact, seconds = _images(pipeline, prompts, call)
     _write_images(exact, out / "images" / "float")
     kind = type(pipeline.transformer)
-    rows = [_row(("float", options.dtype), pipeline.transformer, exact, exact, seconds, (16.0, 0.0, 0.0))]
+    rows = [
+        _row(
+            ("float", options.dtype), pipeline.transformer, exact, exact, seconds, (16.0, 0.0, 0.0)
+        )
+    ]
     print(_line(rows[0]), flush=True)
     for method, name in options.only or CONFIGURATIONS:
         recipe = replace(Recipe.of(name), method=method, effort=options.effort)
@@ -121,18 +128,30 @@ def main(study: Study, argv: list[str] | None = None) -> list[Row]:
 
 
 def _options(study: Study, argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Quantize {study.name} in the paper's configurations and compare.")
-    parser.add_argument("--source", default=study.hub_id, help="pipeline folder or hub id (default: %(default)s)")
-    parser.add_argument("--local-tiny", action="store_true", help="a small pipeline with random weights instead")
-    parser.add_argument("--out", type=Path, default=Path("studies") / study.name, help="where results go")
+    parser = argparse.ArgumentParser(
+        description=f"Quantize {study.name} in the paper's configurations and compare."
+    )
+    parser.add_argument(
+        "--source", default=study.hub_id, help="pipeline folder or hub id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--local-tiny", action="store_true", help="a small pipeline with random weights instead"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("studies") / study.name, help="where results go"
+    )
     parser.add_argument("--images", type=int, default=8, help="number of prompts")
-    parser.add_argument("--prompts", type=Path, help="text file, one a line; or MJHQ's meta_data.json")
+    parser.add_argument(
+        "--prompts", type=Path, help="text file, one a line; or MJHQ's meta_data.json"
+    )
     parser.add_argument("--steps", type=int, help="sampling steps instead of the published setting")
     parser.add_argument("--effort", default="default", choices=["fast", "default", "best"])
     parser.add_argument("--workers", type=int, default=1, help="layers solved at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--only", nargs="+", type=_configuration, metavar="METHOD:RECIPE", help="only these rows")
+    parser.add_argument(
+        "--only", nargs="+", type=_configuration, metavar="METHOD:RECIPE", help="only these rows"
+    )
     return parser.parse_args(argv)
 
 
@@ -153,7 +172,9 @@ def _local(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.md", "*.png"]))
+    return Path(
+        snapshot_download(source, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.md", "*.png"])
+    )
 
 
 def _prompts(file: Path | None, n: int) -> list[str]:
@@ -169,7 +190,9 @@ def _prompts(file: Path | None, n: int) -> list[str]:
     return [table[key]["prompt"] for key in sorted(keys[:n])]
 
 
-def _quantize(source: Path, folder: Path, recipe: Recipe, workers: int) -> tuple[float, float, float]:
+def _quantize(
+    source: Path, folder: Path, recipe: Recipe, workers: int
+) -> tuple[float, float, float]:
     """Quantize unless an earlier run did just that; return bits per weight, mean weight error and seconds."""
     file = folder.with_name(f"{folder.name}.json")
     job = {"source": str(source.resolve()), "recipe": recipe.to_dict()}
@@ -177,7 +200,11 @@ def _quantize(source: Path, folder: Path, recipe: Recipe, workers: int) -> tuple
     if done.get("job") != json.loads(json.dumps(job)):
         begin = time.perf_counter()
         report = quantize_checkpoint(source, folder, recipe, workers=workers, overwrite=True)
-        figures = (report.plan.bits_per_weight, report.mean_relative_error, time.perf_counter() - begin)
+        figures = (
+            report.plan.bits_per_weight,
+            report.mean_relative_error,
+            time.perf_counter() - begin,
+        )
         done = {"job": job, "figures": figures}
         file.write_text(json.dumps(done, indent=2) + "\n")
     bits, error, seconds = done["figures"]
@@ -216,7 +243,11 @@ def _row(
 ) -> Row:
     bits, error, seconds_to_quantize = figures
     cuda = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return Row(
         method=label[0],
         recipe=label[1],
@@ -232,27 +263,47 @@ def _row(
 
 
 def _line(row: Row) -> str:
-    cells = (f"{row.method:9}", f"{row.recipe:15}", f"{row.nbytes / 1e6:9.2f}", f"{row.bits_per_weight:6.2f}")
+    cells = (
+        f"{row.method:9}",
+        f"{row.recipe:15}",
+        f"{row.nbytes / 1e6:9.2f}",
+        f"{row.bits_per_weight:6.2f}",
+    )
     quality = (f"{row.weight_error:10.4f}", f"{row.psnr_db:8.2f}", f"{row.ssim:7.4f}")
-    cost = (f"{row.seconds_to_quantize:10.1f}", f"{row.seconds_per_image:8.2f}", f"{row.peak_bytes / 1e6:8.0f}")
+    cost = (
+        f"{row.seconds_to_quantize:10.1f}",
+        f"{row.seconds_per_image:8.2f}",
+        f"{row.peak_bytes / 1e6:8.0f}",
+    )
     return " ".join((*cells, *quality, *cost))
 
 
 def _table(rows: list[Row]) -> Iterator[str]:
     yield (
-        "method    recipe                 MB   bits weight err  PSNR dB    SSIM quantize s  s/image  peak MB\n"
-        + "-" * 101
+        "method    recipe                 MB   bits weight err  PSNR dB    SSIM quantize s  "
+        "s/image  peak MB\n" + "-" * 101
     )
     yield from map(_line, rows)
 
 
 def _report(study: Study, rows: list[Row], options: argparse.Namespace, n: int) -> None:
-    print(f"\n{study.name}, {n} images, {options.device}, {options.dtype}, effort {options.effort}\n")
+    print(
+        f"\n{study.name}, {n} images, {options.device}, {options.dtype}, effort {options.effort}\n"
+    )
     print("\n".join(_table(rows)))
     if options.local_tiny:
         print("\nRandom weights: this shows that everything runs, and says nothing about quality.")
-    facts = {"loraq": loraq.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    facts = {
+        "loraq": loraq.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
     settings = {key: str(value) for key, value in vars(options).items()}
-    content = {"study": study.name, "versions": facts, "options": settings, "rows": [asdict(row) for row in rows]}
+    content = {
+        "study": study.name,
+        "versions": facts,
+        "options": settings,
+        "rows": [asdict(row) for row in rows],
+    }
     (options.out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nWritten to {options.out / 'results.json'}, images beside it.")

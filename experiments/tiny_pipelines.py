@@ -1,7 +1,7 @@
 """Pipelines of the paper's classes at small size: every component built here, nothing downloaded.
 
-Weights are random and tokenizers are trained on a few sentences, so images are noise. Such a pipeline shows that files,
-loaders and classes fit together; it says nothing about quality.
+Weights are random and tokenizers are trained on a few sentences, so images are noise. Such a
+pipeline shows that files, loaders and classes fit together; it says nothing about quality.
 """
 
 import json
@@ -11,7 +11,14 @@ from typing import Any
 import diffusers
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 SENTENCES = (
     "a red fox in the snow, morning light",
@@ -30,7 +37,9 @@ def t5_tokenizer() -> T5Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     # The scores stand in the serialized tokenizer only.
     vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
@@ -52,7 +61,9 @@ def tiny_pixart_sigma(folder: Path) -> Path:
     """Write a small `PixArtSigmaPipeline` into a folder, and return the folder."""
     torch.manual_seed(0)
     tokenizer = t5_tokenizer()
-    text = T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    text = T5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
+    )
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -124,7 +135,9 @@ def tiny_sana(folder: Path) -> Path:
             decoder_qkv_multiscales=((), (5,)),
         ).eval(),
         transformer=transformer.eval(),
-        scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
     )
     return _saved(pipeline, folder)
 

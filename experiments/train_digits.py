@@ -2,8 +2,9 @@
 
     python experiments/train_digits.py
 
-Trains a `PixArtTransformer2DModel` (192 wide, 8 transformer blocks, 5.1 M parameters) as a rectified flow on the
-8×8 digits of scikit-learn, and a small convolutional judge, then measures both and writes `src/loraq/assets/digits`.
+Trains a `PixArtTransformer2DModel` (192 wide, 8 transformer blocks, 5.1 M parameters) as a
+rectified flow on the 8×8 digits of scikit-learn, and a small convolutional judge, then measures
+both and writes `src/loraq/assets/digits`.
 
 Expected, with the defaults (15 CPU-minutes of one thread, 0.47 CPU-seconds a step):
 
@@ -14,11 +15,12 @@ Expected, with the defaults (15 CPU-minutes of one thread, 0.47 CPU-seconds a st
     Fréchet of two halves of the real images, of noise    2.1, 123
     median distance to the nearest real image             1.89 (samples), 2.02 (real images)
 
-Guidance trades variety for clarity, which the Fréchet distance punishes. Samples lie as far from the real images as
-those lie from each other, so they are not copies.
+Guidance trades variety for clarity, which the Fréchet distance punishes. Samples lie as far from
+the real images as those lie from each other, so they are not copies.
 
-The judge learns from a seeded random half of the real images and is tested on the other half. The transformer learns
-from all of them: quantization is measured against the 16-bit model, not against unseen images.
+The judge learns from a seeded random half of the real images and is tested on the other half. The
+transformer learns from all of them: quantization is measured against the 16-bit model, not against
+unseen images.
 """
 
 import argparse
@@ -64,9 +66,13 @@ def say(line: str) -> None:
 
 def write_class_tokens(seed: int, folder: Path) -> None:
     """Draw the caption tokens, 4 of 64 channels for each class and the empty caption, each of unit variance."""
-    tokens = torch.randn(digits.NULL_LABEL + 1, 4, 64, generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randn(
+        digits.NULL_LABEL + 1, 4, 64, generator=torch.Generator().manual_seed(seed)
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"tokens": tokens / tokens.std(dim=-1, keepdim=True)}, folder / "class_tokens.safetensors")
+    save_file(
+        {"tokens": tokens / tokens.std(dim=-1, keepdim=True)}, folder / "class_tokens.safetensors"
+    )
 
 
 def split_halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -104,23 +110,32 @@ def build_transformer(config: dict[str, object]) -> nn.Module:
     return transformer
 
 
-def train_transformer(images: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[nn.Module, float]:
+def train_transformer(
+    images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> tuple[nn.Module, float]:
     """Train the rectified flow and return the averaged weights with the mean loss of the last 100 steps."""
     model = build_transformer(TRANSFORMER).train()
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=0.01, fused=True
+    )
     losses: list[float] = []
     start = time.process_time()
     for step in range(args.steps):
         progress = step / args.steps
-        rate = min(1, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        rate = min(1, (step + 1) / WARMUP_STEPS) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+        )
         optimizer.param_groups[0]["lr"] = args.learning_rate * rate
         chosen = torch.randint(len(images), (args.batch,))
         times = torch.randn(args.batch).sigmoid()
         noise = torch.randn(args.batch, 1, 8, 8)
         noised = torch.lerp(images[chosen], noise, times.view(-1, 1, 1, 1))
         captions = torch.where(torch.rand(args.batch) < 0.1, digits.NULL_LABEL, labels[chosen])
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the other back ends train slower
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the other back ends train slower
             velocity = digits.predict_velocity(model, noised, times, captions)
         loss = F.mse_loss(velocity, noise - images[chosen])
         optimizer.zero_grad()
@@ -150,7 +165,9 @@ def measure(judge: digits.Judge, images: Tensor, labels: Tensor, seed: int) -> d
     samples = digits.sample(transformer, wanted, seed=seed)
     unguided = digits.sample(transformer, wanted, seed=seed, guidance=1.0)
     _, heldout = split_halves(len(images), seed)
-    mixed_a, mixed_b = split_halves(len(images), seed + 1)  # each holds images that the judge has and has not seen
+    mixed_a, mixed_b = split_halves(
+        len(images), seed + 1
+    )  # each holds images that the judge has and has not seen
     features = judge.features(images)
     noise = judge.features(torch.randn(1000, 1, 8, 8).clamp(-1, 1))
     return {
@@ -193,9 +210,16 @@ def main() -> None:
     seconds = time.process_time() - start
     transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
 
-    record = {"seed": args.seed, "steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate}
+    record = {
+        "seed": args.seed,
+        "steps": args.steps,
+        "batch": args.batch,
+        "learning_rate": args.learning_rate,
+    }
     record |= {"threads": args.threads, "cpu_seconds": round(seconds), "final_loss": round(loss, 4)}
-    record |= {name: round(value, 4) for name, value in measure(judge, images, labels, args.seed).items()}
+    record |= {
+        name: round(value, 4) for name, value in measure(judge, images, labels, args.seed).items()
+    }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     say(json.dumps(record, indent=2))
 

@@ -2,8 +2,8 @@
 
     PYTHONPATH=benchmarks python experiments/train_patches.py
 
-Trains a `PixArtTransformer2DModel` (384 wide, 8 transformer blocks, 20 M parameters) as a rectified flow on 32×32
-patches of photographs, writes `benchmarks/assets/patches` and measures what it wrote.
+Trains a `PixArtTransformer2DModel` (384 wide, 8 transformer blocks, 20 M parameters) as a rectified
+flow on 32×32 patches of photographs, writes `benchmarks/assets/patches` and measures what it wrote.
 
 Expected, with the defaults (40 CPU-minutes of one thread, 1.6 seconds a step):
 
@@ -12,7 +12,8 @@ Expected, with the defaults (40 CPU-minutes of one thread, 1.6 seconds a step):
     largest value of a layer's input / its rms             17 (median of the layers), 42 (most); digits 10, 24
     kurtosis of a layer's input                            13 (median of the layers), 51 (most); digits 10, 35
 
-Stop it whenever you like: started again, it goes on after the last checkpoint and ends at the same bytes.
+Stop it whenever you like: started again, it goes on after the last checkpoint and ends at the same
+bytes.
 """
 
 import argparse
@@ -66,8 +67,13 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings["learning_rate"], weight_decay=0.01, fused=True
         )
-        for parameter in self.model.parameters():  # what the first step would create, so that a checkpoint can fill it
-            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        for parameter in (
+            self.model.parameters()
+        ):  # what the first step would create, so that a checkpoint can fill it
+            moments = {
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,14 +81,18 @@ class Training:
         named = {f"average.{name}": tensor for name, tensor in self.average.named_parameters()}
         for name, parameter in self.model.named_parameters():
             named[f"model.{name}"] = parameter.detach()
-            named |= {f"{key}.{name}": tensor for key, tensor in self.optimizer.state[parameter].items()}
+            named |= {
+                f"{key}.{name}": tensor for key, tensor in self.optimizer.state[parameter].items()
+            }
         return named
 
     def save(self, file: Path) -> None:
         """Write a checkpoint that is whole or not there."""
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
-        save_file(self.tensors(), partial, {"done": str(self.done), "settings": json.dumps(self.settings)})
+        save_file(
+            self.tensors(), partial, {"done": str(self.done), "settings": json.dumps(self.settings)}
+        )
         partial.replace(file)
 
     def resume(self, file: Path) -> None:
@@ -91,7 +101,8 @@ class Training:
             metadata = stored.metadata()
             if json.loads(metadata["settings"]) != self.settings:
                 raise SystemExit(
-                    f"'{file}' is a checkpoint of {metadata['settings']}, not of {json.dumps(self.settings)}. "
+                    f"'{file}' is a checkpoint of {metadata['settings']}, not of "
+                    f"{json.dumps(self.settings)}. "
                     "Give the same settings, or another --out."
                 )
             for name, tensor in self.tensors().items():
@@ -99,17 +110,27 @@ class Training:
         self.done = int(metadata["done"])
 
     def step(self, parts: list[Tensor]) -> float:
-        """Take one step and return its loss. All randomness comes from the seed and the number of the step."""
+        """Take one step and return its loss.
+
+        All randomness comes from the seed and the number of the step.
+        """
         batch, steps = int(self.settings["batch"]), int(self.settings["steps"])
-        generator = torch.Generator().manual_seed(int(self.settings["seed"]) * 1_000_003 + self.done)
+        generator = torch.Generator().manual_seed(
+            int(self.settings["seed"]) * 1_000_003 + self.done
+        )
         images, labels = patches.cut_patches(parts, batch, generator)
         times = torch.randn(batch, generator=generator).sigmoid()
         noise = torch.randn(images.shape, generator=generator)
-        labels = torch.where(torch.rand(batch, generator=generator) < 0.1, patches.NULL_LABEL, labels)
+        labels = torch.where(
+            torch.rand(batch, generator=generator) < 0.1, patches.NULL_LABEL, labels
+        )
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done / steps))
         rate = self.settings["learning_rate"] * min(1, (self.done + 1) / WARMUP_STEPS) * cosine
         self.optimizer.param_groups[0]["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the other back ends train slower
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the other back ends train slower
             velocity = predict_velocity(
                 self.model, interpolate(images, noise, times), times, patches.class_tokens(labels)
             )
@@ -120,7 +141,9 @@ class Training:
         self.optimizer.step()
         decay = min(0.999, (1 + self.done) / (10 + self.done))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.model.parameters()), 1 - decay
+            )
         self.done += 1
         return loss.item()
 
@@ -159,16 +182,26 @@ def measure() -> dict[str, float]:
     images, labels = patches.cut_patches(patches.photographs(heldout=True), 512, generator)
     times = torch.rand(512, generator=generator)
     noise = torch.randn(images.shape, generator=generator)
-    velocity = predict_velocity(model, interpolate(images, noise, times), times, patches.class_tokens(labels))
+    velocity = predict_velocity(
+        model, interpolate(images, noise, times), times, patches.class_tokens(labels)
+    )
     small = digits.load_transformer(torch.float32)
     record = {"held-out loss": F.mse_loss(velocity, noise - images).item()}
-    record |= {f"patches, {name}": value for name, value in outliers(model, patches.velocity_probe).items()}
-    return record | {f"digits, {name}": value for name, value in outliers(small, digits.velocity_probe).items()}
+    record |= {
+        f"patches, {name}": value for name, value in outliers(model, patches.velocity_probe).items()
+    }
+    return record | {
+        f"digits, {name}": value for name, value in outliers(small, digits.velocity_probe).items()
+    }
 
 
 def outliers(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[str, float]:
     """Return medians and maxima over the linear layers of the blocks: how heavy the tails of their inputs are."""
-    found: dict[str, list[float]] = {"largest value / rms": [], "largest channel rms / median": [], "kurtosis": []}
+    found: dict[str, list[float]] = {
+        "largest value / rms": [],
+        "largest channel rms / median": [],
+        "kurtosis": [],
+    }
 
     def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().float().flatten(0, -2)
@@ -177,25 +210,39 @@ def outliers(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[str, 
         found["largest channel rms / median"].append((channels.max() / channels.median()).item())
         found["kurtosis"].append(((x - x.mean()) ** 4).mean().item() / x.var().item() ** 2)
 
-    linears = [module for name, module in model.named_modules() if "blocks" in name and isinstance(module, nn.Linear)]
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if "blocks" in name and isinstance(module, nn.Linear)
+    ]
     hooks = [module.register_forward_pre_hook(look) for module in linears]
     run(model)
     for hook in hooks:
         hook.remove()
     pairs = {"median": lambda values: sorted(values)[len(values) // 2], "most": max}
-    return {f"{name}, {of}": round(f(values), 2) for name, values in found.items() for of, f in pairs.items()}
+    return {
+        f"{name}, {of}": round(f(values), 2)
+        for name, values in found.items()
+        for of, f in pairs.items()
+    }
 
 
 def main() -> None:
     """Train, write the assets, measure what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="planned steps, which fix the learning rates")
-    parser.add_argument("--until", type=int, help="stop at this step and take the weights as they are")
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="planned steps, which fix the learning rates"
+    )
+    parser.add_argument(
+        "--until", type=int, help="stop at this step and take the weights as they are"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("studies/patches"), help="folder of the checkpoint")
+    parser.add_argument(
+        "--out", type=Path, default=Path("studies/patches"), help="folder of the checkpoint"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = {name: getattr(args, name) for name in ("seed", "steps", "batch", "learning_rate")}

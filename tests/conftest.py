@@ -17,7 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if saturates(torch.device("cpu")):
         for item in items:
             if "int8_row" in item.nodeid or "every_back_end" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="INT8 sums overflow on this CPU, so int8_row refuses it"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="INT8 sums overflow on this CPU, so int8_row refuses it"
+                    )
+                )
 
 
 @pytest.fixture
@@ -33,7 +37,9 @@ def rng() -> torch.Generator:
             "cuda",
             marks=[
                 pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here"),
+                pytest.mark.skipif(
+                    not torch.cuda.is_available(), reason="no CUDA or ROCm device here"
+                ),
             ],
         ),
     ]

@@ -43,7 +43,9 @@ def test_the_budget_is_kept_and_each_layer_gets_one_of_its_own(layers, extra):
 def test_nothing_that_stores_as_much_is_better(layers, extra):
     chosen = allocate(layers, smallest(layers) + extra)
     stored = sum(choice.nbytes for choice in chosen)
-    skipped = stored < smallest(layers) + extra  # a step that did not fit may have been followed by smaller ones
+    skipped = (
+        stored < smallest(layers) + extra
+    )  # a step that did not fit may have been followed by smaller ones
     if not skipped:
         largest = max(abs(a.loss - b.loss) for layer in layers for a in layer for b in layer)
         assert loss_of(chosen) <= best(layers, stored) + largest + 1e-9
@@ -70,12 +72,20 @@ def test_layers_that_are_alike_are_treated_alike():
 
 
 def test_a_layer_that_loses_more_gets_more():
-    layers = [[Choice(10 * rank, scale * 2.0**-rank, rank) for rank in range(1, 9)] for scale in (1, 16)]
+    layers = [
+        [Choice(10 * rank, scale * 2.0**-rank, rank) for rank in range(1, 9)] for scale in (1, 16)
+    ]
     assert [choice.rank for choice in allocate(layers, 80)] == [2, 6]
 
 
 def test_choices_above_the_hull_are_not_taken():
-    layer = [Choice(1, 9.0, 1), Choice(2, 8.9, 2), Choice(3, 1.0, 3), Choice(3, 2.0, 4), Choice(4, 1.0, 5)]
+    layer = [
+        Choice(1, 9.0, 1),
+        Choice(2, 8.9, 2),
+        Choice(3, 1.0, 3),
+        Choice(3, 2.0, 4),
+        Choice(4, 1.0, 5),
+    ]
     assert [allocate([layer], nbytes)[0].rank for nbytes in (1, 2, 3, 4, 9)] == [1, 1, 3, 3, 3]
 
 
@@ -87,6 +97,9 @@ def test_a_step_that_does_not_fit_leaves_its_bytes_to_others():
 
 def test_a_budget_that_is_too_small_says_what_is_needed():
     layers = [[Choice(10, 1.0, 1)], [Choice(30, 1.0, 1), Choice(20, 2.0, 2)]]
-    with pytest.raises(SchemeError, match=r"29 bytes is too small for 2 layers, which take 30 bytes at least\. Raise"):
+    with pytest.raises(
+        SchemeError,
+        match=r"29 bytes is too small for 2 layers, which take 30 bytes at least\. Raise",
+    ):
         allocate(layers, 29)
     assert loss_of(allocate(layers, 30)) == 3

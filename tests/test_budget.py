@@ -35,7 +35,9 @@ def test_a_branch_fills_the_bytes_of_a_16_bit_one_and_not_more(weight, shape):
     assert scheme == with_branch_rank(Scheme("mxfp4", "mxfp4", Branch(0, weight, "mxint8")), rank)
 
 
-@pytest.mark.parametrize(("weight", "rank"), [("bf16", 32), ("mxint8", 62), ("mxfp6_e2m3", 81), ("mxfp4", 120)])
+@pytest.mark.parametrize(
+    ("weight", "rank"), [("bf16", 32), ("mxint8", 62), ("mxfp6_e2m3", 81), ("mxfp4", 120)]
+)
 def test_ranks_at_width_1152_count_the_scales(weight, rank):
     # 64, 85 and 128 if they did not.
     assert rank_of(with_rank(Scheme("int4", branch=Branch(0, weight)), (1152, 1152))) == rank
@@ -45,7 +47,9 @@ def test_ranks_at_width_1152_count_the_scales(weight, rank):
 @pytest.mark.parametrize("weight", BRANCH_FORMATS)
 @pytest.mark.parametrize("bits", [4.75, 5.25])
 def test_a_layer_fills_its_bits_per_weight_and_not_more(weight, shape, bits):
-    scheme = with_rank(Scheme("mxfp4", branch=Branch(0, weight)), shape, Budget(bits_per_weight=bits))
+    scheme = with_rank(
+        Scheme("mxfp4", branch=Branch(0, weight)), shape, Budget(bits_per_weight=bits)
+    )
     allowed = bits * shape[0] * shape[1] / 8
     assert scheme.nbytes(shape) <= allowed
     rank = rank_of(scheme)
@@ -58,7 +62,10 @@ def test_a_rank_that_is_given_and_a_missing_branch_stay():
 
 
 def test_the_rank_never_exceeds_the_smaller_side():
-    assert rank_of(with_rank(Scheme("int4", branch=Branch(0)), (16, 4096), Budget(rank_16bit=1000))) == 16
+    assert (
+        rank_of(with_rank(Scheme("int4", branch=Branch(0)), (16, 4096), Budget(rank_16bit=1000)))
+        == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,8 @@ def test_a_budget_is_read_back_from_its_own_text(budget):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "much", "r16", "r16=", "r16=0", "r16=-3", "r16=2.5", "r8=32", "0", "-5", "nan", "inf"]
+    "text",
+    ["", "much", "r16", "r16=", "r16=0", "r16=-3", "r16=2.5", "r8=32", "0", "-5", "nan", "inf"],
 )
 def test_what_is_neither_is_an_error_that_shows_both_forms(text):
     with pytest.raises(SchemeError, match=rf"Cannot read the budget '{text}'.*'5.25'.*'r16=32'"):

@@ -19,8 +19,18 @@ from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-COMMANDS = ["quantize", "plan", "inspect", "compare", "absorb-lora", "formats", "demo", "doctor", "stats"]
-FAST = ("--recipe", "mxfp4-w8a8-r8", "--effort", "fast")
+COMMANDS = [
+    "quantize",
+    "plan",
+    "inspect",
+    "compare",
+    "absorb-lora",
+    "formats",
+    "demo",
+    "doctor",
+    "stats",
+]
+FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast")
 
 
 def run(*arguments: object) -> Result:
@@ -83,7 +93,7 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-# --- help -----------------------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_command():
@@ -118,7 +128,9 @@ sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
 
 
 def test_help_loads_nothing_heavy():
-    finished = subprocess.run([sys.executable, "-c", HELP_ONLY], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", HELP_ONLY], capture_output=True, text=True, check=True
+    )
     assert finished.stderr == ""
     assert finished.stdout.count("Usage:") == 1 + len(COMMANDS)
 
@@ -130,17 +142,20 @@ def test_the_package_runs_as_a_module():
     assert finished.stderr == ""
 
 
-# --- usage errors ---------------------------------------------------------------------------------------------------
+# --- usage errors ---------------------------------------------------------------------------------
 
 
 def test_effort_without_loraq_is_refused_before_the_source_is_looked_at():
     result = run("quantize", "nowhere", "out", "--method", "gptq", "--effort", "fast")
     assert result.exit_code == 2
-    assert "--effort says how long method 'loraq' works, and 'gptq' has no levels of effort" in result.stderr
+    assert (
+        "--effort says how long method 'loraq' works, and 'gptq' has no levels of effort"
+        in result.stderr
+    )
 
 
 def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_path):
-    (tmp_path / "recipe.toml").write_text('scheme = "mxfp4-w8a8-r8"\neffort = "fast"\n')
+    (tmp_path / "recipe.toml").write_text('scheme = "mxfp4+w8a8-r8"\neffort = "fast"\n')
     source = place / "float"
     note = "Note: the recipe's effort 'fast' is for 'loraq' and changes nothing with 'rtn'."
     for method, expected in (("rtn", True), ("loraq", False)):
@@ -185,7 +200,7 @@ def test_a_usage_error_is_exit_code_2(arguments):
     assert "Error: " in result.stderr
 
 
-# --- stats ----------------------------------------------------------------------------------------------------------
+# --- stats ----------------------------------------------------------------------------------------
 
 
 def test_stats_needs_something_that_draws(place, tmp_path):
@@ -196,11 +211,17 @@ def test_stats_needs_something_that_draws(place, tmp_path):
 
 def test_stats_reads_the_prompts_first(place, tmp_path):
     (tmp_path / "empty.txt").touch()
-    asked = ("stats", place / "pipeline", tmp_path / "s.safetensors", "--prompts", tmp_path / "empty.txt")
+    asked = (
+        "stats",
+        place / "pipeline",
+        tmp_path / "s.safetensors",
+        "--prompts",
+        tmp_path / "empty.txt",
+    )
     assert "holds no prompt" in fails(*asked)
 
 
-# --- quantize -------------------------------------------------------------------------------------------------------
+# --- quantize -------------------------------------------------------------------------------------
 
 
 def test_quantize_prints_results_on_stdout_and_progress_on_stderr(place, tmp_path):
@@ -231,7 +252,8 @@ def test_a_size_that_is_none_is_wrong_usage(place, tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("7", 7), ("2GB", 2 * 10**9), ("1.5 mb", 1_500_000), ("1GiB", 2**30), ("3k", 3000)]
+    ("text", "size"),
+    [("7", 7), ("2GB", 2 * 10**9), ("1.5 mb", 1_500_000), ("1GiB", 2**30), ("3k", 3000)],
 )
 def test_sizes_are_read_with_their_units(text, size):
     assert size_option_value(None, None, text) == size
@@ -248,17 +270,26 @@ def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
         patch.setattr(stream, "run_jobs", cut)
         result = run("quantize", place / "float", tmp_path / "out", *FAST)
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "Interrupted. 1 of 8 layers are kept; run the same command to go on."
-    assert "with other settings" in fails("quantize", place / "float", tmp_path / "out", *FAST, "--seed", 9)
+    assert (
+        result.stderr.splitlines()[-1]
+        == "Interrupted. 1 of 8 layers are kept; run the same command to go on."
+    )
+    assert "with other settings" in fails(
+        "quantize", place / "float", tmp_path / "out", *FAST, "--seed", 9
+    )
     result = run("quantize", place / "float", tmp_path / "out", *FAST)
-    assert "1 of them were finished before the last run was interrupted." in result.stdout.splitlines()
+    assert (
+        "1 of them were finished before the last run was interrupted." in result.stdout.splitlines()
+    )
     assert result.stderr.splitlines()[0].startswith("quantize: layer 2 of 8, error 0.")
 
 
 def test_quantize_gives_one_document(place, tmp_path):
     found = document("quantize", place / "float", tmp_path / "out", *FAST, "--seed", 3)
     assert found["target"] == str(tmp_path / "out")
-    assert Recipe.from_dict(found["recipe"]) == replace(Recipe.named("mxfp4-w8a8-r8"), effort="fast", seed=3)
+    assert Recipe.from_dict(found["recipe"]) == replace(
+        Recipe.named("mxfp4+w8a8-r8"), effort="fast", seed=3
+    )
     assert len(found["layers"]) == 8
     assert found["layers"][0]["name"] == "transformer_blocks.0.attn1.to_q"
     errors = [layer["relative_error"] for layer in found["layers"]]
@@ -267,8 +298,10 @@ def test_quantize_gives_one_document(place, tmp_path):
 
 
 def test_quantize_takes_a_recipe_file(place, tmp_path):
-    (tmp_path / "recipe.toml").write_text('scheme = "int4-r4"\nmethod = "svdquant"\n')
-    found = document("quantize", place / "float", tmp_path / "out", "--recipe", tmp_path / "recipe.toml")
+    (tmp_path / "recipe.toml").write_text('scheme = "int4+bf16-r4"\nmethod = "svdquant"\n')
+    found = document(
+        "quantize", place / "float", tmp_path / "out", "--recipe", tmp_path / "recipe.toml"
+    )
     assert found["recipe"]["method"] == "svdquant"
     assert found["recipe"]["scheme"]["branch"]["rank"] == 4
 
@@ -282,9 +315,20 @@ def test_quantize_does_not_touch_a_target_that_is_not_empty(place, tmp_path):
 def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    assert "it is no model's folder" in fails("quantize", place / "float", tmp_path / "out", "--overwrite")
+    assert "it is no model's folder" in fails(
+        "quantize", place / "float", tmp_path / "out", "--overwrite"
+    )
     (tmp_path / "out" / "loraq.json").touch()
-    succeeds("quantize", place / "float", tmp_path / "out", "--overwrite", "--recipe", "mxfp4", "--method", "rtn")
+    succeeds(
+        "quantize",
+        place / "float",
+        tmp_path / "out",
+        "--overwrite",
+        "--recipe",
+        "mxfp4",
+        "--method",
+        "rtn",
+    )
     assert not (tmp_path / "out" / "old").exists()
 
 
@@ -293,10 +337,13 @@ def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     [
         (("--recipe", "mxfp5"), "Unknown number format 'mxfp5'. Did you mean 'mxfp4'?"),
         (("--recipe", "nowhere.toml"), "Cannot read the recipe 'nowhere.toml'"),
-        (("--method", "magic"), "Unknown method 'magic'. Known: gptq, loraq, lqer, qera, rtn, svdquant."),
+        (
+            ("--method", "magic"),
+            "Unknown method 'magic'. Known: gptq, loraq, lqer, qera, rtn, svdquant.",
+        ),
         (("--budget", "plenty"), "plenty"),
-        (("--recipe", "mxfp4-w8a8", "--budget", "2"), "transformer_blocks.0.attn1.to_q"),
-        (("--recipe", "mxfp4-r999"), "Branch rank 999 is larger than min(out, in)"),
+        (("--recipe", "mxfp4+w8a8", "--budget", "2"), "transformer_blocks.0.attn1.to_q"),
+        (("--recipe", "mxfp4+bf16-r999"), "Branch rank 999 is larger than min(out, in)"),
     ],
 )
 @pytest.mark.parametrize("command", ["quantize", "plan"])
@@ -312,13 +359,23 @@ def test_a_folder_that_is_not_there_is_one_message(tmp_path, command):
     assert "nowhere' is not a folder" in fails(command, tmp_path / "nowhere", *others)
 
 
-# --- plan -----------------------------------------------------------------------------------------------------------
+# --- plan -----------------------------------------------------------------------------------------
 
 
 def test_plan_shows_every_layer_and_why_it_is_kept(place):
     text = succeeds("plan", place / "float", *FAST)
     lines = text.splitlines()
-    headings = ["layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"]
+    headings = [
+        "layer",
+        "out×in",
+        "weight",
+        "activation",
+        "branch",
+        "rank",
+        "size",
+        "bits/weight",
+        "why",
+    ]
     assert lines[0].split() == headings
     assert len(lines) == 1 + 16 + 2
     shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-2]}
@@ -343,20 +400,32 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
 
 def test_a_budget_sets_the_rank(place):
     small, large = (
-        document("plan", place / "float", "--recipe", "mxfp4-w8a8", "--budget", budget) for budget in ("r16=2", "r16=8")
+        document("plan", place / "float", "--recipe", "mxfp4+w8a8", "--budget", budget)
+        for budget in ("r16=2", "r16=8")
     )
-    ranks = [[layer["scheme"]["branch"]["rank"] for layer in p["layers"] if layer["scheme"]] for p in (small, large)]
+    ranks = [
+        [layer["scheme"]["branch"]["rank"] for layer in p["layers"] if layer["scheme"]]
+        for p in (small, large)
+    ]
     assert all(a < b for a, b in zip(*ranks, strict=True))
     assert small["bits_per_weight"] < large["bits_per_weight"]
 
 
-# --- inspect and compare --------------------------------------------------------------------------------------------
+# --- inspect and compare --------------------------------------------------------------------------
 
 
 def test_inspect_shows_every_layer(place):
     text = succeeds("inspect", place / "quantized")
     lines = text.splitlines()
-    assert lines[0].split() == ["layer", "out×in", "weight", "activation", "branch", "size", "error"]
+    assert lines[0].split() == [
+        "layer",
+        "out×in",
+        "weight",
+        "activation",
+        "branch",
+        "size",
+        "error",
+    ]
     assert len(lines) == 1 + 8 + 2
     assert "r8 mxint8/mxint8" in lines[1]
     assert lines[-2].startswith("8 quantized layers, ")
@@ -408,7 +477,9 @@ def test_compare_gives_one_document_that_agrees_with_the_records(place):
     found = document("compare", place / "float", place / "quantized")
     records = document("inspect", place / "quantized")["layers"]
     for layer in found["layers"]:
-        assert layer["relative_error"] == pytest.approx(records[layer["name"]]["relative_error"], rel=1e-4)
+        assert layer["relative_error"] == pytest.approx(
+            records[layer["name"]]["relative_error"], rel=1e-4
+        )
     same = document("compare", place / "quantized", place / "quantized-pipeline")
     assert same["mean_relative_error"] == 0
 
@@ -417,11 +488,14 @@ def test_comparing_two_float_folders_is_one_message(place):
     assert "there is nothing to compare" in fails("compare", place / "float", place / "pipeline")
 
 
-# --- formats and demo -----------------------------------------------------------------------------------------------
+# --- formats and demo -----------------------------------------------------------------------------
 
 
 def test_inspect_measures_the_memory_of_every_back_end(place):
-    rows = {row["backend"]: row for row in document("inspect", place / "quantized", "--memory")["memory"]}
+    rows = {
+        row["backend"]: row
+        for row in document("inspect", place / "quantized", "--memory")["memory"]
+    }
     assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
     layers = document("inspect", place / "quantized")["layers"].values()
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
@@ -435,7 +509,7 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
     assert "layers refused" in succeeds("inspect", place / "quantized", "--memory")
 
 
-# --- doctor ---------------------------------------------------------------------------------------------------------
+# --- doctor ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -443,8 +517,14 @@ def test_doctor_shows_the_machine_the_choices_and_its_numbers():
     report = document("doctor")
     assert set(report) == {"versions", "devices", "choices", "trials"}
     assert report["versions"]["torch"] == torch.__version__
-    assert {trial["backend"] for trial in report["trials"]} >= {"resident", "low_memory", "int8_row"}
-    assert all(trial["error"] <= trial["bound"] and trial["milliseconds"] > 0 for trial in report["trials"])
+    assert {trial["backend"] for trial in report["trials"]} >= {
+        "resident",
+        "low_memory",
+        "int8_row",
+    }
+    assert all(
+        trial["error"] <= trial["bound"] and trial["milliseconds"] > 0 for trial in report["trials"]
+    )
     chosen = {(choice["weight"], choice["activation"]): choice for choice in report["choices"]}
     if "cuda:0" not in report["devices"]:
         assert chosen["int8", "int8"]["backend"] == "int8_row"
@@ -464,16 +544,24 @@ def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
 
 def test_formats_lists_formats_grammar_and_recipes():
     text = succeeds("formats")
-    assert text.splitlines()[0].split() == ["format", "bits", "block", "scale", "bits", "per", "value"]
+    assert text.splitlines()[0].split() == [
+        "format",
+        "bits",
+        "block",
+        "scale",
+        "bits",
+        "per",
+        "value",
+    ]
     for word in (
         "mxfp4",
         "nvfp4",
         "int4",
         "e8m0",
         "4.25",
-        "MAIN[-BRANCH][-rRANK][-hSIDE][-aBITS]",
+        "MAIN[-aBITS][+BRANCH[-rRANK]][-hSIDE]",
         "default",
-        "mxfp4-w8a8",
+        "mxfp4+w8a8",
     ):
         assert word in text
 
@@ -493,19 +581,39 @@ def small_demo(monkeypatch):
     from loraq.evaluation.demo import DemoResult, Row
 
     pictures = torch.zeros(10, 1, 8, 8)
-    numbers = {"velocity_error": 0.02, "psnr_db": 30.0, "accuracy": 0.99, "frechet": 1.0, "seconds": 2.0}
+    numbers = {
+        "velocity_error": 0.02,
+        "psnr_db": 30.0,
+        "accuracy": 0.99,
+        "frechet": 1.0,
+        "seconds": 2.0,
+    }
     rows = (
-        Row("as trained", "bf16 weights", "", 2048, 16.0, 0.0, **(numbers | {"velocity_error": 0.0})),
-        Row("weight-only", "LoRaQ", "mxfp4-w8a8-a16", 1024, 5.0, 0.07, **numbers),
-        Row("weight-only", "SVDQuant", "mxfp4-r5-a16", 1024, 5.0, 0.08, **(numbers | {"velocity_error": 0.01})),
+        Row(
+            "as trained", "bf16 weights", "", 2048, 16.0, 0.0, **(numbers | {"velocity_error": 0.0})
+        ),
+        Row("weight-only", "LoRaQ", "mxfp4-a16+w8a8", 1024, 5.0, 0.07, **numbers),
+        Row(
+            "weight-only",
+            "SVDQuant",
+            "mxfp4-a16+bf16-r5",
+            1024,
+            5.0,
+            0.08,
+            **(numbers | {"velocity_error": 0.01}),
+        ),
     )
-    images = {"as trained": pictures, "mxfp4-w8a8-a16 LoRaQ": pictures, "mxfp4-r5-a16 SVDQuant": pictures}
+    images = {
+        "as trained": pictures,
+        "mxfp4-a16+w8a8 LoRaQ": pictures,
+        "mxfp4-a16+bf16-r5 SVDQuant": pictures,
+    }
     seen = {}
 
     def invented(*, n_images, workers, progress):
         seen.update(n_images=n_images, workers=workers)
         progress("[1 of 2] weight-only")
-        return DemoResult(rows, images, {"mxfp4-w8a8-a16 LoRaQ": [0.1, 0.2]})
+        return DemoResult(rows, images, {"mxfp4-a16+w8a8 LoRaQ": [0.1, 0.2]})
 
     monkeypatch.setattr(demo, "run", invented)
     return seen
@@ -518,7 +626,9 @@ def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
     assert "[1 of 2]" in result.stderr
     assert "[1 of 2]" not in result.stdout
     assert "weight-only" in result.stdout
-    assert "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout  # also when LoRaQ does not win
+    assert (
+        "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout
+    )  # also when LoRaQ does not win
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -535,7 +645,9 @@ def test_a_demo_row_without_any_difference_is_still_json(small_demo, tmp_path, m
 
     def exact(**options):
         result = real(**options)
-        return replace(result, rows=(replace(result.rows[0], psnr_db=float("inf")), *result.rows[1:]))
+        return replace(
+            result, rows=(replace(result.rows[0], psnr_db=float("inf")), *result.rows[1:])
+        )
 
     monkeypatch.setattr(demo, "run", exact)
     assert document("demo", "--out", tmp_path)["rows"][0]["psnr_db"] is None
@@ -553,7 +665,7 @@ def test_demo_says_before_it_starts_that_matplotlib_is_missing(small_demo, tmp_p
     assert small_demo == {}
 
 
-# --- errors and interrupts ------------------------------------------------------------------------------------------
+# --- errors and interrupts ------------------------------------------------------------------------
 
 
 def test_debug_shows_the_exception(tmp_path):
@@ -608,4 +720,4 @@ def test_one_file_without_a_configuration_is_told_what_it_misses(place):
 
 
 def test_a_rotation_is_shown_beside_the_activation(place):
-    assert "mxfp4 h32" in succeeds("plan", place / "float", "--recipe", "mxfp4-w8a8-r4-a4")
+    assert "mxfp4 h32" in succeeds("plan", place / "float", "--recipe", "mxfp4-a4+w8a8-r4")

@@ -31,7 +31,8 @@ PAGES = sorted(
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *SOURCE.rglob("*.md")]
     if not page.name.startswith(".")
 )
-#: First parts of paths that can be checked; `demo/report.png` and the like are only made when somebody runs something.
+#: First parts of paths that can be checked; `demo/report.png` and the like are only made when
+#: somebody runs something.
 TOP = ("src", "tests", "docs", "benchmarks", "experiments")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=str)
@@ -57,7 +58,9 @@ def inline_code(text: str) -> list[str]:
 def commands(text: str) -> list[list[str]]:
     """The words after `loraq` wherever a command is shown, in a block of its own or inside a sentence."""
     lines = [line for _, body in _FENCE.findall(text) for line in body.splitlines()]
-    lines = [line.split(" #")[0].strip().removeprefix("$ ").removeprefix(".venv/bin/") for line in lines]
+    lines = [
+        line.split(" #")[0].strip().removeprefix("$ ").removeprefix(".venv/bin/") for line in lines
+    ]
     lines = [line.removeprefix("Example: ") for line in lines]
     shown = [line for line in [*lines, *inline_code(text)] if re.match(r"loraq( |$)", line)]
     return [re.split(r"\s{2,}|…", line)[0].split()[1:] for line in shown]
@@ -73,7 +76,7 @@ def wrong_words(words: list[str]) -> list[str]:
     return [word for word in words[1:] if word.startswith("-") and word.split("=")[0] not in legal]
 
 
-# --- what must be there ---------------------------------------------------------------------------------------------
+# --- what must be there ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", REQUIRED)
@@ -90,17 +93,25 @@ def test_there_are_decisions():
 def test_the_changelog_has_this_version():
     import loraq
 
-    assert re.search(rf"\b{re.escape(loraq.__version__)}\b|[Uu]nreleased", text_of(Path("CHANGELOG.md")))
+    assert re.search(
+        rf"\b{re.escape(loraq.__version__)}\b|[Uu]nreleased", text_of(Path("CHANGELOG.md"))
+    )
 
 
-# --- code -----------------------------------------------------------------------------------------------------------
+# --- code -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page), "python")], ids=str)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(text_of(page), "python")], ids=str
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
-    program = "import torch\ntorch.set_num_threads(1)\n" + "\n".join(blocks(text_of(page), "python"))
-    finished = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    program = "import torch\ntorch.set_num_threads(1)\n" + "\n".join(
+        blocks(text_of(page), "python")
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
 
 
@@ -108,15 +119,19 @@ def test_the_readme_has_code():
     assert blocks(text_of(Path("README.md")), "python")
 
 
-# --- commands and paths ---------------------------------------------------------------------------------------------
+# --- commands and paths ---------------------------------------------------------------------------
 
 
 @each_page
 def test_every_command_of_a_page_exists(page):
-    assert not {" ".join(words): wrong for words in commands(text_of(page)) if (wrong := wrong_words(words))}
+    assert not {
+        " ".join(words): wrong for words in commands(text_of(page)) if (wrong := wrong_words(words))
+    }
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE))
+)
 def test_every_command_that_a_message_of_the_library_names_exists(path):
     shown = re.findall(r"`loraq ([^`\n]+)`", path.read_text(encoding="utf-8"))
     assert not {line: wrong for line in shown if (wrong := wrong_words(line.split()))}
@@ -147,7 +162,9 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 @each_page
 def test_every_path_of_a_page_exists(page):
-    paths = [code.split(":")[0] for code in inline_code(text_of(page)) if re.fullmatch(r"[\w./-]+", code)]
+    paths = [
+        code.split(":")[0] for code in inline_code(text_of(page)) if re.fullmatch(r"[\w./-]+", code)
+    ]
     paths = [path for path in paths if path.split("/")[0] in TOP and "/" in path]
     assert not [path for path in paths if not (ROOT / path).exists()]
 
@@ -155,14 +172,20 @@ def test_every_path_of_a_page_exists(page):
 @each_page
 def test_every_script_of_a_page_exists(page):
     code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
-    scripts = [script for body in code for script in re.findall(r"python3? ((?:\w+/)+\w+\.py)", body)]
+    scripts = [
+        script for body in code for script in re.findall(r"python3? ((?:\w+/)+\w+\.py)", body)
+    ]
     assert not [script for script in scripts if not (ROOT / script).is_file()]
 
 
 @each_page
 def test_every_make_target_of_a_page_exists(page):
     code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
-    targets = {target for body in code for target in re.findall(r"^make ([a-z][a-z-]*)", body, re.MULTILINE)}
+    targets = {
+        target
+        for body in code
+        for target in re.findall(r"^make ([a-z][a-z-]*)", body, re.MULTILINE)
+    }
     rules = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert targets <= rules
 
@@ -171,13 +194,15 @@ def test_every_make_target_of_a_page_exists(page):
 def test_every_public_name_of_a_page_exists(page):
     import loraq
 
-    names = {name for code in inline_code(text_of(page)) for name in re.findall(r"\bloraq\.(\w+)", code)}
+    names = {
+        name for code in inline_code(text_of(page)) for name in re.findall(r"\bloraq\.(\w+)", code)
+    }
     files = {"json"}  # loraq.json, the manifest
     parts = {path.stem for path in SOURCE.iterdir()}
     assert not [name for name in names - files - parts if not hasattr(loraq, name)]
 
 
-# --- the tree -------------------------------------------------------------------------------------------------------
+# --- the tree -------------------------------------------------------------------------------------
 
 
 def paths_of(tree: str) -> set[str]:
@@ -193,10 +218,14 @@ def paths_of(tree: str) -> set[str]:
 
 
 def test_every_source_file_is_in_the_tree_of_the_architecture():
-    drawn = set().union(*(paths_of(body) for body in blocks(text_of(Path("docs/architecture.md")), "")))
+    drawn = set().union(
+        *(paths_of(body) for body in blocks(text_of(Path("docs/architecture.md")), ""))
+    )
     there = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py")}
     assert not there - drawn
-    assert not [path for path in drawn if not (SOURCE / path).exists() and not (ROOT / path).exists()]
+    assert not [
+        path for path in drawn if not (SOURCE / path).exists() and not (ROOT / path).exists()
+    ]
 
 
 @pytest.mark.slow

@@ -19,7 +19,11 @@ BUILT_IN_BASE = {
 
 
 def test_the_list_of_errors_is_frozen():
-    classes = {name for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)}
+    classes = {
+        name
+        for name, cls in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(cls, Exception)
+    }
     assert classes == {"LoraqError", *BUILT_IN_BASE}
 
 

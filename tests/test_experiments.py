@@ -8,10 +8,12 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("tiny_pipelines")
 
-ROWS = ["rtn:mxfp4", "loraq:mxfp4-w8a8"]
+ROWS = ["rtn:mxfp4", "loraq:mxfp4+w8a8"]
 SETTINGS = ["--local-tiny", "--effort", "fast", "--images", "1", "--steps", "2", "--device", "cpu"]
 
-of_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+of_diffusers = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword"
+)
 
 
 @of_diffusers
@@ -32,7 +34,7 @@ def test_a_study_quantizes_loads_and_draws(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "says nothing about quality" in printed
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["recipe"] for row in results["rows"]] == ["bfloat16", "mxfp4", "mxfp4-w8a8"]
+    assert [row["recipe"] for row in results["rows"]] == ["bfloat16", "mxfp4", "mxfp4+w8a8"]
     written = (tmp_path / "models" / "loraq-mxfp4-w8a8" / "loraq.json").stat().st_mtime_ns
     again = main(study, [*SETTINGS, "--out", str(tmp_path), "--only", ROWS[1]])
     assert (tmp_path / "models" / "loraq-mxfp4-w8a8" / "loraq.json").stat().st_mtime_ns == written

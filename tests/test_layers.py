@@ -35,7 +35,9 @@ class Tower(nn.Module):
         super().__init__()
         self.first = nn.Linear(8, 8)
         self.again = self.first
-        self.steps = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Sequential(nn.Linear(8, 8), self.first))
+        self.steps = nn.Sequential(
+            nn.Linear(8, 8), nn.SiLU(), nn.Sequential(nn.Linear(8, 8), self.first)
+        )
         self.listed = nn.ModuleList([nn.Linear(8, 8), self.steps[0]])
         self.named = nn.ModuleDict({"a": nn.Linear(8, 8)})
         self.own = OwnLinear(8, 8)
@@ -116,7 +118,10 @@ def test_the_back_end_is_switched_in_every_layer():
     set_backend(model, "reference")
     assert [layer.backend for layer in quantized_layers(model).values()] == ["reference"] * 2
     set_backend(model[1], "resident")
-    assert [layer.backend for layer in quantized_layers(model).values()] == ["reference", "resident"]
+    assert [layer.backend for layer in quantized_layers(model).values()] == [
+        "reference",
+        "resident",
+    ]
 
 
 def test_a_single_layer_can_be_switched_like_a_model():
@@ -135,7 +140,10 @@ def test_an_unknown_back_end_is_refused_and_nothing_is_switched(model):
 
 
 def test_a_model_runs_on_the_automatic_choice_where_the_asked_back_end_refuses(caplog):
-    a8, a16 = (QuantizedLinear.from_solution(quantize_weight(gaussian(8, 64), n)) for n in ("int8-a8", "mxfp4-a16"))
+    a8, a16 = (
+        QuantizedLinear.from_solution(quantize_weight(gaussian(8, 64), n))
+        for n in ("int8-a8", "mxfp4-a16")
+    )
     wide = gaussian(8, 512)
     wide[:, 0] = 40  # INT8 rows would lose too much, which only the values tell
     unfit = QuantizedLinear.from_solution(quantize_weight(wide, Scheme("mxint4", "int8")))
@@ -144,20 +152,26 @@ def test_a_model_runs_on_the_automatic_choice_where_the_asked_back_end_refuses(c
     (record,) = caplog.records
     assert (record.levelname, record.name) == ("WARNING", "loraq.kernels")
     assert record.getMessage().startswith(
-        "The back end 'int8_row' refuses 2 of 4 layers, which run on the automatic choice. The first one is 8×64: its "
-        "activations are 'bf16'"
+        "The back end 'int8_row' refuses 2 of 4 layers, which run on the automatic choice. The "
+        "first one is 8×64: its activations are 'bf16'"
     )
     for layer in model[:3]:
         layer(gaussian(2, 64))
     assert len(caplog.records) == 1
     unfit(gaussian(2, 512))
-    assert "resident (not int8_row: INT8 rows change the weight in 'mxint4'" in caplog.records[1].getMessage()
+    assert (
+        "resident (not int8_row: INT8 rows change the weight in 'mxint4'"
+        in caplog.records[1].getMessage()
+    )
     assert [layer.backend for layer in model] == ["resident", "resident", "int8_row", "resident"]
 
 
 def test_a_back_end_that_refuses_every_layer_is_an_error_and_nothing_is_switched():
     model = nn.Sequential(quantized(), quantized())
-    with pytest.raises(KernelError, match=r"'int8_row' cannot run any of the 2 quantized layers.*its activations are"):
+    with pytest.raises(
+        KernelError,
+        match=r"'int8_row' cannot run any of the 2 quantized layers.*its activations are",
+    ):
         set_backend(model, "int8_row")
     assert all(layer.backend == "resident" for layer in quantized_layers(model).values())
 
@@ -170,7 +184,7 @@ def test_a_replaced_layer_computes_in_place_of_the_old_one():
     assert torch.equal(model(x), expected)
 
 
-# --- 1×1 convolutions, and what is not linear -----------------------------------------------------------------------
+# --- 1×1 convolutions, and what is not linear -----------------------------------------------------
 
 
 class OwnConv(nn.Conv2d):

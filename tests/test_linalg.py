@@ -7,7 +7,12 @@ from loraq.errors import SchemeError
 from loraq.linalg import damped_cholesky, svd_of_product, truncated_svd
 from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
 
-FAMILIES = {"dit_like": dit_like, "gaussian": gaussian, "heavy_tailed": heavy_tailed, "outliers": outlier_columns}
+FAMILIES = {
+    "dit_like": dit_like,
+    "gaussian": gaussian,
+    "heavy_tailed": heavy_tailed,
+    "outliers": outlier_columns,
+}
 each_family = pytest.mark.parametrize("matrix", FAMILIES.values(), ids=FAMILIES.keys())
 
 
@@ -25,7 +30,9 @@ def assert_orthonormal(columns: torch.Tensor) -> None:
 
 
 @each_family
-@pytest.mark.parametrize(("shape", "rank"), [((256, 256), 8), ((160, 480), 16), ((480, 160), 32)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((256, 256), 8), ((160, 480), 16), ((480, 160), 32)], ids=str
+)
 def test_truncation_leaves_hardly_more_than_the_best_matrix_of_its_rank(matrix, shape, rank):
     weight = matrix(*shape)
     svd = truncated_svd(weight, rank, seed=0)
@@ -37,7 +44,10 @@ def test_truncation_leaves_hardly_more_than_the_best_matrix_of_its_rank(matrix, 
 
 def test_more_iterations_are_better():
     weight = gaussian(256, 256)  # no gap in the spectrum: the hardest case
-    errors = [remaining(weight, *truncated_svd(weight, 16, seed=0, iterations=n).canonical()) for n in (0, 1, 8)]
+    errors = [
+        remaining(weight, *truncated_svd(weight, 16, seed=0, iterations=n).canonical())
+        for n in (0, 1, 8)
+    ]
     assert errors[2] < errors[1] < errors[0]
 
 
@@ -50,10 +60,15 @@ def test_directions_of_an_earlier_call_save_iterations():
     assert remaining(weight, *warm.canonical()) < 1.005 * least(weight, 16)
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((48, 96), 8), ((7, 5), 5), ((1, 64), 1), ((64, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((48, 96), 8), ((7, 5), 5), ((1, 64), 1), ((64, 1), 1)], ids=str
+)
 def test_a_small_matrix_is_decomposed_exactly(shape, rank):
     weight = gaussian(*shape)
-    assert remaining(weight, *truncated_svd(weight, rank, seed=0).canonical()) <= 1e-5 + least(weight, rank) * 1.00001
+    assert (
+        remaining(weight, *truncated_svd(weight, rank, seed=0).canonical())
+        <= 1e-5 + least(weight, rank) * 1.00001
+    )
 
 
 def test_a_matrix_of_low_rank_is_recovered():
@@ -94,12 +109,16 @@ def test_both_factored_forms_have_one_product():
     assert_orthonormal(canonical[0])
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((96, 128), 8), ((128, 96), 96), ((5, 7), 1), ((64, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((96, 128), 8), ((128, 96), 96), ((5, 7), 1), ((64, 1), 1)], ids=str
+)
 def test_the_svd_of_a_product_is_exact(shape, rank):
     up, down = gaussian(shape[0], rank), gaussian(rank, shape[1], seed=1)
     svd = svd_of_product(up, down)
     product = up @ down
-    torch.testing.assert_close((svd.left * svd.values) @ svd.right, product, rtol=0, atol=1e-5 * float(product.norm()))
+    torch.testing.assert_close(
+        (svd.left * svd.values) @ svd.right, product, rtol=0, atol=1e-5 * float(product.norm())
+    )
     expected = torch.linalg.svdvals(product.double())[:rank].float()
     torch.testing.assert_close(svd.values, expected, rtol=0, atol=1e-5 * float(expected[0]))
     assert_orthonormal(svd.left)
@@ -133,7 +152,9 @@ def test_the_factor_of_zeros_is_the_identity():
 @pytest.mark.parametrize("damping", [0.0, 1e-9, 1e-4])
 def test_a_moment_that_rounding_made_indefinite_has_a_factor(damping):
     least = -1e-3 / 8
-    moment = torch.diag(torch.tensor([1.0, *[0.0] * 6, least]))  # its mean square is about an eighth
+    moment = torch.diag(
+        torch.tensor([1.0, *[0.0] * 6, least])
+    )  # its mean square is about an eighth
     factor = damped_cholesky(moment, damping)
     assert factor.isfinite().all()
     added = (factor @ factor.mT - moment.double()).diagonal()

@@ -18,11 +18,17 @@ from matrices import dit_like, gaussian
 
 N_OUT, N_IN = 40, 112  # the last block is shorter for block sizes 32 and 64
 MAINS = ("mxfp4", "int4", "nvfp4", "mxint4", "int5")
-BRANCHES = ("", "-w16a16-r12", "-w8a8-r12", "-w6a6-r12", "-w4a8-r12")
+BRANCHES = ("", "+bf16-r12", "+w8a8-r12", "+w6a6-r12", "+w4a8-r12")
 WIDTHS = ("-a4", "-a8", "-a16")
-FAMILIES = [main + branch + width for main in MAINS for branch in BRANCHES for width in WIDTHS]
+FAMILIES = [main + width + branch for main in MAINS for branch in BRANCHES for width in WIDTHS]
 #: One name for every kind of stored tensor and of activation.
-VARIED = ["mxfp4-w8a8-r12-a4", "nvfp4-w6a6-r12-a4", "int4-r12-a8", "mxint4-w4a8-r12-a16", "int5-a16"]
+VARIED = [
+    "mxfp4-a4+w8a8-r12",
+    "nvfp4-a4+w6a6-r12",
+    "int4-a8+bf16-r12",
+    "mxint4-a16+w4a8-r12",
+    "int5-a16",
+]
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_variety = pytest.mark.parametrize("name", VARIED)
@@ -35,7 +41,9 @@ def solution_of(name: str) -> LayerSolution:
 
 
 def layer_of(name: str, *, backend: str = "resident", bias: bool = True) -> QuantizedLinear:
-    layer = QuantizedLinear.from_solution(copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None)
+    layer = QuantizedLinear.from_solution(
+        copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None
+    )
     layer.backend = backend
     return layer
 
@@ -45,7 +53,11 @@ def tokens(*leading: int, seed: int = 1) -> Tensor:
 
 
 def packed_bytes(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in layer.state_dict().items() if tensor.dtype == torch.uint8}
+    return {
+        name: tensor.clone()
+        for name, tensor in layer.state_dict().items()
+        if tensor.dtype == torch.uint8
+    }
 
 
 def assert_same_bytes(layer: nn.Module, before: dict[str, Tensor]) -> None:
@@ -56,7 +68,10 @@ def assert_same_bytes(layer: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def error(y: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(y.double() - expected) / torch.linalg.vector_norm(expected.double())).item()
+    return (
+        torch.linalg.vector_norm(y.double() - expected)
+        / torch.linalg.vector_norm(expected.double())
+    ).item()
 
 
 def on_the_grid(token: Tensor, name: str) -> Tensor:
@@ -72,14 +87,22 @@ def evaluate(solution: LayerSolution, bias: Tensor, x: Tensor) -> Tensor:
     for token in rotate(x, scheme.rotation):
         y = weight @ on_the_grid(token, scheme.activation).double() + bias.double()
         if solution.branch is not None:
-            down, up = (q.dequantize().double() for q in (solution.branch.proj_down, solution.branch.proj_up))
+            down, up = (
+                q.dequantize().double()
+                for q in (solution.branch.proj_down, solution.branch.proj_up)
+            )
             inner = (down @ on_the_grid(token, scheme.branch.activation).double()).float()
-            y += up @ on_the_grid(inner, scheme.branch.intermediate or scheme.branch.activation).double()
+            y += (
+                up
+                @ on_the_grid(
+                    inner, scheme.branch.intermediate or scheme.branch.activation
+                ).double()
+            )
         rows.append(y)
     return torch.stack(rows)
 
 
-# --- the equation ---------------------------------------------------------------------------------------------------
+# --- the equation ---------------------------------------------------------------------------------
 
 
 @each_backend
@@ -90,11 +113,17 @@ def test_forward_is_the_equation(name, backend):
 
 
 @each_backend
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name.endswith("-a16")])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "-a16" in name])
 def test_with_16_bit_activations_it_is_a_linear_layer_of_the_reconstruction(name, backend):
     layer, x = layer_of(name, backend=backend), tokens(6)
     assert torch.equal(layer.reconstruct(), solution_of(name).reconstruct())
-    assert error(layer(x), nn.functional.linear(x.double(), layer.reconstruct().double(), layer.bias.double())) < 1e-6
+    assert (
+        error(
+            layer(x),
+            nn.functional.linear(x.double(), layer.reconstruct().double(), layer.bias.double()),
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("intermediate", ["bf16", "mxint8", "mxfp4"])
@@ -107,8 +136,10 @@ def test_the_rank_space_intermediate_has_a_format_of_its_own(intermediate):
 
 def test_the_formats_of_the_activations_make_a_difference():
     x = tokens(6)
-    outputs = [layer_of(f"mxfp4-w8a8-r12{width}")(x) for width in WIDTHS]
-    exact = nn.functional.linear(x, layer_of("mxfp4-w8a8-r12-a16").reconstruct(), gaussian(1, N_OUT, 5)[0]).double()
+    outputs = [layer_of(f"mxfp4{width}+w8a8-r12")(x) for width in WIDTHS]
+    exact = nn.functional.linear(
+        x, layer_of("mxfp4-a16+w8a8-r12").reconstruct(), gaussian(1, N_OUT, 5)[0]
+    ).double()
     coarse, fine, none = (error(y, exact) for y in outputs)
     assert coarse > 3 * fine > 0
     assert fine > 1e3 * none
@@ -117,14 +148,18 @@ def test_the_formats_of_the_activations_make_a_difference():
 @each_variety
 def test_a_layer_without_bias_leaves_it_out(name):
     x = tokens(4)
-    torch.testing.assert_close(layer_of(name, bias=False)(x) + gaussian(1, N_OUT, 5)[0], layer_of(name)(x))
+    torch.testing.assert_close(
+        layer_of(name, bias=False)(x) + gaussian(1, N_OUT, 5)[0], layer_of(name)(x)
+    )
 
 
-# --- what it accepts ------------------------------------------------------------------------------------------------
+# --- what it accepts ------------------------------------------------------------------------------
 
 
 @each_backend
-@pytest.mark.parametrize("leading", [(), (0,), (1,), (3,), (2, 3), (2, 0, 3), (1, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "leading", [(), (0,), (1,), (3,), (2, 3), (2, 0, 3), (1, 2, 1, 2)], ids=str
+)
 @each_variety
 def test_any_leading_shape(name, leading, backend):
     layer, x = layer_of(name, backend=backend), tokens(*leading)
@@ -159,7 +194,7 @@ def test_the_output_has_the_dtype_of_the_input(name, dtype, bound, backend):
 
 
 def test_inputs_of_another_dtype_get_operands_of_their_own():
-    name, x = "int4-w8a8-r12-a16", tokens(4)
+    name, x = "int4-a16+w8a8-r12", tokens(4)
     inputs = [x, x.bfloat16(), x, x.half(), x.bfloat16(), x.double()]
     layer = layer_of(name)
     for each in inputs:
@@ -183,7 +218,7 @@ def test_a_token_of_zeros_gives_the_bias(name):
     assert torch.equal(layer(torch.zeros(2, N_IN)), layer.bias.detach().expand(2, -1))
 
 
-# --- state ----------------------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 @each_family
@@ -203,10 +238,17 @@ def test_state_dict_round_trip_is_strict_and_exact(name):
         ("int5-a16", ["weight_packed", "weight_scale"]),
         ("nvfp4-a4", ["weight_global_scale", "weight_packed", "weight_scale"]),
         (
-            "mxfp4-w8a8-r12-a4",
-            [f"{part}_{kind}" for part in ("proj_down", "proj_up", "weight") for kind in ("packed", "scale")],
+            "mxfp4-a4+w8a8-r12",
+            [
+                f"{part}_{kind}"
+                for part in ("proj_down", "proj_up", "weight")
+                for kind in ("packed", "scale")
+            ],
         ),
-        ("mxfp4-r12-a4", ["proj_down_packed", "proj_up_packed", "weight_packed", "weight_scale"]),
+        (
+            "mxfp4-a4+bf16-r12",
+            ["proj_down_packed", "proj_up_packed", "weight_packed", "weight_scale"],
+        ),
     ],
 )
 def test_every_tensor_but_the_bias_is_raw_bytes_that_take_no_gradient(name, parts):
@@ -218,7 +260,9 @@ def test_every_tensor_but_the_bias_is_raw_bytes_that_take_no_gradient(name, part
     assert {name for name, p in parameters.items() if p.dtype != torch.uint8} == {"bias"}
     assert not any(p.requires_grad for name, p in parameters.items() if name != "bias")
     layer(tokens(2))
-    assert dict(layer.named_parameters()).keys() == parameters.keys()  # kept operands are not part of the state
+    assert (
+        dict(layer.named_parameters()).keys() == parameters.keys()
+    )  # kept operands are not part of the state
     assert layer.state_dict().keys() == parameters.keys()
 
 
@@ -232,13 +276,17 @@ def test_its_bytes_are_those_of_the_solution_and_of_the_scheme(name):
 
 
 def test_a_state_of_another_scheme_is_refused():
-    state = layer_of("mxfp4-w8a8-r12-a4").state_dict()
+    state = layer_of("mxfp4-a4+w8a8-r12").state_dict()
     with pytest.raises(RuntimeError, match=r"Unexpected key.*proj_down_packed"):
         QuantizedLinear(N_IN, N_OUT, Scheme("mxfp4")).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_global_scale"):
-        QuantizedLinear(N_IN, N_OUT, Scheme("nvfp4", branch=Branch(12, "mxint8"))).load_state_dict(state)
+        QuantizedLinear(N_IN, N_OUT, Scheme("nvfp4", branch=Branch(12, "mxint8"))).load_state_dict(
+            state
+        )
     with pytest.raises(RuntimeError, match="size mismatch for proj_up_packed"):
-        QuantizedLinear(N_IN, N_OUT, Scheme("mxfp4", branch=Branch(8, "mxint8"))).load_state_dict(state)
+        QuantizedLinear(N_IN, N_OUT, Scheme("mxfp4", branch=Branch(8, "mxint8"))).load_state_dict(
+            state
+        )
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -247,7 +295,8 @@ def test_loading_a_state_drops_decoded_operands(name, assign):
     layer, x = layer_of(name), tokens(3)
     layer(x)
     other = QuantizedLinear.from_solution(
-        quantize_weight(dit_like(N_OUT, N_IN, 9), layer.scheme, method="svdquant"), gaussian(1, N_OUT, 6)[0]
+        quantize_weight(dit_like(N_OUT, N_IN, 9), layer.scheme, method="svdquant"),
+        gaussian(1, N_OUT, 6)[0],
     )
     layer.load_state_dict(other.state_dict(), assign=assign)
     assert_same_bytes(layer, packed_bytes(other))
@@ -290,7 +339,7 @@ def test_casts_and_copies_leave_the_packed_bytes_alone(name, change):
 
 @pytest.mark.parametrize("change", [nn.Module.half, lambda layer: layer.to("meta"), nn.Module.cpu])
 def test_a_move_or_a_cast_drops_decoded_operands(change):
-    layer = layer_of("mxfp4-w8a8-r12-a4")
+    layer = layer_of("mxfp4-a4+w8a8-r12")
     layer(tokens(3))
     assert layer._prepared is not None
     assert change(layer)._prepared is None
@@ -301,7 +350,7 @@ def test_a_cast_reaches_the_bias():
 
 
 def test_a_deep_copy_shares_nothing_and_decodes_anew():
-    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
     output = layer(x)
     twin = copy.deepcopy(layer)
     assert twin._prepared is None
@@ -334,7 +383,9 @@ def test_the_meta_device_keeps_shapes_and_assign_brings_the_bytes_back(name):
 def test_an_empty_layer_on_the_meta_device_has_the_shapes_of_a_filled_one(name):
     layer = layer_of(name)
     empty = QuantizedLinear(N_IN, N_OUT, layer.scheme, device="meta", dtype=torch.bfloat16)
-    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in layer.named_parameters()}
+    assert {n: p.shape for n, p in empty.named_parameters()} == {
+        n: p.shape for n, p in layer.named_parameters()
+    }
     assert empty.bias.dtype == torch.bfloat16
     assert QuantizedLinear(N_IN, N_OUT, layer.scheme, bias=False, device="meta").bias is None
 
@@ -348,7 +399,10 @@ def test_the_bias_is_taken_over_as_it_is():
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (Scheme("mxfp4", branch=Branch(41)), r"Branch rank 41 is larger than min\(out, in\).*rank of at most 40"),
+        (
+            Scheme("mxfp4", branch=Branch(41)),
+            r"Branch rank 41 is larger than min\(out, in\).*rank of at most 40",
+        ),
         (Scheme("mxfp4", branch=Branch()), r"no rank yet \(0\).*budget"),
     ],
 )
@@ -357,42 +411,49 @@ def test_a_scheme_that_does_not_fit_makes_no_layer(scheme, message):
         QuantizedLinear(N_IN, N_OUT, scheme)
 
 
-# --- back ends ------------------------------------------------------------------------------------------------------
+# --- back ends ------------------------------------------------------------------------------------
 
 
 def test_the_back_end_is_switched_by_name():
-    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
     assert layer.backend == "resident"
     output = layer(x)
     layer.backend = "reference"
     assert layer.backend == "reference"
     assert torch.equal(layer(x), output)
-    with pytest.raises(KernelError, match=r"Unknown back end 'resistant'\. Did you mean 'resident'"):
+    with pytest.raises(
+        KernelError, match=r"Unknown back end 'resistant'\. Did you mean 'resident'"
+    ):
         layer.backend = "resistant"
     assert layer.backend == "reference"
 
 
 def test_the_representation_says_formats_rank_bits_and_back_end():
-    assert repr(layer_of("mxfp4-w8a8-r12-a4")) == (
-        "QuantizedLinear(in_features=112, out_features=40, bias=True, weight=mxfp4, activation=mxfp4, "
-        "rotation=32, branch=r12 mxint8/mxint8, 7.70 bits per weight, backend=resident)"
+    assert repr(layer_of("mxfp4-a4+w8a8-r12")) == (
+        "QuantizedLinear(in_features=112, out_features=40, bias=True, weight=mxfp4, "
+        "activation=mxfp4, rotation=32, branch=r12 mxint8/mxint8, 7.70 bits per weight, "
+        "backend=resident)"
     )
     assert repr(layer_of("int5-a16", backend="reference", bias=False)) == (
-        "QuantizedLinear(in_features=112, out_features=40, bias=False, weight=int5, activation=bf16, "
-        "5.29 bits per weight, backend=reference)"
+        "QuantizedLinear(in_features=112, out_features=40, bias=False, weight=int5, "
+        "activation=bf16, 5.29 bits per weight, backend=reference)"
     )
 
 
-def test_a_layer_that_refuses_the_back_end_of_the_environment_runs_on_the_automatic_one(monkeypatch, caplog):
+def test_a_layer_that_refuses_the_back_end_of_the_environment_runs_on_the_automatic_one(
+    monkeypatch, caplog
+):
     monkeypatch.setenv("LORAQ_BACKEND", "int8_row")
-    layer, plain = layer_of("mxfp4-w8a8-r12-a16", backend="auto"), layer_of("mxfp4-w8a8-r12-a16")
+    layer, plain = layer_of("mxfp4-a16+w8a8-r12", backend="auto"), layer_of("mxfp4-a16+w8a8-r12")
     assert repr(layer).endswith("backend=resident)")
     assert torch.equal(layer(tokens(3)), plain(tokens(3)))
     layer(tokens(2))
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "on cpu: resident (not int8_row: its activations are 'bf16'" in record.getMessage()
-    with pytest.raises(KernelError, match=r"'int8_row' cannot run a layer 40×112 in 'mxfp4': its activations are"):
+    with pytest.raises(
+        KernelError, match=r"'int8_row' cannot run a layer 40×112 in 'mxfp4': its activations are"
+    ):
         layer.backend = "int8_row"
     assert layer.backend == "resident"
 
@@ -404,13 +465,14 @@ def test_the_representation_shows_a_back_end_that_refuses_the_layer_by_now(monke
     assert repr(layer).endswith("backend=triton (refused))")
 
 
-# --- gradients and compilation --------------------------------------------------------------------------------------
+# --- gradients and compilation --------------------------------------------------------------------
 
 
 @each_backend
 @each_family
 def test_the_gradient_of_the_input_is_that_of_the_reconstruction(name, backend):
-    # Exact for 16-bit activations; rounded ones let it pass straight through, so that adapters can be trained.
+    # Exact for 16-bit activations; rounded ones let it pass straight through, so that adapters can
+    # be trained.
     layer, x = layer_of(name, backend=backend), tokens(3).requires_grad_()
     toward = gaussian(3, N_OUT, 8)
     (layer(x) * toward).sum().backward()
@@ -420,7 +482,7 @@ def test_the_gradient_of_the_input_is_that_of_the_reconstruction(name, backend):
 
 
 def test_the_gradient_has_the_dtype_of_the_input():
-    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3).bfloat16().requires_grad_()
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3).bfloat16().requires_grad_()
     layer(x).sum().backward()
     assert x.grad.dtype == torch.bfloat16
     assert error(x.grad, layer.reconstruct().double().sum(0).expand(3, -1)) < 2e-2
@@ -435,7 +497,7 @@ def test_tracking_gradients_does_not_change_the_output(name):
 
 
 def test_a_layer_first_run_in_inference_mode_can_be_trained_through_later():
-    layer, x = layer_of("mxfp4-w8a8-r12-a4"), tokens(3)
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
     with torch.inference_mode():
         expected = layer(x)
     y = layer(x.requires_grad_())
@@ -445,25 +507,32 @@ def test_a_layer_first_run_in_inference_mode_can_be_trained_through_later():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
-@pytest.mark.parametrize("name", ["mxfp4-w8a8-r12-a4", "nvfp4-r12-a16", "int4-r12-a4"])
+@pytest.mark.parametrize("name", ["mxfp4-a4+w8a8-r12", "nvfp4-a16+bf16-r12", "int4-a4+bf16-r12"])
 def test_compiled_it_is_one_graph_with_the_same_output(name):
     layer, x = layer_of(name), tokens(3)
     expected, before = layer_of(name)(x), packed_bytes(layer)
     compiled = torch.compile(layer, fullgraph=True)
     with torch.no_grad():
-        first, second = compiled(x), compiled(x)  # the first call decodes the operands, the second finds them
+        first, second = (
+            compiled(x),
+            compiled(x),
+        )  # the first call decodes the operands, the second finds them
     assert error(first, expected.detach().double()) < 1e-5
     assert error(second, expected.detach().double()) < 1e-5
     assert_same_bytes(layer, before)
 
 
-# --- 1×1 convolutions -----------------------------------------------------------------------------------------------
+# --- 1×1 convolutions -----------------------------------------------------------------------------
 
 
 def conv_of(name: str, *, backend: str = "resident", bias: bool = True) -> QuantizedConv1x1:
-    layer = QuantizedConv1x1.from_solution(copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None)
+    layer = QuantizedConv1x1.from_solution(
+        copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None
+    )
     layer.backend = backend
     return layer
 
@@ -483,7 +552,7 @@ def test_a_convolution_is_the_linear_layer_on_every_pixel(name, backend):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_weight_only_convolution_is_the_float_convolution_of_its_reconstruction(bias):
-    layer = conv_of("mxint4-w8a8-r12-a16", bias=bias)
+    layer = conv_of("mxint4-a16+w8a8-r12", bias=bias)
     x = picture(2)
     expected = nn.functional.conv2d(x.double(), layer.reconstruct().double()[..., None, None])
     expected = expected + layer.bias.double()[:, None, None] if bias else expected
@@ -491,21 +560,21 @@ def test_a_weight_only_convolution_is_the_float_convolution_of_its_reconstructio
 
 
 def test_a_convolution_takes_a_picture_without_a_batch():
-    layer, x = conv_of("mxfp4-w8a8-r12-a4"), picture()
+    layer, x = conv_of("mxfp4-a4+w8a8-r12"), picture()
     assert torch.equal(layer(x), layer(x[None])[0])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_convolution_keeps_the_layout_in_memory(layout):
     x = picture(2).contiguous(memory_format=layout)
-    y = conv_of("mxfp4-w8a8-r12-a16")(x)
-    assert torch.equal(y, conv_of("mxfp4-w8a8-r12-a16")(picture(2)))
+    y = conv_of("mxfp4-a16+w8a8-r12")(x)
+    assert torch.equal(y, conv_of("mxfp4-a16+w8a8-r12")(picture(2)))
     assert y.shape == (2, N_OUT, 5, 3)
     assert y.is_contiguous(memory_format=layout)
 
 
 def test_a_convolution_stores_what_a_linear_layer_stores_and_knows_its_channels():
-    conv, linear = conv_of("mxfp4-w8a8-r12-a4"), layer_of("mxfp4-w8a8-r12-a4")
+    conv, linear = conv_of("mxfp4-a4+w8a8-r12"), layer_of("mxfp4-a4+w8a8-r12")
     assert_same_bytes(conv, packed_bytes(linear))
     assert (conv.in_channels, conv.out_channels) == (N_IN, N_OUT)
     assert conv.nbytes == linear.nbytes
@@ -513,6 +582,6 @@ def test_a_convolution_stores_what_a_linear_layer_stores_and_knows_its_channels(
 
 def test_a_convolution_sends_a_gradient_to_its_input():
     x = picture(1).requires_grad_()
-    conv_of("mxfp4-r12-a16")(x).sum().backward()
+    conv_of("mxfp4-a16+bf16-r12")(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0

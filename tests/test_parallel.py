@@ -22,13 +22,23 @@ from loraq.parallel import LoraqColwise, LoraqRowwise
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe import parse_scheme
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the processes do not read pyproject.toml
+sys.path.insert(
+    0, str(Path(__file__).parent.parent / "benchmarks")
+)  # the processes do not read pyproject.toml
 from matrices import dit_like, gaussian
 
 N_IN, N_HIDDEN = 128, 384
-NAMES = ("mxfp4-w8a8-r32-a4", "nvfp4-r32-a16", "int4-w6a6-r32-a4", "int8-int8-r32-a8", "int5-a16")
+NAMES = (
+    "mxfp4-a4+w8a8-r32",
+    "nvfp4-a16+bf16-r32",
+    "int4-a4+w6a6-r32",
+    "int8-a8+int8-r32",
+    "int5-a16",
+)
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available(), reason="this torch has no torch.distributed"
+)
 
 
 def layer_of(name: str, n_out: int, n_in: int, *, bias: bool = True) -> QuantizedLinear:
@@ -59,7 +69,9 @@ def work(rank: int, folder: str) -> None:
             stored = mine.nbytes
             parallelize_module(mine, mesh, LoraqColwise())
             share = hidden(x).chunk(2, -1)[rank]
-            fused = parallelize_module(layer_of(name, N_HIDDEN, N_IN), mesh, LoraqColwise(fused=3, gather_output=True))
+            fused = parallelize_module(
+                layer_of(name, N_HIDDEN, N_IN), mesh, LoraqColwise(fused=3, gather_output=True)
+            )
             numbers = {
                 "column": float(torch.equal(mine(x), share)),
                 "column bytes": mine.nbytes / stored,
@@ -73,7 +85,9 @@ def work(rank: int, folder: str) -> None:
                 parallelize_module(row, mesh, style)
                 numbers[f"row {exact}"] = distance(row(gaussian(12, N_HIDDEN)), expected)
                 both = feed_forward(name)
-                parallelize_module(both, mesh, {"0": LoraqColwise(), "2": LoraqRowwise(exact_branch=exact)})
+                parallelize_module(
+                    both, mesh, {"0": LoraqColwise(), "2": LoraqRowwise(exact_branch=exact)}
+                )
                 numbers[f"feed forward {exact}"] = distance(both(x), whole(x))
             sharded = feed_forward(name)
             for layer in (sharded[0], sharded[2]):
@@ -81,9 +95,9 @@ def work(rank: int, folder: str) -> None:
                 fully_shard(layer, mesh=mesh)
             fully_shard(sharded, mesh=mesh)
             numbers["fsdp"] = float(torch.equal(sharded(x), whole(x)))
-            numbers["fsdp bytes"] = sum(p.to_local().numel() for p in sharded[0].parameters()) / sum(
-                p.numel() for p in whole[0].parameters()
-            )
+            numbers["fsdp bytes"] = sum(
+                p.to_local().numel() for p in sharded[0].parameters()
+            ) / sum(p.numel() for p in whole[0].parameters())
             found[name] = numbers
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -160,10 +174,15 @@ class OneOfMany:
 
 
 def test_a_split_that_is_not_even_is_refused_and_changes_nothing():
-    layer = layer_of("mxfp4-w8a8-r32-a4", 50, 96)
-    with pytest.raises(KernelError, match=r"50 output channels \(1 fused projections\) cannot be split over 4 ranks"):
+    layer = layer_of("mxfp4-a4+w8a8-r32", 50, 96)
+    with pytest.raises(
+        KernelError,
+        match=r"50 output channels \(1 fused projections\) cannot be split over 4 ranks",
+    ):
         LoraqColwise()._apply(layer, OneOfMany(4))
-    with pytest.raises(KernelError, match=r"96 input channels over 2 ranks cut a block of 'mxfp4' \(32 values\)"):
+    with pytest.raises(
+        KernelError, match=r"96 input channels over 2 ranks cut a block of 'mxfp4' \(32 values\)"
+    ):
         LoraqRowwise()._apply(layer, OneOfMany(2))
     assert (layer.out_features, layer.in_features) == (50, 96)
 

@@ -15,9 +15,25 @@ MET = {"int8_row": 1.6, "resident a16": 0.9, "int8 product": 3.0, "branch": 0.1}
 
 
 def record(benchmark="linear_latency", rows=(), **changes):
-    plain = {"benchmark": benchmark, "device": "cpu", "date": "2026-01-02T00:00:00+00:00", "commit": "abc1234"}
-    plain |= {"changed": False, "command": f"{benchmark}.py --save", "torch": "2.13", "machine": "x86_64"}
-    plain |= {"cpu_count": 2, "cpu_capability": "AVX2", "onednn_limit": None, "threads": 2, "rows": list(rows)}
+    plain = {
+        "benchmark": benchmark,
+        "device": "cpu",
+        "date": "2026-01-02T00:00:00+00:00",
+        "commit": "abc1234",
+    }
+    plain |= {
+        "changed": False,
+        "command": f"{benchmark}.py --save",
+        "torch": "2.13",
+        "machine": "x86_64",
+    }
+    plain |= {
+        "cpu_count": 2,
+        "cpu_capability": "AVX2",
+        "onednn_limit": None,
+        "threads": 2,
+        "rows": list(rows),
+    }
     return plain | changes
 
 
@@ -25,21 +41,27 @@ def layer(tokens=1024, n_in=1152, model="pixart", **ratios):
     values = MET | ratios
     branch = values.pop("branch")
     rows = [
-        {"contender": name, "times_bf16": ratio, "ms": 1 / ratio} for name, ratio in {"bf16": 1.0, **values}.items()
+        {"contender": name, "times_bf16": ratio, "ms": 1 / ratio}
+        for name, ratio in {"bf16": 1.0, **values}.items()
     ]
     next(row for row in rows if row["contender"] == "int8_row")["branch_cost"] = branch
     return [
-        {**row, "model": model, "layer": "ff", "n_in": str(n_in), "n_out": "1152", "tokens": tokens} for row in rows
+        {**row, "model": model, "layer": "ff", "n_in": str(n_in), "n_out": "1152", "tokens": tokens}
+        for row in rows
     ]
 
 
 def verdicts(page: str) -> list[str]:
-    return [line.split("|")[-2].strip() for line in page.splitlines() if "≥ 1.5" in line or "≤" in line]
+    return [
+        line.split("|")[-2].strip() for line in page.splitlines() if "≥ 1.5" in line or "≤" in line
+    ]
 
 
 def test_the_page_is_what_the_result_files_give():
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert text == performance.page(performance.read()), "docs/performance.md is stale: run `make docs`"
+    assert text == performance.page(performance.read()), (
+        "docs/performance.md is stale: run `make docs`"
+    )
 
 
 def test_without_files_every_table_says_so():
@@ -68,7 +90,9 @@ def test_the_speed_bar_is_about_large_layers_only():
 
 def test_a_slow_product_is_named_only_beside_a_miss():
     slow = {"int8 product": 1.2}
-    why = "bare INT8 product is itself below 1.5 × bf16 in 1 of these 1 measurements (1.20 to 1.20 ×)"
+    why = (
+        "bare INT8 product is itself below 1.5 × bf16 in 1 of these 1 measurements (1.20 to 1.20 ×)"
+    )
     assert why in performance.page([record(rows=layer(int8_row=1.0, **slow))])
     assert "bare INT8 product" not in performance.page([record(rows=layer(**slow))])
     assert "bare INT8 product" not in performance.page([record(rows=layer(int8_row=1.0))])
@@ -86,7 +110,10 @@ def test_bars_wait_for_their_number_of_threads():
 
 
 def test_the_newest_record_of_each_machine_and_model_counts(tmp_path):
-    old = record(rows=[*layer(int8_row=7.77), *layer(model="flux", int8_row=5.55)], date="2026-01-01T00:00:00+00:00")
+    old = record(
+        rows=[*layer(int8_row=7.77), *layer(model="flux", int8_row=5.55)],
+        date="2026-01-01T00:00:00+00:00",
+    )
     new = record(rows=layer(int8_row=3.33), changed=True)
     limited = record(rows=layer(int8_row=4.44), onednn_limit="AVX512_CORE_BF16")
     page = performance.page([old, limited, new])
@@ -115,21 +142,45 @@ def test_a_gpu_has_a_section_and_no_bars_of_a_cpu():
 
 
 def test_blocks_and_the_solver_show_their_rows():
-    block = {"what": "block", "tokens": 1024, "contender": "int8_row", "ms": 12.3, "times_bf16": 1.23, "mib": 45.6}
-    solved = {"shape": [1152, 4608], "scheme": "mxfp4-w6a8-a8", "package_commit": "fff0000", "seconds_of_ends": 1.0}
-    after = solved | {"label": "after", "seconds": 9.9, "extrapolated": True, "default_steps": [140, 56]}
+    block = {
+        "what": "block",
+        "tokens": 1024,
+        "contender": "int8_row",
+        "ms": 12.3,
+        "times_bf16": 1.23,
+        "mib": 45.6,
+    }
+    solved = {
+        "shape": [1152, 4608],
+        "scheme": "mxfp4-a8+w6a8",
+        "package_commit": "fff0000",
+        "seconds_of_ends": 1.0,
+    }
+    after = solved | {
+        "label": "after",
+        "seconds": 9.9,
+        "extrapolated": True,
+        "default_steps": [140, 56],
+    }
     after["seconds_per_step"] = [0.01, 0.02]
-    before = after | {"label": "before", "seconds": 20.1, "default_steps": [100, 40], "seconds_per_step": [0.03, 0.06]}
+    before = after | {
+        "label": "before",
+        "seconds": 20.1,
+        "default_steps": [100, 40],
+        "seconds_per_step": [0.03, 0.06],
+    }
     records = [record("block_latency", [block]), record("solver_seconds", [after])]
     page = performance.page(records)
     assert "| int8_row | 12 | 1.23 | 46 |" in page
     assert "Before: no result file yet." in page
-    assert "| 1152×4608, `mxfp4-w6a8-a8` | – | 9.9 * | – | 140 + 56 | – | 10 / 20 | – |" in page
+    assert "| 1152×4608, `mxfp4-a8+w6a8` | – | 9.9 * | – | 140 + 56 | – | 10 / 20 | – |" in page
     page = performance.page([*records, record("solver_seconds", [before])])
     assert "| 20.1 * | 9.9 * | 100 + 40 | 140 + 56 | 30 / 60 | 10 / 20 | 3.00 × |" in page
 
 
-@pytest.mark.parametrize("command", [line for lines in performance.COMMANDS.values() for line in lines])
+@pytest.mark.parametrize(
+    "command", [line for lines in performance.COMMANDS.values() for line in lines]
+)
 def test_every_command_takes_the_options_it_shows(command):
     if "benchmarks/" not in command:
         return

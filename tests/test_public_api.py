@@ -46,7 +46,9 @@ def test_a_public_name_resolves_to_something_documented(name):
     assert thing.__name__ == name
     assert thing.__module__.startswith("loraq.")
     assert inspect.getdoc(thing)
-    assert not inspect.getdoc(thing).startswith(f"{name}(")  # the text that a dataclass writes for itself
+    assert not inspect.getdoc(thing).startswith(
+        f"{name}("
+    )  # the text that a dataclass writes for itself
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -58,7 +60,11 @@ def test_a_public_name_is_the_same_object_as_at_home(name):
 def test_a_public_name_documents_its_own_members(name):
     thing = getattr(loraq, name)
     if inspect.isclass(thing) and not issubclass(thing, Exception):
-        own = {key: member for key, member in vars(thing).items() if not key.startswith("_") and key != "forward"}
+        own = {
+            key: member
+            for key, member in vars(thing).items()
+            if not key.startswith("_") and key != "forward"
+        }
         bare = [
             key
             for key, member in own.items()
@@ -73,7 +79,10 @@ def test_a_public_name_documents_its_own_members(name):
     [
         ("quantize_weight", ["weight", "recipe", "*method", "*seed", "*name", "*stats"]),
         ("quantize_", ["model", "recipe", "*stats", "*workers", "*progress"]),
-        ("absorb_lora", ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"]),
+        (
+            "absorb_lora",
+            ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"],
+        ),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
         ("set_backend", ["model", "name"]),
     ],

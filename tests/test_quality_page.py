@@ -13,14 +13,37 @@ import quality_page  # noqa: E402
 import rivals_section  # noqa: E402
 
 
-def row(label, velocity, *, method="loraq", bits=4.9, same_bytes=True, group="W4A16, own samples", world="digits"):
-    numbers = {"bits": bits, "weight": 0.1, "layers": 0.05, "psnr": 40.0, "ssim": 0.99, "seconds": 3.0, "peak_mb": 9.0}
+def row(
+    label,
+    velocity,
+    *,
+    method="loraq",
+    bits=4.9,
+    same_bytes=True,
+    group="W4A16, own samples",
+    world="digits",
+):
+    numbers = {
+        "bits": bits,
+        "weight": 0.1,
+        "layers": 0.05,
+        "psnr": 40.0,
+        "ssim": 0.99,
+        "seconds": 3.0,
+        "peak_mb": 9.0,
+    }
     names = {"label": label, "method": method, "group": group, "world": world, "recipe": "int4-a16"}
     return {**names, **numbers, "same_bytes": same_bytes, "velocity": velocity}
 
 
 def record(*rows, date="2026-01-02", **changes):
-    plain = {"benchmark": "quality", "date": date, "commit": "abc1234", "changed": False, "command": "quality.py"}
+    plain = {
+        "benchmark": "quality",
+        "date": date,
+        "commit": "abc1234",
+        "changed": False,
+        "command": "quality.py",
+    }
     plain |= {"torch": "2", "cpu_count": 2}
     return plain | {"rows": list(rows)} | changes
 
@@ -72,12 +95,14 @@ def test_a_bar_is_met_or_missed_only_beyond_the_confidence_interval(rival, expec
 
 
 def test_a_rival_meets_rows_that_store_no_more_and_have_its_main_format():
-    plain = row("INT5", [0.008, 0.0082, 0.0081], method="rtn", bits=5.25, same_bytes=False) | {"recipe": "int5-a16"}
+    plain = row("INT5", [0.008, 0.0082, 0.0081], method="rtn", bits=5.25, same_bytes=False) | {
+        "recipe": "int5-a16"
+    }
     larger = row("LoRaQ, 5.25 bits", [0.006, 0.0061, 0.0062], bits=5.24, same_bytes=False)
     assert verdict(plain, OURS)[4:6] == [" LoRaQ ", " 4.90 "]
     assert verdict(plain, OURS, larger)[4:6] == [" LoRaQ, 5.25 bits ", " 5.24 "]
-    rival = row("SVDQuant", [0.02, 0.021, 0.022], method="svdquant") | {"recipe": "mxfp4-w16a16-a16"}
-    ours = row("LoRaQ, MXFP4", [0.012, 0.013, 0.014]) | {"recipe": "mxfp4-w6a6-a16"}
+    rival = row("SVDQuant", [0.02, 0.021, 0.022], method="svdquant") | {"recipe": "mxfp4-a16+bf16"}
+    ours = row("LoRaQ, MXFP4", [0.012, 0.013, 0.014]) | {"recipe": "mxfp4-a16+w6a6"}
     assert verdict(rival, OURS, ours)[4] == " LoRaQ, MXFP4 "
     smaller = row("round to nearest", [0.01, 0.01, 0.01], method="rtn", bits=4.25)
     assert verdict(smaller, rival, OURS, ours)[2] == " SVDQuant "
@@ -86,7 +111,11 @@ def test_a_rival_meets_rows_that_store_no_more_and_have_its_main_format():
 def test_ratios_are_to_the_best_row_of_the_same_bytes():
     larger = row("more bytes", [0.005, 0.0055, 0.00525], bits=5.25, same_bytes=False)
     text = quality_page.table([OURS, larger, row("worse", [0.02, 0.022, 0.021])], "title", "source")
-    cells = {line.split("|")[1].strip(): line.split("|")[7].strip() for line in text.splitlines() if "int4" in line}
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[7].strip()
+        for line in text.splitlines()
+        if "int4" in line
+    }
     assert cells == {"LoRaQ": "1", "more bytes": "0.50 ± 0.00", "worse": "2.00 ± 0.00"}
 
 
@@ -108,10 +137,17 @@ def rival(name, error, ours, table="1152x1152", a4=0.2):
 
 
 def test_packages_are_compared_where_a_branch_fits_and_the_worst_of_them_is_named():
-    rows = [rival("near", 0.11, 0.1), rival("far", 0.2, 0.1), rival("far", 0.1, None, table="digits"), {"failure": "x"}]
+    rows = [
+        rival("near", 0.11, 0.1),
+        rival("far", 0.2, 0.1),
+        rival("far", 0.1, None, table="digits"),
+        {"failure": "x"},
+    ]
     changes = {"benchmark": "against_rivals", "command": "against_rivals.py --save"}
     partial = (
-        record(rival("part", 1.0, 1.0), date="2026-01-09") | changes | {"command": "against_rivals.py --quick --save"}
+        record(rival("part", 1.0, 1.0), date="2026-01-09")
+        | changes
+        | {"command": "against_rivals.py --quick --save"}
     )
     text = rivals_section.section([record(*rows) | changes, partial])
     assert "| near | 4.500 | 0.1100 | 1.10 / – | 2.00 / – |" in text

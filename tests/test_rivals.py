@@ -50,7 +50,10 @@ def write_rival(folder, code):
 
 
 def weights():
-    return [Weight("a", "small", dit_like(64, 128)), Weight("b", "small", dit_like(128, 64, seed=1))]
+    return [
+        Weight("a", "small", dit_like(64, 128)),
+        Weight("b", "small", dit_like(128, 64, seed=1)),
+    ]
 
 
 def run_fake(folder, limit=120.0):
@@ -94,11 +97,15 @@ run(
     (main, branch), _ = run_fake(tmp_path)
     weight = weights()[0]
     rounded = get_format("int4").for_rows().round(weight.x)
-    expected = (((rounded - weight.x) @ weight.value.T).norm() / (weight.x @ weight.value.T).norm()).item()
+    expected = (
+        ((rounded - weight.x) @ weight.value.T).norm() / (weight.x @ weight.value.T).norm()
+    ).item()
     assert main.output_error["A4"] > 0.05
     assert branch.output_error["A4"] == pytest.approx(0, abs=1e-6)
     write_rival(tmp_path, code)
-    ((alone, _), _) = rival_rows("fake", sys.executable, [weight], Ours(), limit=120, runners=tmp_path)
+    ((alone, _), _) = rival_rows(
+        "fake", sys.executable, [weight], Ours(), limit=120, runners=tmp_path
+    )
     assert alone.output_error["A4"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -120,7 +127,9 @@ def test_a_runner_that_does_not_finish_is_told(tmp_path, code, reason):
 def test_a_slow_variant_gets_the_square_weight_only(tmp_path):
     write_rival(tmp_path, FAKE)
     square = Weight(SQUARE, SQUARE, dit_like(32, 32))
-    rows, _ = rival_rows("fake", sys.executable, [square, *weights()], Ours(), limit=120, runners=tmp_path)
+    rows, _ = rival_rows(
+        "fake", sys.executable, [square, *weights()], Ours(), limit=120, runners=tmp_path
+    )
     assert [row.table for row in rows if row.contender == "fake slow"] == [SQUARE]
 
 
@@ -140,7 +149,9 @@ def test_an_environment_sees_the_torch_of_the_caller_and_is_made_once(tmp_path):
     requirements.write_text("")
     python = environment(requirements, tmp_path)
     asked = "import sys, torch; print(sys.prefix); print(torch.__version__)"
-    said = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    said = subprocess.run(
+        [python, "-c", asked], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert said == [str(tmp_path / "none"), torch.__version__]
     (tmp_path / "none" / "kept").touch()
     assert environment(requirements, tmp_path) == python

@@ -19,7 +19,12 @@ def test_a_scheme_is_plain_data_that_compares_and_hashes():
     one, same = (Scheme("mxfp4", "mxfp4", Branch(64, "mxint8", "mxint8")) for _ in range(2))
     assert one == same
     assert len({one, same, Scheme("mxfp4"), replace(one, activation="bf16")}) == 3
-    assert asdict(one)["branch"] == {"rank": 64, "weight": "mxint8", "activation": "mxint8", "intermediate": None}
+    assert asdict(one)["branch"] == {
+        "rank": 64,
+        "weight": "mxint8",
+        "activation": "mxint8",
+        "intermediate": None,
+    }
     with pytest.raises(FrozenInstanceError):
         one.weight = "int4"
 
@@ -40,7 +45,11 @@ def test_activation_formats_share_no_scale_between_tokens():
     assert scheme.activation_format == get_format("nvfp4").for_rows()
     assert scheme.activation_format != scheme.weight_format
     assert scheme.branch is not None
-    assert scheme.branch.activation_format == scheme.branch.intermediate_format == get_format("nvfp4").for_rows()
+    assert (
+        scheme.branch.activation_format
+        == scheme.branch.intermediate_format
+        == get_format("nvfp4").for_rows()
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,11 +92,14 @@ def test_a_rank_above_the_smaller_side_is_named_with_the_largest_possible_one():
 
 
 def test_bytes_are_counted_by_hand():
-    # int4: two values a byte and a bf16 scale for 64; mxint8: a byte a value and a scale byte for 32.
+    # int4: two values a byte and a bf16 scale for 64; mxint8: a byte a value and a scale byte for
+    # 32.
     assert Scheme("int4").nbytes((10, 128)) == 10 * (64 + 2 * 2)
     branch = Branch(40, "mxint8")
     assert branch.nbytes((10, 128)) == 10 * (40 + 2) + 40 * (128 + 4)
-    assert Scheme("int4", branch=branch).nbytes((10, 128)) == 10 * (64 + 2 * 2) + branch.nbytes((10, 128))
+    assert Scheme("int4", branch=branch).nbytes((10, 128)) == 10 * (64 + 2 * 2) + branch.nbytes(
+        (10, 128)
+    )
     assert Branch(32).nbytes((1152, 4608)) == 2 * 32 * (1152 + 4608)
     # nvfp4: a scale byte for 16 values and one fp32 scale for the matrix.
     assert Scheme("nvfp4").nbytes((8, 64)) == 8 * (32 + 4) + 4

@@ -30,7 +30,8 @@ def test_mean_squares_are_rotated_as_those_of_uncorrelated_channels():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_inputs_that_never_change_can_be_rotated(seed):
-    # In a rotated basis their moment has zeros, which rounding turns into small numbers of either sign.
+    # In a rotated basis their moment has zeros, which rounding turns into small numbers of either
+    # sign.
     x = gaussian(1, 64, seed) if seed else torch.ones(1, 64)
     found = stats_of(x).rotated(32)
     assert (found.mean_square >= 0).all()

@@ -87,20 +87,27 @@ def test_a_rotated_layer_computes_with_its_effective_weight(backend):
 
 def test_a_rotation_helps_four_bit_activations_with_an_outlier_channel():
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(64, 128, generator=generator), torch.randn(256, 128, generator=generator)
+    weight, x = (
+        torch.randn(64, 128, generator=generator),
+        torch.randn(256, 128, generator=generator),
+    )
     x[:, 5] *= 30
     errors = []
-    for name in ("mxint4-w8a8-r16-h0-a4", "mxint4-w8a8-r16-h32-a4"):
+    for name in ("mxint4-a4+w8a8-r16-h0", "mxint4-a4+w8a8-r16-h32"):
         layer = QuantizedLinear.from_solution(loraq.quantize_weight(weight, name))
         errors.append(((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()).item())
     assert errors[1] < 0.95 * errors[0]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
 def test_a_rotated_layer_compiles_without_a_break():
-    layer = QuantizedLinear.from_solution(loraq.quantize_weight(torch.randn(32, 64), "mxfp4-w8a8-r8-h32-a4"))
+    layer = QuantizedLinear.from_solution(
+        loraq.quantize_weight(torch.randn(32, 64), "mxfp4-a4+w8a8-r8-h32")
+    )
     x = torch.randn(5, 64)
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
@@ -108,7 +115,7 @@ def test_a_rotated_layer_compiles_without_a_break():
 
 def test_a_rotation_survives_the_disk(tmp_path):
     model = nn.Sequential(nn.Linear(64, 48))
-    loraq.quantize_(model, "mxfp4-w8a8-r8-h32-a4", progress=False)
+    loraq.quantize_(model, "mxfp4-a4+w8a8-r8-h32", progress=False)
     loraq.save(model, tmp_path / "saved")
     fresh = nn.Sequential(nn.Linear(64, 48))
     loraq.load_into(fresh, tmp_path / "saved")

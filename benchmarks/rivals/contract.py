@@ -1,8 +1,9 @@
 """What all runners share: read weights, quantize each in every variant, write what came out.
 
-Runs inside the rival's own environment, so it needs torch and safetensors and nothing of loraq. A runner is started as
-`python run_NAME.py IN OUT`: IN is a safetensors file of fp32 weights (out, in), OUT a folder that gets `results.jsonl`,
-one line for each variant and weight, written as soon as it is there, and one safetensors file for each line.
+Runs inside the rival's own environment, so it needs torch and safetensors and nothing of loraq. A
+runner is started as `python run_NAME.py IN OUT`: IN is a safetensors file of fp32 weights (out,
+in), OUT a folder that gets `results.jsonl`, one line for each variant and weight, written as soon
+as it is there, and one safetensors file for each line.
 """
 
 import json
@@ -30,8 +31,8 @@ class Quantized:
     nbytes: int
     #: Product of the low-rank factors, or `None`.
     branch: Tensor | None = None
-    #: Whether `main` multiplies the layer's own input. False if the package rotates it: then nothing can be said about
-    #: rounded activations.
+    #: Whether `main` multiplies the layer's own input. False if the package rotates it: then
+    #: nothing can be said about rounded activations.
     splits: bool = True
 
 
@@ -44,7 +45,8 @@ class Variant:
     quantize: Callable[[Tensor, int], Quantized]
     #: Family of the 4-bit codes, which is also that of the 4-bit activations: "int4" or "mxfp4".
     family: str = "int4"
-    #: "stored" if the bytes are those of tensors that the package keeps; else how they were counted.
+    #: "stored" if the bytes are those of tensors that the package keeps; else how they were
+    #: counted.
     counted: str = "stored"
     #: Only the square weight.
     slow: bool = False
@@ -79,7 +81,12 @@ def run(*variants: Variant) -> None:
             for name, weight in weights.items():
                 if variant.slow and name != SQUARE:
                     continue
-                row = {"variant": variant.label, "family": variant.family, "counted": variant.counted, "weight": name}
+                row = {
+                    "variant": variant.label,
+                    "family": variant.family,
+                    "counted": variant.counted,
+                    "weight": name,
+                }
                 begin = time.process_time()
                 try:
                     quantized = variant.quantize(weight, rank_of(weight))
@@ -89,7 +96,11 @@ def run(*variants: Variant) -> None:
                     row |= {"seconds": time.process_time() - begin, "nbytes": quantized.nbytes}
                     row |= {"splits": quantized.splits, "file": f"{number}-{name}.safetensors"}
                     parts = {"main": quantized.main, "branch": quantized.branch}
-                    dense = {key: part.float().contiguous() for key, part in parts.items() if part is not None}
+                    dense = {
+                        key: part.float().contiguous()
+                        for key, part in parts.items()
+                        if part is not None
+                    }
                     save_file(dense, target / row["file"])
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()

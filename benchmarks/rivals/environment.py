@@ -1,8 +1,9 @@
 """One virtual environment for each rival, and its runner started in it.
 
-Nobody wants torch once for each rival: a `.pth` file in each environment puts the packages of the running environment
-at the end of its path, so torch (whose version `constraints.txt` pins) and what else is there need not be installed
-again, while what the rival's requirements ask for is installed in front of it.
+Nobody wants torch once for each rival: a `.pth` file in each environment puts the packages of the
+running environment at the end of its path, so torch (whose version `constraints.txt` pins) and what
+else is there need not be installed again, while what the rival's requirements ask for is installed
+in front of it.
 """
 
 import json
@@ -33,13 +34,23 @@ def environment(requirements: Path, cache: Path) -> Path:
     _checked([sys.executable, "-m", "venv", "--clear", "--without-pip", folder])
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "of_the_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", python, "--quiet", "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     _checked([*pip, "install", "-c", CONSTRAINTS, "-r", requirements])
     stamp.write_text(wanted)
     return python
 
 
-def run_runner(python: Path, script: Path, weights: Path, out: Path, limit: float) -> tuple[list[dict], str | None]:
+def run_runner(
+    python: Path, script: Path, weights: Path, out: Path, limit: float
+) -> tuple[list[dict], str | None]:
     """Return the lines that a runner wrote, and why it stopped early if it did.
 
     Args:
@@ -62,10 +73,14 @@ def run_runner(python: Path, script: Path, weights: Path, out: Path, limit: floa
 
 def _checked(command: list[object], **options: object) -> None:
     try:
-        subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True, **options)
+        subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, check=True, **options
+        )
     except subprocess.TimeoutExpired as error:
         raise RivalError(f"stopped after {error.timeout:.0f} s") from error
     except subprocess.CalledProcessError as error:
         said = [line.strip() for line in error.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["it said nothing"]
+        errors = (
+            [line for line in said if line.startswith("ERROR")] or said[-1:] or ["it said nothing"]
+        )
         raise RivalError(f"exit code {error.returncode}: {errors[-1]}") from error

@@ -1,7 +1,8 @@
 """AutoRound without data: its rounding to nearest and its SVDQuant decomposition, 1 and 20 rounds, bf16 factors.
 
-These are functions inside the package (the command line wants a whole FLUX or SDXL pipeline) and simulate the formats:
-bytes are counted as its exports pack them, bf16 scales for INT4 and E8M0 scales for MXFP4.
+These are functions inside the package (the command line wants a whole FLUX or SDXL pipeline) and
+simulate the formats: bytes are counted as its exports pack them, bf16 scales for INT4 and E8M0
+scales for MXFP4.
 """
 
 from functools import partial
@@ -26,7 +27,9 @@ def packed_bytes(weight: Tensor, scheme: ResidualQuantScheme) -> int:
 
 def rtn(weight: Tensor, rank: int, scheme: ResidualQuantScheme) -> Quantized:
     """Round to nearest."""
-    return Quantized(rtn_qdq_residual(weight.bfloat16(), scheme).float(), packed_bytes(weight, scheme))
+    return Quantized(
+        rtn_qdq_residual(weight.bfloat16(), scheme).float(), packed_bytes(weight, scheme)
+    )
 
 
 def svd(weight: Tensor, rank: int, scheme: ResidualQuantScheme, rounds: int) -> Quantized:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 def quantize(weight: Tensor, rank: int, kind: str, double: bool) -> Quantized:
     """Quantize a matrix."""
-    packed, state = quantize_4bit(weight.bfloat16(), blocksize=64, quant_type=kind, compress_statistics=double)
+    packed, state = quantize_4bit(
+        weight.bfloat16(), blocksize=64, quant_type=kind, compress_statistics=double
+    )
     stored = [value for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
     return Quantized(dequantize_4bit(packed, state).float(), nbytes_of([packed, *stored]))
 

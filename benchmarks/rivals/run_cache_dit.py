@@ -1,7 +1,8 @@
 """cache-dit's SVDQuant without data (identity smoothing), INT4 in groups of 64, one-shot and with 10 refinements.
 
-The public interface wants CUDA, so these are functions inside the package: bytes are those of the state that it packs,
-smoothing vectors included; values are those of its own simulation of what is packed. Ranks are multiples of 16.
+The public interface wants CUDA, so these are functions inside the package: bytes are those of the
+state that it packs, smoothing vectors included; values are those of its own simulation of what is
+packed. Ranks are multiples of 16.
 """
 
 from functools import partial
@@ -24,12 +25,18 @@ def quantize(weight: Tensor, rank: int, rounds: int, precision: str) -> Quantize
     down, up, residual = quantizer._refine_lowrank_split(
         weight.to(bf16).to(math), rank, refine_iters=rounds, math_dtype=math, **common
     )
-    main = quantizer._fake_quantize_dequantize_residual(residual, precision="int4", math_dtype=math, torch_dtype=bf16)
+    main = quantizer._fake_quantize_dequantize_residual(
+        residual, precision="int4", math_dtype=math, torch_dtype=bf16
+    )
     return Quantized(main.float(), nbytes_of(packed.values()), up.float() @ down.float())
 
 
 run(
     Variant("INT4 g64 SVD", partial(quantize, rounds=0, precision="low")),
     Variant("INT4 g64 SVD, 10 refinements", partial(quantize, rounds=10, precision="low")),
-    Variant("INT4 g64 full SVD, 10 refinements", partial(quantize, rounds=10, precision="medium"), slow=True),
+    Variant(
+        "INT4 g64 full SVD, 10 refinements",
+        partial(quantize, rounds=10, precision="medium"),
+        slow=True,
+    ),
 )

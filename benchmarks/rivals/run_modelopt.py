@@ -1,7 +1,7 @@
 """NVIDIA Model-Optimizer: `mtq.quantize`, INT4 in blocks of 128 and of 64, alone and with its SVDQuant.
 
-Its SVDQuant wants inputs to choose its scales of input channels by; without data they are standard normal ones. It
-simulates: bytes are counted with bf16 scales and bf16 factors. FP4 needs a GPU.
+Its SVDQuant wants inputs to choose its scales of input channels by; without data they are standard
+normal ones. It simulates: bytes are counted with bf16 scales and bf16 factors. FP4 needs a GPU.
 """
 
 import copy
@@ -32,7 +32,11 @@ def quantize(weight: Tensor, rank: int, block: int, svd: bool) -> Quantized:
 
 run(
     *(
-        Variant(f"INT4 g{block}{' SVD' if svd else ''}", partial(quantize, block=block, svd=svd), counted="as packed")
+        Variant(
+            f"INT4 g{block}{' SVD' if svd else ''}",
+            partial(quantize, block=block, svd=svd),
+            counted="as packed",
+        )
         for block in (128, 64)
         for svd in (False, True)
     )

@@ -1,7 +1,7 @@
 """AMD Quark: `ModelQuantizer` with its SVDQuant and no data, INT4 in groups of 64 and MXFP4; and without the branch.
 
-Without data it skips smoothing. It simulates: bytes are counted with bf16 scales for INT4, E8M0 scales for MXFP4 and
-bf16 factors.
+Without data it skips smoothing. It simulates: bytes are counted with bf16 scales for INT4, E8M0
+scales for MXFP4 and bf16 factors.
 """
 
 from functools import partial
@@ -25,7 +25,9 @@ MXFP4 = OCP_MXFP4Spec(ch_axis=-1, is_dynamic=False).to_quantization_spec()
 
 def quantize(weight: Tensor, rank: int, spec: QTensorConfig, svd: bool) -> Quantized:
     """Quantize a model of one layer."""
-    algorithms = [SVDQuantConfig(svd_rank=rank, search_alpha=False, min_layer_size=1)] if svd else []
+    algorithms = (
+        [SVDQuantConfig(svd_rank=rank, search_alpha=False, min_layer_size=1)] if svd else []
+    )
     config = QConfig(global_quant_config=QLayerConfig(weight=spec), algo_config=algorithms)
     quantizer, model = ModelQuantizer(config), nn.Sequential(linear(weight))
     model.device = torch.device("cpu")  # as models of transformers and diffusers have it
@@ -35,12 +37,21 @@ def quantize(weight: Tensor, rank: int, spec: QTensorConfig, svd: bool) -> Quant
     if not svd:
         return Quantized(layer(eye).T.float(), nbytes)
     factors = [layer.correction.l2.weight, layer.correction.l1.weight]
-    return Quantized(layer.layer(eye).T.float(), nbytes + nbytes_of(factors), factors[0].float() @ factors[1].float())
+    return Quantized(
+        layer.layer(eye).T.float(),
+        nbytes + nbytes_of(factors),
+        factors[0].float() @ factors[1].float(),
+    )
 
 
 run(
     *(
-        Variant(f"{name}{' SVD' if svd else ''}", partial(quantize, spec=spec, svd=svd), family, "as packed")
+        Variant(
+            f"{name}{' SVD' if svd else ''}",
+            partial(quantize, spec=spec, svd=svd),
+            family,
+            "as packed",
+        )
         for name, spec, family in (("INT4 g64", INT4, "int4"), ("MXFP4", MXFP4, "mxfp4"))
         for svd in (False, True)
     )

@@ -1,7 +1,8 @@
 """SDNQ (GPL-3.0), as a black box: `sdnq_post_load_quant` on a layer, and the layer's output for the identity.
 
-Its scales are fp32 unless the configuration says otherwise; both are measured. A Hadamard rotation happens inside the
-layer. One randomized SVD: the seed is set, but other versions may draw otherwise.
+Its scales are fp32 unless the configuration says otherwise; both are measured. A Hadamard rotation
+happens inside the layer. One randomized SVD: the seed is set, but other versions may draw
+otherwise.
 """
 
 import torch
@@ -16,7 +17,9 @@ def variant(label: str, family: str = "int4", **settings: object) -> Variant:
     """Return a variant of these fields of `SDNQConfig`."""
 
     def quantize(weight: Tensor, rank: int) -> Quantized:
-        config = SDNQConfig(svd_rank=rank, quantization_device="cpu", return_device="cpu", **settings)
+        config = SDNQConfig(
+            svd_rank=rank, quantization_device="cpu", return_device="cpu", **settings
+        )
         found = sdnq_post_load_quant(
             nn.Sequential(linear(weight)), torch_dtype=torch.bfloat16, quantization_config=config
         )
@@ -41,7 +44,21 @@ run(
     variant("int4 SVD", weights_dtype="int4", use_svd=True),
     variant("uint4 SVD", weights_dtype="uint4", use_svd=True),
     variant("uint4 SVD, bf16 scales", weights_dtype="uint4", use_svd=True, **BF16_SCALES),
-    variant("uint4 g64 SVD, bf16 scales", weights_dtype="uint4", group_size=64, use_svd=True, **BF16_SCALES),
-    variant("uint4 SVD Hadamard, bf16 scales", weights_dtype="uint4", use_svd=True, use_hadamard=True, **BF16_SCALES),
-    variant("fp4 SVD, bf16 scales", "mxfp4", weights_dtype="float4_e2m1fn", use_svd=True, **BF16_SCALES),
+    variant(
+        "uint4 g64 SVD, bf16 scales",
+        weights_dtype="uint4",
+        group_size=64,
+        use_svd=True,
+        **BF16_SCALES,
+    ),
+    variant(
+        "uint4 SVD Hadamard, bf16 scales",
+        weights_dtype="uint4",
+        use_svd=True,
+        use_hadamard=True,
+        **BF16_SCALES,
+    ),
+    variant(
+        "fp4 SVD, bf16 scales", "mxfp4", weights_dtype="float4_e2m1fn", use_svd=True, **BF16_SCALES
+    ),
 )

@@ -18,7 +18,9 @@ SYMMETRIC, ASYMMETRIC = MappingType.SYMMETRIC, MappingType.ASYMMETRIC
 PACKED = "codes as 4 bits"
 
 
-def int4(weight: Tensor, rank: int, size: int, mapping: MappingType, algorithm: str = "AFFINE") -> Quantized:
+def int4(
+    weight: Tensor, rank: int, size: int, mapping: MappingType, algorithm: str = "AFFINE"
+) -> Quantized:
     """Quantize groups of `size`; an asymmetric zero point is counted as 8 bits, as it is kept."""
     model = nn.Sequential(linear(weight))
     config = IntxWeightOnlyConfig(
@@ -44,7 +46,9 @@ run(
     Variant("int4 g32", partial(int4, size=32, mapping=SYMMETRIC), counted=PACKED),
     Variant("int4 g64 asymmetric", partial(int4, size=64, mapping=ASYMMETRIC), counted=PACKED),
     Variant(
-        "int4 g64 HQQ scales", partial(int4, size=64, mapping=SYMMETRIC, algorithm="HQQ_SCALE_ONLY"), counted=PACKED
+        "int4 g64 HQQ scales",
+        partial(int4, size=64, mapping=SYMMETRIC, algorithm="HQQ_SCALE_ONLY"),
+        counted=PACKED,
     ),
     Variant("MXFP4", mxfp4, "mxfp4"),
 )

@@ -1,12 +1,13 @@
 """Data-free 4-bit quantization of diffusion transformers with an optimized, quantized low-rank branch (LoRaQ).
 
-The public names below are imported on first use, so that `import loraq` and `loraq --help` stay light.
+The public names below are imported on first use, so that `import loraq` and `loraq --help` stay
+light.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from loraq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from loraq.budget import Budget

@@ -21,24 +21,29 @@ class Choice(NamedTuple):
 def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
     """Return one choice for each layer that together store at most `nbytes`, with little total loss.
 
-    From the smallest choices on, the step that lowers the loss most for each byte is taken next; only choices on the
-    lower convex hull of a layer are looked at. While every step fits, what results is the best for the bytes it stores
-    (Shoham and Gersho, IEEE Trans. ASSP 36(9), 1988). A step that does not fit ends its layer, and others go on: the
-    loss is at most that step's above the best for the budget. Equal gains are taken in the order of the layers.
+    From the smallest choices on, the step that lowers the loss most for each byte is taken next;
+    only choices on the lower convex hull of a layer are looked at. While every step fits, what
+    results is the best for the bytes it stores (Shoham and Gersho, IEEE Trans. ASSP 36(9), 1988). A
+    step that does not fit ends its layer, and others go on: the loss is at most that step's above
+    the best for the budget. Equal gains are taken in the order of the layers.
 
     Raises:
-        SchemeError: the smallest choices together are more than the budget; the message says how much they are.
+        SchemeError: the smallest choices together are more than the budget; the message says how
+        much they are.
     """
     hulls = [_hull(choices) for choices in layers]
     chosen = [hull[0] for hull in hulls]
     left = nbytes - sum(choice.nbytes for choice in chosen)
     if left < 0:
         raise SchemeError(
-            f"A budget of {nbytes} bytes is too small for {len(layers)} layers, which take {nbytes - left} bytes at "
+            f"A budget of {nbytes} bytes is too small for {len(layers)} layers, which take "
+            f"{nbytes - left} bytes at "
             "least. Raise the budget, or use a smaller main format."
         )
     steps = [(i, *step) for i, hull in enumerate(hulls) for step in pairwise(hull)]
-    steps.sort(key=lambda step: -_gain(*step[1:]))  # stable, and gains fall along a hull: no layer's steps change order
+    steps.sort(
+        key=lambda step: -_gain(*step[1:])
+    )  # stable, and gains fall along a hull: no layer's steps change order
     full: set[int] = set()
     for i, smaller, larger in steps:
         if i in full or larger.nbytes - smaller.nbytes > left:

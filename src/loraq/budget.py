@@ -39,7 +39,8 @@ class Budget:
             except ValueError:
                 pass
         raise SchemeError(
-            f"Cannot read the budget '{text}'. It is either bits per weight, such as '5.25', or the bytes of a 16-bit "
+            f"Cannot read the budget '{text}'. It is either bits per weight, such as '5.25', or "
+            f"the bytes of a 16-bit "
             "branch, such as 'r16=32'."
         )
 
@@ -63,7 +64,8 @@ DEFAULT_BUDGET = Budget(rank_16bit=32)
 def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_BUDGET) -> Scheme:
     """Return the scheme with a rank left open (0) set to the largest one the budget pays for, scales counted.
 
-    The rank is at most min(out, in). A scheme with a rank, or without a branch, is returned as it is.
+    The rank is at most min(out, in). A scheme with a rank, or without a branch, is returned as it
+    is.
 
     Raises:
         SchemeError: the budget does not even pay for rank 1.
@@ -76,13 +78,18 @@ def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_B
     low, high = 0, min(shape)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if replace(branch, rank=middle).nbytes(shape) <= allowed else (low, middle - 1)
+        low, high = (
+            (middle, high)
+            if replace(branch, rank=middle).nbytes(shape) <= allowed
+            else (low, middle - 1)
+        )
     if low == 0:
         n_out, n_in = shape
         least = 8 * (main_bytes + replace(branch, rank=1).nbytes(shape)) / (shape[0] * shape[1])
         raise SchemeError(
-            f"A budget of {budget} leaves {max(0, int(allowed))} bytes for the branch of a {n_out}×{n_in} weight "
-            f"in '{scheme.weight}'; with rank 1 in '{branch.weight}' it takes {least:.2f} bits per weight. Raise "
+            f"A budget of {budget} leaves {max(0, int(allowed))} bytes for the branch of a "
+            f"{n_out}×{n_in} weight in '{scheme.weight}'; with rank 1 in '{branch.weight}' it "
+            f"takes {least:.2f} bits per weight. Raise "
             "the budget, or use a smaller main format."
         )
     return replace(scheme, branch=replace(branch, rank=low))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-import loraq
 from loraq.errors import KernelError, LoraqError
 from loraq.formats import FORMATS, QTensor
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, asked_backend
@@ -20,12 +19,18 @@ from loraq.kernels.base import Backend
 from loraq.kernels.dispatch import candidates
 from loraq.recipe import parse_scheme
 from loraq.scheme import LowRankBranch, Scheme
+from loraq.version import __version__
 
 _PACKAGES = ("torch", "triton", "diffusers", "safetensors")
 #: Layer and tokens of the self-test: PixArt's attention projection with 512 tokens.
 _SHAPE, _TOKENS = (1152, 1152), 512
 #: One scheme for each kind of activation, so that every back end has something to run.
-_TESTED = ("mxfp4-w8a8-r64-a16", "mxfp4-w8a8-r64-amxfp8_e4m3", "int8-int8-r64-a8", "int4-int8-r64-a8")
+_TESTED = (
+    "mxfp4-a16+w8a8-r64",
+    "mxfp4-amxfp8_e4m3+w8a8-r64",
+    "int8-a8+int8-r64",
+    "int4-a8+int8-r64",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Trial:
     #: ‖y − y_reference‖ / ‖y_reference‖, and what the back end promises.
     error: float
     bound: float
-    #: Median time of a call, and how many times faster it is than bf16 `F.linear` without any quantization.
+    #: Median time of a call, and how many times faster it is than bf16 `F.linear` without any
+    #: quantization.
     milliseconds: float
     speedup: float
 
@@ -72,13 +78,24 @@ class Report:
         """Return what to show: title, headings and rows of each table."""
         choices = [(c.weight, c.activation, c.backend, c.reason) for c in self.choices]
         trials = [
-            (t.recipe, t.backend, f"{t.error:.1e}", f"{t.bound:.0e}", f"{t.milliseconds:.1f}", f"{t.speedup:.2f}")
+            (
+                t.recipe,
+                t.backend,
+                f"{t.error:.1e}",
+                f"{t.bound:.0e}",
+                f"{t.milliseconds:.1f}",
+                f"{t.speedup:.2f}",
+            )
             for t in self.trials
         ]
         title = f"Self-test: {_SHAPE[0]}×{_SHAPE[1]}, {_TOKENS} tokens, against the reference and bf16 F.linear"
         return [
             ("This machine", ("", ""), [*self.devices.items(), *self.versions.items()]),
-            ("Back ends of the named formats", ("weight", "activation", "back end", "why"), choices),
+            (
+                "Back ends of the named formats",
+                ("weight", "activation", "back end", "why"),
+                choices,
+            ),
             (title, ("recipe", "back end", "error", "bound", "ms", "times bf16"), trials),
         ]
 
@@ -123,7 +140,9 @@ def self_test(device: torch.device) -> list[Trial]:
         scheme = parse_scheme(recipe)
         weight, branch = _stored(w, scheme, device, random)
         reference = BACKENDS["reference"]
-        expected = reference.linear(x, reference.prepare(weight, branch, scheme, x.dtype), scheme, None).double()
+        expected = reference.linear(
+            x, reference.prepare(weight, branch, scheme, x.dtype), scheme, None
+        ).double()
         for backend in BACKENDS.values():
             if backend is reference or backend.refusal(scheme, _SHAPE, device) is not None:
                 continue
@@ -149,8 +168,13 @@ def _stored(
     if branch is None:
         return on_device(scheme.weight_format.quantize(w)), None
     shapes = (_SHAPE[0], branch.rank), (branch.rank, _SHAPE[1])
-    up, down = (branch.weight_format.quantize(0.03 * torch.randn(shape, generator=random)) for shape in shapes)
-    return on_device(scheme.weight_format.quantize(w)), LowRankBranch(on_device(up), on_device(down))
+    up, down = (
+        branch.weight_format.quantize(0.03 * torch.randn(shape, generator=random))
+        for shape in shapes
+    )
+    return on_device(scheme.weight_format.quantize(w)), LowRankBranch(
+        on_device(up), on_device(down)
+    )
 
 
 def _trial(
@@ -171,7 +195,9 @@ def _trial(
         ours.append(_seconds(lambda: backend.linear(x, operands, scheme, None)))
     seconds = statistics.median(ours)
     bound = backend.bound(scheme, x.dtype)
-    return Trial(recipe, backend.name, error, bound, 1e3 * seconds, statistics.median(plain) / seconds)
+    return Trial(
+        recipe, backend.name, error, bound, 1e3 * seconds, statistics.median(plain) / seconds
+    )
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -185,7 +211,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"loraq": loraq.__version__, "python": platform.python_version()}
+    versions = {"loraq": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -207,9 +233,14 @@ def _devices() -> dict[str, str]:
 
 def require_healthy(report: Report) -> None:
     """Raise `LoraqError` that names the back ends which broke their promise."""
-    broken = [f"'{t.backend}' on '{t.recipe}' ({t.error:.2g} > {t.bound:.2g})" for t in report.trials if not t.passed]
+    broken = [
+        f"'{t.backend}' on '{t.recipe}' ({t.error:.2g} > {t.bound:.2g})"
+        for t in report.trials
+        if not t.passed
+    ]
     if broken:
         raise LoraqError(
-            f"The self-test failed for {', '.join(broken)}. Use the back end 'reference' (LORAQ_BACKEND=reference) and "
+            f"The self-test failed for {', '.join(broken)}. Use the back end 'reference' "
+            f"(LORAQ_BACKEND=reference) and "
             "report the output of `loraq doctor --json`."
         )

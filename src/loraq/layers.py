@@ -15,9 +15,10 @@ LinearLayer = nn.Linear | nn.Conv2d
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     """Return every linear layer below a module by its dotted name, in the order of the module tree.
 
-    Linear are `nn.Linear` and an `nn.Conv2d` of 1×1 pixel, which multiplies every pixel with a matrix. A layer that
-    stands in several places appears once, under its first name. Subclasses are left out, because they may compute
-    something else, and so is the module itself, because it cannot be replaced in place.
+    Linear are `nn.Linear` and an `nn.Conv2d` of 1×1 pixel, which multiplies every pixel with a
+    matrix. A layer that stands in several places appears once, under its first name. Subclasses are
+    left out, because they may compute something else, and so is the module itself, because it
+    cannot be replaced in place.
     """
     return {name: module for name, module in model.named_modules() if name and is_linear(module)}
 
@@ -44,14 +45,18 @@ def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shape and kind of every float parameter with two or more axes that no linear layer holds, by its name.
 
-    These cannot be quantized: embeddings, larger convolutions, experts stacked in one tensor, subclasses of
-    `nn.Linear`. The kind is the class of the module that holds the parameter.
+    These cannot be quantized: embeddings, larger convolutions, experts stacked in one tensor,
+    subclasses of `nn.Linear`. The kind is the class of the module that holds the parameter.
     """
     found = {}
     for name, parameter in model.named_parameters():
         owner_name, _, _ = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if parameter.dim() >= 2 and parameter.is_floating_point() and not (owner_name and is_linear(owner)):
+        if (
+            parameter.dim() >= 2
+            and parameter.is_floating_point()
+            and not (owner_name and is_linear(owner))
+        ):
             found[name] = (tuple(parameter.shape), type(owner).__name__)
     return found
 
@@ -63,7 +68,11 @@ def quantized_class(layer: nn.Module) -> type[QuantizedLinear]:
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return every `QuantizedLinear` below a module by its dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -78,11 +87,12 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
 def set_backend(model: nn.Module, name: str) -> None:
     """Run every quantized layer of a model on the back end called `name`; "auto" chooses for each layer.
 
-    Layers that it refuses, such as weight-only ones, run on the automatic choice; a warning of the logger
-    `loraq.kernels` counts them.
+    Layers that it refuses, such as weight-only ones, run on the automatic choice; a warning of the
+    logger `loraq.kernels` counts them.
 
     Raises:
-        KernelError: there is no such back end, or it refuses every layer; no layer is switched then.
+        KernelError: there is no such back end, or it refuses every layer; no layer is switched
+        then.
     """
     layers = list(quantized_layers(model).values())
     check_for_all(asked_backend(name), [layer.place for layer in layers])

@@ -31,13 +31,18 @@ class TruncatedSVD:
 
 
 def truncated_svd(
-    matrix: Float[Tensor, "out in"], rank: int, *, seed: int, iterations: int = 8, start: Tensor | None = None
+    matrix: Float[Tensor, "out in"],
+    rank: int,
+    *,
+    seed: int,
+    iterations: int = 8,
+    start: Tensor | None = None,
 ) -> TruncatedSVD:
     """Return the `rank` leading singular triplets by randomized subspace iteration.
 
-    Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4, with 16 extra directions. Eight iterations leave
-    about 0.1 % more error than the best rank-r matrix on weights of transformers; a matrix no larger than twice the
-    subspace is decomposed exactly.
+    Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4, with 16 extra directions. Eight
+    iterations leave about 0.1 % more error than the best rank-r matrix on weights of transformers;
+    a matrix no larger than twice the subspace is decomposed exactly.
 
     Args:
         matrix: fp32.
@@ -73,7 +78,8 @@ def svd_of_product(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
 def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:
     """Return an orthogonal matrix whose entries are all of about one magnitude: a DCT-II with random signs.
 
-    It is a Hadamard matrix for sizes that have none: applied to a vector with one large entry, it spreads it evenly.
+    It is a Hadamard matrix for sizes that have none: applied to a vector with one large entry, it
+    spreads it evenly.
     """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
@@ -86,8 +92,8 @@ def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:
 def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
     """Return the lower Cholesky factor of moment + damping · the mean of its diagonal · I, in double precision.
 
-    Zeros count as the identity. A moment that was summed or stored in fp32 may miss being positive by more than a small
-    damping: then ten times as much is added until it is.
+    Zeros count as the identity. A moment that was summed or stored in fp32 may miss being positive
+    by more than a small damping: then ten times as much is added until it is.
 
     Args:
         moment: symmetric, positive semi-definite but for rounding; any float dtype.

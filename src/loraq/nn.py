@@ -18,16 +18,18 @@ from loraq.transforms import rotate, unrotate
 class QuantizedLinear(nn.Module):
     """Drop-in for `nn.Linear`: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
 
-    Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the numbers alone:
-    `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`, `proj_up_packed`, `proj_up_scale`, and
-    a `…_global_scale` for each NVFP4 tensor. They are parameters, not buffers, because FSDP2 shards only those.
+    Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
+    numbers alone: `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`,
+    `proj_up_packed`, `proj_up_scale`, and a `…_global_scale` for each NVFP4 tensor. They are
+    parameters, not buffers, because FSDP2 shards only those.
     """
 
     #: Codes of the main weight; the other packed tensors stand beside it.
     weight_packed: nn.Parameter
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
-    #: Back end that runs the layer, what it keeps, for inputs of which dtype and where; never part of the state.
+    #: Back end that runs the layer, what it keeps, for inputs of which dtype and where; never part
+    #: of the state.
     _prepared: tuple[Backend, Any, torch.dtype, torch.device] | None
 
     def __init__(
@@ -59,7 +61,9 @@ class QuantizedLinear(nn.Module):
         for name, stored in scheme.storage((out_features, in_features)).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
         self.record = {}
         self.ask_backend(DEFAULT_BACKEND, strict=False)
 
@@ -83,7 +87,11 @@ class QuantizedLinear(nn.Module):
         Raises:
             KernelError: there is no such back end, or it refuses this layer.
         """
-        return self._prepared[0].name if self._prepared else choose(self._asked, *self.place, strict=self._strict).name
+        return (
+            self._prepared[0].name
+            if self._prepared
+            else choose(self._asked, *self.place, strict=self._strict).name
+        )
 
     @backend.setter
     def backend(self, name: str) -> None:
@@ -109,10 +117,17 @@ class QuantizedLinear(nn.Module):
         Raises:
             KernelError: the back end that is asked for cannot run this layer.
         """
-        with torch.inference_mode(False):  # what is kept must also serve a later call that tracks gradients
+        with torch.inference_mode(
+            False
+        ):  # what is kept must also serve a later call that tracks gradients
             stored = self.stored_weight, self.branch, self.scheme
             backend, operands = prepare(self._asked, *stored, dtype, strict=self._strict)
-        self._prepared = (backend, operands if backend.keeps_operands else None, dtype, self.weight_packed.device)
+        self._prepared = (
+            backend,
+            operands if backend.keeps_operands else None,
+            dtype,
+            self.weight_packed.device,
+        )
 
     def prepared_no_more(self) -> None:
         """Drop what the back end keeps, because parameters were replaced; the next call prepares anew."""
@@ -123,7 +138,9 @@ class QuantizedLinear(nn.Module):
         """Bytes that the back end keeps now beside the stored ones."""
         stored = {p.untyped_storage().data_ptr() for p in self.parameters(recurse=False)}
         return sum(
-            size for place, size in _storages(self._prepared[1] if self._prepared else None) if place not in stored
+            size
+            for place, size in _storages(self._prepared[1] if self._prepared else None)
+            if place not in stored
         )
 
     @property
@@ -152,7 +169,9 @@ class QuantizedLinear(nn.Module):
         """Return the effective dense weight in fp32."""
         dense = self.stored_weight.dequantize()
         branch = self.branch
-        return unrotate(dense if branch is None else dense + branch.reconstruct(), self.scheme.rotation)
+        return unrotate(
+            dense if branch is None else dense + branch.reconstruct(), self.scheme.rotation
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
@@ -176,14 +195,20 @@ class QuantizedLinear(nn.Module):
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         try:
             backend = self.backend
-        except KernelError:  # the layer was moved to where its back end refuses it; showing it must not raise
+        except (
+            KernelError
+        ):  # the layer was moved to where its back end refuses it; showing it must not raise
             backend = f"{self._asked} (refused)"
         return text + f"{self.bits_per_weight:.2f} bits per weight, backend={backend}"
 
     def _qtensor(self, part: str) -> QTensor:
         fmt, shape = self.scheme.parts((self.out_features, self.in_features))[part]
-        stored = (getattr(self, f"{part}_{name}", None) for name in ("packed", "scale", "global_scale"))
-        packed, scale, global_scale = (None if tensor is None else tensor.detach() for tensor in stored)
+        stored = (
+            getattr(self, f"{part}_{name}", None) for name in ("packed", "scale", "global_scale")
+        )
+        packed, scale, global_scale = (
+            None if tensor is None else tensor.detach() for tensor in stored
+        )
         assert packed is not None
         return QTensor(packed, scale, global_scale, shape, fmt)
 
@@ -219,7 +244,9 @@ class QuantizedConv1x1(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out, height, width) in the dtype of x (…, in, height, width), laid out in memory as x is."""
-        pixels = x.movedim(-3, -1).contiguous()  # free in SANA; and the sums do not depend on the layout
+        pixels = x.movedim(
+            -3, -1
+        ).contiguous()  # free in SANA; and the sums do not depend on the layout
         y = super().forward(pixels).movedim(-1, -3)
         return y.contiguous() if x.is_contiguous() else y
 

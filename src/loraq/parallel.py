@@ -1,14 +1,16 @@
 """Tensor parallelism: `LoraqColwise` and `LoraqRowwise`, parallel styles for `parallelize_module`.
 
-A style puts a rank's part of the packed bytes in place of the whole, on every rank, so that the back end of the layer
-sees an ordinary smaller layer. Blocks are never cut, and nothing is decoded but the branch with `exact_branch`.
+A style puts a rank's part of the packed bytes in place of the whole, on every rank, so that the
+back end of the layer sees an ordinary smaller layer. Blocks are never cut, and nothing is decoded
+but the branch with `exact_branch`.
 
 * Columns (output channels) are split: the result is that of one process, bit for bit.
-* Rows (input channels) are split: every rank rounds its own rank-space intermediate, unless `exact_branch` sums the
-  intermediate over the ranks first, which costs one more reduction of (tokens, rank).
+* Rows (input channels) are split: every rank rounds its own rank-space intermediate, unless
+  `exact_branch` sums the intermediate over the ranks first, which costs one more reduction of
+  (tokens, rank).
 
-Sharding by tokens (data, context) needs nothing: scales of activations are never shared by tokens. FSDP2 needs nothing
-either: packed bytes are parameters.
+Sharding by tokens (data, context) needs nothing: scales of activations are never shared by tokens.
+FSDP2 needs nothing either: packed bytes are parameters.
 """
 
 from dataclasses import replace
@@ -36,8 +38,8 @@ class LoraqColwise(ParallelStyle):
         """Describe the split.
 
         Args:
-            fused: how many projections of equal size the layer holds one after the other (3 for q, k, v in one);
-                each of them is split.
+            fused: how many projections of equal size the layer holds one after the other (3 for q,
+                k, v in one); each of them is split.
             gather_output: whether every rank gets all channels back; else each keeps its own.
         """
         super().__init__()
@@ -47,12 +49,15 @@ class LoraqColwise(ParallelStyle):
         layer, n_ranks, rank = _quantized(module), device_mesh.size(), device_mesh.get_local_rank()
         if layer.out_features % (n_ranks * self.fused):
             raise KernelError(
-                f"{layer.out_features} output channels ({self.fused} fused projections) cannot be split over {n_ranks} "
+                f"{layer.out_features} output channels ({self.fused} fused projections) cannot be "
+                f"split over {n_ranks} "
                 "ranks evenly. Use fewer ranks, or leave this layer whole."
             )
         rows = torch.arange(layer.out_features).view(self.fused, n_ranks, -1)[:, rank].flatten()
         for name, parameter in list(layer.named_parameters(recurse=False)):
-            if name == "bias" or (name.startswith(("weight", "proj_up")) and not name.endswith("global_scale")):
+            if name == "bias" or (
+                name.startswith(("weight", "proj_up")) and not name.endswith("global_scale")
+            ):
                 _put(layer, name, parameter.detach()[rows.to(parameter.device)])
         layer.out_features = len(rows)
         layer.prepared_no_more()
@@ -62,7 +67,9 @@ class LoraqColwise(ParallelStyle):
             def gather(_: nn.Module, __: Any, y: Tensor) -> Tensor:
                 parts = [torch.empty_like(y) for _ in range(n_ranks)]
                 dist.all_gather(parts, y.contiguous(), group=group)
-                return torch.cat([part.unflatten(-1, (fused, -1)) for part in parts], -1).flatten(-2)
+                return torch.cat([part.unflatten(-1, (fused, -1)) for part in parts], -1).flatten(
+                    -2
+                )
 
             layer.register_forward_hook(gather)
         return layer
@@ -75,10 +82,11 @@ class LoraqRowwise(ParallelStyle):
         """Describe the split.
 
         Args:
-            exact_branch: whether the branch's intermediate is summed over the ranks before it is rounded. Else each
-                rank rounds its own part, which changes the output by about 1 % of the branch's share.
-            split_input: whether the input is whole on every rank; else each gets its own channels, as a layer split
-                by `LoraqColwise` leaves them.
+            exact_branch: whether the branch's intermediate is summed over the ranks before it is
+                rounded. Else each rank rounds its own part, which changes the output by about 1 %
+                of the branch's share.
+            split_input: whether the input is whole on every rank; else each gets its own channels,
+                as a layer split by `LoraqColwise` leaves them.
         """
         super().__init__()
         self.exact_branch, self.split_input = exact_branch, split_input
@@ -87,7 +95,9 @@ class LoraqRowwise(ParallelStyle):
         layer, n_ranks, rank = _quantized(module), device_mesh.size(), device_mesh.get_local_rank()
         branch, group = layer.scheme.branch, device_mesh.get_group()
         _require_whole_blocks(layer, n_ranks)
-        split = {"weight": layer.scheme.weight_format} | ({"proj_down": branch.weight_format} if branch else {})
+        split = {"weight": layer.scheme.weight_format} | (
+            {"proj_down": branch.weight_format} if branch else {}
+        )
         for part, fmt in split.items():
             for name in ("packed", "scale"):
                 stored = getattr(layer, f"{part}_{name}", None)
@@ -104,7 +114,9 @@ class LoraqRowwise(ParallelStyle):
             return layer
         side = _Side(layer, branch)
         layer.scheme = replace(layer.scheme, branch=None)
-        for name in [name for name, _ in layer.named_parameters(recurse=False) if name.startswith("proj_")]:
+        for name in [
+            name for name, _ in layer.named_parameters(recurse=False) if name.startswith("proj_")
+        ]:
             delattr(layer, name)
         layer.prepared_no_more()
         layer.add_module("side", side)
@@ -125,7 +137,9 @@ class _Side(nn.Module):
         self.branch = branch
         stored = layer.branch
         assert stored is not None
-        self.proj_down = nn.Parameter(decode_one(stored.proj_down, torch.float32), requires_grad=False)
+        self.proj_down = nn.Parameter(
+            decode_one(stored.proj_down, torch.float32), requires_grad=False
+        )
         self.proj_up = nn.Parameter(decode_one(stored.proj_up, torch.float32), requires_grad=False)
 
     def down(self, x: Tensor) -> Tensor:
@@ -144,7 +158,8 @@ def _summed(y: Tensor, group: Any) -> Tensor:
 def _quantized(module: nn.Module) -> QuantizedLinear:
     if not isinstance(module, QuantizedLinear):
         raise KernelError(
-            f"A loraq parallel style was given a {type(module).__name__}. It splits QuantizedLinear layers only: use "
+            f"A loraq parallel style was given a {type(module).__name__}. It splits "
+            f"QuantizedLinear layers only: use "
             "torch's own styles for the layers that are not quantized."
         )
     return module
@@ -155,12 +170,16 @@ def _require_whole_blocks(layer: QuantizedLinear, n_ranks: int) -> None:
     scheme, branch = layer.scheme, layer.scheme.branch
     formats: list[Format] = [scheme.weight_format, scheme.activation_format]
     formats += [branch.weight_format, branch.activation_format] if branch else []
-    units = {f"'{fmt.name}'": (fmt.block_size or 8) if isinstance(fmt, BlockFormat) else 1 for fmt in formats}
+    units = {
+        f"'{fmt.name}'": (fmt.block_size or 8) if isinstance(fmt, BlockFormat) else 1
+        for fmt in formats
+    }
     units["the rotation"] = block_side(layer.in_features, scheme.rotation)
     for of_what, unit in units.items():
         if layer.in_features % (n_ranks * unit):
             raise KernelError(
-                f"{layer.in_features} input channels over {n_ranks} ranks cut a block of {of_what} ({unit} values). "
+                f"{layer.in_features} input channels over {n_ranks} ranks cut a block of {of_what} "
+                f"({unit} values). "
                 "Use fewer ranks, or split this layer by columns."
             )
 
@@ -171,4 +190,8 @@ def _has_row_scale(fmt: Format) -> bool:
 
 def _put(layer: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace a parameter by a part of it that holds no memory of the whole."""
-    setattr(layer, name, nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False))
+    setattr(
+        layer,
+        name,
+        nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False),
+    )

@@ -36,7 +36,8 @@ class Rule:
     match: str
     #: True leaves the layer as it is; False quantizes it even where the model's class skips it.
     skip: bool | None = None
-    #: True leaves all activations in 16 bits, also those of the branch, and stores the weights as the recipe says.
+    #: True leaves all activations in 16 bits, also those of the branch, and stores the weights as
+    #: the recipe says.
     weight_only: bool | None = None
     #: Why, shown by `loraq plan`.
     reason: str | None = None
@@ -72,17 +73,22 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     #: Seed of everything random; each layer derives its own from this and its name.
     seed: int = 0
-    #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit branch's bytes).
+    #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit
+    #: branch's bytes).
     budget: str = str(DEFAULT_BUDGET)
-    #: How a model's layers share what the budget gives them: "uniform" (each keeps its own) or "greedy" (ranks go where
-    #: they lower the summed squared error most, with the same bytes in all; see `loraq.pipeline.sharing`).
+    #: How a model's layers share what the budget gives them: "uniform" (each keeps its own) or
+    #: "greedy" (ranks go where they lower the summed squared error most, with the same bytes in
+    #: all; see `loraq.pipeline.sharing`).
     allocation: str = "uniform"
     #: Read from top to bottom before the rules of the model's class; the first match wins.
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
-            raise RecipeError(f"The recipe's scheme is {self.scheme!r}. Use a `Scheme`, or `Recipe.named` for a name.")
+            raise RecipeError(
+                f"The recipe's scheme is {self.scheme!r}. Use a `Scheme`, or `Recipe.named` for a "
+                f"name."
+            )
         if self.method not in METHODS:
             raise RecipeError(unknown("method", self.method, METHODS))
         if self.effort not in EFFORTS:
@@ -97,9 +103,12 @@ class Recipe:
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for rule in self.rules:
             _checked(Branch, rule.branch, f"branch of rule '{rule.match}'")
-            if rule.weight_only and (rule.activation or {"activation", "intermediate"} & rule.branch.keys()):
+            if rule.weight_only and (
+                rule.activation or {"activation", "intermediate"} & rule.branch.keys()
+            ):
                 raise RecipeError(
-                    f"Rule '{rule.match}' is weight-only and names a format of activations. Leave one of them out."
+                    f"Rule '{rule.match}' is weight-only and names a format of activations. Leave "
+                    f"one of them out."
                 )
             _changed(self.scheme, rule)  # unknown formats are found now, not at the layer
 
@@ -122,13 +131,16 @@ class Recipe:
         if rule is not None and rule.skip:
             return None
         scheme = _changed(self.scheme, rule)
-        return replace(scheme, branch=None) if self.method == "rtn" else scheme  # rounding to nearest has no branch
+        return (
+            replace(scheme, branch=None) if self.method == "rtn" else scheme
+        )  # rounding to nearest has no branch
 
     def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
         """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.
 
         Raises:
-            SchemeError: what the recipe asks for does not fit the shape; the message carries the layer's name.
+            SchemeError: what the recipe asks for does not fit the shape; the message carries the
+            layer's name.
         """
         scheme = self.asked_for(name, model_class)
         if scheme is None:
@@ -144,7 +156,8 @@ class Recipe:
         """Return plain data from which `from_dict` makes an equal recipe."""
         plain = asdict(self)
         plain["rules"] = [
-            {key: value for key, value in asdict(rule).items() if value not in (None, {})} for rule in self.rules
+            {key: value for key, value in asdict(rule).items() if value not in (None, {})}
+            for rule in self.rules
         ]
         return plain
 
@@ -157,7 +170,9 @@ class Recipe:
         """
         plain = _checked(cls, plain, "recipe")
         if "scheme" not in plain:
-            raise RecipeError("The recipe has no scheme. Add a [scheme] table with at least `weight`.")
+            raise RecipeError(
+                "The recipe has no scheme. Add a [scheme] table with at least `weight`."
+            )
         scheme = plain.pop("scheme")
         if isinstance(scheme, str):
             base = Recipe.named(scheme).scheme
@@ -167,7 +182,9 @@ class Recipe:
                 table["branch"] = Branch(**_checked(Branch, table["branch"], "scheme.branch"))
             base = Scheme(**table)
         tables = enumerate(plain.pop("rules", ()))
-        rules = tuple(Rule(**_checked(Rule, rule, f"rules[{i}]", required="match")) for i, rule in tables)
+        rules = tuple(
+            Rule(**_checked(Rule, rule, f"rules[{i}]", required="match")) for i, rule in tables
+        )
         if "budget" in plain:
             plain["budget"] = str(plain["budget"])
         return cls(scheme=base, rules=rules, **plain)
@@ -208,45 +225,43 @@ class Recipe:
         return cls.named(str(what))
 
 
-GRAMMAR = """MAIN[-BRANCH][-rRANK][-hSIDE][-aBITS]
+GRAMMAR = """MAIN[-aBITS][+BRANCH[-rRANK]][-hSIDE]
 
 MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
-BRANCH  precision of the low-rank branch, weights and activations: w16a16, w8a8 (mxint8), w6a6 (mxfp6_e2m3), w6a8 and
-        w4a8 (mxfp6_e2m3 or mxfp4 weights, mxint8 activations), all with the rank-space intermediate in int8, one
-        scale a token; or one format for all
-RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all scales counted
-        (a RANK without BRANCH means w16a16)
-SIDE    side of the Hadamard blocks that rotate the layer's input at run time and its weight beforehand, a power of
-        two, or 0 for none; left out: 32 for 4-bit MX and INT activations beside a quantized branch, else none
 BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 4 for a 4-bit MAIN, else 8.
-        a16 is weight-only: the branch leaves its activations in 16 bits too"""
+        a16 is weight-only: the branch leaves its activations in 16 bits too
+BRANCH  low-rank branch, its weights and activations: w8a8 (mxint8), w6a6 (mxfp6_e2m3), w6a8 and w4a8 (mxfp6_e2m3 or
+        mxfp4 weights, mxint8 activations), all with the rank-space intermediate in int8, one scale a token; or one
+        format for all, such as bf16
+RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all scales counted
+SIDE    side of the Hadamard blocks that rotate the layer's input at run time and its weight beforehand, a power of
+        two, or 0 for none; left out: 32 for 4-bit MX and INT activations beside a quantized branch, else none"""
 
-#: Names beyond the grammar. Of the recipes with 8-bit activations that store and multiply nothing in 16 bits, block
-#: scales included (which leaves out int4, whose scales are bf16), the default has the least velocity error on both
-#: trained transformers, from weights alone (docs/quality.md).
-NAMED = {"default": "mxfp4-w8a8-a8"}
+#: Names beyond the grammar. Of the recipes with 8-bit activations that store and multiply nothing
+#: in 16 bits, block scales included (which leaves out int4, whose scales are bf16), the default has
+#: the least velocity error on both trained transformers, from weights alone (docs/quality.md).
+NAMED = {"default": "mxfp4-a8+w8a8"}
 
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
     "default": f"{NAMED['default']}: the best 8-bit-activation recipe without any 16-bit part (docs/quality.md)",
-    "mxfp4-w8a8": "W4A4 with an 8-bit branch; -a8 and -a16 for wider activations",
-    "mxfp4-w6a6": "W4A4 with a 6-bit branch",
-    "mxfp4-w6a8": "W4A4 with a 6-bit branch that runs on 8-bit activations",
-    "mxfp4-w4a8": "W4A4 with a 4-bit branch of high rank",
-    "mxfp4-r32": "W4A4 with SVDQuant's 16-bit branch",
-    "mxint4-w8a8": "MX integers",
-    "nvfp4-w8a8": "NVFP4 main weight",
-    "nvfp4-r32": "SVDQuant's native NVFP4 form",
-    "int4-r32": "SVDQuant's native INT4 form",
-    "int4-w6a6-a16": "weight-only; INT4 with signed scales leaves less error than MXFP4",
+    "mxfp4+w8a8": "W4A4 with an 8-bit branch; mxfp4-a8+w8a8 and mxfp4-a16+w8a8 for wider activations",
+    "mxfp4+w6a6": "W4A4 with a 6-bit branch",
+    "mxfp4+w6a8": "W4A4 with a 6-bit branch that runs on 8-bit activations",
+    "mxfp4+w4a8": "W4A4 with a 4-bit branch of high rank",
+    "mxfp4+bf16-r32": "W4A4 with SVDQuant's 16-bit branch",
+    "mxint4+w8a8": "MX integers",
+    "nvfp4+w8a8": "NVFP4 main weight",
+    "nvfp4+bf16-r32": "SVDQuant's native NVFP4 form",
+    "int4+bf16-r32": "SVDQuant's native INT4 form",
+    "int4-a16+w6a6": "weight-only; INT4 with signed scales leaves less error than MXFP4",
     "int5-a16": "a plain 5-bit format without a branch",
 }
 
-#: The named branch precisions. The intermediate is int8 in all that are quantized: it is never stored, small, and at
-#: 6 bits costs more than everything else in the branch; with power-of-two scales the velocity error is mostly larger
-#: (docs/log.md).
+#: The named branch precisions. The intermediate is int8 in all of them: it is never stored, small,
+#: and at 6 bits costs more than everything else in the branch; with power-of-two scales the
+#: velocity error is mostly larger (docs/log.md).
 _BRANCHES = {
-    "w16a16": Branch(weight="bf16", activation="bf16"),
     "w8a8": Branch(weight="mxint8", activation="mxint8", intermediate="int8"),
     "w6a6": Branch(weight="mxfp6_e2m3", activation="mxfp6_e2m3", intermediate="int8"),
     "w6a8": Branch(weight="mxfp6_e2m3", activation="mxint8", intermediate="int8"),
@@ -265,12 +280,18 @@ _ACTIVATIONS = {
     "fp8": {"4": "mxfp4", "8": "fp8_e4m3"},
 }
 
-#: Activations for which a rotation lowers the velocity error of the digits model; NVFP4, whose blocks are small and
-#: whose scales are fine, loses by it. Sides from 16 to 128 do as well as each other (`benchmarks/rotation.py`).
+#: Activations for which a rotation lowers the velocity error of the digits model; NVFP4, whose
+#: blocks are small and whose scales are fine, loses by it. Sides from 16 to 128 do as well as each
+#: other (`benchmarks/rotation.py`).
 _ROTATED = ("mxfp4", "mxint4", "int4")
 _ROTATION = 32
 
 _NAME = re.compile(
+    r"(?P<main>[a-z0-9_]+)(?:-a(?P<bits>[a-z0-9_]+))?(?:\+(?P<branch>[a-z0-9_]+)(?:-r(?P<rank>\d+))?)?(?:-h(?P<rotation>\d+))?"
+)
+#: The grammar before this one, in which a name looked like that of a layer with the branch's
+#: precision.
+_OLD_NAME = re.compile(
     r"(?P<main>[a-z0-9_]+)(?:-(?P<branch>(?![rha]\d)[a-z][a-z0-9_]*))??(?:-r(?P<rank>\d+))?"
     r"(?:-h(?P<rotation>\d+))?(?:-a(?P<bits>[a-z0-9_]+))?"
 )
@@ -284,50 +305,78 @@ def parse_scheme(name: str) -> Scheme:
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise RecipeError(
-            f"Cannot read the recipe name '{name}'. A name is\n\n{GRAMMAR}\n\n`loraq formats` lists them."
-        )
+        raise RecipeError(_unreadable(name))
     parts = match.groupdict()
     try:
         main = get_format(parts["main"])
     except LoraqError as error:
-        raise RecipeError(f"Recipe name '{name}': {error} Named recipes: {', '.join(NAMED)}.") from error
+        raise RecipeError(
+            f"Recipe name '{name}': {error} Named recipes: {', '.join(NAMED)}."
+        ) from error
     if not 4 <= main.bits <= 8:
         raise RecipeError(
-            f"Recipe name '{name}': MAIN '{main.name}' has {main.bits} bits. Use a format of 4 to 8 bits."
+            f"Recipe name '{name}': MAIN '{main.name}' has {main.bits} bits. Use a format of 4 to "
+            f"8 bits."
         )
     family = next(prefix for prefix in _ACTIVATIONS if main.name.startswith(prefix))
     bits = parts["bits"] or ("4" if main.bits == 4 else "8")
     activation = {"16": "bf16", **_ACTIVATIONS[family]}.get(bits, bits)
     if not is_format(activation):
         raise RecipeError(
-            f"Recipe name '{name}': activations 'a{bits}'. Use -a4, -a8, -a16, or -a and a format's name."
+            f"Recipe name '{name}': activations 'a{bits}'. Use -a4, -a8, -a16, or -a and a "
+            f"format's name."
         )
-    branch_name = parts["branch"]
-    if branch_name is None and parts["rank"] is None:
+    if parts["branch"] is None:
         return Scheme(main.name, activation, rotation=int(parts["rotation"] or 0))
-    branch_name = branch_name or "w16a16"
-    if branch_name in _BRANCHES:
-        branch = _BRANCHES[branch_name]
-    elif is_format(branch_name):
-        branch = Branch(weight=branch_name, activation=branch_name)
-    else:
-        raise RecipeError(f"Recipe name '{name}': {unknown('branch', branch_name, (*_BRANCHES, *FORMATS))}")
-    if parts["rank"] is not None and int(parts["rank"]) < 1:
-        raise RecipeError(f"Recipe name '{name}': rank 0. Use a rank of at least 1, or leave the branch out.")
+    branch = _named_branch(name, parts["branch"], parts["rank"])
     if bits == "16":
-        branch = Branch(weight=branch.weight)
+        branch = Branch(rank=branch.rank, weight=branch.weight)
     rotates = activation in _ROTATED and not isinstance(branch.weight_format, CastFormat)
     rotation = int(parts["rotation"] or 0) if parts["rotation"] or not rotates else _ROTATION
-    return Scheme(main.name, activation, replace(branch, rank=int(parts["rank"] or 0)), rotation)
+    return Scheme(main.name, activation, branch, rotation)
+
+
+def _named_branch(name: str, branch: str, rank: str | None) -> Branch:
+    """Return BRANCH and RANK of a recipe name."""
+    if rank is not None and int(rank) < 1:
+        raise RecipeError(
+            f"Recipe name '{name}': rank 0. Use a rank of at least 1, or leave it to the budget."
+        )
+    if branch in _BRANCHES:
+        return replace(_BRANCHES[branch], rank=int(rank or 0))
+    if is_format(branch):
+        return Branch(rank=int(rank or 0), weight=branch, activation=branch)
+    raise RecipeError(f"Recipe name '{name}': {unknown('branch', branch, (*_BRANCHES, *FORMATS))}")
+
+
+def _unreadable(name: str) -> str:
+    """Message for a name outside the grammar, with today's spelling if it follows the grammar before this one."""
+    if old := _OLD_NAME.fullmatch(name):
+        main, branch, rank, rotation, bits = (
+            old[part] for part in ("main", "branch", "rank", "rotation", "bits")
+        )
+        branch = {"w16a16": "bf16", None: "bf16" if rank else None}.get(branch, branch)
+        new = main + (f"-a{bits}" if bits else "") + (f"+{branch}" if branch else "")
+        new += (f"-r{rank}" if rank else "") + (f"-h{rotation}" if rotation else "")
+        try:
+            parse_scheme(new)
+        except LoraqError:
+            pass
+        else:
+            return f"The recipe name '{name}' is written '{new}': the branch stands behind a +. A name is\n\n{GRAMMAR}"
+    return f"Cannot read the recipe name '{name}'. A name is\n\n{GRAMMAR}\n\n`loraq formats` lists them."
 
 
 @cache
 def families() -> dict[str, Family]:
     """Return the families of model classes in the order in which their rules are read; the last is for all classes."""
-    tables = tomllib.loads(files("loraq").joinpath("data/families.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(
+        files("loraq").joinpath("data/families.toml").read_text(encoding="utf-8")
+    )
     return {
-        name: Family(tuple(table.get("classes", ())), tuple(Rule(**rule) for rule in table["rules"]))
+        name: Family(
+            tuple(table.get("classes", ())), tuple(Rule(**rule) for rule in table["rules"])
+        )
         for name, table in tables.items()
     }
 
@@ -335,7 +384,11 @@ def families() -> dict[str, Family]:
 @cache
 def family_rules(model_class: str) -> tuple[Rule, ...]:
     """Return the rules of all families that a model class belongs to."""
-    chosen = (family for family in families().values() if model_class in family.classes or not family.classes)
+    chosen = (
+        family
+        for family in families().values()
+        if model_class in family.classes or not family.classes
+    )
     return tuple(rule for family in chosen for rule in family.rules)
 
 
@@ -346,7 +399,9 @@ def _changed(scheme: Scheme, rule: Rule | None) -> Scheme:
         scheme = replace(scheme, branch=Branch())
     if rule.branch and scheme.branch is not None:
         scheme = replace(scheme, branch=replace(scheme.branch, **rule.branch))
-    changes = {key: value for key in ("weight", "activation") if (value := getattr(rule, key)) is not None}
+    changes = {
+        key: value for key in ("weight", "activation") if (value := getattr(rule, key)) is not None
+    }
     scheme = replace(scheme, **changes)
     return scheme.weight_only() if rule.weight_only else scheme
 
@@ -360,7 +415,9 @@ def _checked(kind: type, table: Any, where: str, *, required: str | None = None)
         if key not in known:
             raise RecipeError(unknown(f"key in {where}", key, known))
         if not _fits(value, known[key]) and key != "budget":
-            kind_name = _TOML_KINDS.get(known[key]) or getattr(known[key], "__name__", str(known[key]))
+            kind_name = _TOML_KINDS.get(known[key]) or getattr(
+                known[key], "__name__", str(known[key])
+            )
             raise RecipeError(f"'{key}' in {where} is {value!r}. It must be of type {kind_name}.")
     if required is not None and required not in table:
         raise RecipeError(f"'{where}' has no '{required}'. It is required.")

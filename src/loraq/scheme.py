@@ -1,7 +1,7 @@
 """The request and the answer for one layer: `Scheme` and `Branch` in, `LayerSolution` out.
 
-Formats are named, not passed as objects, so that a scheme is plain data: it compares, hashes and travels through
-TOML, JSON and a checkpoint's manifest as it is.
+Formats are named, not passed as objects, so that a scheme is plain data: it compares, hashes and
+travels through TOML, JSON and a checkpoint's manifest as it is.
 """
 
 import math
@@ -19,7 +19,8 @@ from loraq.transforms import unrotate
 class Branch:
     """The low-rank side path of one layer: `Qp(Qb(x) Dᵀ) Uᵀ` with U = proj_up (out, rank), D = proj_down (rank, in)."""
 
-    #: Inner size of the branch; 0 leaves it to a budget (`loraq.budget.with_rank`) and cannot be solved as it is.
+    #: Inner size of the branch; 0 leaves it to a budget (`loraq.budget.with_rank`) and cannot be
+    #: solved as it is.
     rank: int = 0
     #: Format of both factors.
     weight: str = "bf16"
@@ -31,7 +32,8 @@ class Branch:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise SchemeError(
-                f"Branch rank is {self.rank}. It must be at least 1. For no branch, leave the branch out."
+                f"Branch rank is {self.rank}. It must be at least 1. For no branch, leave the "
+                f"branch out."
             )
         for name in (self.weight, self.activation, self.intermediate_format.name):
             get_format(name)
@@ -54,7 +56,9 @@ class Branch:
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Return the exact bytes of both factors for a weight of shape (out, in), scales counted."""
         n_out, n_in = shape
-        return self.weight_format.nbytes((n_out, self.rank)) + self.weight_format.nbytes((self.rank, n_in))
+        return self.weight_format.nbytes((n_out, self.rank)) + self.weight_format.nbytes(
+            (self.rank, n_in)
+        )
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,20 @@ class Scheme:
     activation: str = "bf16"
     #: The low-rank side path, or `None`.
     branch: Branch | None = None
-    #: Side of the Hadamard blocks that rotate the input axis of x and W, a power of two; 0 rotates nothing. Costs
-    #: `rotation` multiplications for each input value at run time, and no bytes; see `loraq.transforms`.
+    #: Side of the Hadamard blocks that rotate the input axis of x and W, a power of two; 0 rotates
+    #: nothing. Costs `rotation` multiplications for each input value at run time, and no bytes; see
+    #: `loraq.transforms`.
     rotation: int = 0
 
     def __post_init__(self) -> None:
         get_format(self.weight)
         get_format(self.activation)
-        if self.rotation and (self.rotation & (self.rotation - 1) or not 2 <= self.rotation <= 1024):
+        if self.rotation and (
+            self.rotation & (self.rotation - 1) or not 2 <= self.rotation <= 1024
+        ):
             raise SchemeError(
-                f"Rotation {self.rotation} is no side of a Hadamard block. Use a power of two from 2 to 1024, or 0."
+                f"Rotation {self.rotation} is no side of a Hadamard block. Use a power of two from "
+                f"2 to 1024, or 0."
             )
 
     @property
@@ -120,11 +128,13 @@ class Scheme:
         if len(shape) != 2 or min(shape) < 1:
             raise SchemeError(f"Weight has shape {tuple(shape)}. A matrix (out, in) is required.")
         if self.branch and self.branch.rank == 0:
-            raise SchemeError("The branch has no rank yet (0). Give it one, or let a budget choose: `with_rank`.")
+            raise SchemeError(
+                "The branch has no rank yet (0). Give it one, or let a budget choose: `with_rank`."
+            )
         if self.branch and self.branch.rank > min(shape):
             raise SchemeError(
-                f"Branch rank {self.branch.rank} is larger than min(out, in) of shape {tuple(shape)}. "
-                f"Use a rank of at most {min(shape)}, or skip this layer."
+                f"Branch rank {self.branch.rank} is larger than min(out, in) of shape "
+                f"{tuple(shape)}. Use a rank of at most {min(shape)}, or skip this layer."
             )
 
 
@@ -165,12 +175,16 @@ class LayerSolution:
         matrices = {"weight": self.residual}
         if self.branch is not None:
             matrices |= {"proj_down": self.branch.proj_down, "proj_up": self.branch.proj_up}
-        return {f"{part}_{name}": t for part, q in matrices.items() for name, t in q.tensors.items()}
+        return {
+            f"{part}_{name}": t for part, q in matrices.items() for name, t in q.tensors.items()
+        }
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
         """Return the effective dense weight Ŵ = residual + U D, rotated back, in fp32."""
         dense = self.residual.dequantize()
-        return unrotate(dense + self.branch.reconstruct() if self.branch else dense, self.scheme.rotation)
+        return unrotate(
+            dense + self.branch.reconstruct() if self.branch else dense, self.scheme.rotation
+        )
 
     @property
     def sqnr_db(self) -> float:
@@ -181,7 +195,9 @@ class LayerSolution:
     def nbytes(self) -> int:
         """Bytes stored: codes, scales and both factors."""
         branch = self.branch
-        return self.residual.nbytes + (branch.proj_up.nbytes + branch.proj_down.nbytes if branch else 0)
+        return self.residual.nbytes + (
+            branch.proj_up.nbytes + branch.proj_down.nbytes if branch else 0
+        )
 
     @property
     def bits_per_weight(self) -> float:

@@ -25,14 +25,19 @@ class ActivationStats:
     def __post_init__(self) -> None:
         shape = tuple(self.second_moment.shape)
         if self.tokens < 1:
-            raise CalibrationError(f"Statistics of {self.tokens} tokens say nothing. At least 1 token is required.")
+            raise CalibrationError(
+                f"Statistics of {self.tokens} tokens say nothing. At least 1 token is required."
+            )
         if len(shape) not in (1, 2) or shape[0] != shape[-1]:
             raise CalibrationError(
-                f"Statistics have a second moment of shape {shape}. A shape (in, in) or (in) is required. Collect them "
+                f"Statistics have a second moment of shape {shape}. A shape (in, in) or (in) is "
+                f"required. Collect them "
                 "again."
             )
         if not self.second_moment.isfinite().all():
-            raise CalibrationError("Statistics hold values that are no finite numbers. Collect them again.")
+            raise CalibrationError(
+                "Statistics hold values that are no finite numbers. Collect them again."
+            )
         if (self.mean_square < 0).any():
             raise CalibrationError("Statistics hold a negative mean square. Collect them again.")
 
@@ -66,8 +71,9 @@ class ActivationStats:
     def rotated(self, side: int) -> "ActivationStats":
         """Return the statistics of rotated inputs: what the main weight sees after the same rewrite of the layer.
 
-        Full moments are exact up to rounding, which must not make a mean square negative where inputs never go. Mean
-        squares alone are rotated as if channels were uncorrelated: all entries of a Hadamard block are alike in size.
+        Full moments are exact up to rounding, which must not make a mean square negative where
+        inputs never go. Mean squares alone are rotated as if channels were uncorrelated: all
+        entries of a Hadamard block are alike in size.
 
         Args:
             side: of the Hadamard blocks, as `loraq.transforms.rotate` takes it; 0 rotates nothing.

@@ -1,13 +1,14 @@
 """An exact rewrite of a layer's input and weight: a block-Hadamard rotation of the input axis.
 
-`x Wᵀ = (x R) (W R)ᵀ` for every orthogonal R. A Hadamard matrix spreads a channel that stands out over its whole block,
-which is what 4-bit activations need: a block's scale follows its largest value (QuaRot, arXiv 2404.00456; ConvRot,
-arXiv 2512.03673, for diffusion transformers). The rotation of the weight happens once, that of the input at every
-call; it stores nothing.
+`x Wᵀ = (x R) (W R)ᵀ` for every orthogonal R. A Hadamard matrix spreads a channel that stands out
+over its whole block, which is what 4-bit activations need: a block's scale follows its largest
+value (QuaRot, arXiv 2404.00456; ConvRot, arXiv 2512.03673, for diffusion transformers). The
+rotation of the weight happens once, that of the input at every call; it stores nothing.
 
-The signs are a quadratic sequence (Golay, Rudin and Shapiro) instead of random ones: they need no seed and no bytes,
-and a block of equal values, which a bare Hadamard matrix would gather in one entry, is spread perfectly evenly when
-the side is a power of four, because the sequence is then bent.
+The signs are a quadratic sequence (Golay, Rudin and Shapiro) instead of random ones: they need no
+seed and no bytes, and a block of equal values, which a bare Hadamard matrix would gather in one
+entry, is spread perfectly evenly when the side is a power of four, because the sequence is then
+bent.
 """
 
 import math
@@ -24,7 +25,8 @@ def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
 
     Args:
         x: any float dtype; the product is taken in fp32.
-        side: power of two; the blocks of R are as large as it and the width n allow (`block_side`). 0 changes nothing.
+        side: power of two; the blocks of R are as large as it and the width n allow (`block_side`).
+        0 changes nothing.
     """
     return _rotate(x, side, False) if side else x
 
@@ -43,8 +45,8 @@ def block_side(n: int, side: int) -> int:
 def signed_hadamard(side: int) -> Float[Tensor, "side side"]:
     """Return diag(signs) H / √side, orthogonal, on the CPU; H is Sylvester's, `side` a power of two."""
     index = torch.arange(side)
-    # The entry (i, j) of Sylvester's matrix is −1 to the number of bits that i and j share; the sign of row i is −1 to
-    # the number of neighbouring pairs of ones in i.
+    # The entry (i, j) of Sylvester's matrix is −1 to the number of bits that i and j share; the
+    # sign of row i is −1 to the number of neighbouring pairs of ones in i.
     shared = _parity(index[:, None] & index[None]) ^ _parity(index & (index >> 1))[:, None]
     return (1 - 2 * shared).float() / math.sqrt(side)
 

@@ -22,7 +22,9 @@ def net(*, width: int = 32) -> nn.Module:
 
 def quantized(recipe: str, *, width: int = 32, **changes) -> nn.Module:
     model = net(width=width)
-    loraq.quantize_(model, replace(Recipe.named(recipe), **{"method": "lqer", **changes}), progress=False)
+    loraq.quantize_(
+        model, replace(Recipe.named(recipe), **{"method": "lqer", **changes}), progress=False
+    )
     return model
 
 
@@ -36,7 +38,10 @@ def saved(model: nn.Module, folder: Path, **options) -> Path:
 
 
 @pytest.mark.parametrize("shard_bytes", [2_000_000_000, 500])
-@pytest.mark.parametrize("recipe", ["mxfp4", "mxfp4-w6a6-r7", "nvfp4-nvfp4-r4", "int4-r3", "fp8_e4m3", "nvfp4-r5-a16"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["mxfp4", "mxfp4+w6a6-r7", "nvfp4+nvfp4-r4", "int4+bf16-r3", "fp8_e4m3", "nvfp4-a16+bf16-r5"],
+)
 def test_dense_weights_are_what_the_layers_reconstruct(tmp_path, recipe, shard_bytes):
     model = quantized(recipe)
     weights = DenseWeights(saved(model, tmp_path / "a", shard_bytes=shard_bytes))
@@ -67,22 +72,24 @@ def test_a_layer_that_is_not_there(tmp_path):
 
 
 def test_the_difference_to_the_float_folder_is_the_error_of_the_layer(tmp_path):
-    model = quantized("mxfp4-w8a8-r4")
+    model = quantized("mxfp4+w8a8-r4")
     differences = compare(saved(net(), tmp_path / "float"), saved(model, tmp_path / "a"))
     assert [d.name for d in differences] == ["0", "1", "2"]
     assert [d.shape for d in differences] == [(48, 32), (40, 48), (8, 40)]
     for d in differences:
-        assert d.relative_error == pytest.approx(model.get_submodule(d.name).record["relative_error"], rel=1e-5)
+        assert d.relative_error == pytest.approx(
+            model.get_submodule(d.name).record["relative_error"], rel=1e-5
+        )
 
 
 def test_a_folder_does_not_differ_from_itself(tmp_path):
-    folder = saved(quantized("nvfp4-w8a8-r4"), tmp_path / "a")
+    folder = saved(quantized("nvfp4+w8a8-r4"), tmp_path / "a")
     assert {d.relative_error for d in compare(folder, str(folder))} == {0.0}
 
 
 def test_two_quantized_folders_and_layers_that_only_one_quantized(tmp_path):
     a = saved(quantized("mxfp4", rules=(Rule(match="0", skip=True),)), tmp_path / "a")
-    b = saved(quantized("mxfp4-w8a8-r4", rules=(Rule(match="1", skip=True),)), tmp_path / "b")
+    b = saved(quantized("mxfp4+w8a8-r4", rules=(Rule(match="1", skip=True),)), tmp_path / "b")
     differences = {d.name: d.relative_error for d in compare(a, b)}
     assert set(differences) == {"0", "1", "2"}
     assert all(0 < error < 0.3 for error in differences.values())
@@ -106,7 +113,9 @@ def test_two_float_folders_are_nothing_to_compare(tmp_path):
 
 def test_folders_of_other_models_are_refused(tmp_path):
     a = saved(quantized("mxfp4"), tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"Layer '0' has shape \(48, 32\) in '.*a' and \(48, 64\) in '.*b'"):
+    with pytest.raises(
+        CheckpointError, match=r"Layer '0' has shape \(48, 32\) in '.*a' and \(48, 64\) in '.*b'"
+    ):
         compare(a, saved(quantized("mxfp4", width=64), tmp_path / "b"))
     with pytest.raises(CheckpointError, match=r"has no tensor '0\.weight'"):
         compare(a, saved(nn.Embedding(2, 2), tmp_path / "c"))

@@ -32,7 +32,9 @@ class Net(nn.Module):
         self.head = nn.Linear(width, 4)
 
 
-RECIPE = replace(Recipe.named("mxfp4-w8a8-r4"), method="lqer", rules=(Rule(match="head", skip=True),))
+RECIPE = replace(
+    Recipe.named("mxfp4+w8a8-r4"), method="lqer", rules=(Rule(match="head", skip=True),)
+)
 
 
 def net(seed: int = 0, **config) -> Net:
@@ -65,7 +67,9 @@ def shards(pristine, tmp_path) -> Path:
     return Path(shutil.copytree(pristine / "shards", tmp_path / "shards"))
 
 
-def refused(folder: Path, match: str, *, target: nn.Module | None = None, verify: bool = True) -> None:
+def refused(
+    folder: Path, match: str, *, target: nn.Module | None = None, verify: bool = True
+) -> None:
     """Loading gives a `CheckpointError` with this message, and changes nothing in the target."""
     target = net(1) if target is None else target
     kinds = {name: type(module) for name, module in target.named_modules()}
@@ -110,7 +114,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
@@ -163,7 +167,11 @@ def test_a_missing_index(shards):
 
 def test_two_indexes(shards):
     shutil.copy(shards / "model.safetensors.index.json", shards / "other.safetensors.index.json")
-    refused(shards, r"has 2 index files: model\.safetensors\.index\.json, other\.safetensors\.index\.json\. Keep one")
+    refused(
+        shards,
+        r"has 2 index files: model\.safetensors\.index\.json, other\.safetensors\.index\.json\. "
+        r"Keep one",
+    )
 
 
 def test_a_second_weight_file(one):
@@ -174,15 +182,27 @@ def test_a_second_weight_file(one):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c["weight_map"].pop("norm.weight"), r"contradicts the shards .* on 1 tensors: norm\.weight"),
-        (lambda c: c["weight_map"].update(ghost=c["weight_map"]["norm.weight"]), "on 1 tensors: ghost"),
+        (
+            lambda c: c["weight_map"].pop("norm.weight"),
+            r"contradicts the shards .* on 1 tensors: norm\.weight",
+        ),
+        (
+            lambda c: c["weight_map"].update(ghost=c["weight_map"]["norm.weight"]),
+            "on 1 tensors: ghost",
+        ),
         (
             lambda c: c["weight_map"].update({"norm.bias": c["weight_map"]["last.weight_packed"]}),
             r"on 1 tensors: norm\.bias",
         ),
-        (lambda c: c["weight_map"].update(a="../other.safetensors"), r"names the file '\.\./other\.safetensors'"),
+        (
+            lambda c: c["weight_map"].update(a="../other.safetensors"),
+            r"names the file '\.\./other\.safetensors'",
+        ),
         (lambda c: c["weight_map"].update(a="/etc/passwd"), "names the file '/etc/passwd'"),
-        (lambda c: c["weight_map"].update(a="weights.bin"), r"Only \.safetensors files beside the index"),
+        (
+            lambda c: c["weight_map"].update(a="weights.bin"),
+            r"Only \.safetensors files beside the index",
+        ),
         (lambda c: c["weight_map"].update(a=3), "no usable 'weight_map'"),
         (lambda c: c.pop("weight_map"), "no usable 'weight_map'"),
         (lambda c: c.update(weight_map=["a"]), "no usable 'weight_map'"),
@@ -198,7 +218,10 @@ def test_an_index_that_is_wrong(shards, change, match):
 def test_a_foreign_folder(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    refused(tmp_path, r"is not a loraq checkpoint: it has no 'loraq\.json'\. `loraq quantize SRC DST` makes one")
+    refused(
+        tmp_path,
+        r"is not a loraq checkpoint: it has no 'loraq\.json'\. `loraq quantize SRC DST` makes one",
+    )
 
 
 def test_no_folder_and_a_file_in_its_place(tmp_path):
@@ -216,7 +239,7 @@ def test_pickle_files_are_never_read(one):
     refused(one, r"has no \.safetensors file\. Other weight files are not read")
 
 
-# --- contents -------------------------------------------------------------------------------------------------------
+# --- contents -------------------------------------------------------------------------------------
 
 
 def test_missing_and_unexpected_keys_are_listed(one):
@@ -227,13 +250,19 @@ def test_missing_and_unexpected_keys_are_listed(one):
     edit_weights(one / "model.safetensors", change)
     refused(
         one,
-        r"does not fit Net\. Missing keys: first\.proj_up_scale, norm\.weight\. Unexpected keys: ghost\.weight\.",
+        r"does not fit Net\. Missing keys: first\.proj_up_scale, norm\.weight\. Unexpected keys: "
+        r"ghost\.weight\.",
     )
 
 
-@pytest.mark.parametrize("name", ["first.weight_packed", "first.weight_scale", "norm.weight", "head.weight"])
+@pytest.mark.parametrize(
+    "name", ["first.weight_packed", "first.weight_scale", "norm.weight", "head.weight"]
+)
 def test_a_wrong_shape(one, name):
-    edit_weights(one / "model.safetensors", lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    edit_weights(
+        one / "model.safetensors",
+        lambda tensors: tensors.update({name: tensors[name][:-1].clone()}),
+    )
     refused(one, rf"tensor '{name}' has shape \(\d+,.*\), the model wants \(\d+,.*\)")
 
 
@@ -248,7 +277,9 @@ def test_a_wrong_shape(one, name):
     ],
 )
 def test_a_wrong_dtype(one, name, dtype, match):
-    edit_weights(one / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    edit_weights(
+        one / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+    )
     refused(one, f"tensor '{name}' {match}")
 
 
@@ -258,7 +289,10 @@ def test_a_wrong_dtype_of_a_tied_tensor(tmp_path):
     loraq.quantize_(tied, RECIPE, progress=False)
     loraq.save(tied, tmp_path / "tied")
     assert Manifest.read(tmp_path / "tied").tied == {"norm.bias": "norm.weight"}
-    edit_weights(tmp_path / "tied/model.safetensors", lambda t: t.update({"norm.weight": t["norm.weight"].long()}))
+    edit_weights(
+        tmp_path / "tied/model.safetensors",
+        lambda t: t.update({"norm.weight": t["norm.weight"].long()}),
+    )
     refused(tmp_path / "tied", "is I64")
 
 
@@ -266,11 +300,23 @@ def test_a_wrong_dtype_of_a_tied_tensor(tmp_path):
     ("target", "match"),
     [
         (lambda: nn.Sequential(nn.Linear(32, 64)), "The model has no layer 'first'"),
-        (lambda: net(width=64), r"Layer 'first' is Linear\(in_features=64.*linear layer of shape \(64, 32\)"),
+        (
+            lambda: net(width=64),
+            r"Layer 'first' is Linear\(in_features=64.*linear layer of shape \(64, 32\)",
+        ),
         (lambda: net(bias=False), r"Unexpected keys: first\.bias"),
-        (lambda: nn.ModuleDict({"first": nn.Conv2d(1, 1, 1), "last": nn.Linear(64, 32)}), "Layer 'first' is Conv2d"),
-        (lambda: nn.ModuleDict({**dict(net().named_children()), "more": nn.Linear(4, 4)}), r"Missing keys: more\.bias"),
-        (lambda: nn.ModuleDict({k: v for k, v in net().named_children() if k != "norm"}), r"Unexpected keys: norm\."),
+        (
+            lambda: nn.ModuleDict({"first": nn.Conv2d(1, 1, 1), "last": nn.Linear(64, 32)}),
+            "Layer 'first' is Conv2d",
+        ),
+        (
+            lambda: nn.ModuleDict({**dict(net().named_children()), "more": nn.Linear(4, 4)}),
+            r"Missing keys: more\.bias",
+        ),
+        (
+            lambda: nn.ModuleDict({k: v for k, v in net().named_children() if k != "norm"}),
+            r"Unexpected keys: norm\.",
+        ),
     ],
 )
 def test_a_model_of_another_architecture(one, target, match):
@@ -283,7 +329,7 @@ def test_a_quantized_model_of_another_architecture(one):
     refused(one, "Layer 'first'", target=target)
 
 
-# --- the manifest ---------------------------------------------------------------------------------------------------
+# --- the manifest ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
@@ -294,7 +340,18 @@ def test_another_format_version(one, version):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "null", "[]", '"text"', "\x00", '{"format_version": 1', "{'a': 1}", "[" * 100_000, "9" * 5000],
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        '"text"',
+        "\x00",
+        '{"format_version": 1',
+        "{'a': 1}",
+        "[" * 100_000,
+        "9" * 5000,
+    ],
     ids=lambda text: repr(text[:12]),
 )
 def test_a_manifest_that_is_no_json_object(one, text):
@@ -370,9 +427,14 @@ def test_a_manifest_without_one_of_its_parts(one, key):
     refused(one, f"is damaged: KeyError\\('{key}'\\)")
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", ""])
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", ""]
+)
 def test_a_manifest_that_names_files_elsewhere(one, file):
-    edit(one / "loraq.json", lambda content: content["files"].update({file: {"bytes": 1, "sha256": ""}}))
+    edit(
+        one / "loraq.json",
+        lambda content: content["files"].update({file: {"bytes": 1, "sha256": ""}}),
+    )
     refused(one, "Only files beside it are read|is missing")
 
 
@@ -383,10 +445,22 @@ def test_a_manifest_that_names_files_elsewhere(one, file):
         (lambda c: c["layers"].update(ghost=c["layers"]["first"]), "no layer 'ghost'"),
         (lambda c: c["layers"].update({"": c["layers"]["first"]}), "Layer '' is Net"),
         (lambda c: c["layers"].update(norm=c["layers"]["first"]), "Layer 'norm' is LayerNorm"),
-        (lambda c: c["layers"]["first"]["scheme"].update(weight="int4"), "tensor 'first.weight_scale' has shape"),
-        (lambda c: c["layers"]["first"]["scheme"].update(weight="nvfp4"), "Missing keys: first.weight_global_scale"),
-        (lambda c: c["layers"]["first"]["scheme"].update(branch=None), "Unexpected keys: first.proj_down_packed"),
-        (lambda c: c["layers"]["first"]["scheme"]["branch"].update(rank=3), "first.proj_.* has shape"),
+        (
+            lambda c: c["layers"]["first"]["scheme"].update(weight="int4"),
+            "tensor 'first.weight_scale' has shape",
+        ),
+        (
+            lambda c: c["layers"]["first"]["scheme"].update(weight="nvfp4"),
+            "Missing keys: first.weight_global_scale",
+        ),
+        (
+            lambda c: c["layers"]["first"]["scheme"].update(branch=None),
+            "Unexpected keys: first.proj_down_packed",
+        ),
+        (
+            lambda c: c["layers"]["first"]["scheme"]["branch"].update(rank=3),
+            "first.proj_.* has shape",
+        ),
         (lambda c: c["tied"].update(ghost="norm.weight"), "Unexpected keys: ghost"),
         (lambda c: c["tied"].update(ghost="nowhere"), "does not fit|is damaged"),
     ],
@@ -394,7 +468,9 @@ def test_a_manifest_that_names_files_elsewhere(one, file):
 def test_a_manifest_that_contradicts_the_tensors(one, change, match):
     edit(one / "loraq.json", change)
     if match == "does not fit|is damaged":
-        loraq.load_into(net(1), one)  # a tie that nobody asks for, of nothing to nothing, is no tensor
+        loraq.load_into(
+            net(1), one
+        )  # a tie that nobody asks for, of nothing to nothing, is no tensor
         return
     refused(one, match)
 
@@ -407,7 +483,8 @@ def test_a_tie_to_a_tensor_that_is_not_there(one):
 
 def test_comparing_damaged_folders_is_an_error_too(one, pristine):
     edit_weights(
-        one / "model.safetensors", lambda t: t.update({"first.weight_packed": t["first.weight_packed"][:-1].clone()})
+        one / "model.safetensors",
+        lambda t: t.update({"first.weight_packed": t["first.weight_packed"][:-1].clone()}),
     )
     with pytest.raises(CheckpointError, match=r"'first\.weight_packed' is torch\.uint8 of shape"):
         compare(pristine / "one", one)
@@ -416,7 +493,7 @@ def test_comparing_damaged_folders_is_an_error_too(one, pristine):
         DenseWeights(one).read("first")
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def names(folder: Path) -> list[str]:
@@ -450,8 +527,16 @@ def test_overwriting_replaces_the_whole_folder(model, shards):
 
 
 FAILURES = {
-    "full": (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "the disk is full.*Free space"),
-    "over quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), CheckpointError, "the disk is full"),
+    "full": (
+        OSError(errno.ENOSPC, "No space left on device"),
+        CheckpointError,
+        "the disk is full.*Free space",
+    ),
+    "over quota": (
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        CheckpointError,
+        "the disk is full",
+    ),
     "broken": (OSError(errno.EIO, "Input/output error"), CheckpointError, "Input/output error"),
     "interrupted": (KeyboardInterrupt(), KeyboardInterrupt, None),
     "bug": (ZeroDivisionError(), ZeroDivisionError, None),
@@ -460,7 +545,9 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("after", [0, 1, 7])
-def test_a_failure_in_the_middle_of_writing_leaves_nothing(model, tmp_path, monkeypatch, failure, after):
+def test_a_failure_in_the_middle_of_writing_leaves_nothing(
+    model, tmp_path, monkeypatch, failure, after
+):
     error, kind, match = FAILURES[failure]
     calls = []
 
@@ -508,7 +595,9 @@ def test_a_failing_last_rename_puts_the_old_folder_back(model, one, monkeypatch)
     loraq.load_into(net(1), one)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="for root everything is writable")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="for root everything is writable"
+)
 def test_a_read_only_parent(model, tmp_path):
     tmp_path.chmod(0o500)
     try:

@@ -17,7 +17,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def file(folder: Path, header: bytes | dict, n_data: int = 8, length: int | None = None) -> Path:
     text = json.dumps(header).encode() if isinstance(header, dict) else header
     path = folder / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(n_data))
+    path.write_bytes(
+        struct.pack("<Q", len(text) if length is None else length) + text + bytes(n_data)
+    )
     return path
 
 
@@ -31,18 +33,26 @@ def test_a_file_of_the_safetensors_library_is_understood(tmp_path):
     }
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
     header = read_header(tmp_path / "a.safetensors")
-    assert {name: spec.shape for name, spec in header.specs.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    assert {name: spec.shape for name, spec in header.specs.items()} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
     assert header.specs["b"].dtype == "BF16"
     assert header.file_bytes == (tmp_path / "a.safetensors").stat().st_size
 
 
 def test_what_is_written_is_read_back_and_aligned(tmp_path):
-    specs = {"a": TensorSpec("F32", (3,)), "none": TensorSpec("F32", (0, 2)), "b": TensorSpec("U8", ())}
+    specs = {
+        "a": TensorSpec("F32", (3,)),
+        "none": TensorSpec("F32", (0, 2)),
+        "b": TensorSpec("U8", ()),
+    }
     first, places = encode_header(specs)
     (tmp_path / "a.safetensors").write_bytes(first + bytes(13))
     header = read_header(tmp_path / "a.safetensors")
     assert header.specs == specs
-    assert header.offsets == places == {"a": len(first), "none": len(first) + 12, "b": len(first) + 12}
+    assert (
+        header.offsets == places == {"a": len(first), "none": len(first) + 12, "b": len(first) + 12}
+    )
     assert len(first) % 8 == 0
 
 
@@ -64,7 +74,12 @@ def test_what_is_written_is_read_back_and_aligned(tmp_path):
         ({"a": {**ENTRY, "shape": [-2]}}, 8, None, "where whole numbers from 0 are required"),
         ({"a": {**ENTRY, "shape": [2.0]}}, 8, None, "where whole numbers from 0 are required"),
         ({"a": {**ENTRY, "shape": [2**62, 2**62]}}, 8, None, "and its place holds 8"),
-        ({"a": {**ENTRY, "data_offsets": [8, 16]}}, 16, None, "starts at byte 8, the one before it ends at 0"),
+        (
+            {"a": {**ENTRY, "data_offsets": [8, 16]}},
+            16,
+            None,
+            "starts at byte 8, the one before it ends at 0",
+        ),
         ({"a": {**ENTRY, "data_offsets": [8, 0]}}, 8, None, "its place holds -8"),
         ({"a": {**ENTRY, "data_offsets": [0]}}, 8, None, "not enough values|expected 2"),
         ({"a": ENTRY, "b": ENTRY}, 8, None, "'b' starts at byte 0, the one before it ends at 8"),
@@ -74,7 +89,10 @@ def test_what_is_written_is_read_back_and_aligned(tmp_path):
 )
 def test_an_absurd_header(tmp_path, header, n_data, length, match):
     path = file(tmp_path, header, n_data, length)
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors' is truncated or no safetensors file: .*({match})"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"model\.safetensors' is truncated or no safetensors file: .*({match})",
+    ):
         read_header(path)
 
 

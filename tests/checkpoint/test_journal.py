@@ -17,7 +17,9 @@ class Cut(Exception):
     """Ends a run where a test wants it."""
 
 
-def begin(target: Path, names: str = "ab", error: BaseException | None = None, **options) -> Journal:
+def begin(
+    target: Path, names: str = "ab", error: BaseException | None = None, **options
+) -> Journal:
     """Finish some layers, one file for each, and end with an error if one is given."""
     with resumable_folder(target, RUN, 4, **options) as journal:
         for name in names:
@@ -63,7 +65,12 @@ def test_a_torn_last_line_does_not_count(tmp_path, torn):
     path.write_bytes(path.read_bytes()[:-torn])
     with pytest.raises(Cut):
         begin(tmp_path / "out", "abd", Cut())
-    assert [json.loads(line).get("name") for line in path.read_text().splitlines()] == [None, "a", "b", "d"]
+    assert [json.loads(line).get("name") for line in path.read_text().splitlines()] == [
+        None,
+        "a",
+        "b",
+        "d",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"nonsense\n", b"[]\n", b"\xff\n"])
@@ -183,8 +190,16 @@ KEPT = r"2 of 4 layers are kept; run the same command to go on\."
 @pytest.mark.parametrize(
     ("error", "kind", "match"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, f"the disk is full.* {KEPT}"),
-        (OSError(errno.EROFS, "Read-only file system"), CheckpointError, f"Read-only file system.* {KEPT}"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            CheckpointError,
+            f"the disk is full.* {KEPT}",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            CheckpointError,
+            f"Read-only file system.* {KEPT}",
+        ),
         (CheckpointError("The source is gone."), CheckpointError, rf"^The source is gone\. {KEPT}"),
         (LayerError("Layer 'x' failed."), LayerError, rf"^Layer 'x' failed\. {KEPT}"),
         (KeyboardInterrupt(), KeyboardInterrupt, rf"^Interrupted\. {KEPT}"),

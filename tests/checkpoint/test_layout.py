@@ -12,7 +12,15 @@ from loraq.checkpoint.layout import ShardLayout, spec_of, write_shards
 from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError
 
-DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.bool)
+DTYPES = (
+    torch.uint8,
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.float16,
+    torch.int64,
+    torch.bool,
+)
 
 
 @pytest.fixture
@@ -54,7 +62,9 @@ def test_every_tensor_is_aligned(tensors, tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_writing_does_not_change_a_byte(tensors, tmp_path, seed):
-    layout = ShardLayout.of({name: spec_of(name, tensor) for name, tensor in tensors.items()}, "model", 200)
+    layout = ShardLayout.of(
+        {name: spec_of(name, tensor) for name, tensor in tensors.items()}, "model", 200
+    )
     names = list(tensors)
     random.Random(seed).shuffle(names)
     for folder, order in (("a", list(tensors)), ("b", names)):
@@ -67,9 +77,15 @@ def test_the_order_of_writing_does_not_change_a_byte(tensors, tmp_path, seed):
 
 
 def test_allocating_again_keeps_what_was_written(tensors, tmp_path):
-    layout = ShardLayout.of({name: spec_of(name, tensor) for name, tensor in tensors.items()}, "model")
+    layout = ShardLayout.of(
+        {name: spec_of(name, tensor) for name, tensor in tensors.items()}, "model"
+    )
     layout.allocate(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_size == layout.nbytes == layout.sizes["model.safetensors"]
+    assert (
+        (tmp_path / "model.safetensors").stat().st_size
+        == layout.nbytes
+        == layout.sizes["model.safetensors"]
+    )
     layout.write(tmp_path, tensors)
     layout.allocate(tmp_path)
     assert torch.equal(ShardReader(tmp_path).read("layer.0.ü"), tensors["layer.0.ü"])
@@ -85,10 +101,14 @@ def test_the_index_is_that_of_the_hugging_face_libraries(tensors, tmp_path):
 
 def test_shards_are_filled_in_order_and_not_over_the_limit():
     layout = ShardLayout.of(
-        {name: TensorSpec("U8", (n,)) for name, n in zip("abcd", (6, 5, 5, 30), strict=True)}, "m", 10
+        {name: TensorSpec("U8", (n,)) for name, n in zip("abcd", (6, 5, 5, 30), strict=True)},
+        "m",
+        10,
     )
     assert [place[0][5:6] for place in layout.places.values()] == ["0"] * 4
-    assert [layout.places[name][0] for name in "abcd"] == [f"m-0000{i}-of-00003.safetensors" for i in (1, 2, 2, 3)]
+    assert [layout.places[name][0] for name in "abcd"] == [
+        f"m-0000{i}-of-00003.safetensors" for i in (1, 2, 2, 3)
+    ]
 
 
 def test_a_tensor_that_does_not_fit_its_place_is_refused(tmp_path):
@@ -108,7 +128,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tensors, tmp_path):
     reader = ShardReader(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"Cannot read 'layer\.0\.ü' from .*it had \d+ bytes and has \d+ now"):
+    with pytest.raises(
+        CheckpointError, match=r"Cannot read 'layer\.0\.ü' from .*it had \d+ bytes and has \d+ now"
+    ):
         reader.read("layer.0.ü")
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file"):

@@ -40,11 +40,15 @@ def test_it_writes_what_save_writes(model, tmp_path):
 def test_saving_again_replaces_all_shards(model, tmp_path):
     model.save_pretrained(str(tmp_path / "a"), max_shard_size="1KB")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
-    model.save_pretrained(tmp_path / "a", safe_serialization=True, variant=None, max_shard_size="10GB")
+    model.save_pretrained(
+        tmp_path / "a", safe_serialization=True, variant=None, max_shard_size="10GB"
+    )
     assert sorted(contents(tmp_path / "a")) == ["loraq.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
 def test_a_copy_saves_itself_and_not_its_original(model, tmp_path, duplicate):
     other = duplicate(model)
     with torch.no_grad():
@@ -88,6 +92,8 @@ def test_only_the_main_process_writes(model, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("size", "nbytes"), [("5GB", 5 * 10**9), ("200 MB", 2 * 10**8), ("1KiB", 1024), (77, 77)])
+@pytest.mark.parametrize(
+    ("size", "nbytes"), [("5GB", 5 * 10**9), ("200 MB", 2 * 10**8), ("1KiB", 1024), (77, 77)]
+)
 def test_sizes(size, nbytes):
     assert _bytes(size) == nbytes

@@ -54,7 +54,9 @@ def net(seed: int = 0) -> Net:
     return Net().eval()
 
 
-def quantized(recipe: str = "mxfp4-w8a8-r8", model: nn.Module | None = None, **changes) -> nn.Module:
+def quantized(
+    recipe: str = "mxfp4+w8a8-r8", model: nn.Module | None = None, **changes
+) -> nn.Module:
     model = net() if model is None else model
     recipe = replace(Recipe.named(recipe), **{"method": "lqer", "rules": HEAD_STAYS, **changes})
     loraq.quantize_(model, recipe, progress=False)
@@ -78,23 +80,23 @@ def folder(tmp_path) -> Path:
     return tmp_path / "saved"
 
 
-# --- bytes and outputs ----------------------------------------------------------------------------------------------
+# --- bytes and outputs ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "recipe",
     [
         "mxfp4",
-        "mxfp4-w6a6-r45-a8",
-        "mxfp4-w4a8-r16-a16",
-        "mxfp4-r8",
-        "nvfp4-w8a8-r8",
-        "nvfp4-nvfp4-r8",
-        "int4-r8",
-        "mxint4-fp16-r3",
+        "mxfp4-a8+w6a6-r45",
+        "mxfp4-a16+w4a8-r16",
+        "mxfp4+bf16-r8",
+        "nvfp4+w8a8-r8",
+        "nvfp4+nvfp4-r8",
+        "int4+bf16-r8",
+        "mxint4+fp16-r3",
         "int5-a16",
         "fp8_e4m3",
-        "mxfp6_e3m2-w8a8-r7",
+        "mxfp6_e3m2+w8a8-r7",
     ],
 )
 def test_a_round_trip_changes_no_byte_and_no_output(recipe, folder):
@@ -112,10 +114,12 @@ def test_a_round_trip_changes_no_byte_and_no_output(recipe, folder):
 
 
 def test_the_global_scale_of_nvfp4_and_a_16_bit_branch_are_files_tensors(folder):
-    loraq.save(quantized("nvfp4-r8"), folder)
+    loraq.save(quantized("nvfp4+bf16-r8"), folder)
     with safe_open(folder / "model.safetensors", framework="pt") as shard:
         names = set(shard.keys())
-    assert {f"first.{leaf}" for leaf in ("weight_packed", "weight_scale", "weight_global_scale", "bias")} <= names
+    assert {
+        f"first.{leaf}" for leaf in ("weight_packed", "weight_scale", "weight_global_scale", "bias")
+    } <= names
     assert {"first.proj_up_packed", "first.proj_down_packed"} <= names
     assert not {"first.proj_up_scale", "first.weight", "bare.bias"} & names
 
@@ -129,7 +133,9 @@ def test_shards_hold_what_one_file_holds(tmp_path):
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(model.state_dict())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in model.state_dict().values()
+    )
     one, many = net(1), net(2)
     loraq.load_into(one, tmp_path / "one")
     loraq.load_into(many, tmp_path / "many")
@@ -157,7 +163,10 @@ def test_a_shard_for_every_tensor(folder):
 
 def test_the_same_seed_gives_the_same_bytes_of_every_file(tmp_path):
     for name in ("a", "b"):
-        loraq.save(quantized("mxfp4-w8a8-r8", net(), method="loraq", effort="fast", seed=5), tmp_path / name)
+        loraq.save(
+            quantized("mxfp4+w8a8-r8", net(), method="loraq", effort="fast", seed=5),
+            tmp_path / name,
+        )
     first, second = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     assert set(first) == {"loraq.json", "model.safetensors"}
     assert first == second
@@ -173,8 +182,12 @@ def test_a_saved_model_is_not_changed_by_saving(folder):
 
 def test_two_recipes_in_one_model(folder):
     model = quantized("mxfp4", rules=(Rule(match="[!f]*", skip=True),))
-    quantized("int4-r8", model, rules=(Rule(match="bare", weight="int8"), *HEAD_STAYS), seed=3)
-    assert {layer.scheme.weight for layer in quantized_layers(model).values()} == {"mxfp4", "int4", "int8"}
+    quantized("int4+bf16-r8", model, rules=(Rule(match="bare", weight="int8"), *HEAD_STAYS), seed=3)
+    assert {layer.scheme.weight for layer in quantized_layers(model).values()} == {
+        "mxfp4",
+        "int4",
+        "int8",
+    }
     loraq.save(model, folder)
     manifest = Manifest.read(folder)
     assert [recipe["seed"] for recipe in manifest.recipes] == [0, 3]
@@ -222,11 +235,16 @@ def test_the_manifest_says_how_the_layers_came_to_be(folder):
     assert entry["shape"] == [2 * WIDTH, WIDTH]
     assert 0 < entry["relative_error"] < 0.2
     assert len(entry["source_sha256"]) == 64
-    assert entry["nbytes"] == loraq.Scheme("mxfp4", branch=loraq.Branch(8, "mxint8")).nbytes((2 * WIDTH, WIDTH))
-    assert content["files"]["model.safetensors"]["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert entry["nbytes"] == loraq.Scheme("mxfp4", branch=loraq.Branch(8, "mxint8")).nbytes(
+        (2 * WIDTH, WIDTH)
+    )
+    assert (
+        content["files"]["model.safetensors"]["bytes"]
+        == (folder / "model.safetensors").stat().st_size
+    )
 
 
-# --- sharing --------------------------------------------------------------------------------------------------------
+# --- sharing --------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -247,7 +265,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("on_meta", [False, True])
 def test_tied_parameters_are_stored_once_and_tied_again(folder, on_meta):
     torch.manual_seed(0)
-    model = quantized("mxfp4-r4", Tied())
+    model = quantized("mxfp4+bf16-r4", Tied())
     loraq.save(model, folder)
     assert Manifest.read(folder).tied["head.weight"] == "table.weight"
     with safe_open(folder / "model.safetensors", framework="pt") as shard:
@@ -265,7 +283,7 @@ def test_tied_parameters_are_stored_once_and_tied_again(folder, on_meta):
 
 
 def test_tied_parameters_in_shards(folder):
-    model = quantized("mxfp4-r4", Tied())
+    model = quantized("mxfp4+bf16-r4", Tied())
     loraq.save(model, folder, shard_bytes=500)
     loaded = Tied()
     loraq.load_into(loaded, folder)
@@ -273,7 +291,9 @@ def test_tied_parameters_in_shards(folder):
 
 
 def test_parameters_that_are_views_of_one_tensor_are_stored_each(folder):
-    model = quantized("mxfp4", nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(8), nn.LayerNorm(8)), rules=())
+    model = quantized(
+        "mxfp4", nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(8), nn.LayerNorm(8)), rules=()
+    )
     both = torch.randn(16)
     model[1].weight, model[2].weight = nn.Parameter(both[:8]), nn.Parameter(both[8:])
     model[1].bias, model[2].bias = nn.Parameter(both[4:12]), nn.Parameter(torch.randn(8, 2)[:, 0])
@@ -283,7 +303,7 @@ def test_parameters_that_are_views_of_one_tensor_are_stored_each(folder):
     assert_same_state(model, loaded)
 
 
-# --- targets --------------------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------
 
 
 def test_a_target_on_the_meta_device_lands_on_the_cpu(folder):
@@ -297,7 +317,7 @@ def test_a_target_on_the_meta_device_lands_on_the_cpu(folder):
     assert torch.equal(target(INDEX), model(INDEX))
 
 
-@pytest.mark.parametrize("other", ["mxfp4-w8a8-r8", "int4", "nvfp4-r4"])
+@pytest.mark.parametrize("other", ["mxfp4+w8a8-r8", "int4", "nvfp4+bf16-r4"])
 def test_a_quantized_target_takes_the_schemes_of_the_folder(folder, other):
     model = quantized()
     loraq.save(model, folder)
@@ -312,7 +332,9 @@ def test_every_tensor_has_the_dtype_it_was_saved_with(folder):
     loraq.save(model, folder)
     target = net(1).double()
     loraq.load_into(target, folder)
-    assert target.norm.weight.dtype == target.first.bias.dtype == target.shift.dtype == torch.bfloat16
+    assert (
+        target.norm.weight.dtype == target.first.bias.dtype == target.shift.dtype == torch.bfloat16
+    )
     assert target.count.dtype == torch.int64
     assert_same_state(model, target)
 
@@ -361,7 +383,7 @@ def test_a_target_may_be_shared_with_nobody(folder):
     assert_same_state(model, second)
 
 
-# --- what cannot be saved -------------------------------------------------------------------------------------------
+# --- what cannot be saved -------------------------------------------------------------------------
 
 
 def test_a_model_without_quantized_layers_is_not_saved(folder):
@@ -384,7 +406,7 @@ def test_a_model_on_the_meta_device_is_not_saved(folder):
     assert not list(folder.parent.iterdir())
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -428,7 +450,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
-# --- a diffusers model ----------------------------------------------------------------------------------------------
+# --- a diffusers model ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +471,7 @@ def pixart():
             caption_channels=16,
             use_additional_conditions=False,
         )
-    return quantized("mxfp4-w8a8-r8", model.eval(), rules=())
+    return quantized("mxfp4+w8a8-r8", model.eval(), rules=())
 
 
 def velocity(model: nn.Module) -> torch.Tensor:
@@ -488,7 +510,7 @@ def test_the_configuration_says_that_the_weights_are_quantized(pixart, folder):
     assert config["_class_name"] == "PixArtTransformer2DModel"
 
 
-# --- 1×1 convolutions -----------------------------------------------------------------------------------------------
+# --- 1×1 convolutions -----------------------------------------------------------------------------
 
 
 def conv_net(width: int = 45) -> nn.Module:
@@ -506,7 +528,7 @@ def conv_net(width: int = 45) -> nn.Module:
 PICTURE = torch.linspace(-1, 1, 2 * 7 * 20).view(2, 7, 4, 5)
 
 
-@pytest.mark.parametrize("recipe", ["mxfp4-w8a8-r5", "nvfp4-w6a6-r3", "int4-r2", "int5-a16"])
+@pytest.mark.parametrize("recipe", ["mxfp4+w8a8-r5", "nvfp4+w6a6-r3", "int4+bf16-r2", "int5-a16"])
 def test_convolutions_of_odd_widths_come_back_as_convolutions(tmp_path, recipe):
     model = quantized(recipe, conv_net(), rules=())
     assert {name: type(layer) for name, layer in quantized_layers(model).items()} == {
@@ -542,7 +564,8 @@ def test_a_matrix_does_not_go_into_a_larger_convolution(tmp_path):
     other = conv_net()
     other[3] = nn.Conv2d(45, 19, 3, padding=1)
     with pytest.raises(
-        CheckpointError, match=r"Layer '3' is Conv2d.*The checkpoint has a linear layer of shape \(19, 45\)"
+        CheckpointError,
+        match=r"Layer '3' is Conv2d.*The checkpoint has a linear layer of shape \(19, 45\)",
     ):
         loraq.load_into(other, tmp_path / "saved")
 

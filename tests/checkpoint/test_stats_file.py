@@ -30,7 +30,9 @@ def diagonal(width: int) -> ActivationStats:
 @pytest.fixture
 def path(tmp_path):
     place = tmp_path / "deep" / "stats.safetensors"
-    save_stats({"blocks.0.up": full(8), "blocks.0.down": diagonal(6), "out": full(4, seed=1)}, place)
+    save_stats(
+        {"blocks.0.up": full(8), "blocks.0.down": diagonal(6), "out": full(4, seed=1)}, place
+    )
     return place
 
 
@@ -67,7 +69,9 @@ def test_the_file_is_plain_safetensors_with_documented_keys(path):
 def test_equal_statistics_give_equal_bytes(path, tmp_path):
     save_stats(dict(load_stats(path)), tmp_path / "again.safetensors")
     again = load_stats(tmp_path / "again.safetensors")
-    assert {name: again[name].sha256 for name in again} == {name: s.sha256 for name, s in load_stats(path).items()}
+    assert {name: again[name].sha256 for name in again} == {
+        name: s.sha256 for name, s in load_stats(path).items()
+    }
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -88,7 +92,10 @@ def test_nothing_cannot_be_saved(tmp_path):
 
 def test_layers_may_be_written_in_any_order(path, tmp_path):
     stats = load_stats(path)
-    shapes = {name: tuple(stats[name].second_moment.shape) for name in ("blocks.0.up", "blocks.0.down", "out")}
+    shapes = {
+        name: tuple(stats[name].second_moment.shape)
+        for name in ("blocks.0.up", "blocks.0.down", "out")
+    }
     other = tmp_path / "other.safetensors"
     with stats_file(other, shapes) as write:
         for name in reversed(shapes):
@@ -163,7 +170,9 @@ def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"GB free and the statistics take 4e\+09 GB.*--mean-squares"):
+    with pytest.raises(
+        CheckpointError, match=r"GB free and the statistics take 4e\+09 GB.*--mean-squares"
+    ):
         require_room(tmp_path / "s.safetensors", {"a": (10**9, 10**9)}, overwrite=False)
 
 
@@ -185,7 +194,11 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    save_file({"a.second_moment": torch.ones(2)}, tmp_path / "s.safetensors", metadata={"loraq_stats": "2"})
+    save_file(
+        {"a.second_moment": torch.ones(2)},
+        tmp_path / "s.safetensors",
+        metadata={"loraq_stats": "2"},
+    )
     with pytest.raises(CalibrationError, match="format version 2; version 1 is required"):
         load_stats(tmp_path / "s.safetensors")
 
@@ -198,13 +211,20 @@ def test_a_newer_format_is_refused(tmp_path):
         ({"a.tokens": torch.tensor([0])}, "layer 'a': Statistics of 0 tokens"),
         ({"a.tokens": torch.tensor([1.0])}, "layer 'a' has other dtypes"),
         ({"a.second_moment": torch.ones(2).half()}, "layer 'a' has other dtypes"),
-        ({"a.second_moment": torch.ones(3, 2)}, "layer 'a': Statistics have a second moment of shape"),
+        (
+            {"a.second_moment": torch.ones(3, 2)},
+            "layer 'a': Statistics have a second moment of shape",
+        ),
         ({"a.second_moment": torch.tensor([1.0, torch.nan])}, "layer 'a': .*no finite numbers"),
     ],
 )
 def test_a_planted_defect_is_found(tmp_path, change, message):
     tensors = {"a.second_moment": torch.ones(2), "a.tokens": torch.tensor([1])} | change
     place = tmp_path / "s.safetensors"
-    save_file({name: t for name, t in tensors.items() if t is not None}, place, metadata={"loraq_stats": "1"})
+    save_file(
+        {name: t for name, t in tensors.items() if t is not None},
+        place,
+        metadata={"loraq_stats": "1"},
+    )
     with pytest.raises(CalibrationError, match=message):
         load_stats(place)["a"]

@@ -40,7 +40,7 @@ def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
         recipe = _recipe(contender, "fast")
         return [recipe.scheme_for("layer", shape).nbytes(shape) for shape in SHAPES]
 
-    limit = nbytes(next(c for c in CONTENDERS[group] if "w16a16" in c.recipe))
+    limit = nbytes(next(c for c in CONTENDERS[group] if "+bf16" in c.recipe))
     rank = Budget.parse(demo.BUDGET).rank_16bit
     for contender in CONTENDERS[group]:
         if "more bytes" in contender.label:
@@ -48,7 +48,9 @@ def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
             continue
         sizes = nbytes(contender)
         assert all(size <= most for size, most in zip(sizes, limit, strict=True)), contender
-        if re.search("-w[0-9]", contender.recipe):  # and it uses what it is given, up to one more rank
+        if re.search(
+            "-w[0-9]", contender.recipe
+        ):  # and it uses what it is given, up to one more rank
             branch = _recipe(contender, "fast").scheme_for("layer", SHAPES[0]).branch
             assert limit[0] - sizes[0] < 2 * rank * 384 / branch.rank * 1.6
 
@@ -59,7 +61,9 @@ def test_activations_are_not_mixed_in_a_group(group):
 
 
 def test_labels_are_unique_because_pictures_are_found_by_them():
-    names = [(contender.recipe, contender.label) for group in CONTENDERS.values() for contender in group]
+    names = [
+        (contender.recipe, contender.label) for group in CONTENDERS.values() for contender in group
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -73,8 +77,14 @@ def result() -> DemoResult:
     pytest.importorskip("diffusers")
     pytest.importorskip("sklearn")
     star = next(c for group in CONTENDERS.values() for c in group if c.recipe == NAMED["default"])
-    few = {name: (group[0], next(c for c in group if "w16a16" in c.recipe)) for name, group in CONTENDERS.items()}
-    few["weight-only"] = (CONTENDERS["weight-only"][0], star)  # the default must also be drawn where lines are
+    few = {
+        name: (group[0], next(c for c in group if "+bf16" in c.recipe))
+        for name, group in CONTENDERS.items()
+    }
+    few["weight-only"] = (
+        CONTENDERS["weight-only"][0],
+        star,
+    )  # the default must also be drawn where lines are
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONTENDERS", few)
@@ -91,7 +101,12 @@ def result() -> DemoResult:
 @pytest.mark.slow
 def test_rows_are_plausible(result):
     first, *rows = result.rows
-    assert (first.label, first.weight_error, first.velocity_error, first.bits_per_weight) == ("bf16 weights", 0, 0, 16)
+    assert (first.label, first.weight_error, first.velocity_error, first.bits_per_weight) == (
+        "bf16 weights",
+        0,
+        0,
+        16,
+    )
     assert first.psnr_db == math.inf
     assert first.accuracy >= 0.8
     assert [row.group for row in rows] == [name for name in CONTENDERS for _ in range(2)]
@@ -131,7 +146,11 @@ def invented() -> DemoResult:
     row = Row("weight-only", "LoRaQ ★", "mxfp4", 1024, 5.0, 0.07, 0.02, 30.0, 0.99, 1.0, 2.0)
     pictures = torch.zeros(12, 1, 8, 8)
     trained = replace(row, group="as trained", label="bf16 weights", recipe="")
-    return DemoResult((trained, row), {"as trained": pictures, "mxfp4 LoRaQ ★": pictures}, {"mxfp4 LoRaQ ★": [0.1]})
+    return DemoResult(
+        (trained, row),
+        {"as trained": pictures, "mxfp4 LoRaQ ★": pictures},
+        {"mxfp4 LoRaQ ★": [0.1]},
+    )
 
 
 def test_the_line_of_the_starred_row_is_drawn_too(tmp_path, monkeypatch):

@@ -42,7 +42,10 @@ def test_class_tokens_differ_by_label_and_have_unit_variance():
 
 
 def test_stored_weights_are_small_enough_to_ship():
-    assert sum(path.stat().st_size for path in digits.assets_folder().rglob("*") if path.is_file()) < 12e6
+    assert (
+        sum(path.stat().st_size for path in digits.assets_folder().rglob("*") if path.is_file())
+        < 12e6
+    )
 
 
 def test_transformer_loads_in_the_wanted_dtype(transformer, exact_transformer):
@@ -73,7 +76,9 @@ def test_first_samples_do_not_depend_on_the_batch_size(exact_transformer):
 
 def test_samples_repeat_with_the_seed_and_change_with_it(transformer):
     labels = torch.tensor([7, 7])
-    first, again, other = (digits.sample(transformer, labels, seed=seed, steps=3) for seed in (0, 0, 1))
+    first, again, other = (
+        digits.sample(transformer, labels, seed=seed, steps=3) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=0.1)
     assert not torch.allclose(first[0], first[1], atol=0.1)
@@ -87,13 +92,20 @@ def test_guidance_of_one_equals_the_captioned_velocity(exact_transformer):
 
 
 def test_velocity_probe_is_deterministic_for_a_seed(transformer):
-    first, again = digits.velocity_probe(transformer, count=32), digits.velocity_probe(transformer, count=32)
+    first, again = (
+        digits.velocity_probe(transformer, count=32),
+        digits.velocity_probe(transformer, count=32),
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, digits.velocity_probe(transformer, count=32, seed=1))
 
 
-def test_velocity_probe_sees_the_rounding_to_bfloat16_and_little_else(transformer, exact_transformer):
-    error = relative_error(digits.velocity_probe(exact_transformer), digits.velocity_probe(transformer))
+def test_velocity_probe_sees_the_rounding_to_bfloat16_and_little_else(
+    transformer, exact_transformer
+):
+    error = relative_error(
+        digits.velocity_probe(exact_transformer), digits.velocity_probe(transformer)
+    )
     assert 1e-4 < error < 2e-2
 
 

@@ -7,7 +7,9 @@ from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, 
 
 
 def test_relative_error_of_a_hand_computed_vector():
-    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) == pytest.approx(1 / 5)
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) == pytest.approx(
+        1 / 5
+    )
 
 
 def test_relative_error_of_a_zero_reference_is_zero_or_infinite():
@@ -33,7 +35,10 @@ def test_psnr_is_computed_for_each_image():
     image[0] = 0.2  # mean square 0.04, peak 2: 10 log10(4 / 0.04) = 20 dB
     image[1, 0, 0, 0] = 2.0  # mean square 1: 10 log10(4) dB
     torch.testing.assert_close(
-        psnr_db(reference, image, 2.0), torch.tensor([20.0, 10 * math.log10(4), math.inf]).double(), rtol=1e-6, atol=0
+        psnr_db(reference, image, 2.0),
+        torch.tensor([20.0, 10 * math.log10(4), math.inf]).double(),
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -44,14 +49,18 @@ def test_frechet_distance_of_a_set_to_itself_is_zero(generator):
 
 def test_frechet_distance_of_a_shifted_set_is_the_squared_shift(generator):
     features = torch.randn(50, 3, generator=generator)
-    assert frechet_distance(features, features + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(5, rel=1e-5)
+    assert frechet_distance(features, features + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(
+        5, rel=1e-5
+    )
 
 
 def test_frechet_distance_of_a_scaled_set_has_the_analytic_value(generator):
     features = torch.randn(50, 3, generator=generator).double()
     features -= features.mean(dim=0)
     # (Σ^½ 9Σ Σ^½)^½ = 3Σ, so the distance is tr(Σ + 9Σ − 6Σ) = 4 tr Σ
-    assert frechet_distance(features, 3 * features) == pytest.approx(4 * features.T.cov().trace().item())
+    assert frechet_distance(features, 3 * features) == pytest.approx(
+        4 * features.T.cov().trace().item()
+    )
 
 
 def test_frechet_distance_is_symmetric_and_takes_fewer_rows_than_columns(generator):
@@ -92,11 +101,19 @@ def test_ssim_does_not_depend_on_the_unit(rng):
 
 def test_ssim_of_one_window_is_the_formula(rng):
     x, y = torch.rand(11, 11, generator=rng).double(), torch.rand(11, 11, generator=rng).double()
-    weights = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)]
+    weights = [
+        [math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)
+    ]
     w = torch.tensor(weights, dtype=torch.float64)
     w /= w.sum()
     mx, my = (w * x).sum(), (w * y).sum()
-    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    vx, vy, cov = (
+        (w * (x - mx) ** 2).sum(),
+        (w * (y - my) ** 2).sum(),
+        (w * (x - mx) * (y - my)).sum(),
+    )
     c1, c2 = 1e-4, 9e-4
     expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert ssim(x.view(1, 1, 11, 11), y.view(1, 1, 11, 11), 1.0).item() == pytest.approx(expected.item())
+    assert ssim(x.view(1, 1, 11, 11), y.view(1, 1, 11, 11), 1.0).item() == pytest.approx(
+        expected.item()
+    )

@@ -9,7 +9,12 @@ patches = pytest.importorskip("patches")
 train_patches = pytest.importorskip("train_patches")
 
 SETTINGS = {"seed": 0, "steps": 4, "batch": 2, "learning_rate": 1e-3}
-SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "cross_attention_dim": 16}
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "cross_attention_dim": 16,
+}
 
 
 def test_what_is_held_out_is_no_part_of_what_is_learned():
@@ -24,7 +29,9 @@ def test_what_is_held_out_is_no_part_of_what_is_learned():
 
 def test_patches_follow_from_the_seed():
     parts = patches.photographs(heldout=True)
-    one, other, third = (patches.cut_patches(parts, 3, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    one, other, third = (
+        patches.cut_patches(parts, 3, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    )
     assert one[0].shape == (3, 3, patches.SIZE, patches.SIZE)
     assert torch.equal(one[0], other[0])
     assert not torch.equal(one[0], third[0])
@@ -51,7 +58,9 @@ def test_the_trained_weights_predict_velocities_of_patches_they_never_saw():
     velocity = patches.velocity_probe(model, count=32)
     assert velocity.shape == (32, 3, patches.SIZE, patches.SIZE)
     assert torch.equal(velocity, patches.velocity_probe(model, count=32))
-    generator = torch.Generator().manual_seed(0)  # the probe's own choice of patches, times and noise
+    generator = torch.Generator().manual_seed(
+        0
+    )  # the probe's own choice of patches, times and noise
     images, _ = patches.cut_patches(patches.photographs(heldout=True), 32, generator)
     torch.rand(32, generator=generator)
     target = torch.randn(images.shape, generator=generator) - images

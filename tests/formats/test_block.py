@@ -10,7 +10,10 @@ from loraq.formats import FORMATS, BlockFormat, CastFormat, Format, QTensor, blo
 from loraq.formats.packing import unpack
 from matrices import dit_like, gaussian, heavy_tailed, huge, low_rank, outlier_columns, tiny, zeros
 
-BLOCK_FORMATS = [name for name, fmt in FORMATS.items() if isinstance(fmt, BlockFormat)] + ["int4_b128", "int8_b64"]
+BLOCK_FORMATS = [name for name, fmt in FORMATS.items() if isinstance(fmt, BlockFormat)] + [
+    "int4_b128",
+    "int8_b64",
+]
 CAST_FORMATS = ["bf16", "fp16"]
 ALL_FORMATS = BLOCK_FORMATS + CAST_FORMATS
 SHAPES = [(33,), (1, 1), (1, 31), (3, 33), (2, 3, 85), (5, 7, 64), (3, 2240)]
@@ -21,7 +24,9 @@ def rules_of(name: str) -> list[str | None]:
     if isinstance(fmt, CastFormat):
         return [None]
     return (
-        ["floor", "midmax", "fitted", "search"] if fmt.scale_format.is_power_of_two else ["absmax", "fitted", "search"]
+        ["floor", "midmax", "fitted", "search"]
+        if fmt.scale_format.is_power_of_two
+        else ["absmax", "fitted", "search"]
     )
 
 
@@ -29,7 +34,9 @@ WITH_RULES = [(name, rule) for name in ALL_FORMATS for rule in rules_of(name)]
 each_format = pytest.mark.parametrize("name", ALL_FORMATS)
 each_block_format = pytest.mark.parametrize("name", BLOCK_FORMATS)
 each_rule = pytest.mark.parametrize(("name", "rule"), WITH_RULES)
-each_block_rule = pytest.mark.parametrize(("name", "rule"), [case for case in WITH_RULES if case[1]])
+each_block_rule = pytest.mark.parametrize(
+    ("name", "rule"), [case for case in WITH_RULES if case[1]]
+)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -54,7 +61,7 @@ def total_scale(q: QTensor) -> torch.Tensor:
     return scale.repeat_interleave(q.format.block_size or q.shape[-1], -1)[..., : q.shape[-1]]
 
 
-# --- storage ----------------------------------------------------------------------------------------------------------
+# --- storage --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +136,8 @@ def test_rounding_in_chunks_changes_nothing(name, rule, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [case for case in WITH_RULES if case[1] in (None, "floor", "absmax", "midmax")]
+    ("name", "rule"),
+    [case for case in WITH_RULES if case[1] in (None, "floor", "absmax", "midmax")],
 )
 def test_every_device_gives_the_same_bytes(name, rule, device):
     # Without the rules that compare sums, because a device may add in another order.
@@ -150,7 +158,7 @@ def test_every_format_keeps_the_protocol(name):
     assert fmt.nbytes((1, n)) * 8 / n == pytest.approx(fmt.bits_per_value, rel=1e-3)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------------------
 
 
 def is_signed(name, rule):
@@ -181,7 +189,8 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(name, rule):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("int4", 0.12), ("mxfp4", 0.13), ("nvfp4", 0.11), ("mxint8", 0.01), ("fp8_e4m3", 0.03)]
+    ("name", "limit"),
+    [("int4", 0.12), ("mxfp4", 0.13), ("nvfp4", 0.11), ("mxint8", 0.01), ("fp8_e4m3", 0.03)],
 )
 def test_errors_of_a_low_rank_matrix_have_the_usual_size(name, limit):
     x = low_rank(64, 256, rank=4)
@@ -217,9 +226,10 @@ def test_nvfp4_example_by_hand():
     assert q.dequantize()[0, [0, 1, 16, 17]].tolist() == [2688.0, 1344.0, -12.0, 4.0]
 
 
-# --- symmetries -------------------------------------------------------------------------------------------------------
+# --- symmetries -----------------------------------------------------------------------------------
 
-#: Rules under which a second quantization moves values: they leave out the scale that reproduces the codes.
+#: Rules under which a second quantization moves values: they leave out the scale that reproduces
+#: the codes.
 NOT_REPEATABLE = [("nvfp4", "fitted"), ("int8_b64", "search")]
 #: Formats with fp32 scales: maximum / 127 and back may differ in the last bits.
 REPEATABLE_TO_THE_LAST_BIT = ["int8", "fp8_e4m3"]
@@ -262,10 +272,15 @@ def test_permuting_whole_blocks_commutes(name, rule, rng):
     x = heavy_tailed(6, size * 10)
     if fmt.block_size is None:
         order = torch.randperm(x.shape[1], generator=rng)
-        # A whole row is one block: any order of its values is fine. But sums in another order make another fp32 scale.
-        assert relative_difference(fmt.round(x[:, order], rule), fmt.round(x, rule)[:, order]) < 1e-4
+        # A whole row is one block: any order of its values is fine. But sums in another order make
+        # another fp32 scale.
+        assert (
+            relative_difference(fmt.round(x[:, order], rule), fmt.round(x, rule)[:, order]) < 1e-4
+        )
         return
-    order = torch.randperm(10, generator=rng).repeat_interleave(size) * size + torch.arange(size).repeat(10)
+    order = torch.randperm(10, generator=rng).repeat_interleave(size) * size + torch.arange(
+        size
+    ).repeat(10)
     assert same_bits(fmt.round(x[:, order], rule), fmt.round(x, rule)[:, order])
 
 
@@ -301,7 +316,7 @@ def test_every_matrix_of_a_batch_has_its_own_global_scale():
         assert same_bits(q.dequantize()[i], fmt.round(x[i]))
 
 
-# --- edges ------------------------------------------------------------------------------------------------------------
+# --- edges ----------------------------------------------------------------------------------------
 
 
 @each_rule
@@ -365,7 +380,9 @@ def test_huge_values_stay_finite_and_are_not_lost(name, rule):
 def test_a_value_that_is_not_finite_is_refused_with_its_place(name, rule, bad):
     x = torch.ones(2, 3, 70)
     x[1, 2, 65] = bad
-    message = rf"Cannot quantize to '{name}': the value at \(1, 2, 65\) is {bad}, and 1 of 420 values"
+    message = (
+        rf"Cannot quantize to '{name}': the value at \(1, 2, 65\) is {bad}, and 1 of 420 values"
+    )
     with pytest.raises(FormatError, match=message):
         get_format(name).quantize(x, rule)
 
@@ -383,10 +400,15 @@ def test_round_keeps_nan_and_saturates_infinities(name, rule):
     assert same_bits(rounded[2], fmt.round(x[2], rule))
 
 
-@pytest.mark.parametrize("name", ["int4", "int5", "int6", "int8", "int8_b64", "mxint4", "mxint6", "mxint8"])
+@pytest.mark.parametrize(
+    "name", ["int4", "int5", "int6", "int8", "int8_b64", "mxint4", "mxint6", "mxint8"]
+)
 def test_the_most_negative_integer_is_stored_only_where_scales_are_signed(name):
     fmt = get_format(name)
-    for sign in (-1, 1):  # with signed scales a block of one sign takes the longer half of the range
+    for sign in (
+        -1,
+        1,
+    ):  # with signed scales a block of one sign takes the longer half of the range
         x = sign * heavy_tailed(64, 256).abs()
         for rule in rules_of(name):
             q = fmt.quantize(x, rule)
@@ -395,14 +417,30 @@ def test_the_most_negative_integer_is_stored_only_where_scales_are_signed(name):
             assert (codes == most_negative).any() == is_signed(name, rule)
             if is_signed(name, rule):
                 assert (total_scale(q).sign() == -sign).all()
-            assert (codes == (most_negative + 1 if sign < 0 else most_negative - 1)).any() or is_signed(name, rule)
+            assert (
+                codes == (most_negative + 1 if sign < 0 else most_negative - 1)
+            ).any() or is_signed(name, rule)
             assert fmt.quantize(x, rule).nbytes == fmt.nbytes((64, 256))
 
 
 def test_bf16_and_fp16_are_casts_that_saturate():
     x = torch.tensor([1.0, 1 + 2.0**-8, -70000.0, 3.4e38, 2.0**-25, 65519.0])
-    assert get_format("bf16").round(x).tolist() == [1.0, 1.0, -70144.0, 3.3895313892515355e38, 2.0**-25, 65536.0]
-    assert get_format("fp16").round(x).tolist() == [1.0, 1 + 2.0**-8, -65504.0, 65504.0, 0.0, 65504.0]
+    assert get_format("bf16").round(x).tolist() == [
+        1.0,
+        1.0,
+        -70144.0,
+        3.3895313892515355e38,
+        2.0**-25,
+        65536.0,
+    ]
+    assert get_format("fp16").round(x).tolist() == [
+        1.0,
+        1 + 2.0**-8,
+        -65504.0,
+        65504.0,
+        0.0,
+        65504.0,
+    ]
     x = heavy_tailed(16, 33)
     assert same_bits(get_format("bf16").round(x), x.bfloat16().float())
     assert same_bits(get_format("fp16").round(x), x.half().float())

@@ -18,7 +18,15 @@ from gfloat.types import Domain
 from loraq.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, ElementFormat, integer, mx_integer
 
 FLOATS = [E2M1, E2M3, E3M2, E4M3, E5M2]
-INTEGERS = [integer(4), integer(5), integer(6), integer(8), mx_integer(4), mx_integer(6), mx_integer(8)]
+INTEGERS = [
+    integer(4),
+    integer(5),
+    integer(6),
+    integer(8),
+    mx_integer(4),
+    mx_integer(6),
+    mx_integer(8),
+]
 ELEMENTS = FLOATS + INTEGERS
 
 ML_DTYPES = {
@@ -82,8 +90,12 @@ def difficult_values(element: ElementFormat) -> torch.Tensor:
     midpoints = (grid[1:] + grid[:-1]) / 2
     beyond = np.array([1.0, 1.0625, 1.125, 1.25, 1.5, 2.0, 1e4, 1e20]) * element.max
     special = np.concatenate([grid, midpoints, beyond, -beyond]).astype(np.float32)
-    special = np.concatenate([special, np.nextafter(special, np.float32(np.inf)), np.nextafter(special, -special)])
-    denormal = np.array([0.0, 1e-45, 1e-40, 1.1754942e-38, 1.17549435e-38, 3.4028235e38], dtype=np.float32)
+    special = np.concatenate(
+        [special, np.nextafter(special, np.float32(np.inf)), np.nextafter(special, -special)]
+    )
+    denormal = np.array(
+        [0.0, 1e-45, 1e-40, 1.1754942e-38, 1.17549435e-38, 3.4028235e38], dtype=np.float32
+    )
     rng = np.random.default_rng(0)
     dense = rng.uniform(-1.3 * element.max, 1.3 * element.max, 20_000).astype(np.float32)
     small = dense * np.exp2(rng.uniform(-30, 0, dense.size)).astype(np.float32)
@@ -113,7 +125,9 @@ def test_every_code_has_the_value_ml_dtypes_gives_it(element):
 
 
 @pytest.mark.parametrize(
-    ("element", "dtype"), [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)], ids=["e4m3", "e5m2"]
+    ("element", "dtype"),
+    [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)],
+    ids=["e4m3", "e5m2"],
 )
 def test_every_code_has_the_value_torch_gives_it(element, dtype):
     codes = torch.arange(256, dtype=torch.uint8)
@@ -125,13 +139,16 @@ def test_decode_reads_the_grid_in_any_shape(element, device):
     codes = torch.arange(2**element.bits, dtype=torch.uint8, device=device)
     np.testing.assert_array_equal(bits_of(element.decode(codes).cpu()), bits_of(element.grid()))
     shuffled = codes.view(4, -1).T
-    np.testing.assert_array_equal(bits_of(element.decode(shuffled).cpu()), bits_of(element.grid().view(4, -1).T))
+    np.testing.assert_array_equal(
+        bits_of(element.decode(shuffled).cpu()), bits_of(element.grid().view(4, -1).T)
+    )
 
 
 @each_element
 def test_encoding_a_decoded_code_gives_the_code_back(element, device):
     codes = torch.tensor(
-        [c for c in range(2**element.bits) if c not in NEVER_PRODUCED.get(element.name, [])], dtype=torch.uint8
+        [c for c in range(2**element.bits) if c not in NEVER_PRODUCED.get(element.name, [])],
+        dtype=torch.uint8,
     ).to(device)
     values = element.decode(codes)
     assert values.isfinite().all()
@@ -154,7 +171,9 @@ def test_exceptional_codes_are_not_numbers_or_one_step_too_far_and_are_never_pro
 @each_element
 def test_rounding_agrees_with_gfloat(element):
     x = difficult_values(element)
-    expected = round_ndarray(GFLOAT[element.name], x.double().clamp(-element.max, element.max).numpy(), sat=True)
+    expected = round_ndarray(
+        GFLOAT[element.name], x.double().clamp(-element.max, element.max).numpy(), sat=True
+    )
     np.testing.assert_array_equal(bits_of(element.round(x)), bits_of(expected))
     np.testing.assert_array_equal(bits_of(element.decode(element.encode(x))), bits_of(expected))
 
@@ -169,7 +188,8 @@ def test_rounding_saturates_as_gfloat_does(element):
 
 @each_float
 def test_rounding_and_codes_agree_with_ml_dtypes(element):
-    # The input is cut at the maximum because ml_dtypes overflows to NaN or infinity where the format has them.
+    # The input is cut at the maximum because ml_dtypes overflows to NaN or infinity where the
+    # format has them.
     x = difficult_values(element)
     expected = x.clamp(-element.max, element.max).numpy().astype(ML_DTYPES[element.name])
     np.testing.assert_array_equal(bits_of(element.round(x)), bits_of(expected.astype(np.float32)))
@@ -177,7 +197,9 @@ def test_rounding_and_codes_agree_with_ml_dtypes(element):
 
 
 @pytest.mark.parametrize(
-    ("element", "dtype"), [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)], ids=["e4m3", "e5m2"]
+    ("element", "dtype"),
+    [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)],
+    ids=["e4m3", "e5m2"],
 )
 def test_rounding_and_codes_agree_with_torch(element, dtype):
     x = difficult_values(element)
@@ -198,7 +220,9 @@ def test_integer_codes_are_two_s_complement(element):
 @each_element
 def test_rounding_is_the_same_on_every_device(element, device):
     x = difficult_values(element)
-    np.testing.assert_array_equal(bits_of(element.round(x.to(device)).cpu()), bits_of(element.round(x)))
+    np.testing.assert_array_equal(
+        bits_of(element.round(x.to(device)).cpu()), bits_of(element.round(x))
+    )
     assert torch.equal(element.encode(x.to(device)).cpu(), element.encode(x))
 
 
@@ -208,10 +232,18 @@ def test_rounding_is_the_same_on_every_device(element, device):
         (E2M1, [5.0, 2.5, 3.5, 0.25, 0.75, 7.0, 1e9], [4.0, 2.0, 4.0, 0.0, 1.0, 6.0, 6.0]),
         (E2M3, [7.25, 7.75, 0.0625, 0.1875], [7.0, 7.5, 0.0, 0.25]),
         (E3M2, [26.0, 27.0, 0.03125, 0.09375], [24.0, 28.0, 0.0, 0.125]),
-        (E4M3, [17.0, 19.0, 464.0, 480.0, 2.0**-10, 3 * 2.0**-10], [16.0, 20.0, 448.0, 448.0, 0.0, 2.0**-8]),
+        (
+            E4M3,
+            [17.0, 19.0, 464.0, 480.0, 2.0**-10, 3 * 2.0**-10],
+            [16.0, 20.0, 448.0, 448.0, 0.0, 2.0**-8],
+        ),
         (E5M2, [9.0, 11.0, 61440.0, 2.0**-17, 3 * 2.0**-17], [8.0, 12.0, 57344.0, 0.0, 2.0**-15]),
         (integer(4), [0.5, 1.5, 2.5, 7.5, -7.5, -8.0], [0.0, 2.0, 2.0, 7.0, -7.0, -7.0]),
-        (mx_integer(8), [1 / 128, 3 / 128, 1.99, 2.0, -2.0], [0.0, 1 / 32, 127 / 64, 127 / 64, -127 / 64]),
+        (
+            mx_integer(8),
+            [1 / 128, 3 / 128, 1.99, 2.0, -2.0],
+            [0.0, 1 / 32, 127 / 64, 127 / 64, -127 / 64],
+        ),
     ],
     ids=lambda v: getattr(v, "name", ""),
 )
@@ -264,7 +296,9 @@ def test_rounding_leaves_its_input_alone(element):
     ],
     ids=lambda v: getattr(v, "name", ""),
 )
-def test_the_top_of_the_grid_is_where_the_specification_puts_it(element, max_exponent, overflow_midpoint):
+def test_the_top_of_the_grid_is_where_the_specification_puts_it(
+    element, max_exponent, overflow_midpoint
+):
     assert element.max_exponent == max_exponent
     assert element.overflow_midpoint == overflow_midpoint
     assert float(element.grid()[element.grid().isfinite()].max()) == element.max

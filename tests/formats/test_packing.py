@@ -12,7 +12,9 @@ BITS = (4, 5, 6, 8)
 codes_of_any_shape = st.builds(
     lambda bits, leading, n, seed: (
         bits,
-        torch.randint(2**bits, (*leading, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)),
+        torch.randint(
+            2**bits, (*leading, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        ),
     ),
     st.sampled_from(BITS),
     st.lists(st.integers(1, 4), max_size=3),
@@ -35,7 +37,9 @@ def test_unpacking_gives_the_codes_back(case):
 def test_a_row_is_one_little_endian_number_and_its_unused_bits_are_zero(case):
     bits, codes = case
     n = codes.shape[-1]
-    for row, packed in zip(codes.view(-1, n), pack(codes, bits).view(-1, packed_width(n, bits)), strict=True):
+    for row, packed in zip(
+        codes.view(-1, n), pack(codes, bits).view(-1, packed_width(n, bits)), strict=True
+    ):
         expected = sum(int(code) << (bits * i) for i, code in enumerate(row))
         assert int.from_bytes(bytes(packed.tolist()), "little") == expected
 
@@ -70,7 +74,18 @@ def test_the_first_value_is_in_the_low_bits(bits):
 
 @pytest.mark.parametrize(
     ("n", "bits", "expected"),
-    [(1, 4, 1), (2, 4, 1), (3, 4, 2), (1, 5, 1), (8, 5, 5), (9, 5, 6), (2, 6, 2), (4, 6, 3), (85, 6, 64), (7, 8, 7)],
+    [
+        (1, 4, 1),
+        (2, 4, 1),
+        (3, 4, 2),
+        (1, 5, 1),
+        (8, 5, 5),
+        (9, 5, 6),
+        (2, 6, 2),
+        (4, 6, 3),
+        (85, 6, 64),
+        (7, 8, 7),
+    ],
 )
 def test_a_row_takes_as_many_bytes_as_its_bits_need(n, bits, expected):
     assert packed_width(n, bits) == expected

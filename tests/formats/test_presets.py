@@ -68,7 +68,8 @@ def test_a_format_object_is_returned_as_it_is():
 @pytest.mark.parametrize("name", ["mxfp5", "", "INT4", "int4_b", "int4_bx", "b64", "int7_b64"])
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(
-        FormatError, match=rf"Unknown number format '{name}'\..*Known: bf16, fp16, fp8_e4m3, int4, int5"
+        FormatError,
+        match=rf"Unknown number format '{name}'\..*Known: bf16, fp16, fp8_e4m3, int4, int5",
     ):
         get_format(name)
 
@@ -78,14 +79,20 @@ def test_a_misspelled_name_gets_the_closest_one_proposed():
         get_format("mxpf4")
 
 
-@pytest.mark.parametrize("name", ["mxfp4_b16", "mxint8_b64", "nvfp4_b32", "fp8_e4m3_b128", "bf16_b64"])
+@pytest.mark.parametrize(
+    "name", ["mxfp4_b16", "mxint8_b64", "nvfp4_b32", "fp8_e4m3_b128", "bf16_b64"]
+)
 def test_formats_with_a_fixed_block_size_refuse_a_suffix(name):
     base = name.rsplit("_b", 1)[0]
-    with pytest.raises(FormatError, match=rf"Format '{base}' has a fixed block size.*int4, int5, int6 and int8"):
+    with pytest.raises(
+        FormatError, match=rf"Format '{base}' has a fixed block size.*int4, int5, int6 and int8"
+    ):
         get_format(name)
 
 
 @pytest.mark.parametrize(("size", "proposed"), [(0, 8), (4, 8), (12, 8), (63, 56), (100, 96)])
 def test_an_impossible_block_size_gets_a_possible_one_proposed(size, proposed):
-    with pytest.raises(FormatError, match=rf"Block size {size} of 'int4_b{size}'.*Use 'int4_b{proposed}'"):
+    with pytest.raises(
+        FormatError, match=rf"Block size {size} of 'int4_b{size}'.*Use 'int4_b{proposed}'"
+    ):
         get_format(f"int4_b{size}")

@@ -12,7 +12,14 @@ from loraq import formats
 from loraq.errors import FormatError
 from loraq.formats import FORMATS, get_format
 from loraq.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, integer, mx_integer
-from loraq.formats.scales import BF16_SCALE, E4M3_SCALE, E8M0_SCALE, FP32_SCALE, ScaleRule, scale_rule
+from loraq.formats.scales import (
+    BF16_SCALE,
+    E4M3_SCALE,
+    E8M0_SCALE,
+    FP32_SCALE,
+    ScaleRule,
+    scale_rule,
+)
 from matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 
 TORCHAO_ELEMENTS = {
@@ -50,7 +57,9 @@ MATRICES = {
 def wide_range(seed: int = 0) -> torch.Tensor:
     """Blocks of 32 whose sizes span forty powers of two, and one block of zeros."""
     x = gaussian(64, 32 * 16, seed).view(64, 16, 32)
-    x = x * torch.exp2(torch.randint(-20, 20, (64, 16, 1), generator=torch.Generator().manual_seed(seed)))
+    x = x * torch.exp2(
+        torch.randint(-20, 20, (64, 16, 1), generator=torch.Generator().manual_seed(seed))
+    )
     x[3, 5] = 0
     return x.view(64, -1)
 
@@ -70,7 +79,7 @@ def relative_error(x: torch.Tensor, name: str, rule: str) -> float:
     return float((squared_error(x, name, rule).sum() / x.double().square().sum()).sqrt())
 
 
-# --- E8M0 -------------------------------------------------------------------------------------------------------------
+# --- E8M0 -----------------------------------------------------------------------------------------
 
 
 def test_all_e8m0_codes_agree_with_ml_dtypes(device):
@@ -170,8 +179,9 @@ def test_floor_agrees_with_torchao(name):
 
 @pytest.mark.parametrize("name", [name for name in TORCHAO_ELEMENTS if name != "mxfp8_e4m3"])
 def test_midmax_agrees_with_torchao_s_even(name):
-    # The same rule but for a maximum that sits exactly on the midpoint: there torchao doubles and midmax does not.
-    # E4M3 is left out: torchao takes 496 for the midpoint, as if the code of NaN were the number 480.
+    # The same rule but for a maximum that sits exactly on the midpoint: there torchao doubles and
+    # midmax does not. E4M3 is left out: torchao takes 496 for the midpoint, as if the code of NaN
+    # were the number 480.
     x = wide_range()
     expected = MXTensor.to_mx(x, TORCHAO_ELEMENTS[name], 32, ScaleCalculationMode.EVEN)
     q = get_format(name).quantize(x, "midmax")
@@ -192,14 +202,19 @@ def test_floor_and_midmax_agree_with_numpy(name):
     np.testing.assert_array_equal(fmt.quantize(x, "midmax").scale.numpy(), exponent + 127)
 
 
-# --- float scales -----------------------------------------------------------------------------------------------------
+# --- float scales ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("scale_format", "element", "largest", "scale"),
     [
         (BF16_SCALE, integer(4), 7.0, 1.0),
-        (BF16_SCALE, integer(4), 1.0, 0.142578125),  # 1 / 7 has eight significant bits in bf16: 146 / 1024
+        (
+            BF16_SCALE,
+            integer(4),
+            1.0,
+            0.142578125,
+        ),  # 1 / 7 has eight significant bits in bf16: 146 / 1024
         (BF16_SCALE, integer(8), 127.0, 1.0),
         (FP32_SCALE, integer(8), 254.0, 2.0),
         (FP32_SCALE, E4M3, 224.0, 0.5),
@@ -232,7 +247,9 @@ def test_float_scales_are_little_endian_bytes():
 
 
 def test_scale_bytes_at_an_odd_address_are_read():
-    stored = torch.cat([torch.zeros(1, dtype=torch.uint8), FP32_SCALE.encode(torch.tensor([1.5, -3.0]))])
+    stored = torch.cat(
+        [torch.zeros(1, dtype=torch.uint8), FP32_SCALE.encode(torch.tensor([1.5, -3.0]))]
+    )
     assert FP32_SCALE.decode(stored[1:]).tolist() == [1.5, -3.0]
 
 
@@ -253,12 +270,15 @@ def test_nvfp4_agrees_with_numpy(seed, per_row):
     np.testing.assert_array_equal(q.global_scale.view(torch.float32).numpy(), np.ravel(above))
     low, high = codes.reshape(40, -1).view(np.uint8).reshape(40, -1, 2).transpose(2, 0, 1)
     np.testing.assert_array_equal(q.packed.numpy(), low | high << 4)
-    np.testing.assert_array_equal(q.dequantize().numpy(), (codes.astype(np.float32) * total[..., None]).reshape(40, -1))
+    np.testing.assert_array_equal(
+        q.dequantize().numpy(), (codes.astype(np.float32) * total[..., None]).reshape(40, -1)
+    )
 
 
 def test_nvfp4_agrees_with_torchao():
-    # torchao divides in another order and multiplies by a reciprocal. A global scale that is a power of two makes
-    # the order irrelevant, and no value of this seed sits close enough to a midpoint for the reciprocal to matter.
+    # torchao divides in another order and multiplies by a reciprocal. A global scale that is a
+    # power of two makes the order irrelevant, and no value of this seed sits close enough to a
+    # midpoint for the reciprocal to matter.
     x = gaussian(64, 16 * 20, seed=5)
     x[0, 0] = 2688.0 / 512
     assert x.abs().max() == 2688.0 / 512
@@ -271,7 +291,7 @@ def test_nvfp4_agrees_with_torchao():
     assert torch.equal(q.dequantize(), expected.dequantize(torch.float32))
 
 
-# --- fitted and search ------------------------------------------------------------------------------------------------
+# --- fitted and search ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -294,9 +314,12 @@ def test_fitted_comes_close_to_search_and_is_not_worse_than_the_direct_rule(name
     assert fitted <= 1.05 * relative_error(x, name, "search")
 
 
-@pytest.mark.parametrize(("name", "gain"), [("int4", 0.96), ("mxint4", 0.94), ("mxfp4", 0.98), ("nvfp4", 0.90)])
+@pytest.mark.parametrize(
+    ("name", "gain"), [("int4", 0.96), ("mxint4", 0.94), ("mxfp4", 0.98), ("nvfp4", 0.90)]
+)
 def test_fitted_and_search_are_worth_their_time_at_four_bits(name, gain):
-    # Measured on 1152 x 1152 by `benchmarks/scale_rules.py`; the factors here leave a margin of a few per mille.
+    # Measured on 1152 x 1152 by `benchmarks/scale_rules.py`; the factors here leave a margin of a
+    # few per mille.
     x = MATRICES["gaussian"]
     direct = relative_error(x, name, get_format(name).default_rule)
     assert relative_error(x, name, "fitted") <= gain * direct
@@ -313,16 +336,14 @@ def test_four_bit_activations_round_better_by_a_constant(name, matrix):
     assert torch.equal(fmt.for_rows().round(x), fmt.round(x, "constant"))
 
 
-# --- the rules by name ------------------------------------------------------------------------------------------------
+# --- the rules by name ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "nvfp4", "fp8_e4m3"])
 @pytest.mark.parametrize("rule", ["floor", "midmax"])
 def test_power_of_two_rules_do_not_apply_to_float_scales(name, rule):
     fmt = get_format(name)
-    message = (
-        rf"Unknown scale rule for {fmt.scale_format.name} scales '{rule}'.* Known: absmax, constant, fitted, search\."
-    )
+    message = rf"Unknown scale rule for {fmt.scale_format.name} scales '{rule}'.* Known: absmax, constant, fitted, search\."
     for call in (fmt.round, fmt.quantize):
         with pytest.raises(FormatError, match=message):
             call(torch.ones(1, 64), rule)
@@ -330,7 +351,8 @@ def test_power_of_two_rules_do_not_apply_to_float_scales(name, rule):
 
 def test_float_rules_do_not_apply_to_powers_of_two():
     with pytest.raises(
-        FormatError, match=r"for e8m0 scales 'absmax'.* Known: constant, fitted, floor, midmax, search\."
+        FormatError,
+        match=r"for e8m0 scales 'absmax'.* Known: constant, fitted, floor, midmax, search\.",
     ):
         get_format("mxfp4").round(torch.ones(1, 32), "absmax")
 

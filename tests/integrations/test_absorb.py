@@ -52,8 +52,12 @@ def lora(model, tmp_path_factory) -> Path:
     tensors = {}
     for name in (*TOUCHED, KEPT):
         n_out, n_in = model.get_submodule(name).weight.shape
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(4, n_in, generator=generator) / n_in**0.5
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(n_out, 4, generator=generator) / 4
+        tensors[f"transformer.{name}.lora_A.weight"] = (
+            torch.randn(4, n_in, generator=generator) / n_in**0.5
+        )
+        tensors[f"transformer.{name}.lora_B.weight"] = (
+            torch.randn(n_out, 4, generator=generator) / 4
+        )
     file = tmp_path_factory.mktemp("lora") / "style.safetensors"
     save_file(tensors, file)
     return file
@@ -68,13 +72,18 @@ def fused(model: nn.Module, lora: Path, scale: float = 1.0) -> nn.Module:
     return model
 
 
-def test_touched_layers_are_those_of_the_sum_and_all_others_stay(model, source, folder, lora, tmp_path):
+def test_touched_layers_are_those_of_the_sum_and_all_others_stay(
+    model, source, folder, lora, tmp_path
+):
     absorbed = loraq.absorb_lora(folder, lora, source, target=tmp_path / "out", progress=False)
     assert [layer.name for layer in absorbed.layers] == list(TOUCHED)
     assert absorbed.kept == (KEPT,)
     expected = fused(model, lora)
     loraq.quantize_(expected, RECIPE, progress=False)
-    before, after = (load_file(place / "diffusion_pytorch_model.safetensors") for place in (folder, tmp_path / "out"))
+    before, after = (
+        load_file(place / "diffusion_pytorch_model.safetensors")
+        for place in (folder, tmp_path / "out")
+    )
     wanted = expected.state_dict()
     assert list(before) == list(after)
     for name, tensor in after.items():
@@ -128,11 +137,16 @@ def test_a_model_that_was_cast_while_loading_still_finds_its_source(model, sourc
 def test_the_manifest_says_what_was_absorbed(source, folder, lora, tmp_path):
     loraq.absorb_lora(folder, lora, source, scale=0.25, target=tmp_path / "out", progress=False)
     manifest, before = Manifest.read(tmp_path / "out"), Manifest.read(folder)
-    marks = {name: layer.record["absorbed"] for name, layer in manifest.layers.items() if "absorbed" in layer.record}
+    marks = {
+        name: layer.record["absorbed"]
+        for name, layer in manifest.layers.items()
+        if "absorbed" in layer.record
+    }
     assert list(marks) == list(TOUCHED)
     assert all(mark["scale"] == 0.25 and len(mark["sha256"]) == 64 for mark in marks.values())
     assert all(
-        manifest.layers[name].record["source_sha256"] == before.layers[name].record["source_sha256"] for name in TOUCHED
+        manifest.layers[name].record["source_sha256"] == before.layers[name].record["source_sha256"]
+        for name in TOUCHED
     )
     with pytest.raises(LayerError, match="has absorbed a LoRA before"):
         loraq.absorb_lora(tmp_path / "out", lora, source, target=tmp_path / "twice", progress=False)
@@ -141,12 +155,16 @@ def test_the_manifest_says_what_was_absorbed(source, folder, lora, tmp_path):
 
 def test_a_layer_that_statistics_made_is_refused(source, lora, tmp_path, no_work):
     model = load_float(source)
-    recipe = loraq.Recipe.of("mxfp4-w8a8-r8")
+    recipe = loraq.Recipe.of("mxfp4+w8a8-r8")
     names = [layer.name for layer in loraq.plan_model(model, recipe).quantized]
     stats = {name: _white(model.get_submodule(name).weight.shape[1]) for name in names}
-    loraq.quantize_checkpoint(source, tmp_path / "out", replace(recipe, effort="fast"), stats=stats, progress=False)
+    loraq.quantize_checkpoint(
+        source, tmp_path / "out", replace(recipe, effort="fast"), stats=stats, progress=False
+    )
     with pytest.raises(LayerError, match="was quantized with activation statistics"):
-        loraq.absorb_lora(tmp_path / "out", lora, source, target=tmp_path / "absorbed", progress=False)
+        loraq.absorb_lora(
+            tmp_path / "out", lora, source, target=tmp_path / "absorbed", progress=False
+        )
     assert not (tmp_path / "absorbed").exists()
 
 
@@ -162,12 +180,19 @@ def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):
             (tmp_path / name / other).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / other).write_bytes(content)
         shutil.copytree(place, tmp_path / name / "transformer")
-    loraq.absorb_lora(tmp_path / "quantized", lora, tmp_path / "float", target=tmp_path / "out", progress=False)
+    loraq.absorb_lora(
+        tmp_path / "quantized", lora, tmp_path / "float", target=tmp_path / "out", progress=False
+    )
     written = files_of(tmp_path / "out")
     assert all(written[name] == content for name, content in OTHERS.items())
     loraq.absorb_lora(folder, lora, source, target=tmp_path / "alone", progress=False)
-    assert {f"transformer/{name}" for name in files_of(tmp_path / "alone")} == set(written) - set(OTHERS)
-    assert all(written[f"transformer/{name}"] == data for name, data in files_of(tmp_path / "alone").items())
+    assert {f"transformer/{name}" for name in files_of(tmp_path / "alone")} == set(written) - set(
+        OTHERS
+    )
+    assert all(
+        written[f"transformer/{name}"] == data
+        for name, data in files_of(tmp_path / "alone").items()
+    )
 
 
 @pytest.fixture
@@ -188,11 +213,16 @@ def no_work(monkeypatch):
 def test_layers_that_do_not_fit_are_listed(no_work, source, folder, tmp_path, name, shape, match):
     n_out, n_in = shape
     save_file(
-        {f"{name}.lora_A.weight": torch.ones(2, n_in), f"{name}.lora_B.weight": torch.ones(n_out, 2)},
+        {
+            f"{name}.lora_A.weight": torch.ones(2, n_in),
+            f"{name}.lora_B.weight": torch.ones(n_out, 2),
+        },
         tmp_path / "x.safetensors",
     )
     with pytest.raises(LayerError, match=match):
-        loraq.absorb_lora(folder, tmp_path / "x.safetensors", source, target=tmp_path / "out", progress=False)
+        loraq.absorb_lora(
+            folder, tmp_path / "x.safetensors", source, target=tmp_path / "out", progress=False
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -237,13 +267,19 @@ def test_the_command_writes_what_the_call_writes(source, folder, lora, tmp_path)
     assert found["kept"] == [KEPT]
 
 
-def test_a_lora_that_is_not_finite_is_refused_also_for_layers_that_stay_float(source, folder, lora, tmp_path):
+def test_a_lora_that_is_not_finite_is_refused_also_for_layers_that_stay_float(
+    source, folder, lora, tmp_path
+):
     tensors = load_file(lora)
     broken = tmp_path / "broken.safetensors"
     for name in tensors:
         save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, broken)
         with pytest.raises(CheckpointError, match="NaN or infinity"):
-            loraq.absorb_lora(folder, broken, source=source, target=tmp_path / "out", progress=False)
+            loraq.absorb_lora(
+                folder, broken, source=source, target=tmp_path / "out", progress=False
+            )
     with pytest.raises(CheckpointError, match="scale is nan"):
-        loraq.absorb_lora(folder, lora, source=source, target=tmp_path / "out", scale=math.nan, progress=False)
+        loraq.absorb_lora(
+            folder, lora, source=source, target=tmp_path / "out", scale=math.nan, progress=False
+        )
     assert not (tmp_path / "out").exists()

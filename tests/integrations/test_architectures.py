@@ -1,6 +1,7 @@
 """Every transformer class of the installed diffusers: quantized, run, saved, loaded.
 
-The classes are discovered and none is left out, so a diffusers with a new class fails here until `small` can build it.
+The classes are discovered and none is left out, so a diffusers with a new class fails here until
+`small` can build it.
 """
 
 import copy
@@ -31,8 +32,14 @@ CLASSES = transformer_classes()
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 each_class = pytest.mark.parametrize("name", CLASSES)
 
-#: Classes that are worth the slower method; the others take the same way through the code with a quick one.
-WITH_LORAQ = ("FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "WanTransformer3DModel")
+#: Classes that are worth the slower method; the others take the same way through the code with a
+#: quick one.
+WITH_LORAQ = (
+    "FluxTransformer2DModel",
+    "SD3Transformer2DModel",
+    "SanaTransformer2DModel",
+    "WanTransformer3DModel",
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,7 +59,7 @@ def float_model(name: str) -> nn.Module:
 
 
 def quantize(model: nn.Module, **changes) -> None:
-    changes = {"scheme": "mxfp4-w8a8-r4", "method": "lqer"} | changes
+    changes = {"scheme": "mxfp4+w8a8-r4", "method": "lqer"} | changes
     loraq.quantize_(model, loraq.Recipe.from_dict(changes), progress=False)
 
 
@@ -93,10 +100,14 @@ LESS = {
 }
 
 
-@pytest.mark.skipif(not PAGE.is_file(), reason="the documents are only in a clone of the repository")
+@pytest.mark.skipif(
+    not PAGE.is_file(), reason="the documents are only in a clone of the repository"
+)
 def test_the_rules_quantize_nine_tenths_of_every_full_size_model():
     # The page is made from plans of full-size models; that it is fresh is a test of its own.
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d.]+)% \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d.]+)% \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {name for name, _ in rows} == set(CLASSES) - set(PARTS)
     assert {name for name, share in rows if float(share) < 90} == set(LESS)
 
@@ -116,11 +127,17 @@ def test_the_rules_quantize_nine_tenths_of_every_full_size_model():
 )
 def test_a_modulation_is_weight_only_and_runs_on_as_many_rows_as_there_are_images(name, modulation):
     model = float_model(name)
-    layers = {layer.name: layer for layer in plan_model(model, "mxfp4-w8a8-r4").layers}
-    assert layers[modulation].scheme.activation == layers[modulation].scheme.branch.activation == "bf16"
+    layers = {layer.name: layer for layer in plan_model(model, "mxfp4+w8a8-r4").layers}
+    assert (
+        layers[modulation].scheme.activation
+        == layers[modulation].scheme.branch.activation
+        == "bf16"
+    )
     assert "modulation" in layers[modulation].reason
     rows = []
-    model.get_submodule(modulation).register_forward_hook(lambda _, x, y: rows.append(y[..., 0].numel()))
+    model.get_submodule(modulation).register_forward_hook(
+        lambda _, x, y: rows.append(y[..., 0].numel())
+    )
     run(model)
     assert rows
     assert max(rows) <= 3
@@ -129,8 +146,14 @@ def test_a_modulation_is_weight_only_and_runs_on_as_many_rows_as_there_are_image
 def test_the_convolutions_of_sana_are_quantized():
     model = float_model("SanaTransformer2DModel")
     quantize(model)
-    convolutions = {name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantizedConv1x1)}
-    assert convolutions == {f"transformer_blocks.0.ff.{part}" for part in ("conv_inverted", "conv_point")}
+    convolutions = {
+        name
+        for name, layer in quantized_layers(model).items()
+        if isinstance(layer, QuantizedConv1x1)
+    }
+    assert convolutions == {
+        f"transformer_blocks.0.ff.{part}" for part in ("conv_inverted", "conv_point")
+    }
     assert isinstance(model.transformer_blocks[0].ff.conv_depth, nn.Conv2d)
 
 
@@ -192,12 +215,12 @@ def test_the_text_side_of_pixart_stays_fused_or_not():
 
 
 def test_stacked_experts_are_named_in_the_plan():
-    plan = plan_model(_float_model("NucleusMoEImageTransformer2DModel"), "mxfp4-w8a8-r4")
+    plan = plan_model(_float_model("NucleusMoEImageTransformer2DModel"), "mxfp4+w8a8-r4")
     found = {other.name.rpartition(".")[2] for other in plan.others if "Experts" in other.reason}
     assert found == {"gate_up_proj", "down_proj"}
 
 
-# --- on the command line --------------------------------------------------------------------------------------------
+# --- on the command line --------------------------------------------------------------------------
 
 
 def loraq_command(*arguments: object) -> dict:
@@ -208,27 +231,38 @@ def loraq_command(*arguments: object) -> dict:
 
 def test_a_folder_of_sana_is_planned_quantized_inspected_and_compared(tmp_path):
     float_model("SanaTransformer2DModel").save_pretrained(tmp_path / "sana")
-    recipe = ("--recipe", "mxfp4-w8a8-r4", "--method", "lqer")
+    recipe = ("--recipe", "mxfp4+w8a8-r4", "--method", "lqer")
     planned = loraq_command("plan", tmp_path / "sana", *recipe)
     loraq_command("quantize", tmp_path / "sana", tmp_path / "out", *recipe)
     inspected = loraq_command("inspect", tmp_path / "out")
     compared = loraq_command("compare", tmp_path / "sana", tmp_path / "out")
     name = "transformer_blocks.0.ff.conv_inverted"
     assert inspected["layers"][name]["shape"] == [160, 32]
-    assert {layer["name"] for layer in planned["layers"] if layer["scheme"]} == set(inspected["layers"])
+    assert {layer["name"] for layer in planned["layers"] if layer["scheme"]} == set(
+        inspected["layers"]
+    )
     errors = {layer["name"]: layer["relative_error"] for layer in compared["layers"]}
     assert errors.keys() == inspected["layers"].keys()
     assert errors[name] == pytest.approx(inspected["layers"][name]["relative_error"], rel=1e-4)
-    assert [other["name"] for other in planned["others"]] == ["transformer_blocks.0.ff.conv_depth.weight"]
+    assert [other["name"] for other in planned["others"]] == [
+        "transformer_blocks.0.ff.conv_depth.weight"
+    ]
 
 
 def test_the_plan_says_in_words_what_is_weight_only_kept_and_not_linear(tmp_path):
     float_model("SanaVideoTransformer3DModel").save_pretrained(tmp_path / "sana")
-    finished = CliRunner().invoke(main, ["plan", str(tmp_path / "sana"), "--recipe", "mxfp4-w8a8-r4"])
-    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in finished.stdout.splitlines() if line}
-    assert re.fullmatch(r"192×32 mxfp4 bf16 mxint8/bf16 4 .* modulation", lines["time_embed.linear"])
+    finished = CliRunner().invoke(
+        main, ["plan", str(tmp_path / "sana"), "--recipe", "mxfp4+w8a8-r4"]
+    )
+    lines = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in finished.stdout.splitlines() if line
+    }
     assert re.fullmatch(
-        r"160×32 mxfp4 mxfp4 h32 mxint8/mxint8 4 .* [\d.]+", lines["transformer_blocks.0.ff.conv_inverted"]
+        r"192×32 mxfp4 bf16 mxint8/bf16 4 .* modulation", lines["time_embed.linear"]
+    )
+    assert re.fullmatch(
+        r"160×32 mxfp4 mxfp4 h32 mxint8/mxint8 4 .* [\d.]+",
+        lines["transformer_blocks.0.ff.conv_inverted"],
     )
     assert re.fullmatch(r"32×32 kept .* KiB output projection", lines["proj_out"])
     temporal = lines["transformer_blocks.0.ff.conv_temp.weight"]

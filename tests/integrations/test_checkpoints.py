@@ -15,14 +15,20 @@ import loraq
 from loraq.checkpoint.header import TensorSpec, encode_header, read_header
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LoraqError
-from loraq.integrations.checkpoints import _expected, _locate, _open, plan_checkpoint, quantize_checkpoint
+from loraq.integrations.checkpoints import (
+    _expected,
+    _locate,
+    _open,
+    plan_checkpoint,
+    quantize_checkpoint,
+)
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.integrations.single_file import ConvertedReader
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-RECIPE = replace(Recipe.named("mxfp4-w8a8-r4"), method="lqer")
+RECIPE = replace(Recipe.named("mxfp4+w8a8-r4"), method="lqer")
 #: Names in the files of the library, and in the original ones.
 Z_IMAGE_NAMES = {
     "all_final_layer.2-1.": "final_layer.",
@@ -39,7 +45,11 @@ def quantize(source, target: Path, **options):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,9 @@ def pipeline(folder, tmp_path) -> Path:
     return place
 
 
-def in_original_layout(tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+def in_original_layout(
+    tensors: dict[str, torch.Tensor], prefix: str = ""
+) -> dict[str, torch.Tensor]:
     """Undo what diffusers does to a Z-Image checkpoint: written from its names, not with its code."""
     renamed = {}
     for name, tensor in tensors.items():
@@ -91,7 +103,7 @@ def in_original_layout(tensors: dict[str, torch.Tensor], prefix: str = "") -> di
     return renamed
 
 
-# --- kinds of sources -----------------------------------------------------------------------------------------------
+# --- kinds of sources -----------------------------------------------------------------------------
 
 
 def test_streaming_gives_the_files_of_quantizing_in_memory_and_saving(folder, expected, tmp_path):
@@ -116,8 +128,14 @@ def test_the_kind_of_source_does_not_change_a_byte(folder, pipeline, expected, t
     kinds = {
         "folder": (folder, {}),
         "file, configuration from a folder": (tmp_path / "single.safetensors", {"config": folder}),
-        "file, configuration": (str(tmp_path / "single.safetensors"), {"config": folder / "config.json"}),
-        "file, configuration from a pipeline": (tmp_path / "single.safetensors", {"config": str(pipeline)}),
+        "file, configuration": (
+            str(tmp_path / "single.safetensors"),
+            {"config": folder / "config.json"},
+        ),
+        "file, configuration from a pipeline": (
+            tmp_path / "single.safetensors",
+            {"config": str(pipeline)},
+        ),
     }
     for kind, (source, options) in kinds.items():
         quantize(source, tmp_path / kind, **options)
@@ -144,18 +162,36 @@ def test_a_flux_file_in_the_original_layout_fits_its_class(tmp_path):
         shapes |= {f"{name}.in_layer": (width, n_in), f"{name}.out_layer": (width, width)}
     for side in ("double_blocks.0.img", "double_blocks.0.txt"):
         shapes |= {f"{side}_mod.lin": (6 * width, width), f"{side}_attn.qkv": (3 * width, width)}
-        shapes |= {f"{side}_attn.proj": (width, width), f"{side}_mlp.0": (mlp, width), f"{side}_mlp.2": (width, mlp)}
-    shapes |= {"single_blocks.0.linear1": (3 * width + mlp, width), "single_blocks.0.linear2": (width, width + mlp)}
+        shapes |= {
+            f"{side}_attn.proj": (width, width),
+            f"{side}_mlp.0": (mlp, width),
+            f"{side}_mlp.2": (width, mlp),
+        }
+    shapes |= {
+        "single_blocks.0.linear1": (3 * width + mlp, width),
+        "single_blocks.0.linear2": (width, width + mlp),
+    }
     shapes |= {"single_blocks.0.modulation.lin": (3 * width, width)}
     specs = {f"{name}.weight": TensorSpec("BF16", shape) for name, shape in shapes.items()}
     specs |= {f"{name}.bias": TensorSpec("BF16", shape[:1]) for name, shape in shapes.items()}
-    for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
-        specs |= {f"{norm}.{part}_norm.scale": TensorSpec("BF16", (128,)) for part in ("query", "key")}
+    for norm in (
+        "double_blocks.0.img_attn.norm",
+        "double_blocks.0.txt_attn.norm",
+        "single_blocks.0.norm",
+    ):
+        specs |= {
+            f"{norm}.{part}_norm.scale": TensorSpec("BF16", (128,)) for part in ("query", "key")
+        }
     with (tmp_path / "flux.safetensors").open("wb") as file:
         first, _ = encode_header(specs)
         file.write(first)
         file.truncate(len(first) + sum(spec.nbytes for spec in specs.values()))
-    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}
+    config = {
+        "_class_name": "FluxTransformer2DModel",
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "guidance_embeds": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = _open(_locate(tmp_path / "flux.safetensors", tmp_path / "config.json"), RECIPE)
     assert source.reader.shape("single_transformer_blocks.0.proj_mlp.weight") == (mlp, width)
@@ -179,21 +215,31 @@ def test_splits_joins_and_slices_wait_until_they_are_read(tmp_path, monkeypatch)
         return {"swapped": torch.cat([scale, shift], dim=0), "q": torch.cat([q]), "row": row[0], "t": row.T,
                 "wide": row.unsqueeze(0).to(torch.float64), "none": None}  # fmt: skip
 
-    tensors = {"mod": torch.arange(8.0).view(4, 2), "fused": torch.arange(12.0).view(6, 2), "row": torch.ones(1, 4)}
+    tensors = {
+        "mod": torch.arange(8.0).view(4, 2),
+        "fused": torch.arange(12.0).view(6, 2),
+        "row": torch.ones(1, 4),
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     with _quiet_diffusers():
         from diffusers.loaders import single_file_model
     monkeypatch.setitem(
-        single_file_model.SINGLE_FILE_LOADABLE_CLASSES, "FluxTransformer2DModel", {"checkpoint_mapping_fn": convert}
+        single_file_model.SINGLE_FILE_LOADABLE_CLASSES,
+        "FluxTransformer2DModel",
+        {"checkpoint_mapping_fn": convert},
     )
     files = loraq.checkpoint.reader.ShardReader(tmp_path / "a.safetensors")
     reads = []
     read = type(files).read
-    monkeypatch.setattr(type(files), "read", lambda self, name: reads.append(name) or read(self, name))
+    monkeypatch.setattr(
+        type(files), "read", lambda self, name: reads.append(name) or read(self, name)
+    )
     reader = ConvertedReader(files, "FluxTransformer2DModel", {})
     wanted = {name: tensor for name, tensor in convert(dict(tensors)).items() if tensor is not None}
     assert reader.names == list(wanted)
-    assert {name: reader.shape(name) for name in wanted} == {name: tuple(t.shape) for name, t in wanted.items()}
+    assert {name: reader.shape(name) for name in wanted} == {
+        name: tuple(t.shape) for name, t in wanted.items()
+    }
     assert reader.dtype("wide") == "F64"
     assert reads == []
     for name, tensor in wanted.items():
@@ -204,15 +250,31 @@ def test_splits_joins_and_slices_wait_until_they_are_read(tmp_path, monkeypatch)
 
 def test_names_that_nothing_converts(folder, tmp_path):
     save_file({"what.is.this": torch.zeros(3)}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match=r"do not fit its config\.json\. Missing keys: .*Unexpected keys: what"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"do not fit its config\.json\. Missing keys: .*Unexpected keys: what",
+    ):
         quantize(tmp_path / "odd.safetensors", tmp_path / "out", config=folder)
     with _quiet_diffusers() as diffusers:
-        config = dict(diffusers.PixArtTransformer2DModel.load_config(folder) | {"_class_name": "DiTTransformer2DModel"})
-    (tmp_path / "dit.json").write_text(json.dumps({k: v for k, v in config.items() if k.startswith("_")}))
-    with pytest.raises(CheckpointError, match=r"do not have the names of DiTTransformer2DModel, and .* no converter"):
+        config = dict(
+            diffusers.PixArtTransformer2DModel.load_config(folder)
+            | {"_class_name": "DiTTransformer2DModel"}
+        )
+    (tmp_path / "dit.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k.startswith("_")})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"do not have the names of DiTTransformer2DModel, and .* no converter",
+    ):
         quantize(tmp_path / "odd.safetensors", tmp_path / "out", config=tmp_path / "dit.json")
-    (tmp_path / "flux.json").write_text('{"_class_name": "FluxTransformer2DModel", "num_layers": 1}')
-    with pytest.raises(CheckpointError, match=r"converter for FluxTransformer2DModel does not understand .*`--config`"):
+    (tmp_path / "flux.json").write_text(
+        '{"_class_name": "FluxTransformer2DModel", "num_layers": 1}'
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"converter for FluxTransformer2DModel does not understand .*`--config`",
+    ):
         quantize(tmp_path / "odd.safetensors", tmp_path / "out", config=tmp_path / "flux.json")
 
 
@@ -229,7 +291,10 @@ def test_a_configuration_without_a_class_is_copied_with_the_mark(folder, tmp_pat
     (folder / "config.json").write_text('{"architectures": ["Something"]}')
     quantize(folder, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {"architectures": ["Something"], "quantization_config": {"quant_method": "loraq"}}
+    assert config == {
+        "architectures": ["Something"],
+        "quantization_config": {"quant_method": "loraq"},
+    }
 
 
 def test_other_components_can_be_linked(pipeline, tmp_path):
@@ -269,15 +334,19 @@ def test_an_interrupted_pipeline_goes_on(pipeline, expected, tmp_path):
 def test_a_module_in_two_places_is_stored_once():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared, "d": nn.Linear(4, 4)})})
-    expected, tied = _expected(model, ["a.weight", "a.bias", "b.d.weight", "b.d.bias", "b.c.weight"])
+    expected, tied = _expected(
+        model, ["a.weight", "a.bias", "b.d.weight", "b.d.bias", "b.c.weight"]
+    )
     assert tied == {"b.c.weight": "a.weight", "b.c.bias": "a.bias"}
     assert list(expected) == ["a.weight", "a.bias", "b.c.weight", "b.d.weight", "b.d.bias"]
 
 
-# --- the hub --------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
-def test_a_repository_of_the_hub_comes_from_its_cache(pipeline, folder, expected, tmp_path, monkeypatch):
+def test_a_repository_of_the_hub_comes_from_its_cache(
+    pipeline, folder, expected, tmp_path, monkeypatch
+):
     """A cache as the hub's library lays it out, read by that library without a network."""
     for name, content in (("org/pipe", pipeline), ("org/alone", folder)):
         place = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
@@ -291,7 +360,9 @@ def test_a_repository_of_the_hub_comes_from_its_cache(pipeline, folder, expected
     assert files_of(tmp_path / "a") == expected
     quantize(Path("org/pipe"), tmp_path / "b")
     assert files_of(tmp_path / "b" / "transformer") == expected
-    with pytest.raises(CheckpointError, match="'org/unknown' is no file or folder here, and cannot be fetched"):
+    with pytest.raises(
+        CheckpointError, match="'org/unknown' is no file or folder here, and cannot be fetched"
+    ):
         quantize("org/unknown", tmp_path / "c")
 
 
@@ -305,7 +376,12 @@ def test_only_what_is_needed_is_fetched(pipeline, folder, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     plan_checkpoint("org/pipe", RECIPE)
     plan_checkpoint("org/alone", RECIPE)
-    assert [patterns[-1] for _, patterns, _ in asked] == ["*.model", "*/*.safetensors", "*.model", "*.safetensors"]
+    assert [patterns[-1] for _, patterns, _ in asked] == [
+        "*.model",
+        "*/*.safetensors",
+        "*.model",
+        "*.safetensors",
+    ]
     assert "*.fp16.safetensors" in asked[1][2]
 
 
@@ -323,12 +399,17 @@ def test_a_missing_hub_library_gives_the_line_that_installs_it(tmp_path, monkeyp
         quantize("org/name", tmp_path / "out")
 
 
-# --- bad input, refused before any long work ------------------------------------------------------------------------
+# --- bad input, refused before any long work ------------------------------------------------------
 
 
 def refused(source: Path, tmp_path: Path, match: str, **options) -> None:
     with pytest.raises(CheckpointError, match=match):
-        quantize(source, tmp_path / "target", progress=lambda *_: pytest.fail("work has started"), **options)
+        quantize(
+            source,
+            tmp_path / "target",
+            progress=lambda *_: pytest.fail("work has started"),
+            **options,
+        )
     assert not [path for path in tmp_path.iterdir() if "target" in path.name]
 
 
@@ -351,45 +432,67 @@ def test_a_missing_shard(folder, tmp_path):
     refused(folder, tmp_path, r"Shard '.*-00002-of-.*' is missing from")
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin"])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin"]
+)
 def test_an_index_that_points_elsewhere(folder, tmp_path, file):
     index = sharded(folder)
     content = json.loads(index.read_text())
     content["weight_map"][next(iter(content["weight_map"]))] = file
     index.write_text(json.dumps(content))
-    refused(folder, tmp_path, r"names the file '.*'\. Only \.safetensors files beside the index are read")
+    refused(
+        folder,
+        tmp_path,
+        r"names the file '.*'\. Only \.safetensors files beside the index are read",
+    )
 
 
 @pytest.mark.parametrize(
     ("tensor", "match"),
     [
-        (torch.zeros(64, 64, dtype=torch.float8_e4m3fn), "is F8_E4M3. Float weights of 16 bits or more"),
+        (
+            torch.zeros(64, 64, dtype=torch.float8_e4m3fn),
+            "is F8_E4M3. Float weights of 16 bits or more",
+        ),
         (torch.zeros(64, 64, dtype=torch.uint8), "is U8. Float weights of 16 bits or more"),
         (torch.zeros(64, 32), r"has shape \(64, 32\), config\.json wants \(64, 64\)"),
-        (torch.full((64, 64), float("nan")), r"has a value that is no finite number: nan at \(0, 0\)"),
+        (
+            torch.full((64, 64), float("nan")),
+            r"has a value that is no finite number: nan at \(0, 0\)",
+        ),
         (torch.full((64, 64), float("-inf")), "has a value that is no finite number: -inf"),
     ],
 )
 @pytest.mark.parametrize("generic", [False, True])
 def test_weights_that_cannot_be_used(folder, tmp_path, tensor, match, generic):
-    edit(folder / WEIGHTS, lambda tensors: tensors.update({"layers.1.attention.to_k.weight": tensor}))
+    edit(
+        folder / WEIGHTS, lambda tensors: tensors.update({"layers.1.attention.to_k.weight": tensor})
+    )
     if "wants" in match and generic:
         return  # without a configuration nothing says what is wanted
     refused(
-        folder / WEIGHTS if generic else folder, tmp_path, rf"[Tt]ensor 'layers\.1\.attention\.to_k\.weight' {match}"
+        folder / WEIGHTS if generic else folder,
+        tmp_path,
+        rf"[Tt]ensor 'layers\.1\.attention\.to_k\.weight' {match}",
     )
 
 
 def test_a_single_bad_number_in_what_is_only_copied(folder, tmp_path):
     name = "layers.0.attention_norm1.weight"
     edit(folder / WEIGHTS, lambda tensors: tensors[name].view(-1)[-1:].fill_(float("inf")))
-    refused(folder, tmp_path, rf"Tensor '{name}' has a value that is no finite number: inf at \(63,\)")
+    refused(
+        folder, tmp_path, rf"Tensor '{name}' has a value that is no finite number: inf at \(63,\)"
+    )
 
 
 def test_an_unknown_architecture(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "TomorrowTransformer"}))
-    refused(folder, tmp_path, r"names the class 'TomorrowTransformer', which diffusers \d.* does not have")
+    refused(
+        folder,
+        tmp_path,
+        r"names the class 'TomorrowTransformer', which diffusers \d.* does not have",
+    )
 
 
 def test_a_header_of_absurd_length(folder, tmp_path):
@@ -402,7 +505,9 @@ def test_offsets_that_overlap(folder, tmp_path):
     text = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(text[:8], "little")
     header = json.loads(text[8 : 8 + length])
-    names = [name for name, spec in read_header(folder / WEIGHTS).specs.items() if spec.shape == (64, 64)]
+    names = [
+        name for name, spec in read_header(folder / WEIGHTS).specs.items() if spec.shape == (64, 64)
+    ]
     header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
     raw = json.dumps(header).encode()
     (folder / WEIGHTS).write_bytes(len(raw).to_bytes(8, "little") + raw + text[8 + length :])
@@ -411,7 +516,11 @@ def test_offsets_that_overlap(folder, tmp_path):
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
-    refused(tmp_path / "model.ckpt", tmp_path, r"is no \.safetensors file\. Other weight files are not read")
+    refused(
+        tmp_path / "model.ckpt",
+        tmp_path,
+        r"is no \.safetensors file\. Other weight files are not read",
+    )
 
 
 def test_a_quantized_configuration(folder, tmp_path):
@@ -423,6 +532,8 @@ def test_a_link_across_disks(pipeline, tmp_path, monkeypatch):
     if os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
         pytest.skip("/dev/shm is not another disk")
     target = Path("/dev/shm") / f"loraq-test-{os.getpid()}"
-    with pytest.raises(CheckpointError, match=r"on another disk than the source.*Leave `--link` out"):
+    with pytest.raises(
+        CheckpointError, match=r"on another disk than the source.*Leave `--link` out"
+    ):
         quantize(pipeline, target, link=True)
     assert not target.exists()

@@ -17,13 +17,18 @@ import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.errors import CheckpointError, LoraqError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint, quantize_checkpoint
-from loraq.integrations.diffusers import _quiet_diffusers, empty_model, load_float, transformer_folder
+from loraq.integrations.diffusers import (
+    _quiet_diffusers,
+    empty_model,
+    load_float,
+    transformer_folder,
+)
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
 
-RECIPE = replace(Recipe.named("mxfp4-w8a8-r8"), method="lqer")
+RECIPE = replace(Recipe.named("mxfp4+w8a8-r8"), method="lqer")
 #: Files of the other components, some of them in deeper folders.
 OTHERS = {
     "model_index.json": b'{"_class_name": "PixArtSigmaPipeline", "transformer": ["diffusers", "PixArt"]}',
@@ -70,7 +75,11 @@ def quantize(source: Path, target: Path, recipe: Recipe = RECIPE, **options):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -111,7 +120,7 @@ def pipeline(written, tmp_path) -> Path:
     return folder
 
 
-# --- the job --------------------------------------------------------------------------------------------------------
+# --- the job --------------------------------------------------------------------------------------
 
 
 def test_a_transformer_folder_gives_what_quantizing_in_memory_gives(model, source, tmp_path):
@@ -122,10 +131,19 @@ def test_a_transformer_folder_gives_what_quantizing_in_memory_gives(model, sourc
     assert not loaded.training
     ours, theirs = loaded.state_dict(), in_memory.state_dict()
     assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+    assert all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype
+        for name in theirs
+    )
     assert torch.equal(velocity(loaded), velocity(in_memory))
-    assert [layer.record() for layer in report.layers] == [layer.record() for layer in expected.layers]
-    assert sorted(files_of(tmp_path / "out")) == ["config.json", "diffusion_pytorch_model.safetensors", "loraq.json"]
+    assert [layer.record() for layer in report.layers] == [
+        layer.record() for layer in expected.layers
+    ]
+    assert sorted(files_of(tmp_path / "out")) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "loraq.json",
+    ]
 
 
 def test_the_source_is_only_read(source, tmp_path):
@@ -143,7 +161,9 @@ def test_the_plan_is_what_is_done(source, pipeline, tmp_path):
         assert [(layer.name, layer.shape, layer.scheme) for layer in report.layers] == [
             (layer.name, layer.shape, layer.scheme) for layer in plan.quantized
         ]
-        assert sum(layer.nbytes for layer in report.layers) == sum(layer.nbytes for layer in plan.quantized)
+        assert sum(layer.nbytes for layer in report.layers) == sum(
+            layer.nbytes for layer in plan.quantized
+        )
     assert plan_checkpoint(source, RECIPE) == plan_checkpoint(pipeline, RECIPE)
 
 
@@ -158,11 +178,20 @@ def test_the_other_components_of_a_pipeline_are_copied_byte_for_byte(pipeline, s
     quantize(pipeline, tmp_path / "out")
     quantize(source, tmp_path / "alone")
     copied = files_of(tmp_path / "out")
-    alone = {f"transformer/{name}": content for name, content in files_of(tmp_path / "alone").items()}
+    alone = {
+        f"transformer/{name}": content for name, content in files_of(tmp_path / "alone").items()
+    }
     assert copied == OTHERS | alone
     assert transformer_folder(tmp_path / "out") == tmp_path / "out" / "transformer"
-    assert torch.equal(velocity(loraq.load(tmp_path / "out")), velocity(loraq.load(tmp_path / "alone")))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "pipeline", "source"]
+    assert torch.equal(
+        velocity(loraq.load(tmp_path / "out")), velocity(loraq.load(tmp_path / "alone"))
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "alone",
+        "out",
+        "pipeline",
+        "source",
+    ]
 
 
 def test_a_unet_is_taken_where_there_is_no_transformer(pipeline):
@@ -197,7 +226,9 @@ def test_workers_do_not_change_a_byte(source, tmp_path):
 
 def test_progress_is_told(source, tmp_path):
     seen = []
-    quantize_checkpoint(source, tmp_path / "out", RECIPE, progress=lambda *event: seen.append(event))
+    quantize_checkpoint(
+        source, tmp_path / "out", RECIPE, progress=lambda *event: seen.append(event)
+    )
     assert [event[:2] for event in seen] == [(i + 1, 16) for i in range(16)]
 
 
@@ -237,7 +268,7 @@ def test_float_weights_are_read_exactly(model, source):
     assert torch.equal(velocity(nn.Module.to(loaded, torch.bfloat16)), velocity(model))
 
 
-# --- refused before work starts -------------------------------------------------------------------------------------
+# --- refused before work starts -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -250,7 +281,9 @@ def no_work(monkeypatch):
     monkeypatch.setattr("loraq.pipeline.stream.run_jobs", started)
 
 
-def refused(source: Path, target: Path, match: str, *, overwrite: bool = False, kind: type = CheckpointError) -> None:
+def refused(
+    source: Path, target: Path, match: str, *, overwrite: bool = False, kind: type = CheckpointError
+) -> None:
     before = files_of(source)
     with pytest.raises(kind, match=match):
         quantize(source, target, overwrite=overwrite)
@@ -262,7 +295,11 @@ def refused(source: Path, target: Path, match: str, *, overwrite: bool = False, 
 def test_sources_that_are_no_folders_of_diffusers(no_work, tmp_path):
     refused(tmp_path / "nowhere", tmp_path / "out", r"'.*nowhere' is not a folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path / "out", "has neither 'config\\.json' nor 'model_index\\.json' nor weights")
+    refused(
+        tmp_path / "empty",
+        tmp_path / "out",
+        "has neither 'config\\.json' nor 'model_index\\.json' nor weights",
+    )
     (tmp_path / "empty" / "model_index.json").write_text("{}")
     refused(tmp_path / "empty", tmp_path / "out", "has no folder 'transformer'")
 
@@ -270,7 +307,10 @@ def test_sources_that_are_no_folders_of_diffusers(no_work, tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"_class_name": "NoSuchModel"}, r"names the class 'NoSuchModel', which diffusers \d.* does not have"),
+        (
+            {"_class_name": "NoSuchModel"},
+            r"names the class 'NoSuchModel', which diffusers \d.* does not have",
+        ),
         ({"_class_name": None}, "names the class None"),
         ({"_class_name": ["PixArtTransformer2DModel"]}, r"names the class \["),
         ({"_class_name": "DDPMScheduler"}, "names the class 'DDPMScheduler'"),
@@ -294,11 +334,17 @@ def test_a_damaged_configuration(no_work, source, tmp_path, text):
     refused(source, tmp_path / "out", r"config\.json'")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int64]
+)
 def test_weights_of_less_than_16_bits_or_integers(no_work, source, tmp_path, dtype):
     name = "transformer_blocks.0.ff.net.2.weight"
     edit_weights(source, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    refused(source, tmp_path / "out", rf"tensor '{name}' is .*\. Float weights of 16 bits or more are required")
+    refused(
+        source,
+        tmp_path / "out",
+        rf"tensor '{name}' is .*\. Float weights of 16 bits or more are required",
+    )
 
 
 def test_weights_that_are_missing_or_truncated(no_work, source, tmp_path):
@@ -306,7 +352,9 @@ def test_weights_that_are_missing_or_truncated(no_work, source, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-10])
     refused(source, tmp_path / "out", "is truncated or no safetensors file")
     weights.rename(source / "diffusion_pytorch_model.bin")
-    refused(source, tmp_path / "out", r"has no \.safetensors file\. Other weight files are not read")
+    refused(
+        source, tmp_path / "out", r"has no \.safetensors file\. Other weight files are not read"
+    )
 
 
 def test_a_second_variant_of_the_weights(no_work, source, tmp_path):
@@ -318,7 +366,11 @@ def test_a_second_variant_of_the_weights(no_work, source, tmp_path):
 def test_a_source_that_is_quantized(source, pipeline, tmp_path, monkeypatch):
     for place in (source, pipeline):
         quantize(place, tmp_path / f"q-{place.name}")
-        refused(tmp_path / f"q-{place.name}", tmp_path / "out", "is quantized already. Start from the float weights")
+        refused(
+            tmp_path / f"q-{place.name}",
+            tmp_path / "out",
+            "is quantized already. Start from the float weights",
+        )
         with pytest.raises(CheckpointError, match="is quantized already"):
             plan_checkpoint(tmp_path / f"q-{place.name}", RECIPE)
 
@@ -358,8 +410,10 @@ def test_a_disk_with_just_enough_space(source, tmp_path, monkeypatch):
 
 
 def test_a_recipe_that_does_not_fit(no_work, source, tmp_path):
-    with pytest.raises(SchemeError, match=r"Layer 'transformer_blocks\.0\.attn1\.to_q': Branch rank 33"):
-        quantize(source, tmp_path / "out", Recipe.named("mxfp4-r33"))
+    with pytest.raises(
+        SchemeError, match=r"Layer 'transformer_blocks\.0\.attn1\.to_q': Branch rank 33"
+    ):
+        quantize(source, tmp_path / "out", Recipe.named("mxfp4+bf16-r33"))
     assert not (tmp_path / "out").exists()
 
 
@@ -375,7 +429,11 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(source, tmp_pa
         tensors["transformer_blocks.1.attn1.to_k.weight"][3, 5] = float("nan")
 
     edit_weights(source, spoil)
-    refused(source, tmp_path / "out", r"Tensor 'transformer_blocks\.1\.attn1\.to_k\.weight' .*: nan at \(3, 5\)")
+    refused(
+        source,
+        tmp_path / "out",
+        r"Tensor 'transformer_blocks\.1\.attn1\.to_k\.weight' .*: nan at \(3, 5\)",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -385,7 +443,9 @@ def test_an_interrupt_leaves_nothing_under_the_name_of_the_target(request, tmp_p
         raise KeyboardInterrupt
 
     folder = request.getfixturevalue(place)
-    with pytest.raises(KeyboardInterrupt, match=r"^Interrupted\. 1 of 16 layers are kept; run the same command to"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^Interrupted\. 1 of 16 layers are kept; run the same command to"
+    ):
         quantize_checkpoint(folder, tmp_path / "out", RECIPE, progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", folder.name]
     assert quantize(folder, tmp_path / "out").kept == 1
@@ -394,12 +454,14 @@ def test_an_interrupt_leaves_nothing_under_the_name_of_the_target(request, tmp_p
     assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_loading_a_float_folder_says_what_to_do(source, pipeline):
     for place in (source, pipeline):
-        with pytest.raises(CheckpointError, match=r"is not a loraq checkpoint: it has no 'loraq\.json'"):
+        with pytest.raises(
+            CheckpointError, match=r"is not a loraq checkpoint: it has no 'loraq\.json'"
+        ):
             loraq.load(place)
 
 

@@ -19,7 +19,11 @@ import loraq
 pytestmark = pytest.mark.slow
 
 N_LAYERS = 10
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(loraq.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(loraq.__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +31,28 @@ def place(tmp_path_factory) -> Path:
     """A source whose layers take a noticeable time each, and what an uninterrupted run makes of it."""
     place = tmp_path_factory.mktemp("kills")
     rng = torch.Generator().manual_seed(0)
-    weights = {f"blocks.{i}.proj.weight": torch.randn(224, 224 + i, generator=rng) for i in range(N_LAYERS)}
+    weights = {
+        f"blocks.{i}.proj.weight": torch.randn(224, 224 + i, generator=rng) for i in range(N_LAYERS)
+    }
     save_file({**weights, "norm.scale": torch.ones(224)}, place / "source.safetensors")
     recipe = loraq.Recipe.from_dict({**loraq.Recipe.named("default").to_dict(), "effort": "fast"})
-    loraq.quantize_checkpoint(place / "source.safetensors", place / "expected", recipe, progress=False)
+    loraq.quantize_checkpoint(
+        place / "source.safetensors", place / "expected", recipe, progress=False
+    )
     return place
 
 
 def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m", "loraq", "quantize", place / "source.safetensors", target, "--effort", "fast"]
+    command = [
+        sys.executable,
+        "-m",
+        "loraq",
+        "quantize",
+        place / "source.safetensors",
+        target,
+        "--effort",
+        "fast",
+    ]
     return subprocess.Popen(
         [*command, "--workers", str(workers)],
         env=ENVIRONMENT,
@@ -43,7 +60,9 @@ def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, as a shell makes it: Ctrl-C goes to all of it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # whoever runs the tests may ignore it
     )
 
 
@@ -56,7 +75,11 @@ def finished(target: Path) -> set[str]:
     journal = target.with_name(f".{target.name}.partial") / "journal.jsonl"
     if not journal.is_file():
         return set()
-    lines = [json.loads(line) for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [
+        json.loads(line)
+        for line in journal.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
     return {line["name"] for line in lines if "name" in line}
 
 
@@ -77,7 +100,9 @@ def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
     target, chance, done = tmp_path / "out", random.Random(workers), set()
     for moment in moments:
         with start(place, target, workers) as process:
-            first = until_a_layer_is_done(process) if moment else ""  # once before any layer, wherever that may be
+            first = (
+                until_a_layer_is_done(process) if moment else ""
+            )  # once before any layer, wherever that may be
             time.sleep(chance.uniform(0, 0.15) if moment else chance.uniform(0.5, 2))
             os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
             shown = solved(first + process.stderr.read())

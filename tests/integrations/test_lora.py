@@ -19,10 +19,15 @@ def write(path, tensors, metadata=None):
 
 
 def plain(prefix: str = "transformer.", layer: str = "blocks.0.to_q") -> dict[str, torch.Tensor]:
-    return {f"{prefix}{layer}.lora_A.weight": A.clone(), f"{prefix}{layer}.lora_B.weight": B.clone()}
+    return {
+        f"{prefix}{layer}.lora_A.weight": A.clone(),
+        f"{prefix}{layer}.lora_B.weight": B.clone(),
+    }
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.", "diffusion_model.", "unet."])
+@pytest.mark.parametrize(
+    "prefix", ["", "transformer.", "base_model.model.", "diffusion_model.", "unet."]
+)
 @pytest.mark.parametrize(
     ("down", "up"),
     [
@@ -34,7 +39,9 @@ def plain(prefix: str = "transformer.", layer: str = "blocks.0.to_q") -> dict[st
 )
 def test_names_of_diffusers_peft_and_older_tools(tmp_path, prefix, down, up):
     layer = f"{prefix}blocks.0.to_out.0"
-    file = write(tmp_path / "x.safetensors", {f"{layer}.{down}.weight": A, f"{layer}.{up}.weight": B})
+    file = write(
+        tmp_path / "x.safetensors", {f"{layer}.{down}.weight": A, f"{layer}.{up}.weight": B}
+    )
     lora = Lora.read(file)
     assert list(lora.adapters) == ["blocks.0.to_out.0"]
     assert torch.equal(lora.adapters["blocks.0.to_out.0"].delta(), B @ A)
@@ -49,16 +56,23 @@ def test_the_scale_is_alpha_over_rank_wherever_it_is_written(tmp_path):
         plain(),
         {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 8})},
     )
-    tensor = write(tmp_path / "c.safetensors", {**plain(), f"transformer.{key}.alpha": torch.tensor(8.0)})
+    tensor = write(
+        tmp_path / "c.safetensors", {**plain(), f"transformer.{key}.alpha": torch.tensor(8.0)}
+    )
     for path in (beside, beside.parent, header, header.parent, tensor):
         assert Lora.read(path).adapters[key].scale == 4
 
 
 def test_patterns_and_rank_stabilized_scales(tmp_path):
-    file = write(tmp_path / "adapter_model.safetensors", {**plain("", "a.to_q"), **plain("", "a.to_k")})
+    file = write(
+        tmp_path / "adapter_model.safetensors", {**plain("", "a.to_q"), **plain("", "a.to_k")}
+    )
     options = {"lora_alpha": 2, "alpha_pattern": {"to_k": 6, "^nothing.to_q": 50}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(options))
-    assert {name: adapter.scale for name, adapter in Lora.read(file).adapters.items()} == {"a.to_q": 1, "a.to_k": 3}
+    assert {name: adapter.scale for name, adapter in Lora.read(file).adapters.items()} == {
+        "a.to_q": 1,
+        "a.to_k": 3,
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(options | {"use_rslora": True}))
     assert Lora.read(file).adapters["a.to_k"].scale == pytest.approx(6 / 2**0.5)
 
@@ -72,7 +86,10 @@ def test_other_components_are_named_and_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        ({**plain(), "transformer.blocks.0.to_q.lora_magnitude_vector": A}, "lora_magnitude_vector"),
+        (
+            {**plain(), "transformer.blocks.0.to_q.lora_magnitude_vector": A},
+            "lora_magnitude_vector",
+        ),
         ({"transformer.blocks.0.to_q.lokr_w1": A}, "no plain LoRA"),
         ({"lora_unet_blocks_0_to_q.diff": A}, "no plain LoRA"),
         ({"transformer.blocks.0.to_q.lora_A.weight": A}, "has only down"),

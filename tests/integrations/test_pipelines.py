@@ -18,11 +18,19 @@ from loraq.integrations.pipelines import collect_pipeline_stats, read_prompts
 diffusers = pytest.importorskip("diffusers")
 
 #: Warnings of diffusers' own scheduler about numpy, not ours.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword"
+)
 
-CALL = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16}
-FAST = {"recipe": "int4-w6a8-r8-a16", "samples": 2, "steps": 2, "call": CALL, "progress": False}
-GPTQ = loraq.Recipe.from_dict({"scheme": "int4-w6a8-r8-a16", "method": "gptq"})
+CALL = {
+    "height": 32,
+    "width": 32,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+    "max_sequence_length": 16,
+}
+FAST = {"recipe": "int4-a16+w6a8-r8", "samples": 2, "steps": 2, "call": CALL, "progress": False}
+GPTQ = loraq.Recipe.from_dict({"scheme": "int4-a16+w6a8-r8", "method": "gptq"})
 #: Tokens of one image in one step: 8×8 patches, with and without guidance.
 TOKENS = 2 * 8 * 8
 
@@ -47,7 +55,7 @@ def quantized(source: Path, target: Path, stats: Path | None) -> torch.nn.Module
     return diffusers.DiffusionPipeline.from_pretrained(target).transformer
 
 
-# --- what it does ---------------------------------------------------------------------------------------------------
+# --- what it does ---------------------------------------------------------------------------------
 
 
 def test_it_counts_what_the_layers_see_when_the_pipeline_runs(source, once):
@@ -55,7 +63,9 @@ def test_it_counts_what_the_layers_see_when_the_pipeline_runs(source, once):
     pipeline.set_progress_bar_config(disable=True)
     seen = []
     name = "transformer_blocks.1.ff.net.2"
-    pipeline.transformer.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pipeline.transformer.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     for i in range(2):
         pipeline("", num_inference_steps=2, generator=torch.Generator().manual_seed(i), **CALL)
     x = torch.cat([inputs.flatten(0, -2) for inputs in seen])
@@ -65,7 +75,9 @@ def test_it_counts_what_the_layers_see_when_the_pipeline_runs(source, once):
 
 
 def test_every_layer_of_the_plan_is_there_and_no_other(source, once):
-    planned = loraq.plan_model(diffusers.DiffusionPipeline.from_pretrained(source).transformer, FAST["recipe"])
+    planned = loraq.plan_model(
+        diffusers.DiffusionPipeline.from_pretrained(source).transformer, FAST["recipe"]
+    )
     assert sorted(load_stats(once)) == sorted(layer.name for layer in planned.quantized)
 
 
@@ -80,7 +92,9 @@ def test_the_report_says_what_was_made(source, once, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_any_number_of_runs(source, once, tmp_path):
-    for i, memory in enumerate((8_000_000_000, 12 * 512**2 + 4 * 512)):  # all at once; the widest layer alone
+    for i, memory in enumerate(
+        (8_000_000_000, 12 * 512**2 + 4 * 512)
+    ):  # all at once; the widest layer alone
         target = tmp_path / f"{i}.safetensors"
         report = collect_pipeline_stats(source, target, memory_bytes=memory, **FAST)
         assert (report.passes == 1) is (i == 0)
@@ -104,7 +118,10 @@ def test_it_quantizes_with_less_error_on_what_the_pipeline_does(source, once, tm
     with torch.no_grad():
         wanted = exact(**inputs)[0]
         errors = {
-            stats: (quantized(source, tmp_path / str(bool(stats)), stats)(**inputs)[0] - wanted).norm() / wanted.norm()
+            stats: (
+                quantized(source, tmp_path / str(bool(stats)), stats)(**inputs)[0] - wanted
+            ).norm()
+            / wanted.norm()
             for stats in (None, once)
         }
     assert errors[once] < errors[None]
@@ -131,7 +148,9 @@ def test_a_limit_of_tokens_is_spread_over_images_and_steps(source, tmp_path):
 @pytest.mark.slow
 def test_prompts_are_used_in_turn(source, once, tmp_path):
     some = dict(FAST, samples=None)
-    report = collect_pipeline_stats(source, tmp_path / "p.safetensors", prompts=["a red fox", "", "a kite"], **some)
+    report = collect_pipeline_stats(
+        source, tmp_path / "p.safetensors", prompts=["a red fox", "", "a kite"], **some
+    )
     assert report.samples == 3
     collect_pipeline_stats(source, tmp_path / "e.safetensors", prompts=[""], **FAST)
     assert (tmp_path / "e.safetensors").read_bytes() == once.read_bytes()
@@ -158,7 +177,9 @@ def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp
     settings = [f"--set={name}={json.dumps(value)}" for name, value in CALL.items()]
     recipe = ["--recipe", FAST["recipe"]]
     asked = ["--samples", "2", "--steps", "2", "--memory", "3200KB"]
-    result = CliRunner().invoke(main, ["stats", str(source), str(target), *recipe, *asked, *settings, "--json"])
+    result = CliRunner().invoke(
+        main, ["stats", str(source), str(target), *recipe, *asked, *settings, "--json"]
+    )
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["nbytes"] == target.stat().st_size
@@ -166,7 +187,16 @@ def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp
     assert target.read_bytes() == once.read_bytes()
     assert f"image 1 of {2 * said['passes']}" in result.stderr
     assert f"runs of 2 images: {said['passes']}" in result.stderr
-    quantize = ["quantize", str(source), str(tmp_path / "out"), "--stats", str(target), *recipe, "--effort", "fast"]
+    quantize = [
+        "quantize",
+        str(source),
+        str(tmp_path / "out"),
+        "--stats",
+        str(target),
+        *recipe,
+        "--effort",
+        "fast",
+    ]
     result = CliRunner().invoke(main, quantize)
     assert result.exit_code == 0, result.stderr
     inspected = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
@@ -177,7 +207,7 @@ def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp
     assert torch.from_numpy(array).isfinite().all()
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -197,17 +227,39 @@ def no_loading(monkeypatch):
         ({"samples": 0}, CalibrationError, "samples is 0. It must be at least 1"),
         ({"steps": 0}, CalibrationError, "steps is 0"),
         ({"max_tokens": 0}, CalibrationError, "max_tokens is 0"),
-        ({"max_tokens": 3}, CalibrationError, r"max_tokens is 3, and 2 images of 2 steps call .* 4 times\. At least 4"),
+        (
+            {"max_tokens": 3},
+            CalibrationError,
+            r"max_tokens is 3, and 2 images of 2 steps call .* 4 times\. At least 4",
+        ),
         ({"call": {"generator": 3}}, CalibrationError, r"generator cannot be given: .*`--seed`"),
-        ({"call": {"hight": 512}}, CalibrationError, "Unknown argument of PixArtSigmaPipeline 'hight'.*'height'"),
-        ({"memory_bytes": 10**6}, CalibrationError, r"512 inputs takes 0\.00315 GB, and 0\.001 GB are allowed"),
+        (
+            {"call": {"hight": 512}},
+            CalibrationError,
+            "Unknown argument of PixArtSigmaPipeline 'hight'.*'height'",
+        ),
+        (
+            {"memory_bytes": 10**6},
+            CalibrationError,
+            r"512 inputs takes 0\.00315 GB, and 0\.001 GB are allowed",
+        ),
         ({"device": "abacus"}, CalibrationError, "Device 'abacus' cannot be used"),
-        ({"recipe": "int5-a16"}, CalibrationError, "No layer uses the statistics: none has a branch"),
-        ({"recipe": GPTQ, "second_moment": False}, CalibrationError, "Mean squares are not enough: method 'gptq'"),
+        (
+            {"recipe": "int5-a16"},
+            CalibrationError,
+            "No layer uses the statistics: none has a branch",
+        ),
+        (
+            {"recipe": GPTQ, "second_moment": False},
+            CalibrationError,
+            "Mean squares are not enough: method 'gptq'",
+        ),
         ({"recipe": "int4_b7-w9"}, loraq.LoraqError, "Recipe name"),
     ],
 )
-def test_what_cannot_work_is_known_before_anything_is_loaded(source, tmp_path, options, error, message):
+def test_what_cannot_work_is_known_before_anything_is_loaded(
+    source, tmp_path, options, error, message
+):
     with pytest.raises(error, match=message):
         collect_pipeline_stats(source, tmp_path / "s.safetensors", **{**FAST, **options})
     assert not list(tmp_path.iterdir())
@@ -231,7 +283,9 @@ def test_a_target_inside_the_source_would_change_it(source):
 def test_a_disk_that_is_too_small(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage)
-    with pytest.raises(CheckpointError, match=r"0\.0001 GB free and the statistics take 0\.00\d+ GB"):
+    with pytest.raises(
+        CheckpointError, match=r"0\.0001 GB free and the statistics take 0\.00\d+ GB"
+    ):
         collect_pipeline_stats(source, tmp_path / "s.safetensors", **FAST)
 
 
@@ -265,8 +319,12 @@ def test_a_quantized_source(source, tmp_path):
 @pytest.mark.slow
 def test_weights_that_are_no_safetensors_are_not_read(source, tmp_path):
     other = Path(shutil.copytree(source, tmp_path / "other"))
-    (other / "vae" / "diffusion_pytorch_model.safetensors").rename(other / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"cannot load the pipeline.*diffusion_pytorch_model\.safetensors"):
+    (other / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        other / "vae" / "diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"cannot load the pipeline.*diffusion_pytorch_model\.safetensors"
+    ):
         collect_pipeline_stats(other, tmp_path / "s.safetensors", **FAST)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
@@ -274,7 +332,9 @@ def test_weights_that_are_no_safetensors_are_not_read(source, tmp_path):
 @pytest.mark.slow
 def test_a_pipeline_that_fails_says_on_what_and_leaves_nothing(source, tmp_path):
     call = dict(CALL, height=33)
-    with pytest.raises(CalibrationError, match=r"PixArtSigmaPipeline fails on image 1 \(.*33.*--set"):
+    with pytest.raises(
+        CalibrationError, match=r"PixArtSigmaPipeline fails on image 1 \(.*33.*--set"
+    ):
         collect_pipeline_stats(source, tmp_path / "s.safetensors", **{**FAST, "call": call})
     assert not list(tmp_path.iterdir())
 
@@ -283,12 +343,14 @@ def test_a_pipeline_that_fails_says_on_what_and_leaves_nothing(source, tmp_path)
 def test_layers_that_are_never_called_are_named(source, tmp_path, monkeypatch):
     block = diffusers.models.attention.FeedForward
     monkeypatch.setattr(block, "forward", lambda self, x, *args, **kwargs: x)
-    with pytest.raises(CalibrationError, match=r"4 of 16 layers were never called: transformer_blocks\.0\.ff"):
+    with pytest.raises(
+        CalibrationError, match=r"4 of 16 layers were never called: transformer_blocks\.0\.ff"
+    ):
         collect_pipeline_stats(source, tmp_path / "s.safetensors", **FAST)
     assert not list(tmp_path.iterdir())
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_prompts_are_the_lines_that_are_not_blank(tmp_path):

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_diffusers import RECIPE, edit_json, edit_weights, files_of, quantize, small_pixart, velocity
+from test_diffusers import (
+    RECIPE,
+    edit_json,
+    edit_weights,
+    files_of,
+    quantize,
+    small_pixart,
+    velocity,
+)
 
 import loraq
 from loraq.checkpoint.manifest import FILE_NAME
@@ -21,7 +29,12 @@ from loraq.recipe import Recipe
 
 diffusers = pytest.importorskip("diffusers")
 from loraq.diffusers import LoraqConfig  # noqa: E402
-from loraq.integrations.quantizer import SUPPORTED, LoraqQuantizer, _fetch_manifest, require_supported  # noqa: E402
+from loraq.integrations.quantizer import (  # noqa: E402
+    SUPPORTED,
+    LoraqQuantizer,
+    _fetch_manifest,
+    require_supported,
+)
 
 PixArt = diffusers.PixArtTransformer2DModel
 
@@ -30,7 +43,8 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Whether two models have the same tensors, bit for bit, under the same names."""
     ours, theirs = a.state_dict(), b.state_dict()
     return list(ours) == list(theirs) and all(
-        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype
+        for name in ours
     )
 
 
@@ -66,7 +80,7 @@ def damaged(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "damaged"))
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_a_quantized_folder_loads_as_it_was_saved(folder):
@@ -100,8 +114,12 @@ def test_dtype_is_of_what_stays_float(folder):
     assert dtypes == {torch.float32, torch.uint8}
     packed = [name for name, p in stored.named_parameters() if p.dtype == torch.uint8]
     assert packed
-    assert all(torch.equal(loaded.get_parameter(name), stored.get_parameter(name)) for name in packed)
-    assert loaded.get_parameter("proj_out.weight").equal(stored.get_parameter("proj_out.weight").float())
+    assert all(
+        torch.equal(loaded.get_parameter(name), stored.get_parameter(name)) for name in packed
+    )
+    assert loaded.get_parameter("proj_out.weight").equal(
+        stored.get_parameter("proj_out.weight").float()
+    )
 
 
 def test_sharded_folders_load(folder, tmp_path):
@@ -117,7 +135,9 @@ def test_the_configuration_of_a_loaded_model_has_the_stored_recipe(folder, tmp_p
     assert json.loads(loaded.to_json_string())["quantization_config"]["recipe"] == RECIPE.to_dict()
     # It is a whole configuration: float weights quantized with it give the same folder.
     small_pixart().save_pretrained(tmp_path / "float")
-    again = PixArt.from_pretrained(tmp_path / "float", quantization_config=loaded.config.quantization_config)
+    again = PixArt.from_pretrained(
+        tmp_path / "float", quantization_config=loaded.config.quantization_config
+    )
     assert same(again, loaded)
 
 
@@ -145,7 +165,9 @@ def test_the_recipe_of_most_layers_is_shown_and_an_unreadable_one_is_none(damage
         manifest["recipes"][1]["a_field_of_the_future"] = 1
 
     change_manifest(damaged, two)
-    assert PixArt.from_pretrained(damaged).config.quantization_config.recipe == replace(RECIPE, seed=77)
+    assert PixArt.from_pretrained(damaged).config.quantization_config.recipe == replace(
+        RECIPE, seed=77
+    )
     change_manifest(damaged, newer)
     assert PixArt.from_pretrained(damaged).config.quantization_config.recipe is None
 
@@ -155,9 +177,10 @@ def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder
     with pytest.warns(UserWarning, match="quantized already") as caught:
         loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig(other))
     assert [str(warning.message) for warning in caught] == [
-        f"'{folder}' is quantized already and loads as it is stored: LoraqConfig with seed={RECIPE.seed}. The "
-        "`quantization_config` that was passed is not used: LoraqConfig with seed=5. To quantize with it, start from "
-        "the float weights."
+        f"'{folder}' is quantized already and loads as it is stored: LoraqConfig with "
+        f"seed={RECIPE.seed}. The "
+        "`quantization_config` that was passed is not used: LoraqConfig with seed=5. To quantize "
+        "with it, start from the float weights."
     ]
     assert same(loaded, loraq.load(folder))
     assert loaded.config.quantization_config.recipe == RECIPE
@@ -165,11 +188,15 @@ def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder
 
 
 def test_passing_what_is_stored_is_no_reason_to_warn(folder):
-    PixArt.from_pretrained(folder, quantization_config=LoraqConfig(RECIPE))  # warnings are errors here
+    PixArt.from_pretrained(
+        folder, quantization_config=LoraqConfig(RECIPE)
+    )  # warnings are errors here
 
 
 def test_the_configuration_of_another_quantizer_is_named_too(folder):
-    with pytest.warns(UserWarning, match=r"method='lqer'.*not used: GGUFQuantizationConfig\. To quantize"):
+    with pytest.warns(
+        UserWarning, match=r"method='lqer'.*not used: GGUFQuantizationConfig\. To quantize"
+    ):
         PixArt.from_pretrained(folder, quantization_config=diffusers.GGUFQuantizationConfig())
 
 
@@ -186,11 +213,13 @@ def test_tied_tensors_stay_tied(tmp_path):
     loraq.quantize_(model, RECIPE, progress=False)
     loraq.save(model, tmp_path / "out")
     loaded = PixArt.from_pretrained(tmp_path / "out")
-    assert loaded.transformer_blocks[1].attn1.to_q.bias is loaded.transformer_blocks[0].attn1.to_q.bias
+    assert (
+        loaded.transformer_blocks[1].attn1.to_q.bias is loaded.transformer_blocks[0].attn1.to_q.bias
+    )
     assert same(loaded, model)
 
 
-# --- quantizing while loading ---------------------------------------------------------------------------------------
+# --- quantizing while loading ---------------------------------------------------------------------
 
 
 def test_quantizing_while_loading_gives_the_bytes_of_quantizing_afterwards(model, source, tmp_path):
@@ -206,7 +235,9 @@ def test_quantizing_while_loading_gives_the_bytes_of_quantizing_afterwards(model
 def test_shards_and_another_dtype(model, tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    loaded = PixArt.from_pretrained(tmp_path / "shards", quantization_config=LoraqConfig(RECIPE), dtype=torch.float32)
+    loaded = PixArt.from_pretrained(
+        tmp_path / "shards", quantization_config=LoraqConfig(RECIPE), dtype=torch.float32
+    )
     expected = torch.nn.Module.to(copy.deepcopy(model), torch.float32)
     loraq.quantize_(expected, RECIPE, progress=False)
     assert same(loaded, expected)
@@ -214,29 +245,38 @@ def test_shards_and_another_dtype(model, tmp_path):
 
 def test_a_weight_that_is_not_finite_is_named(source, tmp_path):
     shutil.copytree(source, tmp_path / "nan")
-    edit_weights(tmp_path / "nan", lambda tensors: tensors["transformer_blocks.1.attn1.to_q.weight"].fill_(torch.nan))
+    edit_weights(
+        tmp_path / "nan",
+        lambda tensors: tensors["transformer_blocks.1.attn1.to_q.weight"].fill_(torch.nan),
+    )
     with pytest.raises(LayerError, match=r"transformer_blocks\.1\.attn1\.to_q"):
         PixArt.from_pretrained(tmp_path / "nan", quantization_config=LoraqConfig(RECIPE))
 
 
 def test_missing_weights_are_named(source, tmp_path):
     shutil.copytree(source, tmp_path / "less")
-    edit_weights(tmp_path / "less", lambda tensors: tensors.pop("transformer_blocks.1.attn1.to_q.weight"))
+    edit_weights(
+        tmp_path / "less", lambda tensors: tensors.pop("transformer_blocks.1.attn1.to_q.weight")
+    )
     with pytest.raises(CheckpointError, match=r"transformer_blocks\.1\.attn1\.to_q"):
         PixArt.from_pretrained(tmp_path / "less", quantization_config=LoraqConfig(RECIPE))
 
 
 def test_a_recipe_that_leaves_nothing_is_refused(source):
     recipe = Recipe.from_dict({"scheme": "mxfp4", "rules": [{"match": "*", "skip": True}]})
-    with pytest.raises(LoraqError, match="every linear layer of PixArtTransformer2DModel is skipped"):
+    with pytest.raises(
+        LoraqError, match="every linear layer of PixArtTransformer2DModel is skipped"
+    ):
         PixArt.from_pretrained(source, quantization_config=LoraqConfig(recipe))
 
 
 def test_what_needs_more_than_one_weight_at_a_time_is_refused(source):
-    statistics = replace(Recipe.named("int4-w8a8-r4-a16"), method="gptq")
-    with pytest.raises(CalibrationError, match=r"which loading does not take\. Run `loraq quantize --stats` once"):
+    statistics = replace(Recipe.named("int4-a16+w8a8-r4"), method="gptq")
+    with pytest.raises(
+        CalibrationError, match=r"which loading does not take\. Run `loraq quantize --stats` once"
+    ):
         PixArt.from_pretrained(source, quantization_config=LoraqConfig(statistics))
-    shared = replace(Recipe.named("int4-w8a8-a16"), allocation="greedy")
+    shared = replace(Recipe.named("int4-a16+w8a8"), allocation="greedy")
     with pytest.raises(LoraqError, match="looks at all weights before it quantizes the first"):
         PixArt.from_pretrained(source, quantization_config=LoraqConfig(shared))
 
@@ -248,7 +288,7 @@ def test_a_single_file_says_what_to_do_instead(model):
         quantizer.preprocess_model(copy.deepcopy(model), device_map=None, state_dict={})
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def test_save_pretrained_writes_the_folder_back(folder, tmp_path):
@@ -271,7 +311,7 @@ def test_the_way_around_is_closed(folder, tmp_path):
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +319,10 @@ def test_the_way_around_is_closed(folder, tmp_path):
     [
         (lambda place: (place / FILE_NAME).unlink(), "no 'loraq.json'"),
         (lambda place: edit_json(place / "config.json", num_layers=1), "config.json"),
-        (lambda place: edit_weights(place, lambda t: t.pop("proj_out.bias")), "bytes|missing|changed"),
+        (
+            lambda place: edit_weights(place, lambda t: t.pop("proj_out.bias")),
+            "bytes|missing|changed",
+        ),
     ],
     ids=["no manifest", "other config", "a tensor less"],
 )
@@ -319,7 +362,9 @@ except ValueError as error:
 @pytest.mark.slow
 def test_without_loraq_nothing_is_loaded(folder):
     program = PLAIN.format(cls="PixArtTransformer2DModel")
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("Unknown quantization type, got loraq - supported types are:")
 
 
@@ -330,7 +375,9 @@ def test_importing_loraq_alone_leaves_diffusers_as_it_is():
 
 @pytest.mark.parametrize("version", ["0.41.0", "0.43.0.dev0", "1.0.0"])
 def test_other_versions_of_diffusers_are_refused_by_name(version):
-    with pytest.raises(LoraqError, match=rf"diffusers {version} is installed; loraq.diffusers knows {SUPPORTED[0]}"):
+    with pytest.raises(
+        LoraqError, match=rf"diffusers {version} is installed; loraq.diffusers knows {SUPPORTED[0]}"
+    ):
         require_supported(version)
 
 
@@ -338,7 +385,7 @@ def test_the_installed_version_is_supported():
     require_supported(diffusers.__version__)
 
 
-# --- the configuration ----------------------------------------------------------------------------------------------
+# --- the configuration ----------------------------------------------------------------------------
 
 
 def test_a_configuration_survives_json():
@@ -359,7 +406,7 @@ def test_arguments_that_it_does_not_have():
         LoraqConfig("nonsense")
 
 
-# --- where it runs --------------------------------------------------------------------------------------------------
+# --- where it runs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
@@ -372,13 +419,21 @@ def test_device_maps(folder, device_map):
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
 def test_layers_on_the_disk_run_but_are_not_quantized_there(source, folder, tmp_path):
     parts = [name for name, _ in loraq.load(folder).named_children()]
-    device_map = {**dict.fromkeys([*parts, "scale_shift_table"], "cpu"), "transformer_blocks": "disk"}
-    loaded = PixArt.from_pretrained(folder, device_map=device_map, offload_folder=str(tmp_path / "disk"))
+    device_map = {
+        **dict.fromkeys([*parts, "scale_shift_table"], "cpu"),
+        "transformer_blocks": "disk",
+    }
+    loaded = PixArt.from_pretrained(
+        folder, device_map=device_map, offload_folder=str(tmp_path / "disk")
+    )
     assert loaded.transformer_blocks[1].attn1.to_q.weight_packed.is_meta
     assert torch.equal(velocity(loaded), velocity(PixArt.from_pretrained(folder)))
     with pytest.raises(LoraqError, match="go to the disk"):
         PixArt.from_pretrained(
-            source, quantization_config=LoraqConfig(RECIPE), device_map=device_map, offload_folder=str(tmp_path / "d")
+            source,
+            quantization_config=LoraqConfig(RECIPE),
+            device_map=device_map,
+            offload_folder=str(tmp_path / "d"),
         )
 
 
@@ -408,19 +463,26 @@ def test_it_compiles_without_a_break(folder):
     assert LoraqQuantizer.is_compileable
 
 
-# --- the hub's cache ------------------------------------------------------------------------------------------------
+# --- the hub's cache ------------------------------------------------------------------------------
 
 
 def test_the_manifest_of_a_hub_model_is_fetched_too(tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: asked.append((args, kwargs)))
-    snapshot = tmp_path / "hub" / "models--someone--model-x" / "snapshots" / "abc123" / "transformer"
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *args, **kwargs: asked.append((args, kwargs))
+    )
+    snapshot = (
+        tmp_path / "hub" / "models--someone--model-x" / "snapshots" / "abc123" / "transformer"
+    )
     snapshot.mkdir(parents=True)
     _fetch_manifest(snapshot)
     assert asked == [
-        (("someone/model-x", "transformer/loraq.json"), {"revision": "abc123", "cache_dir": tmp_path / "hub"})
+        (
+            ("someone/model-x", "transformer/loraq.json"),
+            {"revision": "abc123", "cache_dir": tmp_path / "hub"},
+        )
     ]
     (snapshot / FILE_NAME).write_text("{}")
     _fetch_manifest(snapshot)
@@ -428,7 +490,7 @@ def test_the_manifest_of_a_hub_model_is_fetched_too(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
-# --- pipelines ------------------------------------------------------------------------------------------------------
+# --- pipelines ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +520,9 @@ def image(pipeline) -> torch.Tensor:
 
 
 #: A warning of diffusers' own scheduler about numpy, not ours.
-of_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+of_diffusers = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword"
+)
 
 
 @of_diffusers
@@ -479,7 +543,11 @@ def test_a_quantized_pipeline_loads_runs_and_is_written_back(pipelines, tmp_path
 @pytest.mark.slow
 def test_a_pipeline_is_quantized_while_it_loads(pipelines):
     source, quantized = pipelines
-    config = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": LoraqConfig(RECIPE)})
+    config = diffusers.PipelineQuantizationConfig(
+        quant_mapping={"transformer": LoraqConfig(RECIPE)}
+    )
     pipeline = diffusers.DiffusionPipeline.from_pretrained(source, quantization_config=config)
     assert same(pipeline.transformer, loraq.load(quantized))
-    assert torch.equal(image(pipeline), image(diffusers.DiffusionPipeline.from_pretrained(quantized)))
+    assert torch.equal(
+        image(pipeline), image(diffusers.DiffusionPipeline.from_pretrained(quantized))
+    )

@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time for GPUs that are not here; print what came out, as JSON.
 
-A program of its own, because the tests of numbers run the same kernels in Triton's interpreter, and a process can only
-do one of the two. Registers and local memory are read by the tools inside the Triton wheel.
+A program of its own, because the tests of numbers run the same kernels in Triton's interpreter, and
+a process can only do one of the two. Registers and local memory are read by the tools inside the
+Triton wheel.
 """
 
 import json
@@ -28,7 +29,15 @@ TARGETS = {
 FP8, BF16, F32, U8 = "*fp8e4nv", "*bf16", "*fp32", "*u8"
 GEMM_POINTERS = {"codes": FP8, "scale": F32, "weight": FP8, "weight_scale": F32}
 GEMM_POINTERS |= {"inner": BF16, "up": BF16, "bias": BF16, "y": BF16}
-GEMM = {"HAS_BRANCH": True, "HAS_BIAS": True, "RANK": 64, "BLOCK_M": 128, "BLOCK_K": 128, "GROUP": 8, "WHOLE_K": True}
+GEMM = {
+    "HAS_BRANCH": True,
+    "HAS_BIAS": True,
+    "RANK": 64,
+    "BLOCK_M": 128,
+    "BLOCK_K": 128,
+    "GROUP": 8,
+    "WHOLE_K": True,
+}
 GEMM |= {"DOT32": False}
 GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3}
 #: Kernel, types of its pointers, constants, options.
@@ -39,12 +48,35 @@ KERNELS = {
         {"HAS_BRANCH": True, "RANK": 64, "BLOCK_M": 32, "BLOCK_K": 128, "DOT32": False},
         {"num_warps": 4},
     ),
-    "gemm_up wide": (gemm_up_kernel, GEMM_POINTERS, {**GEMM, "BLOCK_N": 256, "PROMOTE": False}, GEMM_OPTIONS),
-    "gemm_up": (gemm_up_kernel, GEMM_POINTERS, {**GEMM, "BLOCK_N": 128, "PROMOTE": False}, GEMM_OPTIONS),
-    "gemm_up promoted": (gemm_up_kernel, GEMM_POINTERS, {**GEMM, "BLOCK_N": 128, "PROMOTE": True}, GEMM_OPTIONS),
+    "gemm_up wide": (
+        gemm_up_kernel,
+        GEMM_POINTERS,
+        {**GEMM, "BLOCK_N": 256, "PROMOTE": False},
+        GEMM_OPTIONS,
+    ),
+    "gemm_up": (
+        gemm_up_kernel,
+        GEMM_POINTERS,
+        {**GEMM, "BLOCK_N": 128, "PROMOTE": False},
+        GEMM_OPTIONS,
+    ),
+    "gemm_up promoted": (
+        gemm_up_kernel,
+        GEMM_POINTERS,
+        {**GEMM, "BLOCK_N": 128, "PROMOTE": True},
+        GEMM_OPTIONS,
+    ),
     "mx_gemm_up": (
         mx_gemm_up_kernel,
-        {"codes": FP8, "scale": U8, "packed": U8, "weight_scale": U8, "inner": BF16, "up": BF16, "y": BF16},
+        {
+            "codes": FP8,
+            "scale": U8,
+            "packed": U8,
+            "weight_scale": U8,
+            "inner": BF16,
+            "up": BF16,
+            "y": BF16,
+        },
         {"RANK": 64, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "DOT32": False},
         {"num_warps": 8, "num_stages": 2},
     ),
@@ -72,15 +104,22 @@ def compiled(name: str, target: GPUTarget) -> dict[str, object]:
     """Compile one kernel for one target and count what matters."""
     kernel, pointers, constants, options = KERNELS[name]
     kinds = {f"{pointer}_ptr": kind for pointer, kind in pointers.items()}
-    signature = {arg: kinds.get(arg, "constexpr" if arg in constants else "i32") for arg in kernel.arg_names}
-    # The wrappers pass sizes that are multiples of 16, and torch's memory is aligned: so would a launch be compiled.
+    signature = {
+        arg: kinds.get(arg, "constexpr" if arg in constants else "i32") for arg in kernel.arg_names
+    }
+    # The wrappers pass sizes that are multiples of 16, and torch's memory is aligned: so would a
+    # launch be compiled.
     aligned = [[("tt.divisibility", 16)]] * len(kernel.arg_names)
-    attributes = {(i,): aligned[i] for i, arg in enumerate(kernel.arg_names) if arg not in constants}
+    attributes = {
+        (i,): aligned[i] for i, arg in enumerate(kernel.arg_names) if arg not in constants
+    }
     values = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     built = triton.compile(source, target=target, options=options)
     text = built.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    row: dict[str, object] = {key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()}
+    row: dict[str, object] = {
+        key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()
+    }
     return {**row, **(cuda_use(built.asm["cubin"]) if target.backend == "cuda" else amd_use(text))}
 
 
@@ -91,7 +130,10 @@ def cuda_use(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         shown = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+            [tools / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", shown.stdout + shown.stderr))
     return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]) + int(usage["LOCAL"])}
@@ -106,4 +148,6 @@ def amd_use(text: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     wanted = [line.split("@") for line in sys.argv[1:]]
-    print(json.dumps({f"{name}@{target}": compiled(name, TARGETS[target]) for name, target in wanted}))
+    print(
+        json.dumps({f"{name}@{target}": compiled(name, TARGETS[target]) for name, target in wanted})
+    )

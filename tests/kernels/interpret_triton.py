@@ -51,7 +51,9 @@ def main() -> dict[str, float]:
         for n, with_bias in ((40, True), (130, False)):
             weight, weight_scale = fold(get_format("mxfp4").round(gaussian(n, k)))
             up, bias = MXFP8.round(gaussian(n, rank)).bfloat16(), gaussian(n) if with_bias else None
-            y = gemm_up((codes, scale), (weight, weight_scale.view(-1)), (inner, up), bias, torch.float32)
+            y = gemm_up(
+                (codes, scale), (weight, weight_scale.view(-1)), (inner, up), bias, torch.float32
+            )
             dense = (codes.double() * scale[:, None]) @ (
                 weight.double() * weight_scale
             ).T + inner.double() @ up.double().T
@@ -63,10 +65,15 @@ def main() -> dict[str, float]:
             small_m(x, q.packed, q.scale, integer=name == "mxint4"), x @ q.dequantize().T
         )
     found["mx_gemm"] = mx_gemm()
-    for name in ("mxfp4-mxfp8_e4m3-r24-amxfp8_e4m3", "mxfp4-amxfp8_e4m3", "mxint4-w8a8-r24-a16", "mxfp4-a16"):
+    for name in (
+        "mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24",
+        "mxfp4-amxfp8_e4m3",
+        "mxint4-a16+w8a8-r24",
+        "mxfp4-a16",
+    ):
         for n_tokens in (3, 20):
             found[f"layer {name} {n_tokens}"] = layer(name, n_tokens)
-    for name in ("mxfp4-mxfp8_e4m3-r24-amxfp8_e4m3", "mxint4-w8a8-r24-a16"):
+    for name in ("mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24", "mxint4-a16+w8a8-r24"):
         found[f"compiled {name}"] = compiled(name)
     found["gradient"] = gradient()
     return found
@@ -102,9 +109,13 @@ def layer_of(name: str) -> QuantizedLinear:
     branch = None
     if scheme.branch is not None:
         fmt, rank = scheme.branch.weight_format, scheme.branch.rank
-        branch = LowRankBranch(fmt.quantize(0.1 * gaussian(n_out, rank)), fmt.quantize(0.1 * gaussian(rank, n_in)))
+        branch = LowRankBranch(
+            fmt.quantize(0.1 * gaussian(n_out, rank)), fmt.quantize(0.1 * gaussian(rank, n_in))
+        )
     residual: QTensor = scheme.weight_format.quantize(0.1 * gaussian(n_out, n_in))
-    made = QuantizedLinear.from_solution(LayerSolution(scheme, residual, branch, 0.0), gaussian(n_out))
+    made = QuantizedLinear.from_solution(
+        LayerSolution(scheme, residual, branch, 0.0), gaussian(n_out)
+    )
     made.backend = "triton"
     return made
 
@@ -131,7 +142,11 @@ def compiled(name: str) -> float:
 
 
 def gradient() -> float:
-    made, x, toward = layer_of("mxfp4-mxfp8_e4m3-r24-amxfp8_e4m3"), gaussian(4, 96).requires_grad_(), gaussian(4, 48)
+    made, x, toward = (
+        layer_of("mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24"),
+        gaussian(4, 96).requires_grad_(),
+        gaussian(4, 48),
+    )
     (made(x) * toward).sum().backward()
     assert x.grad is not None
     return distance(x.grad, toward @ made.reconstruct())

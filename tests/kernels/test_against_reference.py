@@ -22,32 +22,50 @@ from matrices import dit_like, heavy_tailed, outlier_columns
 
 N_OUT, N_IN = 96, 240
 MAINS = ("mxfp4", "int4", "nvfp4", "mxint4", "int5", "mxfp8_e5m2")
-BRANCHES = ("", "-w16a16-r16", "-w8a8-r16", "-w6a6-r16", "-w4a8-r16")
-SCHEMES = [main + branch + width for main in MAINS for branch in BRANCHES for width in ("-a4", "-a8", "-a16")]
+BRANCHES = ("", "+bf16-r16", "+w8a8-r16", "+w6a6-r16", "+w4a8-r16")
+SCHEMES = [
+    main + width + branch
+    for main in MAINS
+    for branch in BRANCHES
+    for width in ("-a4", "-a8", "-a16")
+]
 #: Names that bring INT8 tokens to the same kinds of weights and branches.
-SCHEMES += [f"{main}{branch}-a8" for main in ("int8", "int4") for branch in ("-int8-r16", "-w16a16-r16")]
-SCHEMES += ["mxfp4-w8a8-r16-amxfp8_e4m3", "mxint4-w6a6-r16-amxfp8_e5m2", "fp8_e4m3-a8"]
-SCHEMES += ["mxfp4-int8-r16-aint8", "mxint4-aint8", "nvfp4-w8a8-r16-aint8"]
+SCHEMES += [
+    f"{main}-a8{branch}" for main in ("int8", "int4") for branch in ("+int8-r16", "+bf16-r16")
+]
+SCHEMES += ["mxfp4-amxfp8_e4m3+w8a8-r16", "mxint4-amxfp8_e5m2+w6a6-r16", "fp8_e4m3-a8"]
+SCHEMES += ["mxfp4-aint8+int8-r16", "mxint4-aint8", "nvfp4-aint8+w8a8-r16"]
 #: `triton` has tests of its own: it needs a GPU or an interpreter.
 OTHERS = [backend for backend in BACKENDS.values() if backend.name not in ("reference", "triton")]
 
 each_other = pytest.mark.parametrize("backend", OTHERS, ids=lambda backend: backend.name)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 
 
 @cache
 def solution_of(main_and_branch: str) -> LayerSolution:
-    # LoRaQ's own solutions: their main part and branch may cancel, which is the hard case for short sums.
+    # LoRaQ's own solutions: their main part and branch may cancel, which is the hard case for short
+    # sums.
     return quantize_weight(dit_like(N_OUT, N_IN), main_and_branch, method="loraq")
 
 
 def layer_of(name: str) -> QuantizedLinear:
-    solved = solution_of(name.rsplit("-", 1)[0] + ("-aint8" if "int8" in name else "-a4"))
-    return QuantizedLinear.from_solution(replace(solved, scheme=parse_scheme(name)), dit_like(1, N_OUT, 3)[0])
+    main, plus, branch = name.partition("+")
+    solved = solution_of(
+        main.split("-a")[0] + ("-aint8" if "int8" in name else "-a4") + plus + branch
+    )
+    return QuantizedLinear.from_solution(
+        replace(solved, scheme=parse_scheme(name)), dit_like(1, N_OUT, 3)[0]
+    )
 
 
 def error(y: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(y.double() - expected) / torch.linalg.vector_norm(expected.double())).item()
+    return (
+        torch.linalg.vector_norm(y.double() - expected)
+        / torch.linalg.vector_norm(expected.double())
+    ).item()
 
 
 def run(layer: QuantizedLinear, name: str, x: Tensor) -> Tensor:
@@ -60,13 +78,14 @@ def can_run(backend: Backend, name: str) -> bool:
     return backend.refusal(parse_scheme(name), (N_OUT, N_IN), torch.device("cpu")) is None
 
 
-#: `low_memory` gives the bits of `resident`, as a test of its own shows; E5M2's range is refused when it is seen.
+#: `low_memory` gives the bits of `resident`, as a test of its own shows; E5M2's range is refused
+#: when it is seen.
 RUNS = [
     (backend, name)
     for backend in OTHERS
     for name in SCHEMES
     if can_run(backend, name)
-    and not (backend.name == "low_memory" and not name.endswith("-a4"))
+    and not (backend.name == "low_memory" and "-a4" not in name)
     and not (backend.name == "fp8_row" and name.startswith("mxfp8_e5m2"))
 ]
 
@@ -89,17 +108,19 @@ def test_every_back_end_runs_some_layers_and_resident_all():
 
 
 def test_values_that_a_back_end_cannot_keep_are_refused_when_they_are_seen():
-    with pytest.raises(KernelError, match=r"rows of the weight in 'mxfp8_e5m2' do not fit e4m3 exactly"):
+    with pytest.raises(
+        KernelError, match=r"rows of the weight in 'mxfp8_e5m2' do not fit e4m3 exactly"
+    ):
         run(layer_of("mxfp8_e5m2-a4"), "fp8_row", heavy_tailed(2, N_IN))
 
 
-SCHEME_OF = {"fp8_row": "mxfp4-w8a8-r16-a4", "int8_row": "int4-int8-r16-a8"}
+SCHEME_OF = {"fp8_row": "mxfp4-a4+w8a8-r16", "int8_row": "int4-a8+int8-r16"}
 
 
 @each_other
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_the_bound_holds_for_inputs_of_any_size(backend, scale):
-    layer = layer_of(SCHEME_OF.get(backend.name, "mxfp4-w8a8-r16-a4"))
+    layer = layer_of(SCHEME_OF.get(backend.name, "mxfp4-a4+w8a8-r16"))
     for dtype in (torch.float32, torch.bfloat16):
         x = (scale * heavy_tailed(24, N_IN)).to(dtype)
         y, expected = run(layer, backend.name, x), run(layer, "reference", x)
@@ -108,14 +129,17 @@ def test_the_bound_holds_for_inputs_of_any_size(backend, scale):
 
 @pytest.mark.parametrize(("backend", "name"), RUNS, ids=lambda value: getattr(value, "name", value))
 def test_a_bound_is_no_loophole(backend, name):
-    bounds = [backend.bound(parse_scheme(name), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    bounds = [
+        backend.bound(parse_scheme(name), dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
     assert all(0 < bound <= 4e-2 for bound in bounds)
     assert bounds[0] <= bounds[1]
 
 
 @each_other
 def test_the_stated_bound_is_needed_and_not_idle(backend):
-    layer = layer_of(SCHEME_OF.get(backend.name, "mxfp4-w8a8-r16-a4"))
+    layer = layer_of(SCHEME_OF.get(backend.name, "mxfp4-a4+w8a8-r16"))
     x = heavy_tailed(24, N_IN).bfloat16()
     measured = error(run(layer, backend.name, x), run(layer, "reference", x).double())
     assert measured > backend.bound(layer.scheme, torch.bfloat16) / 20
@@ -129,7 +153,7 @@ def test_the_reference_is_exact_and_takes_every_layer():
 
 
 def test_only_a_back_end_with_operands_of_its_own_keeps_them():
-    layer, x = layer_of("mxfp4-w8a8-r16-a4"), heavy_tailed(2, N_IN)
+    layer, x = layer_of("mxfp4-a4+w8a8-r16"), heavy_tailed(2, N_IN)
     for name in ("reference", "low_memory"):
         run(layer, name, x)
         assert layer._prepared[1] is None
@@ -142,7 +166,9 @@ def test_only_a_back_end_with_operands_of_its_own_keeps_them():
 
 
 @each_dtype
-@pytest.mark.parametrize("name", [name for name in SCHEMES if "r16-a4" in name or name == "mxint4-aint8"])
+@pytest.mark.parametrize(
+    "name", [name for name in SCHEMES if "-a4+" in name or name == "mxint4-aint8"]
+)
 def test_low_memory_gives_the_bits_of_resident(name, dtype):
     layer, x = layer_of(name), heavy_tailed(5, N_IN).to(dtype)
     assert torch.equal(run(layer, "low_memory", x), run(layer, "resident", x))
@@ -152,14 +178,16 @@ def test_low_memory_gives_the_bits_of_resident(name, dtype):
 @pytest.mark.parametrize("shape", [(3, 64), (5, 75), (700, 512), (1, 1), (2, 31)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_byte_table_decodes_to_the_same_bits(name, shape, dtype):
-    stored = get_format(name).quantize(torch.cat([dit_like(*shape), 1e-37 * dit_like(*shape), torch.zeros(shape)]))
+    stored = get_format(name).quantize(
+        torch.cat([dit_like(*shape), 1e-37 * dit_like(*shape), torch.zeros(shape)])
+    )
     by_table = decode_by_table(stored, None, dtype).weight
     assert torch.equal(by_table, decode(stored, None, dtype).weight)
     assert by_table.shape == (3 * shape[0], shape[1])
 
 
 def test_operands_are_the_stored_tensors_in_full():
-    layer = layer_of("mxfp4-w8a8-r16-h0-a4")
+    layer = layer_of("mxfp4-a4+w8a8-r16-h0")
     operands = decode(layer.stored_weight, layer.branch, torch.float32)
     assert torch.equal(operands.weight, layer.stored_weight.dequantize())
     assert torch.equal(operands.weight + operands.proj_up @ operands.proj_down, layer.reconstruct())
@@ -178,16 +206,23 @@ def test_a_back_end_is_found_by_its_own_name(name):
 
 @pytest.mark.parametrize("name", ["", "Resident", "cuda", "residant", None])
 def test_an_unknown_back_end_is_answered_with_the_list(name):
-    with pytest.raises(KernelError, match=rf"Unknown back end '{name}'.*Known: auto, .*reference, resident"):
+    with pytest.raises(
+        KernelError, match=rf"Unknown back end '{name}'.*Known: auto, .*reference, resident"
+    ):
         get_backend(name)
 
 
 def test_the_default_is_a_choice_and_takes_resident_for_mx_formats():
     assert DEFAULT_BACKEND not in BACKENDS
-    assert choose(DEFAULT_BACKEND, Scheme("mxfp4", "mxint8"), (N_OUT, N_IN), torch.device("cpu")).name == "resident"
+    assert (
+        choose(DEFAULT_BACKEND, Scheme("mxfp4", "mxint8"), (N_OUT, N_IN), torch.device("cpu")).name
+        == "resident"
+    )
 
 
 @pytest.mark.parametrize("name", ["reference", "resident", "low_memory"])
 def test_a_weight_of_one_value_is_multiplied(name):
-    layer = QuantizedLinear.from_solution(quantize_weight(torch.ones(1, 1), Scheme("mxfp4", "mxfp4")))
+    layer = QuantizedLinear.from_solution(
+        quantize_weight(torch.ones(1, 1), Scheme("mxfp4", "mxfp4"))
+    )
     assert run(layer, name, torch.tensor([[2.0], [0.0]])).tolist() == [[2.0], [0.0]]

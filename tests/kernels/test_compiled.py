@@ -17,17 +17,17 @@ from random_layers import random_layer
 
 #: Back end and recipe; `triton` is compiled in `interpret_triton.py`.
 CASES = [
-    ("reference", "mxfp4-w8a8-r16-a8"),
-    ("resident", "mxfp4-w8a8-r16-a4"),
-    ("resident", "mxfp4-w8a8-r16-a16"),
-    ("low_memory", "mxfp4-w8a8-r16-a8"),
-    ("low_memory", "nvfp4-w8a8-r16-a16"),
-    ("int8_row", "int8-int8-r16-a8"),
-    ("int8_row", "int4-w8a8-r16-a8"),
-    ("fp8_row", "mxfp4-w8a8-r16-amxfp8_e4m3"),
+    ("reference", "mxfp4-a8+w8a8-r16"),
+    ("resident", "mxfp4-a4+w8a8-r16"),
+    ("resident", "mxfp4-a16+w8a8-r16"),
+    ("low_memory", "mxfp4-a8+w8a8-r16"),
+    ("low_memory", "nvfp4-a16+w8a8-r16"),
+    ("int8_row", "int8-a8+int8-r16"),
+    ("int8_row", "int4-a8+w8a8-r16"),
+    ("fp8_row", "mxfp4-amxfp8_e4m3+w8a8-r16"),
     ("fp8_row", "fp8_e4m3-a8"),
 ]
-ON_GPU = [*CASES, ("triton", "mxfp4-mxfp8_e4m3-r16-amxfp8_e4m3"), ("triton", "mxfp4-w8a8-r16-a16")]
+ON_GPU = [*CASES, ("triton", "mxfp4-amxfp8_e4m3+mxfp8_e4m3-r16"), ("triton", "mxfp4-a16+w8a8-r16")]
 WIDTH = 128
 
 each_case = pytest.mark.parametrize(("backend", "name"), CASES)
@@ -82,7 +82,9 @@ def test_one_graph_does_if_it_is_told_that_sizes_vary(backend, name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("backend", "name"), [case for case in CASES if case[0] not in ("int8_row", "fp8_row")])
+@pytest.mark.parametrize(
+    ("backend", "name"), [case for case in CASES if case[0] not in ("int8_row", "fp8_row")]
+)
 def test_a_layer_that_prepares_itself_inside_the_graph_costs_one_more(backend, name):
     layer, counter = layer_of(backend, name), counted()
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
@@ -95,7 +97,7 @@ def test_a_layer_that_prepares_itself_inside_the_graph_costs_one_more(backend, n
 
 def test_int8_row_without_packed_operands_is_one_graph_too(monkeypatch):
     monkeypatch.setattr(int8_row, "can_pack", lambda device: False)
-    layer, counter = layer_of("int8_row", "int8-int8-r16-a8"), counted()
+    layer, counter = layer_of("int8_row", "int8-a8+int8-r16"), counted()
     layer.prepare(torch.float32)
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -127,11 +129,17 @@ def test_blocks_that_are_compiled_one_by_one_share_one_graph(backend, name):
     assert counter.frame_count == 1
 
 
-# --- CUDA graphs ----------------------------------------------------------------------------------------------------
+# --- CUDA graphs ----------------------------------------------------------------------------------
 
 
 #: What no CUDA graph can hold: values that Python reads, and tensors that it makes of its own data.
-FORBIDDEN = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::lift_fresh"}
+FORBIDDEN = {
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::lift_fresh",
+}
 
 
 def forbidden(run: Callable[[], object]) -> set[str]:
@@ -147,7 +155,10 @@ def opaque(x: Tensor, reads: bool) -> Tensor:
 
 
 def test_the_profiler_sees_into_opaque_operators():
-    assert forbidden(lambda: opaque(torch.ones(2), True)) == {"aten::item", "aten::_local_scalar_dense"}
+    assert forbidden(lambda: opaque(torch.ones(2), True)) == {
+        "aten::item",
+        "aten::_local_scalar_dense",
+    }
     assert forbidden(lambda: opaque(torch.ones(2), False)) == {"aten::lift_fresh"}
 
 
@@ -186,4 +197,6 @@ def test_a_cuda_graph_replays_a_layer_on_new_inputs(backend, name, n_tokens):
     torch.cuda.synchronize()
     assert torch.isfinite(y).all()
     # Under capture a library may pick another kernel, whose sums are rounded in another order.
-    assert (y.double() - expected.double()).norm() <= BACKENDS[backend].bound(layer.scheme, x.dtype) * expected.norm()
+    assert (y.double() - expected.double()).norm() <= BACKENDS[backend].bound(
+        layer.scheme, x.dtype
+    ) * expected.norm()

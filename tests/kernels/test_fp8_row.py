@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 
 
 def layer_of(name: str, shape: tuple[int, int] = (48, 96)) -> QuantizedLinear:
-    layer = QuantizedLinear.from_solution(quantize_weight(dit_like(*shape), name, method="svdquant"))
+    layer = QuantizedLinear.from_solution(
+        quantize_weight(dit_like(*shape), name, method="svdquant")
+    )
     layer.backend = "fp8_row"
     return layer
 
@@ -33,18 +35,24 @@ def test_mxfp4_folds_exactly_within_fourteen_binades(binades):
     codes, scale = fold(w)
     assert torch.equal(codes.float() * scale, w)
     assert torch.equal(scale, torch.exp2(scale.log2().round()))
-    operands = Fp8Row().prepare(get_format("mxfp4").quantize(w), None, parse_scheme("mxfp4-amxfp4"), torch.float32)
+    operands = Fp8Row().prepare(
+        get_format("mxfp4").quantize(w), None, parse_scheme("mxfp4-amxfp4"), torch.float32
+    )
     assert torch.equal(operands.codes.float() * operands.scale[:, None], w)
 
 
 def test_a_row_with_a_wider_span_is_refused():
     stored = get_format("mxfp4").quantize(torch.cat([two_scales(16), two_scales(2)]))
-    with pytest.raises(KernelError, match="2 of 4 rows of the weight in 'mxfp4' do not fit e4m3 exactly"):
+    with pytest.raises(
+        KernelError, match="2 of 4 rows of the weight in 'mxfp4' do not fit e4m3 exactly"
+    ):
         Fp8Row().prepare(stored, None, parse_scheme("mxfp4-amxfp4"), torch.float32)
 
 
 def test_zero_tiny_and_huge_rows_fold():
-    w = torch.stack([torch.zeros(32), torch.full((32,), 2.0**-120), torch.full((32,), 1.75 * 2.0**126)])
+    w = torch.stack(
+        [torch.zeros(32), torch.full((32,), 2.0**-120), torch.full((32,), 1.75 * 2.0**126)]
+    )
     codes, scale = fold(w)
     assert torch.equal(codes.float() * scale, w)
 
@@ -89,7 +97,7 @@ def test_it_refuses_formats_that_do_not_fit(scheme, what):
 
 
 def test_the_gradient_is_that_of_the_reconstruction():
-    layer, x = layer_of("mxfp4-w8a8-r8-amxfp8_e4m3"), gaussian(3, 96).requires_grad_()
+    layer, x = layer_of("mxfp4-amxfp8_e4m3+w8a8-r8"), gaussian(3, 96).requires_grad_()
     toward = gaussian(3, 48, 8)
     (layer(x) * toward).sum().backward()
     assert (x.grad - toward @ layer.reconstruct()).norm() <= 1e-2 * x.grad.norm()
@@ -98,14 +106,14 @@ def test_the_gradient_is_that_of_the_reconstruction():
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=str)
 def test_any_leading_shape(leading):
     x = torch.randn((*leading, 96), generator=torch.Generator().manual_seed(0))
-    assert layer_of("mxfp4-w8a8-r8-amxfp4")(x).shape == (*leading, 48)
+    assert layer_of("mxfp4-amxfp4+w8a8-r8")(x).shape == (*leading, 48)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("n_in", [1152, 3072, 6144])
 def test_on_a_gpu_it_keeps_its_bound(n_in):
-    layer = layer_of("mxfp4-w8a8-r32-amxfp8_e4m3", (256, n_in)).cuda()
+    layer = layer_of("mxfp4-amxfp8_e4m3+w8a8-r32", (256, n_in)).cuda()
     x = gaussian(128, n_in).bfloat16().cuda()
     with torch.no_grad():
         y = layer(x).double()

@@ -20,7 +20,9 @@ from matrices import dit_like, gaussian
 
 HERE = Path(__file__).parent
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason='Triton is missing: pip install "loraq[triton]"')
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason='Triton is missing: pip install "loraq[triton]"'
+)
 
 #: The matrix instruction that a kernel must be made of, by kernel and target.
 EXPECTED = {
@@ -101,7 +103,7 @@ def test_an_interpreted_kernel_is_the_reference(interpreted, kernel, bound):
     ("name", "reason"),
     [
         ("mxfp4-a8", r"its activations are \['mxint8'\]"),
-        ("mxfp4-w8a8-r16-amxfp8_e4m3", r"its activations are \['int8', 'mxfp8_e4m3', 'mxint8'\]"),
+        ("mxfp4-amxfp8_e4m3+w8a8-r16", r"its activations are \['int8', 'mxfp8_e4m3', 'mxint8'\]"),
         ("nvfp4-a16", r"it reads \('mxfp4', 'mxint4'\) in whole blocks, not 'nvfp4' of 64"),
     ],
 )
@@ -113,24 +115,30 @@ def test_it_refuses_what_its_kernels_do_not_compute(name, reason, monkeypatch):
 
 def test_without_triton_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("loraq.kernels.triton_row.find_spec", lambda _: None)
-    with pytest.raises(KernelError, match=r"triton is not installed \(pip install \"loraq\[triton\]\"\)"):
+    with pytest.raises(
+        KernelError, match=r"triton is not installed \(pip install \"loraq\[triton\]\"\)"
+    ):
         choose("triton", parse_scheme("mxfp4-a16"), (16, 64), torch.device("cuda"))
 
 
 @needs_triton
 def test_on_a_cpu_it_refuses_outside_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "needs its interpreter" in TritonRow().refusal(parse_scheme("mxfp4-a16"), (16, 64), torch.device("cpu"))
+    assert "needs its interpreter" in TritonRow().refusal(
+        parse_scheme("mxfp4-a16"), (16, 64), torch.device("cpu")
+    )
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("name", ["mxfp4-mxfp8_e4m3-r64-amxfp8_e4m3", "mxfp4-w8a8-r32-a16"])
+@pytest.mark.parametrize("name", ["mxfp4-amxfp8_e4m3+mxfp8_e4m3-r64", "mxfp4-a16+w8a8-r32"])
 @pytest.mark.parametrize(("n_in", "n_out"), [(1152, 4608), (3072, 3072), (6144, 1152)])
 @pytest.mark.parametrize("n_tokens", [1, 130, 1024])
 def test_on_a_gpu_it_keeps_its_bound(name, n_in, n_out, n_tokens):
-    layer = QuantizedLinear.from_solution(quantize_weight(dit_like(n_out, n_in), name, method="svdquant")).cuda()
+    layer = QuantizedLinear.from_solution(
+        quantize_weight(dit_like(n_out, n_in), name, method="svdquant")
+    ).cuda()
     layer.backend = "triton"
     x = gaussian(n_tokens, n_in).bfloat16().cuda()
     with torch.no_grad():

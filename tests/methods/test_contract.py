@@ -29,7 +29,9 @@ CASES = [pytest.param(RTN(), Scheme(main), id=f"rtn-{main}") for main in MAIN_FO
     for branch in BRANCH_FORMATS
 ]
 each_case = pytest.mark.parametrize(("method", "scheme"), CASES)
-each_method_with_branch = pytest.mark.parametrize("method", WITH_BRANCH.values(), ids=WITH_BRANCH.keys())
+each_method_with_branch = pytest.mark.parametrize(
+    "method", WITH_BRANCH.values(), ids=WITH_BRANCH.keys()
+)
 
 
 def of_rank(scheme: Scheme, rank: int) -> Scheme:
@@ -55,7 +57,7 @@ def assert_same_bytes(one: LayerSolution, other: LayerSolution) -> None:
     assert one.relative_error == other.relative_error
 
 
-# --- what a solution says about itself --------------------------------------------------------------------------------
+# --- what a solution says about itself ------------------------------------------------------------
 
 
 @each_case
@@ -71,7 +73,11 @@ def test_every_figure_of_a_solution_is_true(method, scheme):
     assert solution.relative_error == pytest.approx(measured_error(weight, solution), rel=1e-4)
     assert 0 < solution.relative_error < 0.2
     assert solution.sqnr_db == pytest.approx(-20 * math.log10(solution.relative_error))
-    assert solution.nbytes == scheme.nbytes(SHAPE) == sum(tensor.numel() for tensor in stored(solution))
+    assert (
+        solution.nbytes
+        == scheme.nbytes(SHAPE)
+        == sum(tensor.numel() for tensor in stored(solution))
+    )
     assert all(tensor.dtype == torch.uint8 for tensor in stored(solution))
     assert solution.bits_per_weight == 8 * solution.nbytes / weight.numel()
     assert solution.seconds > 0
@@ -84,7 +90,11 @@ def test_the_parts_have_the_formats_and_shapes_of_the_scheme(method, scheme):
     assert solution.residual.shape == SHAPE
     assert (solution.branch is None) == (scheme.branch is None)
     if scheme.branch is not None and solution.branch is not None:
-        assert solution.branch.proj_up.format == solution.branch.proj_down.format == scheme.branch.weight_format
+        assert (
+            solution.branch.proj_up.format
+            == solution.branch.proj_down.format
+            == scheme.branch.weight_format
+        )
         assert solution.branch.proj_up.shape == (SHAPE[0], RANK)
         assert solution.branch.proj_down.shape == (RANK, SHAPE[1])
         assert solution.branch.reconstruct().shape == SHAPE
@@ -110,7 +120,7 @@ def test_another_seed_gives_nearly_the_same_error(method):
     assert errors[0] == pytest.approx(errors[1], rel=0.03)
 
 
-# --- what goes in -----------------------------------------------------------------------------------------------------
+# --- what goes in ---------------------------------------------------------------------------------
 
 
 @each_case
@@ -163,7 +173,7 @@ def test_only_a_matrix_with_values_is_a_weight(method, scheme, shape):
         method.solve(torch.zeros(shape), scheme)
 
 
-# --- the scheme -------------------------------------------------------------------------------------------------------
+# --- the scheme -----------------------------------------------------------------------------------
 
 
 @each_method_with_branch
@@ -199,17 +209,25 @@ def test_every_rank_up_to_the_smaller_side_is_possible(method):
 
 
 @each_case
-@pytest.mark.parametrize(("shape", "rank"), [((33, 85), 5), ((1, 64), 1), ((64, 1), 1), ((1, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((33, 85), 5), ((1, 64), 1), ((64, 1), 1), ((1, 1), 1)], ids=str
+)
 def test_odd_shapes_are_solved(method, scheme, shape, rank):
     weight, scheme = gaussian(*shape), of_rank(scheme, rank)
     solution = method.solve(weight, scheme)
     assert solution.reconstruct().shape == shape
-    assert solution.nbytes == scheme.nbytes(shape) == sum(tensor.numel() for tensor in stored(solution))
-    assert solution.relative_error == pytest.approx(measured_error(weight, solution), rel=1e-3, abs=1e-6)
+    assert (
+        solution.nbytes
+        == scheme.nbytes(shape)
+        == sum(tensor.numel() for tensor in stored(solution))
+    )
+    assert solution.relative_error == pytest.approx(
+        measured_error(weight, solution), rel=1e-3, abs=1e-6
+    )
     assert solution.relative_error < 0.35
 
 
-# --- hard weights -----------------------------------------------------------------------------------------------------
+# --- hard weights ---------------------------------------------------------------------------------
 
 
 @each_case

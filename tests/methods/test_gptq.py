@@ -32,7 +32,9 @@ def test_without_correlation_it_is_round_to_nearest_byte_for_byte(name, width, r
     for hessian in (torch.eye(width), moment):
         rounded = Feedback(hessian).round(weight, fmt, rule)
         nearest = fmt.quantize(weight, rule)
-        assert all(torch.equal(a, b) for a, b in zip(tensors_of(rounded), tensors_of(nearest), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(tensors_of(rounded), tensors_of(nearest), strict=True)
+        )
 
 
 @each_format
@@ -52,7 +54,9 @@ def test_with_correlation_the_output_error_is_far_smaller(name):
 def test_what_is_stored_is_what_the_feedback_reckoned_with(name):
     fmt, weight = get_format(name), dit_like(24, 85)
     scales = FixedScales(weight, fmt, "search")
-    moved = weight + 0.3 * gaussian(24, 85) * weight.std()  # as feedback moves channels; some saturate
+    moved = (
+        weight + 0.3 * gaussian(24, 85) * weight.std()
+    )  # as feedback moves channels; some saturate
     rounded = scales.round(moved, scales.of_values)
     stored = scales.pack(rounded)
     assert torch.equal(stored.dequantize(), rounded)
@@ -61,8 +65,8 @@ def test_what_is_stored_is_what_the_feedback_reckoned_with(name):
 
 
 def test_feedback_is_that_of_the_textbook():
-    # Two channels, the one of larger mean square first: after channel 1 is rounded, the best real value of channel 0 is
-    # w0 + e1 · h01 / h00, whatever it is rounded to next.
+    # Two channels, the one of larger mean square first: after channel 1 is rounded, the best real
+    # value of channel 0 is w0 + e1 · h01 / h00, whatever it is rounded to next.
     hessian = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     weight = torch.tensor([[2.45, 0.4], [7.0, 7.0]])
     fmt = get_format("int4_b8")
@@ -93,7 +97,9 @@ def test_statistics_are_rotated_with_the_weight(rotation):
     weight, x = dit_like(48, 96), correlated(2000, 96)
     scheme = Scheme("mxfp4", "mxfp4", rotation=rotation)
     ours = GPTQ().solve(weight, scheme, stats=stats_of(x))
-    assert output_error(x, weight, ours) < 0.8 * output_error(x, weight, RTN().solve(weight, scheme))
+    assert output_error(x, weight, ours) < 0.8 * output_error(
+        x, weight, RTN().solve(weight, scheme)
+    )
     assert ours.metrics["output_error"] == pytest.approx(output_error(x, weight, ours), rel=1e-3)
 
 
@@ -137,14 +143,18 @@ def test_equal_inputs_give_equal_bytes_and_nothing_is_modified():
     scheme = Scheme("nvfp4", branch=Branch(4, "mxint8"))
     before, moment = weight.clone(), stats.second_moment.clone()
     one, other = (GPTQ().solve(weight, scheme, stats=stats, seed=5) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.tensors.values(), other.tensors.values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.tensors.values(), other.tensors.values(), strict=True)
+    )
     assert torch.equal(weight, before)
     assert torch.equal(stats.second_moment, moment)
 
 
 def test_missing_or_foreign_statistics_are_an_error():
     weight, scheme = dit_like(24, 64), Scheme("mxfp4")
-    with pytest.raises(CalibrationError, match=r"Method 'gptq' needs activation statistics\. Collect them"):
+    with pytest.raises(
+        CalibrationError, match=r"Method 'gptq' needs activation statistics\. Collect them"
+    ):
         GPTQ().solve(weight, scheme)
     with pytest.raises(CalibrationError, match="of 32 input channels, the weight has 64"):
         GPTQ().solve(weight, scheme, stats=stats_of(correlated(100, 32)))

@@ -61,19 +61,26 @@ def test_several_roundings_share_one_factor(monkeypatch):
     made, inputs = [], Inputs(stats_of(X))
     factor = gptq._unit_factor
     monkeypatch.setattr(gptq, "_unit_factor", lambda *of: made.append(of) or factor(*of))
-    first, second = (inputs.round(dit_like(24, 96, seed), get_format("mxfp4"), "search") for seed in (0, 1))
+    first, second = (
+        inputs.round(dit_like(24, 96, seed), get_format("mxfp4"), "search") for seed in (0, 1)
+    )
     assert len(made) == 1
     assert torch.equal(
-        second.packed, Inputs(stats_of(X)).round(dit_like(24, 96, 1), get_format("mxfp4"), "search").packed
+        second.packed,
+        Inputs(stats_of(X)).round(dit_like(24, 96, 1), get_format("mxfp4"), "search").packed,
     )
     assert not torch.equal(first.packed, second.packed)
 
 
 def test_noise_that_inputs_cannot_make_is_filtered():
-    weight, fmt = dit_like(24, 96), get_format("int8")  # fine enough that its own error is no matter
+    weight, fmt = (
+        dit_like(24, 96),
+        get_format("int8"),
+    )  # fine enough that its own error is no matter
     noise = 0.02
     plain, filtered = (
-        Inputs(stats_of(X), activation_noise=power).round(weight, fmt, "search").dequantize() for power in (0.0, noise)
+        Inputs(stats_of(X), activation_noise=power).round(weight, fmt, "search").dequantize()
+        for power in (0.0, noise)
     )
     inputs = Inputs(stats_of(X))
 
@@ -83,7 +90,9 @@ def test_noise_that_inputs_cannot_make_is_filtered():
     assert expected(filtered) < 0.8 * expected(plain)
     generator = torch.Generator().manual_seed(5)
     noisy = X + noise**0.5 * X.square().mean(0).sqrt() * torch.randn(X.shape, generator=generator)
-    errors = [(X @ weight.mT - noisy @ rounded.mT).square().mean().item() for rounded in (plain, filtered)]
+    errors = [
+        (X @ weight.mT - noisy @ rounded.mT).square().mean().item() for rounded in (plain, filtered)
+    ]
     assert errors[1] < 0.8 * errors[0]
 
 

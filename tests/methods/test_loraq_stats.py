@@ -33,7 +33,9 @@ def test_more_knowledge_is_less_output_error():
 def test_it_is_better_than_the_same_rounding_beside_a_branch_of_svd():
     stats = stats_of(X)
     ours = FAST.solve(WEIGHT, SCHEME, stats=stats)
-    assert output_error(X, WEIGHT, ours) < 0.95 * output_error(X, WEIGHT, GPTQ().solve(WEIGHT, SCHEME, stats=stats))
+    assert output_error(X, WEIGHT, ours) < 0.95 * output_error(
+        X, WEIGHT, GPTQ().solve(WEIGHT, SCHEME, stats=stats)
+    )
     assert ours.metrics["objective"] <= ours.metrics["start_objective"]
 
 
@@ -49,17 +51,24 @@ def test_mean_squares_that_are_all_alike_change_no_byte():
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            packed(FAST.solve(WEIGHT, SCHEME, stats=alike)), packed(FAST.solve(WEIGHT, SCHEME)), strict=True
+            packed(FAST.solve(WEIGHT, SCHEME, stats=alike)),
+            packed(FAST.solve(WEIGHT, SCHEME)),
+            strict=True,
         )
     )
 
 
 def test_a_batch_gives_what_its_weights_give_alone():
-    weights, inputs = [WEIGHT, dit_like(64, 96, seed=1)], [stats_of(X), stats_of(correlated(500, 96, seed=9))]
+    weights, inputs = (
+        [WEIGHT, dit_like(64, 96, seed=1)],
+        [stats_of(X), stats_of(correlated(500, 96, seed=9))],
+    )
     together = FAST.solve_batch(weights, SCHEME, seeds=[1, 2], stats=inputs)
     for i in range(2):
         alone = FAST.solve(weights[i], SCHEME, seed=i + 1, stats=inputs[i])
-        assert together[i].metrics["objective"] == pytest.approx(alone.metrics["objective"], rel=0.05)
+        assert together[i].metrics["objective"] == pytest.approx(
+            alone.metrics["objective"], rel=0.05
+        )
 
 
 @pytest.mark.parametrize("full", [True, False])

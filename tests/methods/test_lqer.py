@@ -16,7 +16,10 @@ each_main = pytest.mark.parametrize("main", ["int4", "mxfp4", "nvfp4", "mxint4"]
 @each_family
 def test_more_rank_is_never_worse_with_a_16_bit_branch(matrix, main):
     weight = matrix(64, 96)
-    errors = [LQER().solve(weight, Scheme(main, branch=Branch(rank))).relative_error for rank in (1, 4, 16, 48, 64)]
+    errors = [
+        LQER().solve(weight, Scheme(main, branch=Branch(rank))).relative_error
+        for rank in (1, 4, 16, 48, 64)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] <= RTN().solve(weight, Scheme(main)).relative_error
 
@@ -44,4 +47,6 @@ def test_the_branch_is_the_best_approximation_of_the_error():
     left, values, right = torch.linalg.svd(error.double(), full_matrices=False)
     best = ((left[:, :8] * values[:8]) @ right[:8]).float()
     assert solution.branch is not None
-    torch.testing.assert_close(solution.branch.reconstruct(), best, rtol=0, atol=0.01 * float(best.abs().max()))
+    torch.testing.assert_close(
+        solution.branch.reconstruct(), best, rtol=0, atol=0.01 * float(best.abs().max())
+    )

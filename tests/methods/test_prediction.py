@@ -29,7 +29,8 @@ def test_rank_0_is_rounding_to_nearest_and_more_is_never_worse(method, rotation)
     assert prediction.energy == pytest.approx(weight.double().square().sum().item())
 
 
-# Measured 0.87 to 1.05 for these; the bounds leave a little room. One-shot SVDQuant's scale search adds to it.
+# Measured 0.87 to 1.05 for these; the bounds leave a little room. One-shot SVDQuant's scale search
+# adds to it.
 @pytest.mark.parametrize("factor", ["mxint8", "mxfp6_e2m3", "mxfp4"])
 @pytest.mark.parametrize("method", ["loraq", "svdquant"])
 def test_a_prediction_is_near_what_the_method_leaves(method, factor):
@@ -37,21 +38,28 @@ def test_a_prediction_is_near_what_the_method_leaves(method, factor):
         for rank in (8, 16, 32):
             scheme = Scheme("mxfp4", branch=Branch(rank, factor))
             solved = METHODS[method].solve(weight, scheme, seed=0).relative_error
-            assert predicted(weight, scheme, method, 64).relative_error(rank) == pytest.approx(solved, rel=0.25)
+            assert predicted(weight, scheme, method, 64).relative_error(rank) == pytest.approx(
+                solved, rel=0.25
+            )
 
 
 def test_ranks_help_a_weight_with_leading_directions_more():
     leading, flat = (
-        predicted(w, SCHEME, "loraq", 8) for w in (low_rank(96, 96, 4) + gaussian(96, 96), gaussian(96, 96))
+        predicted(w, SCHEME, "loraq", 8)
+        for w in (low_rank(96, 96, 4) + gaussian(96, 96), gaussian(96, 96))
     )
-    assert leading.relative_error(8) / leading.relative_error(0) < 0.8 * flat.relative_error(8) / flat.relative_error(0)
+    assert leading.relative_error(8) / leading.relative_error(0) < 0.8 * flat.relative_error(
+        8
+    ) / flat.relative_error(0)
 
 
 def test_extreme_weights_are_predicted_too():
     nothing = predicted(zeros(32, 48), SCHEME, "loraq", 32)
     assert set(nothing.left) == {0.0}
     assert nothing.relative_error(8) == 0
-    large, plain = (predicted(w, SCHEME, "loraq", 8).relative_error(8) for w in (huge(64, 64), gaussian(64, 64)))
+    large, plain = (
+        predicted(w, SCHEME, "loraq", 8).relative_error(8) for w in (huge(64, 64), gaussian(64, 64))
+    )
     assert large == pytest.approx(plain, rel=0.05)
     exact = predicted(low_rank(64, 64, 4), SCHEME, "svdquant", 64)
     assert exact.relative_error(4) < 1e-3

@@ -62,7 +62,9 @@ def test_white_inputs_make_it_lqer():
     white = LQER().solve(weight, scheme).reconstruct()
     for method in (QERA(), QERA(exact=False)):
         assert torch.allclose(
-            method.solve(weight, scheme, stats=stats).reconstruct(), white, atol=1e-3 * white.abs().max()
+            method.solve(weight, scheme, stats=stats).reconstruct(),
+            white,
+            atol=1e-3 * white.abs().max(),
         )
 
 
@@ -85,13 +87,18 @@ def test_the_output_error_it_tells_is_that_of_the_inputs():
     weight, x = dit_like(32, 64), correlated(800, 64)
     scheme = Scheme("int4", branch=Branch(4, "mxint8"))
     solution = QERA().solve(weight, scheme, stats=stats_of(x))
-    assert solution.metrics["output_error"] == pytest.approx(output_error(x, weight, solution), rel=1e-3)
+    assert solution.metrics["output_error"] == pytest.approx(
+        output_error(x, weight, solution), rel=1e-3
+    )
 
 
 def test_mean_squares_are_enough_for_the_diagonal_form():
     weight, x = dit_like(32, 64), correlated(800, 64)
     scheme = Scheme("mxfp4", branch=Branch(4))
-    one, other = (QERA(exact=False).solve(weight, scheme, stats=stats_of(x, full=full)) for full in (True, False))
+    one, other = (
+        QERA(exact=False).solve(weight, scheme, stats=stats_of(x, full=full))
+        for full in (True, False)
+    )
     assert torch.equal(one.branch.proj_down.packed, other.branch.proj_down.packed)
     with pytest.raises(CalibrationError, match="'qera' needs full second moments"):
         QERA().solve(weight, scheme, stats=stats_of(x, full=False))
@@ -101,7 +108,9 @@ def test_mean_squares_are_enough_for_the_diagonal_form():
 def test_dead_channels_and_few_tokens_are_no_problem(exact):
     weight, x = dit_like(32, 64), correlated(10, 64)
     x[:, 7] = 0
-    solution = QERA(exact=exact).solve(weight, Scheme("mxfp4", branch=Branch(4, "mxint8")), stats=stats_of(x))
+    solution = QERA(exact=exact).solve(
+        weight, Scheme("mxfp4", branch=Branch(4, "mxint8")), stats=stats_of(x)
+    )
     assert solution.reconstruct().isfinite().all()
     assert solution.metrics["output_error"] < 0.1
     assert solution.relative_error < 1

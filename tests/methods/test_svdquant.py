@@ -54,7 +54,9 @@ def test_one_shot_is_the_textbook_computation(main, rule):
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     branch = left[:, :8].bfloat16().float() @ (values[:8, None] * right[:8]).bfloat16().float()
     residual = weight - branch
-    expected = torch.linalg.vector_norm(residual - fmt.round(residual, rule)) / torch.linalg.vector_norm(weight)
+    expected = torch.linalg.vector_norm(
+        residual - fmt.round(residual, rule)
+    ) / torch.linalg.vector_norm(weight)
     solution = SVDQuant(scale_rule=rule).solve(weight, Scheme(main, branch=Branch(8)))
     assert solution.relative_error == pytest.approx(expected.item(), rel=0.01)
 
@@ -76,4 +78,9 @@ def test_the_alternation_stops_when_nothing_is_gained():
     method = SVDQuant(rounds=100, patience=3)
     assert method.solve(zeros(32, 64), Scheme("int4", branch=Branch(4))).metrics["rounds"] == 4
     assert method.solve(dit_like(64, 96), Scheme("int4", branch=Branch(8))).metrics["rounds"] < 100
-    assert SVDQuant(rounds=5).solve(dit_like(64, 96), Scheme("int4", branch=Branch(8))).metrics["rounds"] == 5
+    assert (
+        SVDQuant(rounds=5)
+        .solve(dit_like(64, 96), Scheme("int4", branch=Branch(8)))
+        .metrics["rounds"]
+        == 5
+    )

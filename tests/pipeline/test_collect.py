@@ -45,9 +45,13 @@ def test_counts_equal_a_direct_computation(full):
         found = stats[name]
         assert found.tokens == len(x)
         exact = x.double().mT @ x.double() / len(x)
-        assert torch.allclose(found.second_moment.double(), exact if full else exact.diagonal(), rtol=1e-5, atol=1e-7)
+        assert torch.allclose(
+            found.second_moment.double(), exact if full else exact.diagonal(), rtol=1e-5, atol=1e-7
+        )
         assert found.is_full is full
-        assert torch.equal(found.second_moment, found.second_moment.mT if full else found.second_moment)
+        assert torch.equal(
+            found.second_moment, found.second_moment.mT if full else found.second_moment
+        )
 
 
 def test_no_more_than_the_first_tokens_are_counted():
@@ -62,7 +66,9 @@ def test_long_inputs_are_counted_in_pieces():
     net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(9000, 4)
     stats = collect_stats(net, lambda: net(x), ["0"])["0"]
     assert stats.tokens == 9000
-    assert torch.allclose(stats.second_moment.double(), x.double().mT @ x.double() / 9000, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(
+        stats.second_moment.double(), x.double().mT @ x.double() / 9000, rtol=1e-6, atol=1e-7
+    )
 
 
 def test_inputs_of_one_call_are_spread_evenly():
@@ -76,7 +82,10 @@ def test_inputs_of_one_call_are_spread_evenly():
 
 def test_a_limit_above_the_inputs_of_a_call_counts_all():
     net = Net()
-    some, every = (collect_stats(net, lambda: run(net), ["mix"], tokens_per_call=n)["mix"] for n in (10**6, None))
+    some, every = (
+        collect_stats(net, lambda: run(net), ["mix"], tokens_per_call=n)["mix"]
+        for n in (10**6, None)
+    )
     assert some.sha256 == every.sha256
 
 
@@ -89,10 +98,17 @@ def test_groups_give_the_same_statistics_as_one_run(full, tmp_path):
     for place in (None, target):
         runs.clear()
         grouped = collect_stats(
-            net, lambda: runs.append(run(net)), LAYERS, second_moment=full, memory_bytes=limit, target=place
+            net,
+            lambda: runs.append(run(net)),
+            LAYERS,
+            second_moment=full,
+            memory_bytes=limit,
+            target=place,
         )
         assert len(runs) == 2
-        assert {name: grouped[name].sha256 for name in grouped} == {name: s.sha256 for name, s in once.items()}
+        assert {name: grouped[name].sha256 for name in grouped} == {
+            name: s.sha256 for name, s in once.items()
+        }
     save_stats(once, tmp_path / "once.safetensors")
     assert (tmp_path / "once.safetensors").read_bytes() == target.read_bytes()
 
@@ -178,7 +194,9 @@ def test_an_input_that_is_trained_leaves_no_graph():
 
 def test_an_input_may_be_given_by_name():
     net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(500, 4)
-    by_name, by_place = (collect_stats(net, run, ["0"])["0"] for run in (lambda: net[0](input=x), lambda: net(x)))
+    by_name, by_place = (
+        collect_stats(net, run, ["0"])["0"] for run in (lambda: net[0](input=x), lambda: net(x))
+    )
     assert by_name.sha256 == by_place.sha256
 
 
@@ -192,7 +210,9 @@ def test_squares_that_overflow_are_an_error_with_the_name_of_the_layer():
 def test_a_target_that_cannot_be_is_known_before_the_run(tmp_path, name):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match=name):
-        collect_stats(Net(), lambda: pytest.fail("the run must not begin"), LAYERS, target=tmp_path / name)
+        collect_stats(
+            Net(), lambda: pytest.fail("the run must not begin"), LAYERS, target=tmp_path / name
+        )
 
 
 def test_the_model_is_left_as_it_was():

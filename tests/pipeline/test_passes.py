@@ -23,11 +23,15 @@ def test_the_widest_stand_first_and_small_ones_fill_what_is_left():
     limit = alone + counting_bytes(10, second_moment=True)
     assert passes_within(widths, limit) == [["wide", "small"], ["also wide", "tiny"]]
     assert passes_within(widths, 2 * alone) == [["wide", "also wide", "small", "tiny"]]
-    assert passes_within(widths, alone, second_moment=False) == [["wide", "also wide", "small", "tiny"]]
+    assert passes_within(widths, alone, second_moment=False) == [
+        ["wide", "also wide", "small", "tiny"]
+    ]
 
 
 @given(
-    st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(12 * 300**2 + 1200, 3_000_000), st.booleans()
+    st.lists(st.integers(1, 300), min_size=1, max_size=30),
+    st.integers(12 * 300**2 + 1200, 3_000_000),
+    st.booleans(),
 )
 def test_every_layer_is_in_one_group_and_no_group_takes_more(sizes, limit, full):
     widths = {f"layer.{i}": width for i, width in enumerate(sizes)}
@@ -39,6 +43,8 @@ def test_every_layer_is_in_one_group_and_no_group_takes_more(sizes, limit, full)
 
 
 def test_a_layer_that_alone_takes_more_is_named_with_what_it_takes():
-    with pytest.raises(CalibrationError, match=r"layer 'wide' with its 1000 inputs takes 0\.012 GB, and 0\.01 GB"):
+    with pytest.raises(
+        CalibrationError, match=r"layer 'wide' with its 1000 inputs takes 0\.012 GB, and 0\.01 GB"
+    ):
         passes_within({"small": 10, "wide": 1000}, 10_000_000)
     assert passes_within({"wide": 1000}, 10_000_000, second_moment=False) == [["wide"]]

@@ -73,6 +73,8 @@ def test_rich_is_loaded_only_for_a_bar():
         "import sys\nfrom loraq.pipeline.progress import progress_bar\n"
         "with progress_bar('a') as show: show(1, 1, 'b', 0.0)\nassert 'rich' not in sys.modules"
     )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert finished.stderr == "a: layer 1 of 1, error 0.0000, 0 s left, b\n"
     assert finished.stdout == ""

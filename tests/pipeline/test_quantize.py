@@ -21,7 +21,14 @@ from matrices import dit_like, gaussian
 
 #: Wide enough for the randomized start of the solver, and short.
 FAST = Recipe(Scheme("mxfp4", "mxfp4", Branch(8, "mxint8", "mxint8")), effort="fast")
-NAMES = ["blocks.0.attn", "blocks.0.up", "blocks.0.down", "blocks.1.attn", "blocks.1.up", "blocks.1.down"]
+NAMES = [
+    "blocks.0.attn",
+    "blocks.0.up",
+    "blocks.0.down",
+    "blocks.1.attn",
+    "blocks.1.up",
+    "blocks.1.down",
+]
 
 
 class Block(nn.Module):
@@ -80,7 +87,7 @@ def assert_same_solution(solution: LayerSolution, layer: QuantizedLinear) -> Non
     assert layer.scheme == solution.scheme
 
 
-# --- a module in place ----------------------------------------------------------------------------------------------
+# --- a module in place ----------------------------------------------------------------------------
 
 
 def test_the_linear_layers_are_replaced_in_place_and_the_skipped_ones_stay(model):
@@ -113,7 +120,13 @@ def test_the_rules_of_the_recipe_decide(model):
     )
     quantize_(model, replace(FAST, rules=rules), progress=False)
     layers = quantized_layers(model)
-    assert list(layers) == ["blocks.0.attn", "blocks.0.up", "blocks.0.down", "blocks.1.up", "proj_out"]
+    assert list(layers) == [
+        "blocks.0.attn",
+        "blocks.0.up",
+        "blocks.0.down",
+        "blocks.1.up",
+        "proj_out",
+    ]
     assert layers["proj_out"].scheme.branch.rank == 4
     assert {layers[name].scheme.weight for name in ("blocks.0.up", "blocks.1.up")} == {"mxint4"}
     assert layers["blocks.0.attn"].scheme == FAST.scheme
@@ -128,7 +141,9 @@ def test_a_shared_layer_is_solved_once_and_replaced_everywhere():
     assert isinstance(model["a"], QuantizedLinear)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_weights_of_any_float_dtype(dtype):
     model = nn.Sequential(nn.Linear(64, 48)).to(dtype)
     weight, bias = model[0].weight, model[0].bias
@@ -136,7 +151,9 @@ def test_weights_of_any_float_dtype(dtype):
     assert model[0].bias is bias
     assert report.layers[0].relative_error < 0.15
     exact = nn.functional.linear(torch.ones(2, 64), weight.float(), bias.float())
-    torch.testing.assert_close(model(torch.ones(2, 64, dtype=dtype)).float(), exact, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(
+        model(torch.ones(2, 64, dtype=dtype)).float(), exact, atol=0.2, rtol=0.1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +167,18 @@ def pixart() -> type[nn.Module]:
 
 def test_a_pixart_transformer_is_quantized_and_runs(pixart):
     torch.manual_seed(0)
-    size = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2}
+    size = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "num_layers": 2,
+    }
     model = pixart(
-        **size, sample_size=8, caption_channels=24, use_additional_conditions=False, norm_num_groups=4
+        **size,
+        sample_size=8,
+        caption_channels=24,
+        use_additional_conditions=False,
+        norm_num_groups=4,
     ).eval()
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
@@ -162,16 +188,21 @@ def test_a_pixart_transformer_is_quantized_and_runs(pixart):
     }
     with torch.no_grad():
         exact = model(**inputs).sample
-        report = quantize_(model, "mxint8-w8a8-r4-a16", progress=False)
+        report = quantize_(model, "mxint8-a16+w8a8-r4", progress=False)
         y = model(**inputs).sample
-    parts = [f"attn1.to_{part}" for part in ("q", "k", "v", "out.0")] + ["attn2.to_q", "attn2.to_out.0"]
+    parts = [f"attn1.to_{part}" for part in ("q", "k", "v", "out.0")] + [
+        "attn2.to_q",
+        "attn2.to_out.0",
+    ]
     parts += ["ff.net.0.proj", "ff.net.2"]
-    assert [layer.name for layer in report.layers] == [f"transformer_blocks.{i}.{p}" for i in range(2) for p in parts]
+    assert [layer.name for layer in report.layers] == [
+        f"transformer_blocks.{i}.{p}" for i in range(2) for p in parts
+    ]
     assert y.shape == exact.shape
     assert 0 < (y - exact).norm() < 0.02 * exact.norm()
 
 
-# --- the report -----------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def test_the_report_says_what_the_layers_are(model):
@@ -208,7 +239,7 @@ def test_the_source_hash_is_of_the_bytes_in_their_own_dtype():
     assert report.layers[0].source_sha256 == hashlib.sha256(raw).hexdigest()
 
 
-# --- the same bytes -------------------------------------------------------------------------------------------------
+# --- the same bytes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3, 20])
@@ -242,7 +273,9 @@ def test_the_threads_of_torch_are_those_from_before(model):
         assert torch.get_num_threads() == 2
         quantize_(model, FAST, workers=4, progress=False)
         assert torch.get_num_threads() == 2
-        with ThreadPoolExecutor() as pool:  # a new thread starts with what the process was left with
+        with (
+            ThreadPoolExecutor() as pool
+        ):  # a new thread starts with what the process was left with
             assert pool.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
@@ -252,7 +285,9 @@ def test_one_weight_gives_the_bytes_of_its_layer(model, expected):
     weights = {name: layer.weight.detach().clone() for name, layer in linear_layers(model).items()}
     quantize_(model, FAST, progress=False)
     for name in ("blocks.0.up", "blocks.1.attn"):
-        assert_same_solution(quantize_weight(weights[name], FAST, name=name), model.get_submodule(name))
+        assert_same_solution(
+            quantize_weight(weights[name], FAST, name=name), model.get_submodule(name)
+        )
 
 
 def test_the_seed_and_the_name_and_nothing_else_decide():
@@ -274,7 +309,7 @@ def test_solving_does_not_touch_the_random_state(model):
     assert torch.equal(torch.rand(3), after)
 
 
-# --- interrupted ----------------------------------------------------------------------------------------------------
+# --- interrupted ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -315,7 +350,7 @@ def test_an_error_in_the_progress_function_comes_out_as_it_is(model):
     assert list(quantized_layers(model)) == NAMES[:1]
 
 
-# --- refused before anything changes --------------------------------------------------------------------------------
+# --- refused before anything changes --------------------------------------------------------------
 
 
 def set_weight(model: nn.Module, weight: Tensor) -> None:
@@ -333,8 +368,14 @@ def poisoned(value: float) -> Tensor:
     [
         (poisoned(math.nan), r"the value at \(5, 7\) is nan, and 1 of 12288 values are not finite"),
         (poisoned(-math.inf), r"the value at \(5, 7\) is -inf"),
-        (torch.empty(96, 128, device="meta"), r"has no weights \(it is on the meta device\)\. Load the model first"),
-        (torch.ones(96, 128, dtype=torch.int8), r"has weights of torch\.int8\. Float weights of 16 bits or more"),
+        (
+            torch.empty(96, 128, device="meta"),
+            r"has no weights \(it is on the meta device\)\. Load the model first",
+        ),
+        (
+            torch.ones(96, 128, dtype=torch.int8),
+            r"has weights of torch\.int8\. Float weights of 16 bits or more",
+        ),
         (
             torch.ones(96, 128).to(torch.float8_e4m3fn),
             r"has weights of torch\.float8_e4m3fn\. Float weights of 16 bits",
@@ -360,31 +401,46 @@ def test_an_unusable_weight_is_no_matter_where_it_is_skipped(model):
 
 def test_a_recipe_that_does_not_fit_a_layer_is_refused_before_anything_changes(model):
     model.blocks.append(nn.Linear(96, 4))
-    with pytest.raises(SchemeError, match=r"Layer 'blocks\.2': Branch rank 8 is larger than min\(out, in\)"):
+    with pytest.raises(
+        SchemeError, match=r"Layer 'blocks\.2': Branch rank 8 is larger than min\(out, in\)"
+    ):
         quantize_(model, FAST, progress=False)
     assert not quantized_layers(model)
 
 
-@pytest.mark.parametrize("recipe", ["mxfp4-w9a9", "nothing.toml", Recipe(FAST.scheme, rules=(Rule("*", skip=True),))])
+@pytest.mark.parametrize(
+    "recipe", ["mxfp4+w9a9", "nothing.toml", Recipe(FAST.scheme, rules=(Rule("*", skip=True),))]
+)
 def test_a_recipe_that_cannot_be_used_is_refused_before_anything_changes(model, recipe):
     with pytest.raises(RecipeError):
         quantize_(model, recipe, progress=False)
     assert not quantized_layers(model)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 1)], ids=["linear", "1×1 convolution"])
-@pytest.mark.parametrize("entry", [lambda layer: quantize_(layer, FAST, progress=False), lambda x: plan_model(x, FAST)])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 1)], ids=["linear", "1×1 convolution"]
+)
+@pytest.mark.parametrize(
+    "entry", [lambda layer: quantize_(layer, FAST, progress=False), lambda x: plan_model(x, FAST)]
+)
 def test_a_bare_layer_is_told_what_to_do(layer, entry):
-    with pytest.raises(LayerError, match=r"itself a linear layer .*torch\.nn\.Sequential\(layer\).*quantize_weight"):
+    with pytest.raises(
+        LayerError, match=r"itself a linear layer .*torch\.nn\.Sequential\(layer\).*quantize_weight"
+    ):
         entry(layer)
-    assert len(quantize_(nn.Sequential(layer), FAST, progress=False).layers) == 1  # the advice works
+    assert (
+        len(quantize_(nn.Sequential(layer), FAST, progress=False).layers) == 1
+    )  # the advice works
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (nn.Sequential(nn.SiLU()), "Nothing to quantize: 0 linear layers were found in Sequential"),
-        (nn.ModuleDict({"proj_out": nn.Linear(8, 8)}), r"Nothing to quantize: 1 linear layers .*`skip = false`"),
+        (
+            nn.ModuleDict({"proj_out": nn.Linear(8, 8)}),
+            r"Nothing to quantize: 1 linear layers .*`skip = false`",
+        ),
     ],
     ids=["no linear layer", "all skipped"],
 )
@@ -394,23 +450,29 @@ def test_nothing_to_quantize_is_an_error(model, message):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_done(model, monkeypatch, workers):
+def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_done(
+    model, monkeypatch, workers
+):
     class Failing:
         use_of_stats = "ignored"
 
-        def solve(self, weight: Tensor, scheme: Scheme, *, seed: int = 0, stats: None = None) -> LayerSolution:
+        def solve(
+            self, weight: Tensor, scheme: Scheme, *, seed: int = 0, stats: None = None
+        ) -> LayerSolution:
             raise ZeroDivisionError("of course")
 
     solver = Recipe.solver
     bad = replace(FAST, rules=(Rule("blocks.1.attn", weight="mxint4"),))
-    monkeypatch.setattr(Recipe, "solver", lambda self, s: Failing() if s.weight == "mxint4" else solver(self, s))
+    monkeypatch.setattr(
+        Recipe, "solver", lambda self, s: Failing() if s.weight == "mxint4" else solver(self, s)
+    )
     with pytest.raises(LayerError, match=r"Layer 'blocks\.1\.attn' failed: of course") as caught:
         quantize_(model, bad, workers=workers, progress=False)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert list(quantized_layers(model)) == NAMES[:3]
 
 
-# --- progress -------------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 def test_the_progress_function_is_called_after_each_layer(model):
@@ -421,7 +483,9 @@ def test_the_progress_function_is_called_after_each_layer(model):
         done.append(list(quantized_layers(model)))
 
     report = quantize_(model, FAST, workers=2, progress=show)
-    assert calls == [(i + 1, 6, layer.name, layer.relative_error) for i, layer in enumerate(report.layers)]
+    assert calls == [
+        (i + 1, 6, layer.name, layer.relative_error) for i, layer in enumerate(report.layers)
+    ]
     assert done == [NAMES[: i + 1] for i in range(6)]
 
 
@@ -442,7 +506,7 @@ def test_no_progress_writes_nothing(model, capsys):
     assert captured.out == captured.err == ""
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -458,14 +522,16 @@ def test_a_float_weight_is_freed_when_its_layer_is_done(model, workers):
     assert weights["embedder"]() is not None
 
 
-# --- one weight -----------------------------------------------------------------------------------------------------
+# --- one weight -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_a_weight_of_any_float_dtype_is_solved_and_left_as_it_was(dtype):
     weight = dit_like(48, 96).to(dtype)
     before = weight.clone()
-    solution = quantize_weight(weight, "mxfp4-w8a8-r8")
+    solution = quantize_weight(weight, "mxfp4+w8a8-r8")
     assert torch.equal(weight, before)
     assert solution.reconstruct().dtype == torch.float32
     error = ((weight.float() - solution.reconstruct()).norm() / weight.float().norm()).item()
@@ -494,7 +560,7 @@ def test_without_a_branch_the_method_does_not_matter():
     plain = QuantizedLinear.from_solution(quantize_weight(weight, "mxfp4", method="rtn"))
     for method in ("loraq", "svdquant", "lqer"):
         assert_same_solution(quantize_weight(weight, "mxfp4", method=method), plain)
-    assert_same_solution(quantize_weight(weight, "mxfp4-w8a8-h0", method="rtn"), plain)
+    assert_same_solution(quantize_weight(weight, "mxfp4+w8a8-h0", method="rtn"), plain)
 
 
 def test_the_name_of_a_weight_selects_the_rules():
@@ -502,23 +568,51 @@ def test_the_name_of_a_weight_selects_the_rules():
     recipe = Recipe(Scheme("mxfp4"), rules=(Rule("*.ff", weight="mxint8"),))
     assert quantize_weight(weight, recipe, name="blocks.0.ff").scheme == Scheme("mxint8")
     assert quantize_weight(weight, recipe).scheme == Scheme("mxfp4")
-    with pytest.raises(RecipeError, match=r"The recipe skips layer 'proj_out'\. Use another name, or remove the rule"):
+    with pytest.raises(
+        RecipeError,
+        match=r"The recipe skips layer 'proj_out'\. Use another name, or remove the rule",
+    ):
         quantize_weight(weight, recipe, name="proj_out")
 
 
 @pytest.mark.parametrize(
     ("weight", "arguments", "error", "message"),
     [
-        (gaussian(8, 8), {"recipe": "mxfp4", "method": "hqq"}, RecipeError, "Unknown method 'hqq'.*loraq, lqer, qera"),
+        (
+            gaussian(8, 8),
+            {"recipe": "mxfp4", "method": "hqq"},
+            RecipeError,
+            "Unknown method 'hqq'.*loraq, lqer, qera",
+        ),
         (gaussian(8, 8), {"recipe": "mxfp9"}, RecipeError, "Unknown number format 'mxfp9'"),
-        (gaussian(8, 8), {"recipe": "mxfp4-r9"}, SchemeError, "Branch rank 9 is larger"),
-        (torch.ones(8, 8).int(), {"recipe": "mxfp4"}, FormatError, r"of torch\.int32\. Loaded float weights"),
+        (gaussian(8, 8), {"recipe": "mxfp4+bf16-r9"}, SchemeError, "Branch rank 9 is larger"),
+        (
+            torch.ones(8, 8).int(),
+            {"recipe": "mxfp4"},
+            FormatError,
+            r"of torch\.int32\. Loaded float weights",
+        ),
         (torch.ones(8, 8, device="meta"), {"recipe": "mxfp4"}, FormatError, "on the meta device"),
-        (gaussian(8, 8)[0], {"recipe": "mxfp4"}, SchemeError, r"shape \(8,\)\. A matrix \(out, in\) is required"),
+        (
+            gaussian(8, 8)[0],
+            {"recipe": "mxfp4"},
+            SchemeError,
+            r"shape \(8,\)\. A matrix \(out, in\) is required",
+        ),
         (torch.ones(2, 3, 4), {"recipe": "mxfp4"}, SchemeError, r"shape \(2, 3, 4\)"),
         (torch.ones(0, 8), {"recipe": "mxfp4"}, SchemeError, r"shape \(0, 8\)"),
-        (poisoned(math.nan), {"recipe": "mxfp4"}, FormatError, r"'mxfp4': the value at \(5, 7\) is nan"),
-        (poisoned(math.inf), {"recipe": "mxfp4-w8a8-r4"}, FormatError, r"the value at \(5, 7\) is inf"),
+        (
+            poisoned(math.nan),
+            {"recipe": "mxfp4"},
+            FormatError,
+            r"'mxfp4': the value at \(5, 7\) is nan",
+        ),
+        (
+            poisoned(math.inf),
+            {"recipe": "mxfp4+w8a8-r4"},
+            FormatError,
+            r"the value at \(5, 7\) is inf",
+        ),
     ],
 )
 def test_what_cannot_be_solved_says_why(weight, arguments, error, message):

@@ -17,20 +17,32 @@ from loraq.stats import ActivationStats
 from matrices import heavy_tailed
 
 #: Layer "3" has no branch, so that only GPTQ makes something of its inputs.
-RECIPE = Recipe(Scheme("mxfp4", branch=Branch(8, "mxint8")), method="qera", rules=(Rule("3", branch={"rank": 4}),))
+RECIPE = Recipe(
+    Scheme("mxfp4", branch=Branch(8, "mxint8")),
+    method="qera",
+    rules=(Rule("3", branch={"rank": 4}),),
+)
 METHODS = ["loraq", "gptq", "qera"]
 LAYERS = ["0", "2", "3", "4"]
 
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    layers = (nn.Linear(64, 48), nn.LayerNorm(48), nn.Linear(48, 96, bias=False), nn.Linear(96, 33), nn.Linear(33, 16))
+    layers = (
+        nn.Linear(64, 48),
+        nn.LayerNorm(48),
+        nn.Linear(48, 96, bias=False),
+        nn.Linear(96, 33),
+        nn.Linear(33, 16),
+    )
     return nn.Sequential(*layers)
 
 
 def collected(seed: int = 0, **options) -> dict[str, ActivationStats]:
     model = net()
-    return dict(loraq.collect_stats(model, lambda: model(heavy_tailed(500, 64, seed)), LAYERS, **options))
+    return dict(
+        loraq.collect_stats(model, lambda: model(heavy_tailed(500, 64, seed)), LAYERS, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +66,11 @@ def quantize(source: Path, target: Path, recipe: Recipe = RECIPE, **options):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -65,18 +81,24 @@ def left_behind(folder: Path) -> list[str]:
 def test_reports_say_what_statistics_think_of_the_outputs(method, source, tmp_path, stats):
     report = quantize(source, tmp_path / "out", by(method), stats=stats)
     float_net, x = net(), heavy_tailed(500, 64, 0)  # what the statistics saw
-    rounded = loraq.quantize_weight(float_net[0].weight, by(method), name="0", stats=stats["0"]).reconstruct()
+    rounded = loraq.quantize_weight(
+        float_net[0].weight, by(method), name="0", stats=stats["0"]
+    ).reconstruct()
     exact = x @ float_net[0].weight.detach().mT
     first = report.layers[0]
-    assert first.output_error == pytest.approx(((x @ rounded.mT - exact).norm() / exact.norm()).item(), rel=1e-3)
-    assert report.mean_output_error == pytest.approx(sum(layer.output_error for layer in report.layers) / 4)
+    assert first.output_error == pytest.approx(
+        ((x @ rounded.mT - exact).norm() / exact.norm()).item(), rel=1e-3
+    )
+    assert report.mean_output_error == pytest.approx(
+        sum(layer.output_error for layer in report.layers) / 4
+    )
     assert first.record()["output_error"] == first.output_error
     without = quantize(source, tmp_path / "without", by("svdquant"))
     assert without.mean_output_error is None
     assert "output_error" not in without.layers[0].record()
 
 
-# --- the same bytes -------------------------------------------------------------------------------------------------
+# --- the same bytes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,12 +119,16 @@ def test_memory_and_files_and_both_forms_of_statistics_agree(method, source, tmp
 def test_processes_agree(source, tmp_path, stats):
     loraq.save_stats(stats, tmp_path / "stats.safetensors")
     for workers in (1, 2):
-        quantize(source, tmp_path / str(workers), workers=workers, stats=tmp_path / "stats.safetensors")
+        quantize(
+            source, tmp_path / str(workers), workers=workers, stats=tmp_path / "stats.safetensors"
+        )
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
 def test_each_layer_that_used_statistics_records_their_hash(source, tmp_path, stats):
-    mixed = Recipe(Scheme("mxfp4"), method="loraq", effort="fast", rules=(Rule("2", branch={"rank": 4}),))
+    mixed = Recipe(
+        Scheme("mxfp4"), method="loraq", effort="fast", rules=(Rule("2", branch={"rank": 4}),)
+    )
     report = quantize(source, tmp_path / "out", mixed, stats=stats)
     assert {layer.name: layer.stats_sha256 for layer in report.layers} == {
         **dict.fromkeys(LAYERS, ""),
@@ -122,7 +148,9 @@ def test_an_interrupted_run_goes_on_with_the_same_statistics_only(source, tmp_pa
 
     with pytest.raises(KeyboardInterrupt, match="1 of 4 layers are kept"):
         quantize(source, tmp_path / "out", stats=stats, progress=interrupt)
-    with pytest.raises(CheckpointError, match=r"other settings\. Changed: statistics \(0: '[0-9a-f]{16}' then"):
+    with pytest.raises(
+        CheckpointError, match=r"other settings\. Changed: statistics \(0: '[0-9a-f]{16}' then"
+    ):
         quantize(source, tmp_path / "out", stats=collected(seed=1))
     assert quantize(source, tmp_path / "out", stats=stats).kept == 1
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -139,22 +167,35 @@ def test_statistics_that_change_meanwhile_are_found(source, tmp_path, stats):
         quantize(source, tmp_path / "out", stats=place, progress=change)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        (by("gptq"), None, r"Method 'gptq' needs activation statistics, and none are given for 4 layers\. Collect"),
+        (
+            by("gptq"),
+            None,
+            r"Method 'gptq' needs activation statistics, and none are given for 4 layers\. Collect",
+        ),
         (by("qera"), None, "Method 'qera' needs activation statistics"),
         (
             by("svdquant"),
             {},
-            "No layer uses the statistics: method 'svdquant' makes nothing of them.* loraq, gptq, qera",
+            "No layer uses the statistics: method 'svdquant' makes nothing of them.* loraq, gptq, "
+            "qera",
         ),
         (by("rtn"), {}, "method 'rtn' makes nothing of them"),
-        (replace(by("loraq"), scheme=Scheme("mxfp4"), rules=()), {}, "none has a branch.*'loraq' rounds to nearest"),
-        (by("gptq"), {"second_moment": False}, "Mean squares are not enough: method 'gptq' needs full second moments"),
+        (
+            replace(by("loraq"), scheme=Scheme("mxfp4"), rules=()),
+            {},
+            "none has a branch.*'loraq' rounds to nearest",
+        ),
+        (
+            by("gptq"),
+            {"second_moment": False},
+            "Mean squares are not enough: method 'gptq' needs full second moments",
+        ),
         (by("qera"), {"second_moment": False}, "Mean squares are not enough: method 'qera'"),
     ],
 )
@@ -173,7 +214,9 @@ def test_statistics_of_another_model_are_refused(source, tmp_path, stats):
     fewer = {name: of_layer for name, of_layer in stats.items() if name != "3"}
     with pytest.raises(CalibrationError, match="no statistics of 1 of 4 layers: 3"):
         quantize(source, tmp_path / "out", stats=fewer)
-    with pytest.raises(CalibrationError, match="Layer '0' has 64 input channels, its statistics have 48"):
+    with pytest.raises(
+        CalibrationError, match="Layer '0' has 64 input channels, its statistics have 48"
+    ):
         quantize(source, tmp_path / "out", stats=stats | {"0": stats["2"]})
     assert left_behind(tmp_path) == []
 
@@ -192,7 +235,9 @@ def test_a_target_that_is_there_is_found_before_the_statistics_are_read(source, 
 def test_mean_squares_do_for_those_that_take_them(source, tmp_path):
     squares = collected(second_moment=False)
     for method, options in (("loraq", {}), ("qera", {"exact": False})):
-        report = quantize(source, tmp_path / method, replace(by(method), options=options), stats=squares)
+        report = quantize(
+            source, tmp_path / method, replace(by(method), options=options), stats=squares
+        )
         assert all(layer.stats_sha256 for layer in report.layers)
 
 
@@ -204,7 +249,9 @@ def test_a_finished_model_can_be_given_statistics_again(stats):
 
 def test_nothing_to_quantize_is_said_before_what_statistics_are_for(stats):
     with pytest.raises(RecipeError, match="Nothing to quantize"):
-        loraq.quantize_(net(), replace(RECIPE, rules=(Rule("*", skip=True),)), stats=stats, progress=False)
+        loraq.quantize_(
+            net(), replace(RECIPE, rules=(Rule("*", skip=True),)), stats=stats, progress=False
+        )
 
 
 def test_a_rule_that_matches_nothing_is_told_once(stats, caplog):

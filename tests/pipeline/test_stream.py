@@ -19,13 +19,19 @@ from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LayerError
 from loraq.recipe import Recipe
 
-RECIPE = "mxfp4-w8a8-r8"
+RECIPE = "mxfp4+w8a8-r8"
 N_LAYERS = 4
 
 
 def net(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     torch.manual_seed(0)
-    layers = (nn.Linear(64, 48), nn.LayerNorm(48), nn.Linear(48, 96, bias=False), nn.Linear(96, 33), nn.Linear(33, 16))
+    layers = (
+        nn.Linear(64, 48),
+        nn.LayerNorm(48),
+        nn.Linear(48, 96, bias=False),
+        nn.Linear(96, 33),
+        nn.Linear(33, 16),
+    )
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -45,12 +51,20 @@ def expected(source, tmp_path) -> dict[str, bytes]:
 
 
 def quantize(source: Path, target: Path, recipe=RECIPE, **options):
-    recipe = Recipe.from_dict({**Recipe.named(recipe).to_dict(), "method": "lqer"}) if recipe == RECIPE else recipe
+    recipe = (
+        Recipe.from_dict({**Recipe.named(recipe).to_dict(), "method": "lqer"})
+        if recipe == RECIPE
+        else recipe
+    )
     return loraq.quantize_checkpoint(source, target, recipe, **{"progress": False, **options})
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def edit(path: Path, change) -> None:
@@ -75,14 +89,16 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-# --- the same bytes -------------------------------------------------------------------------------------------------
+# --- the same bytes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard_bytes", [2_000_000_000, 3000])
-@pytest.mark.parametrize("recipe", ["mxfp4-w8a8-r8", "nvfp4-r5-a16", "int4", "mxint4-r3"])
+@pytest.mark.parametrize("recipe", ["mxfp4+w8a8-r8", "nvfp4-a16+bf16-r5", "int4", "mxint4+bf16-r3"])
 def test_the_bytes_are_those_of_quantizing_in_memory(tmp_path, recipe, shard_bytes):
     model = net()
-    write_shards(model.state_dict(), tmp_path, "model")  # in the order of the model, as `save_pretrained` does
+    write_shards(
+        model.state_dict(), tmp_path, "model"
+    )  # in the order of the model, as `save_pretrained` does
     chosen = Recipe.from_dict({**Recipe.named(recipe).to_dict(), "method": "lqer"})
     quantize(tmp_path / "model.safetensors", tmp_path / "a", chosen, shard_bytes=shard_bytes)
     loraq.quantize_(model, chosen, progress=False)
@@ -103,7 +119,9 @@ def test_a_file_without_a_class_gives_a_folder_to_load_into(tmp_path, dtype):
 
 def test_a_1x1_convolution_is_a_matrix(tmp_path):
     weight = torch.randn(48, 32, 1, 1, generator=torch.Generator().manual_seed(0))
-    save_file({"conv.weight": weight, "deep.weight": torch.randn(8, 8, 3, 3)}, tmp_path / "a.safetensors")
+    save_file(
+        {"conv.weight": weight, "deep.weight": torch.randn(8, 8, 3, 3)}, tmp_path / "a.safetensors"
+    )
     save_file({"conv.weight": weight.view(48, 32)}, tmp_path / "b.safetensors")
     for name in "ab":
         quantize(tmp_path / f"{name}.safetensors", tmp_path / name)
@@ -121,15 +139,22 @@ def test_the_number_of_workers_does_not_change_a_byte(source, expected, tmp_path
 def test_workers_begin_with_the_largest_layer(source, tmp_path):
     progress = At(0, None)
     quantize(source, tmp_path / "out", progress=progress)
-    assert [event[:3] for event in progress.events] == [(1, 4, "2"), (2, 4, "3"), (3, 4, "0"), (4, 4, "4")]
+    assert [event[:3] for event in progress.events] == [
+        (1, 4, "2"),
+        (2, 4, "3"),
+        (3, 4, "0"),
+        (4, 4, "4"),
+    ]
 
 
-# --- resuming -------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", range(1, N_LAYERS + 1))
 def test_an_interrupted_run_goes_on_where_it_was(source, expected, tmp_path, after):
-    with pytest.raises(KeyboardInterrupt, match=rf"{after} of 4 layers are kept; run the same command to go on"):
+    with pytest.raises(
+        KeyboardInterrupt, match=rf"{after} of 4 layers are kept; run the same command to go on"
+    ):
         quantize(source, tmp_path / "out", progress=At(after, interrupt))
     assert not (tmp_path / "out").exists()
     rest = At(0, None)
@@ -141,7 +166,9 @@ def test_an_interrupted_run_goes_on_where_it_was(source, expected, tmp_path, aft
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", "source"]
 
 
-def test_a_run_that_was_killed_right_after_its_last_rename_is_finished(source, expected, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_right_after_its_last_rename_is_finished(
+    source, expected, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         quantize(source, tmp_path / "out")
@@ -162,7 +189,10 @@ def interrupted(source: Path, target: Path, after: int = 2) -> Path:
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"recipe": "nvfp4-r5"}, r"Changed: recipe \(.*method: 'lqer' then, 'loraq' now.*layout"),
+        (
+            {"recipe": "nvfp4+bf16-r5"},
+            r"Changed: recipe \(.*method: 'lqer' then, 'loraq' now.*layout",
+        ),
         ({"shard_bytes": 1000}, r"Changed: layout \(.*1 files, .* then, .* files, .* now"),
     ],
 )
@@ -178,7 +208,9 @@ def test_a_changed_weight_of_a_finished_layer_is_refused(source, tmp_path):
     interrupted(source, tmp_path / "out")  # "2" and "3" are the largest
 
     edit(source / "model.safetensors", lambda tensors: tensors["3.weight"][0].mul_(2))
-    with pytest.raises(CheckpointError, match=r"'3' is not what it was.*`--restart`.* 2 of 4 layers are kept"):
+    with pytest.raises(
+        CheckpointError, match=r"'3' is not what it was.*`--restart`.* 2 of 4 layers are kept"
+    ):
         quantize(source, tmp_path / "out")
     assert quantize(source, tmp_path / "out", restart=True).kept == 0
 
@@ -218,7 +250,9 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(source, tmp_path):
     def change() -> None:
         edit(source / "model.safetensors", lambda tensors: tensors["4.weight"].mul_(2))
 
-    with pytest.raises(CheckpointError, match=r"'4' changed while it was read.* 3 of 4 layers are kept"):
+    with pytest.raises(
+        CheckpointError, match=r"'4' changed while it was read.* 3 of 4 layers are kept"
+    ):
         quantize(source, tmp_path / "out", progress=At(1, change))
 
 
@@ -227,7 +261,9 @@ def test_a_source_that_vanishes(source, expected, tmp_path, how):
     path = source / "model.safetensors"
     content = path.read_bytes()
     action = path.unlink if how == "remove" else lambda: path.write_bytes(content[:-50])
-    with pytest.raises(CheckpointError, match=r"Cannot read '.*weight' from.* 1 of 4 layers are kept"):
+    with pytest.raises(
+        CheckpointError, match=r"Cannot read '.*weight' from.* 1 of 4 layers are kept"
+    ):
         quantize(source, tmp_path / "out", progress=At(1, action))
     assert not (tmp_path / "out").exists()
     path.write_bytes(content)
@@ -235,7 +271,7 @@ def test_a_source_that_vanishes(source, expected, tmp_path, how):
     assert files_of(tmp_path / "out") == expected
 
 
-# --- workers and disks ----------------------------------------------------------------------------------------------
+# --- workers and disks ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -244,7 +280,9 @@ def test_a_killed_worker_is_an_error_with_the_name_of_its_layer(source, expected
         for child in active_children():
             child.kill()
 
-    with pytest.raises(LayerError, match=r"Layer '\d' failed: its worker was killed by signal 9.*layers are kept"):
+    with pytest.raises(
+        LayerError, match=r"Layer '\d' failed: its worker was killed by signal 9.*layers are kept"
+    ):
         quantize(source, tmp_path / "out", workers=2, progress=At(1, kill))
     assert active_children() == []
     assert quantize(source, tmp_path / "out").kept >= 1
@@ -255,7 +293,9 @@ def test_a_limit_on_the_size_of_files_in_the_middle(source, expected, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     place = math.ceil(os.stat(tmp_path / "expected" / "model.safetensors").st_size / 4)
     try:
-        with pytest.raises(CheckpointError, match=r"Cannot write '.*out': .*File too large.* of 4 layers are kept"):
+        with pytest.raises(
+            CheckpointError, match=r"Cannot write '.*out': .*File too large.* of 4 layers are kept"
+        ):
             quantize(source, tmp_path / "out",
                      progress=At(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (place, hard))))  # fmt: skip
     finally:
@@ -270,7 +310,9 @@ def small_disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place],
+        capture_output=True,
+        check=False,
     )
     if not mounted or mounted.returncode:
         pytest.skip("this user cannot mount a small disk")
@@ -287,8 +329,12 @@ def test_a_disk_that_fills_up_in_the_middle(source, expected, small_disk):
                 except OSError:
                     return
 
-    with pytest.raises(CheckpointError, match=r"the disk is full\. Free space.* 4 of 4 layers are kept"):
-        quantize(source, small_disk / "out", progress=At(1, fill))  # the place of every layer was reserved
+    with pytest.raises(
+        CheckpointError, match=r"the disk is full\. Free space.* 4 of 4 layers are kept"
+    ):
+        quantize(
+            source, small_disk / "out", progress=At(1, fill)
+        )  # the place of every layer was reserved
     assert sorted(path.name for path in small_disk.iterdir()) == [".out.partial", "filler"]
     (small_disk / "filler").unlink()
     assert quantize(source, small_disk / "out").kept == 4

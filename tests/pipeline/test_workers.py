@@ -44,7 +44,10 @@ def test_no_jobs_are_no_work():
 
 @pytest.mark.parametrize(
     ("action", "kind", "match"),
-    [("bug", LayerError, "Layer 'x' failed: ZeroDivisionError: by nothing"), ("ours", CheckpointError, "disk is full")],
+    [
+        ("bug", LayerError, "Layer 'x' failed: ZeroDivisionError: by nothing"),
+        ("ours", CheckpointError, "disk is full"),
+    ],
 )
 def test_an_error_has_the_name_of_the_layer_or_is_ours(action, kind, match):
     with pytest.raises(kind, match=match):
@@ -67,7 +70,11 @@ def test_several_workers_do_every_job_once_on_one_thread_and_end():
 @pytest.mark.parametrize(
     ("action", "kind", "match"),
     [
-        ("die", LayerError, "Layer 'x' failed: its worker was killed by signal 9. If memory ran out, use fewer"),
+        (
+            "die",
+            LayerError,
+            "Layer 'x' failed: its worker was killed by signal 9. If memory ran out, use fewer",
+        ),
         ("ours", CheckpointError, r"^The disk is full\.$"),
     ],
 )
@@ -97,7 +104,9 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
-    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True
+    ) as parent:
         pids = [int(parent.stdout.readline()) for _ in range(2)]
         parent.kill()
     deadline = time.monotonic() + 10

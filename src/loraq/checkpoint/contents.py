@@ -30,7 +30,11 @@ class DenseWeights:
     def __init__(self, folder: str | Path) -> None:
         """Open a transformer folder; raises `CheckpointError` if it cannot be read."""
         self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder, verify=False) if (self.folder / FILE_NAME).is_file() else None
+        self.manifest = (
+            Manifest.read(self.folder, verify=False)
+            if (self.folder / FILE_NAME).is_file()
+            else None
+        )
         self.reader = ShardReader(self.folder)
 
     @property
@@ -46,12 +50,16 @@ class DenseWeights:
         """
         stored = self.manifest.layers.get(layer) if self.manifest else None
         if stored is None:
-            return self.reader.read(f"{layer}.weight").float().flatten(1)  # a 1×1 convolution's is (out, in, 1, 1)
+            return (
+                self.reader.read(f"{layer}.weight").float().flatten(1)
+            )  # a 1×1 convolution's is (out, in, 1, 1)
         n_out, n_in = stored.shape
         dense = self._dequantized(f"{layer}.weight", stored.scheme.weight_format, stored.shape)
         if (branch := stored.scheme.branch) is not None:
             up = self._dequantized(f"{layer}.proj_up", branch.weight_format, (n_out, branch.rank))
-            down = self._dequantized(f"{layer}.proj_down", branch.weight_format, (branch.rank, n_in))
+            down = self._dequantized(
+                f"{layer}.proj_down", branch.weight_format, (branch.rank, n_in)
+            )
             dense += up @ down
         return unrotate(dense, stored.scheme.rotation)
 
@@ -61,16 +69,20 @@ class DenseWeights:
             if tuple(stored[name].shape) != tuple(expected) or stored[name].dtype != torch.uint8:
                 raise CheckpointError(
                     f"'{self.folder}': tensor '{part}_{name}' is {stored[name].dtype} of shape "
-                    f"{tuple(stored[name].shape)}. Raw bytes (uint8) of shape {tuple(expected)} are required."
+                    f"{tuple(stored[name].shape)}. Raw bytes (uint8) of shape {tuple(expected)} "
+                    f"are required."
                 )
-        return QTensor(stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt).dequantize()
+        return QTensor(
+            stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt
+        ).dequantize()
 
 
 def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
     """Return the difference of every layer that is quantized in either of two transformer folders.
 
     Raises:
-        CheckpointError: a folder cannot be read, both are float, or a layer is missing or has another shape.
+        CheckpointError: a folder cannot be read, both are float, or a layer is missing or has
+        another shape.
     """
     first, second = DenseWeights(a), DenseWeights(b)
     names = list(dict.fromkeys([*first.quantized, *second.quantized]))
@@ -80,7 +92,9 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
     for name in names:
         x, y = first.read(name), second.read(name)
         if x.shape != y.shape:
-            raise CheckpointError(f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'.")
+            raise CheckpointError(
+                f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'."
+            )
         norm = torch.linalg.vector_norm(x).item()
         error = torch.linalg.vector_norm(x - y).item() / (norm or 1.0)
         differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), error))

@@ -1,7 +1,8 @@
 """The header of a safetensors file: written byte for byte, and read trusting nothing.
 
-A file is 8 bytes (length of the header), the header (a JSON object: dtype, shape and byte range of each tensor), and
-the tensors back to back. The reader checks all of it before a number is read, because headers come from strangers.
+A file is 8 bytes (length of the header), the header (a JSON object: dtype, shape and byte range of
+each tensor), and the tensors back to back. The reader checks all of it before a number is read,
+because headers come from strangers.
 """
 
 import hashlib
@@ -83,14 +84,19 @@ def encode_header(
 ) -> tuple[bytes, dict[str, int]]:
     """Return the first bytes of a file that holds these tensors in this order, and each tensor's place in the file.
 
-    The header is filled with spaces to a multiple of 8, so that a tensor is aligned if those before it are.
+    The header is filled with spaces to a multiple of 8, so that a tensor is aligned if those before
+    it are.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts, end = {}, 0
     for name, spec in specs.items():
         starts[name] = end
         end += spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [starts[name], end]}
+        entries[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [starts[name], end],
+        }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     first = struct.pack("<Q", len(text)) + text
@@ -101,10 +107,13 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a file.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its header is absurd; the message says in what.
+        CheckpointError: the file is missing, truncated, or its header is absurd; the message says
+        in what.
     """
     if not path.is_file():
-        raise CheckpointError(f"Shard '{path.name}' is missing from '{path.parent}'. Download or copy it again.")
+        raise CheckpointError(
+            f"Shard '{path.name}' is missing from '{path.parent}'. Download or copy it again."
+        )
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -116,19 +125,27 @@ def read_header(path: Path) -> Header:
         specs, offsets, metadata = _decode(text, size - 8 - length)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"its header lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"'{path}' is truncated or no safetensors file: {reason}. Copy it again.") from error
+        raise CheckpointError(
+            f"'{path}' is truncated or no safetensors file: {reason}. Copy it again."
+        ) from error
     places = {name: 8 + length + start for name, start in offsets.items()}
     return Header(specs, places, hashlib.sha256(text).hexdigest(), size, metadata)
 
 
-def _decode(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
+def _decode(
+    text: bytes, data_bytes: int
+) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
     """Return tensors, their starts and metadata of a header; raise `ValueError` unless they fill the data exactly."""
     entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     if not isinstance(entries, dict):
         raise ValueError(f"its header is a {type(entries).__name__}, not an object")
-    metadata = {str(key): str(value) for key, value in dict(entries.pop("__metadata__", None) or {}).items()}
+    metadata = {
+        str(key): str(value) for key, value in dict(entries.pop("__metadata__", None) or {}).items()
+    }
     specs, starts, end = {}, {}, 0
-    for name, entry in sorted(entries.items(), key=lambda item: tuple(_integers(item[1]["data_offsets"]))):
+    for name, entry in sorted(
+        entries.items(), key=lambda item: tuple(_integers(item[1]["data_offsets"]))
+    ):
         start, stop = _integers(entry["data_offsets"])
         shape = tuple(_integers(entry["shape"]))
         if entry["dtype"] not in DTYPES:
@@ -136,11 +153,13 @@ def _decode(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], dict[s
         specs[name], starts[name] = TensorSpec(entry["dtype"], shape), start
         if stop - start != specs[name].nbytes:
             raise ValueError(
-                f"tensor '{name}', {entry['dtype']} of shape {shape}, is {specs[name].nbytes} bytes, and its place "
-                f"holds {stop - start}"
+                f"tensor '{name}', {entry['dtype']} of shape {shape}, is {specs[name].nbytes} "
+                f"bytes, and its place holds {stop - start}"
             )
         if start != end:
-            raise ValueError(f"tensor '{name}' starts at byte {start}, the one before it ends at {end}")
+            raise ValueError(
+                f"tensor '{name}' starts at byte {start}, the one before it ends at {end}"
+            )
         end = stop
     if end != data_bytes:
         raise ValueError(f"{end} bytes of tensors are announced, and it has {data_bytes}")
@@ -157,6 +176,8 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integers(values: Any) -> list[int]:
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    if not isinstance(values, list) or not all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    ):
         raise ValueError(f"its header has {values!r} where whole numbers from 0 are required")
     return values

@@ -5,8 +5,9 @@ The target `NAME` is prepared in `.NAME.partial` beside it:
     .NAME.partial/journal.jsonl   first a fingerprint of the run, then one line for each finished layer
     .NAME.partial/files/          what becomes `NAME` by one rename at the end
 
-A line is written after what it tells is on the disk, and a torn last line does not count. So at any moment the same
-run can go on from what the journal says. The journal is locked by the run that writes it; the lock dies with it.
+A line is written after what it tells is on the disk, and a torn last line does not count. So at any
+moment the same run can go on from what the journal says. The journal is locked by the run that
+writes it; the lock dies with it.
 """
 
 import json
@@ -87,12 +88,18 @@ class Journal:
 
 @contextmanager
 def resumable_folder(
-    target: Path, fingerprint: dict[str, Any], n_layers: int, *, overwrite: bool = False, restart: bool = False
+    target: Path,
+    fingerprint: dict[str, Any],
+    n_layers: int,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
 ) -> Iterator[Journal]:
     """Yield the journal of the partial folder of a target, which takes its name when the block ends without an error.
 
-    On an error what is finished is kept, and the message says so; if no layer is finished, nothing is kept. If a run
-    was killed right after its last rename, the journal that is yielded is `whole` and its `folder` is gone.
+    On an error what is finished is kept, and the message says so; if no layer is finished, nothing
+    is kept. If a run was killed right after its last rename, the journal that is yielded is `whole`
+    and its `folder` is gone.
 
     Args:
         target: the folder to make.
@@ -102,8 +109,8 @@ def resumable_folder(
         restart: whether to begin anew, whatever is there.
 
     Raises:
-        CheckpointError: the target is there, is written by another run right now, or was begun with other settings;
-            the disk refuses.
+        CheckpointError: the target is there, is written by another run right now, or was begun with
+            other settings; the disk refuses.
     """
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     target = target.resolve()  # a link stays, and what it points to is replaced
@@ -113,7 +120,9 @@ def resumable_folder(
         if journal.layers and not restart:
             _require_same(journal, fingerprint, partial, n_layers)
         try:
-            published = journal.whole and not journal.folder.exists() and target.exists() and not restart
+            published = (
+                journal.whole and not journal.folder.exists() and target.exists() and not restart
+            )
             if not published:
                 require_free(target, overwrite=overwrite)
                 if restart or not journal.layers:
@@ -129,10 +138,13 @@ def resumable_folder(
             raise type(error)(f"{error}{_kept(journal, n_layers)}") from error
         except OSError as error:
             raise CheckpointError(
-                f"Cannot write '{target}': {reason_of(error)}. Free space, and try again.{_kept(journal, n_layers)}"
+                f"Cannot write '{target}': {reason_of(error)}. Free space, and try "
+                f"again.{_kept(journal, n_layers)}"
             ) from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Interrupted.{_kept(journal, n_layers) or ' Nothing was left.'}") from None
+            raise KeyboardInterrupt(
+                f"Interrupted.{_kept(journal, n_layers) or ' Nothing was left.'}"
+            ) from None
         finally:
             if not journal.layers:  # nothing that is worth keeping, or everything is in its place
                 shutil.rmtree(partial, ignore_errors=True)
@@ -156,20 +168,27 @@ def _locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[byte
         partial.mkdir(parents=True, exist_ok=True)
         file = (partial / "journal.jsonl").open("a+b", buffering=0)
     except OSError as error:
-        raise CheckpointError(f"Cannot write '{target}': {reason_of(error)}. Choose another target.") from error
+        raise CheckpointError(
+            f"Cannot write '{target}': {reason_of(error)}. Choose another target."
+        ) from error
     with file:
         require_alone(file, partial / "journal.jsonl", target)
         yield file
 
 
-def _require_same(journal: Journal, fingerprint: dict[str, Any], partial: Path, n_layers: int) -> None:
+def _require_same(
+    journal: Journal, fingerprint: dict[str, Any], partial: Path, n_layers: int
+) -> None:
     then = journal.fingerprint or {}
     topics = [topic for topic in fingerprint if then.get(topic) != fingerprint[topic]]
     if topics:
-        changed = (f"{topic} ({_difference(then.get(topic), fingerprint[topic])})" for topic in topics)
+        changed = (
+            f"{topic} ({_difference(then.get(topic), fingerprint[topic])})" for topic in topics
+        )
         raise CheckpointError(
-            f"'{partial}' holds {len(journal.layers)} of {n_layers} layers of a run with other settings. Changed: "
-            f"{'; '.join(changed)}. Use the old settings to go on, `--restart` to begin anew, or another target."
+            f"'{partial}' holds {len(journal.layers)} of {n_layers} layers of a run with other "
+            f"settings. Changed: {'; '.join(changed)}. Use the old settings to go on, `--restart` "
+            f"to begin anew, or another target."
         )
 
 
@@ -178,7 +197,10 @@ def _difference(then: Any, now: Any) -> str:
     before, after = _leaves(then), _leaves(now)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     keys.sort(key=lambda key: key.count("."))  # a recipe's method before its scheme's formats
-    some = ", ".join(f"{key}: {before.get(key)!r} then, {after.get(key)!r} now".removeprefix(": ") for key in keys[:3])
+    some = ", ".join(
+        f"{key}: {before.get(key)!r} then, {after.get(key)!r} now".removeprefix(": ")
+        for key in keys[:3]
+    )
     return some + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
@@ -186,7 +208,11 @@ def _leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Return the values in nested tables by dotted key; one that is no table has its own."""
     if not isinstance(value, dict):
         return {key: value}
-    return {k: v for name, inner in value.items() for k, v in _leaves(inner, f"{key}.{name}" if key else name).items()}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in _leaves(inner, f"{key}.{name}" if key else name).items()
+    }
 
 
 def _kept(journal: Journal, n_layers: int) -> str:

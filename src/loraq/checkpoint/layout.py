@@ -1,7 +1,7 @@
 """Where every byte of a set of shards will stand, known before the first one is written.
 
-Scheme and shape fix the size of every stored tensor, so files can be made at their final size, and tensors written
-into them in any order and by any process: the same bytes come out.
+Scheme and shape fix the size of every stored tensor, so files can be made at their final size, and
+tensors written into them in any order and by any process: the same bytes come out.
 """
 
 import errno
@@ -46,9 +46,9 @@ class ShardLayout:
     ) -> "ShardLayout":
         """Lay tensors out as `<stem>.safetensors`, or as numbered shards with an index.
 
-        The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of its own. Within a
-        file wide dtypes stand first, which aligns every tensor; otherwise the order is kept. The metadata go into the
-        header of every file.
+        The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of
+        its own. Within a file wide dtypes stand first, which aligns every tensor; otherwise the
+        order is kept. The metadata go into the header of every file.
         """
         shards: list[dict[str, TensorSpec]] = [{}]
         filled = 0
@@ -59,7 +59,11 @@ class ShardLayout:
             shards[-1][name] = spec
             filled += spec.nbytes
         n = len(shards)
-        files = [f"{stem}.safetensors"] if n == 1 else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        files = (
+            [f"{stem}.safetensors"]
+            if n == 1
+            else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        )
         headers, sizes = {}, {}
         places: dict[str, tuple[str, int]] = {}
         for file, shard in zip(files, shards, strict=True):
@@ -67,7 +71,13 @@ class ShardLayout:
             headers[file], offsets = encode_header(ordered, metadata)
             sizes[file] = len(headers[file]) + sum(spec.nbytes for spec in shard.values())
             places |= {name: (file, offset) for name, offset in offsets.items()}
-        return cls(dict(specs), headers, sizes, places, None if n == 1 else f"{stem}.safetensors.index.json")
+        return cls(
+            dict(specs),
+            headers,
+            sizes,
+            places,
+            None if n == 1 else f"{stem}.safetensors.index.json",
+        )
 
     @property
     def files(self) -> list[str]:
@@ -97,7 +107,9 @@ class ShardLayout:
         if self.index:
             weight_map = {name: self.places[name][0] for name in self.specs}
             total = sum(spec.nbytes for spec in self.specs.values())
-            write_json(folder / self.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                folder / self.index, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], *, sync: bool = False) -> None:
         """Write tensors at their places.
@@ -128,12 +140,13 @@ class ShardLayout:
     def _require(self, name: str, tensor: Tensor) -> None:
         if tensor.is_meta:
             raise CheckpointError(
-                "Cannot write tensors of the meta device: they hold no numbers. Load the model first."
+                "Cannot write tensors of the meta device: they hold no numbers. Load the model "
+                "first."
             )
         if spec_of(name, tensor) != self.specs[name]:
             raise CheckpointError(
-                f"Tensor '{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}, and the place for it is "
-                f"{self.specs[name]}."
+                f"Tensor '{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}, and the place "
+                f"for it is {self.specs[name]}."
             )
 
 
@@ -144,7 +157,10 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
         CheckpointError: safetensors has no such dtype.
     """
     if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"Tensor '{name}' is {tensor.dtype}, which safetensors files cannot hold. Cast it first.")
+        raise CheckpointError(
+            f"Tensor '{name}' is {tensor.dtype}, which safetensors files cannot hold. Cast it "
+            f"first."
+        )
     return TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
@@ -152,7 +168,9 @@ def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> list[str]:
     """Write tensors as `<stem>.safetensors`, or as numbered shards with an index; return the file names."""
-    layout = ShardLayout.of({name: spec_of(name, tensor) for name, tensor in tensors.items()}, stem, shard_bytes)
+    layout = ShardLayout.of(
+        {name: spec_of(name, tensor) for name, tensor in tensors.items()}, stem, shard_bytes
+    )
     layout.allocate(folder)
     layout.write(folder, tensors)
     return layout.files

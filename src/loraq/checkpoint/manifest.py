@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-import loraq
 from loraq.checkpoint.reader import read_json
 from loraq.checkpoint.writer import file_sha256, write_json
 from loraq.errors import CheckpointError, LoraqError
 from loraq.scheme import Branch, Scheme
+from loraq.version import __version__
 
 FILE_NAME = "loraq.json"
 FORMAT_VERSION = 1
@@ -24,7 +24,8 @@ class StoredLayer:
     #: (out, in).
     shape: tuple[int, int]
     scheme: Scheme
-    #: What `quantize_` noted: errors, seconds, source hash, and the recipe's place in `Manifest.recipes`.
+    #: What `quantize_` noted: errors, seconds, source hash, and the recipe's place in
+    #: `Manifest.recipes`.
     record: dict[str, Any]
 
 
@@ -49,7 +50,7 @@ class Manifest:
         """Write `loraq.json` beside `files`, with their sizes and hashes."""
         content = {
             "format_version": FORMAT_VERSION,
-            "versions": {"loraq": loraq.__version__, "torch": torch.__version__},
+            "versions": {"loraq": __version__, "torch": torch.__version__},
             "recipes": self.recipes,
             "tied": self.tied,
             "layers": {
@@ -57,7 +58,11 @@ class Manifest:
                 for name, layer in self.layers.items()
             },
             "files": {
-                file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)} for file in files
+                file: {
+                    "bytes": (folder / file).stat().st_size,
+                    "sha256": file_sha256(folder / file),
+                }
+                for file in files
             },
         }
         write_json(folder / FILE_NAME, content)
@@ -71,28 +76,47 @@ class Manifest:
             verify: whether the files' hashes are compared too, not only their sizes.
 
         Raises:
-            CheckpointError: not such a folder, a newer format, or files that are missing, truncated or changed.
+            CheckpointError: not such a folder, a newer format, or files that are missing, truncated
+            or changed.
         """
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"'{folder}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize SRC DST` makes one."
+                f"'{folder}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize "
+                f"SRC DST` makes one."
             )
         content = read_json(path)
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"'{path}' has format version {version!r}; this loraq reads {FORMAT_VERSION}. Update loraq."
+                f"'{path}' has format version {version!r}; this loraq reads {FORMAT_VERSION}. "
+                f"Update loraq."
             )
         try:
             layers = {name: _stored_layer(dict(entry)) for name, entry in content["layers"].items()}
             manifest = cls(layers, list(content["recipes"]), dict(content["tied"]))
-            files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+            files = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"]))
+                for name, entry in content["files"].items()
+            }
             manifest._check()
-        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, LoraqError) as error:
-            raise CheckpointError(f"'{path}' is damaged: {error!r}. Quantize again, or restore the file.") from error
-        if foreign := sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files):
-            raise CheckpointError(f"'{folder}' holds weights that '{FILE_NAME}' does not list: {', '.join(foreign)}.")
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            LoraqError,
+        ) as error:
+            raise CheckpointError(
+                f"'{path}' is damaged: {error!r}. Quantize again, or restore the file."
+            ) from error
+        if foreign := sorted(
+            path.name for path in folder.glob("*.safetensors") if path.name not in files
+        ):
+            raise CheckpointError(
+                f"'{folder}' holds weights that '{FILE_NAME}' does not list: {', '.join(foreign)}."
+            )
         for file, (size, sha256) in files.items():
             _check_file(folder, file, size, sha256 if verify else None)
         return manifest
@@ -108,8 +132,14 @@ class Manifest:
         """Raise `ValueError` if a layer or a tied name points to nothing."""
         for name, layer in self.layers.items():
             scheme, branch = layer.scheme, layer.scheme.branch
-            formats = (scheme.weight, scheme.activation, *((branch.weight, branch.activation) if branch else ()))
-            if not all(isinstance(fmt, str) for fmt in formats) or (branch and type(branch.rank) is not int):
+            formats = (
+                scheme.weight,
+                scheme.activation,
+                *((branch.weight, branch.activation) if branch else ()),
+            )
+            if not all(isinstance(fmt, str) for fmt in formats) or (
+                branch and type(branch.rank) is not int
+            ):
                 raise ValueError(f"layer '{name}' has the scheme {scheme}")
             scheme.check(layer.shape)
             place = layer.record.get("recipe")
@@ -123,16 +153,26 @@ def _stored_layer(entry: dict[str, Any]) -> StoredLayer:
     n_out, n_in = entry.pop("shape")
     scheme = dict(entry.pop("scheme"))
     branch = scheme.pop("branch")
-    return StoredLayer((int(n_out), int(n_in)), Scheme(**scheme, branch=Branch(**branch) if branch else None), entry)
+    return StoredLayer(
+        (int(n_out), int(n_in)),
+        Scheme(**scheme, branch=Branch(**branch) if branch else None),
+        entry,
+    )
 
 
 def _check_file(folder: Path, file: str, size: int, sha256: str | None) -> None:
     path = folder / file
     if Path(file).name != file:
-        raise CheckpointError(f"'{folder / FILE_NAME}' names the file '{file}'. Only files beside it are read.")
+        raise CheckpointError(
+            f"'{folder / FILE_NAME}' names the file '{file}'. Only files beside it are read."
+        )
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing. Copy the whole folder again.")
     if path.stat().st_size != size:
-        raise CheckpointError(f"'{path}' has {path.stat().st_size} bytes, {size} are expected. Copy it again.")
+        raise CheckpointError(
+            f"'{path}' has {path.stat().st_size} bytes, {size} are expected. Copy it again."
+        )
     if sha256 is not None and file_sha256(path) != sha256:
-        raise CheckpointError(f"'{path}' was changed after it was written: its hash differs. Copy it again.")
+        raise CheckpointError(
+            f"'{path}' was changed after it was written: its hash differs. Copy it again."
+        )

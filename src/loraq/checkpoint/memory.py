@@ -69,7 +69,9 @@ def measure(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Memory]:
                 layer.prepare(dtype)
             kept[backend] += layer.kept_nbytes
     others = sum(_nbytes(reader, name) for name in reader.names if name not in counted)
-    return [Memory(backend, packed, kept[backend], others, refused[backend]) for backend in BACKENDS]
+    return [
+        Memory(backend, packed, kept[backend], others, refused[backend]) for backend in BACKENDS
+    ]
 
 
 def _nbytes(reader: ShardReader, name: str) -> int:

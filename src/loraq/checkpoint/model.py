@@ -17,7 +17,11 @@ from loraq.nn import QuantizedLinear
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a module with quantized layers as safetensors shards, `config.json` (if it has one) and `loraq.json`.
 
@@ -30,13 +34,18 @@ def save(
         shard_bytes: largest shard, unless one tensor alone is larger.
 
     Raises:
-        CheckpointError: the module has no quantized layer, the folder is not empty, or the disk refuses.
+        CheckpointError: the module has no quantized layer, the folder is not empty, or the disk
+        refuses.
     """
     layers = quantized_layers(model)
     if not layers:
-        raise CheckpointError("Nothing to save: the model has no quantized layer. Call `loraq.quantize_` first.")
+        raise CheckpointError(
+            "Nothing to save: the model has no quantized layer. Call `loraq.quantize_` first."
+        )
     if "" in layers:
-        raise CheckpointError("A bare QuantizedLinear has no name to save it under. Save the module that holds it.")
+        raise CheckpointError(
+            "A bare QuantizedLinear has no name to save it under. Save the module that holds it."
+        )
     tensors, tied = _unique(model.state_dict())
     recipes: list[dict[str, object]] = []
     stored = {}
@@ -57,21 +66,25 @@ def save(
         Manifest(stored, recipes, tied).write(partial, files)
 
 
-def load_into(model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> None:
+def load_into(
+    model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
+) -> None:
     """Load a folder written by `save` into a module of the same architecture, in place.
 
-    The module's linear layers are replaced by quantized ones as the manifest says; every tensor takes the dtype it
-    was saved with and the device of the one it replaces (the CPU in place of the meta device). Nothing is changed
-    unless the whole folder fits.
+    The module's linear layers are replaced by quantized ones as the manifest says; every tensor
+    takes the dtype it was saved with and the device of the one it replaces (the CPU in place of the
+    meta device). Nothing is changed unless the whole folder fits.
 
     Args:
         model: the float architecture, on any device, its weights do not matter; or a quantized one.
         folder: what `save` or `loraq quantize` wrote.
-        backend: back end of the quantized layers; those that it refuses run on the automatic choice.
+        backend: back end of the quantized layers; those that it refuses run on the automatic
+        choice.
         verify: whether the files' hashes are checked.
 
     Raises:
-        CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected keys are listed.
+        CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected
+        keys are listed.
         KernelError: there is no such back end, or it refuses every layer.
     """
     manifest, reader, devices = prepare(model, Path(folder), backend=backend, verify=verify)
@@ -101,7 +114,9 @@ def prepare(
     reader = ShardReader(folder)
     layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
-    check_for_all(asked, [layer.place for layer in layers.values()])  # a refusal leaves the model as it was
+    check_for_all(
+        asked, [layer.place for layer in layers.values()]
+    )  # a refusal leaves the model as it was
     for name, layer in layers.items():
         layer.ask_backend(backend, strict=False)
         replace_layer(model, name, layer)
@@ -109,7 +124,11 @@ def prepare(
 
 
 def _check(
-    model: nn.Module, layers: dict[str, QuantizedLinear], reader: ShardReader, manifest: Manifest, folder: Path
+    model: nn.Module,
+    layers: dict[str, QuantizedLinear],
+    reader: ShardReader,
+    manifest: Manifest,
+    folder: Path,
 ) -> dict[str, torch.device]:
     """Return the device of every tensor to load, or raise `CheckpointError` that lists what does not fit."""
     expected: dict[str, Tensor] = {}
@@ -130,28 +149,40 @@ def _check(
     missing, unexpected = sorted(set(expected) - stored), sorted(stored - set(expected))
     if missing or unexpected:
         raise CheckpointError(
-            f"'{folder}' does not fit {type(model).__name__}. Missing keys: {', '.join(missing) or 'none'}. "
-            f"Unexpected keys: {', '.join(unexpected) or 'none'}. Load it into the architecture it was made from."
+            f"'{folder}' does not fit {type(model).__name__}. Missing keys: "
+            f"{', '.join(missing) or 'none'}. Unexpected keys: {', '.join(unexpected) or 'none'}. "
+            f"Load it into the architecture it was made from."
         )
     for key, tensor in expected.items():
         source = manifest.tied.get(key, key)
         shape, dtype = reader.shape(source), reader.dtype(source)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"'{folder}': tensor '{key}' has shape {shape}, the model wants {tuple(tensor.shape)}."
+                f"'{folder}': tensor '{key}' has shape {shape}, the model wants "
+                f"{tuple(tensor.shape)}."
             )
         if tensor.dtype == torch.uint8 and dtype != "U8":
-            raise CheckpointError(f"'{folder}': tensor '{key}' is {dtype}. Packed tensors are raw bytes (U8).")
+            raise CheckpointError(
+                f"'{folder}': tensor '{key}' is {dtype}. Packed tensors are raw bytes (U8)."
+            )
         if tensor.is_floating_point() and not dtype.startswith(("F", "BF")):
-            raise CheckpointError(f"'{folder}': tensor '{key}' is {dtype}, the model wants {tensor.dtype}.")
+            raise CheckpointError(
+                f"'{folder}': tensor '{key}' is {dtype}, the model wants {tensor.dtype}."
+            )
     meta = torch.device("meta")
-    return {key: torch.device("cpu") if device == meta else device for key, device in devices.items()}
+    return {
+        key: torch.device("cpu") if device == meta else device for key, device in devices.items()
+    }
 
 
 def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
     """Return the new layers by every name that the modules they replace have: one module may stand in two places."""
     new = {model.get_submodule(name): layer for name, layer in layers.items()}
-    return {name: new[module] for name, module in model.named_modules(remove_duplicate=False) if module in new}
+    return {
+        name: new[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in new
+    }
 
 
 def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
@@ -167,10 +198,14 @@ def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLi
     else:
         fits = is_linear(old) and matrix_of(old).shape == stored.shape
     if not fits:
-        raise CheckpointError(f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}.")
+        raise CheckpointError(
+            f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}."
+        )
     n_out, n_in = stored.shape
     try:
-        layer = quantized_class(old)(n_in, n_out, stored.scheme, bias=old.bias is not None, device="meta")
+        layer = quantized_class(old)(
+            n_in, n_out, stored.scheme, bias=old.bias is not None, device="meta"
+        )
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
     layer.record = manifest.record(name)
@@ -217,7 +252,8 @@ def model_config(model: nn.Module) -> dict[str, object]:
 def marked(config: dict[str, object]) -> dict[str, object]:
     """Return a configuration that says it is quantized, in sorted order, so that all ways write the same bytes.
 
-    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights give the same file.
+    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights
+    give the same file.
     """
     config = {**config, "quantization_config": {"quant_method": "loraq"}}
     return {name: config[name] for name in sorted(config) if name != "_name_or_path"}

@@ -41,26 +41,37 @@ def _save_pretrained(
     """Write the model as `loraq.save` does; the arguments are those of diffusers.
 
     Raises:
-        CheckpointError: an option that this format does not have, adapters that are not part of it, or a folder with
-            other files in it.
+        CheckpointError: an option that this format does not have, adapters that are not part of it,
+            or a folder with other files in it.
     """
-    refused = {name: value for name, value in others.items() if value} | ({"variant": variant} if variant else {})
+    refused = {name: value for name, value in others.items() if value} | (
+        {"variant": variant} if variant else {}
+    )
     if refused or not safe_serialization:
         named = ", ".join(refused) or "safe_serialization=False"
-        raise CheckpointError(f"A quantized model cannot be saved with {named}. Save it plainly, as safetensors.")
+        raise CheckpointError(
+            f"A quantized model cannot be saved with {named}. Save it plainly, as safetensors."
+        )
     adapters: Any = getattr(model, "peft_config", None)
     if adapters:
         raise CheckpointError(
-            f"The model carries adapters ({', '.join(adapters)}), which are no part of its checkpoint. "
-            "Save them with `save_lora_adapter` and unload them, or make them permanent with `loraq.absorb_lora`."
+            f"The model carries adapters ({', '.join(adapters)}), which are no part of its "
+            f"checkpoint. "
+            "Save them with `save_lora_adapter` and unload them, or make them permanent with "
+            "`loraq.absorb_lora`."
         )
     if not is_main_process:
         return
     folder = Path(save_directory)
-    others_there = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)) if folder.is_dir() else []
+    others_there = (
+        sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
+        if folder.is_dir()
+        else []
+    )
     if others_there:
         raise CheckpointError(
-            f"Will not replace '{folder}': it also holds {', '.join(others_there[:4])}. Choose an empty folder."
+            f"Will not replace '{folder}': it also holds {', '.join(others_there[:4])}. Choose an "
+            f"empty folder."
         )
     save(model, folder, overwrite=True, shard_bytes=_bytes(max_shard_size))
 
@@ -71,5 +82,7 @@ def _bytes(size: int | str | None) -> int:
         return DEFAULT_SHARD_BYTES
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B|)", str(size).upper())
     if match is None or int(match[1]) == 0:
-        raise CheckpointError(f"max_shard_size is {size!r}. A number of bytes or a size such as '5GB' is required.")
+        raise CheckpointError(
+            f"max_shard_size is {size!r}. A number of bytes or a size such as '5GB' is required."
+        )
     return int(match[1]) * _UNITS[match[2]]

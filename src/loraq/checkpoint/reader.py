@@ -35,19 +35,21 @@ class TensorReader(Protocol):
 class ShardReader:
     """The tensors of a folder or of one file, by name; a tensor is read when it is asked for.
 
-    Reading copies the bytes and does not map the file: a file that shrinks meanwhile is an error with a message, not
-    the end of the process. A reader holds no open file, so it can be sent to another process.
+    Reading copies the bytes and does not map the file: a file that shrinks meanwhile is an error
+    with a message, not the end of the process. A reader holds no open file, so it can be sent to
+    another process.
     """
 
     def __init__(self, folder: Path) -> None:
         """Find the shards and read their headers.
 
         Args:
-            folder: with one safetensors file, or with shards and their index; or a safetensors file.
+            folder: with one safetensors file, or with shards and their index; or a safetensors
+            file.
 
         Raises:
-            CheckpointError: no weights, a missing or truncated shard, an absurd header, a tensor in two shards, or an
-                index that contradicts the shards.
+            CheckpointError: no weights, a missing or truncated shard, an absurd header, a tensor in
+                two shards, or an index that contradicts the shards.
         """
         self.folder = folder
         if folder.is_file():
@@ -55,20 +57,26 @@ class ShardReader:
             self._open([folder.name])
             return
         if not folder.is_dir():
-            raise CheckpointError(f"'{folder}' is not a folder. A folder with safetensors files is required.")
+            raise CheckpointError(
+                f"'{folder}' is not a folder. A folder with safetensors files is required."
+            )
         indexes = sorted(folder.glob("*.safetensors.index.json"))
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         if len(indexes) > 1:
             raise CheckpointError(
-                f"'{folder}' has {len(indexes)} index files: {', '.join(p.name for p in indexes)}. Keep one."
+                f"'{folder}' has {len(indexes)} index files: {', '.join(p.name for p in indexes)}. "
+                f"Keep one."
             )
         if indexes:
             files = sorted(set(_weight_map(indexes[0]).values()))
         if not files:
-            raise CheckpointError(f"'{folder}' has no .safetensors file. Other weight files are not read.")
+            raise CheckpointError(
+                f"'{folder}' has no .safetensors file. Other weight files are not read."
+            )
         if len(files) > 1 and not indexes:
             raise CheckpointError(
-                f"'{folder}' has {len(files)} weight files and no index: {', '.join(files[:4])}. Keep one variant, or "
+                f"'{folder}' has {len(files)} weight files and no index: {', '.join(files[:4])}. "
+                f"Keep one variant, or "
                 "add the missing '.safetensors.index.json'."
             )
         self._open(files)
@@ -120,7 +128,8 @@ class ShardReader:
                     left = left[n:]
         except OSError as error:
             raise CheckpointError(
-                f"Cannot read '{name}' from '{path}': {error}. Put the file back as it was, and try again."
+                f"Cannot read '{name}' from '{path}': {error}. Put the file back as it was, and "
+                f"try again."
             ) from error
         return raw.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
@@ -130,7 +139,8 @@ class ShardReader:
         for file, header in self._shards.items():
             if twice := sorted(self._home.keys() & header.specs.keys()):
                 raise CheckpointError(
-                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_some(twice)}. Download it again."
+                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_some(twice)}. "
+                    f"Download it again."
                 )
             self._home |= dict.fromkeys(header.specs, file)
 
@@ -139,7 +149,8 @@ class ShardReader:
         wrong += sorted(set(self._home) - set(weight_map))
         if wrong:
             raise CheckpointError(
-                f"'{index.name}' contradicts the shards in '{self.folder}' on {len(wrong)} tensors: {_some(wrong)}. "
+                f"'{index.name}' contradicts the shards in '{self.folder}' on {len(wrong)} "
+                f"tensors: {_some(wrong)}. "
                 "Download the folder again."
             )
 
@@ -157,18 +168,25 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read '{path}': {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' holds a {type(content).__name__}. A JSON object is required.")
+        raise CheckpointError(
+            f"'{path}' holds a {type(content).__name__}. A JSON object is required."
+        )
     return content
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"'{index}' has no usable 'weight_map'. It must map tensor names to file names.")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise CheckpointError(
+            f"'{index}' has no usable 'weight_map'. It must map tensor names to file names."
+        )
     for file in weight_map.values():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"'{index}' names the file '{file}'. Only .safetensors files beside the index are read."
+                f"'{index}' names the file '{file}'. Only .safetensors files beside the index are "
+                f"read."
             )
     return weight_map
 

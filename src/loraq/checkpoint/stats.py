@@ -31,18 +31,22 @@ def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayo
 
 
 @contextmanager
-def stats_file(path: Path, moments: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str, ActivationStats], None]]:
+def stats_file(
+    path: Path, moments: Mapping[str, tuple[int, ...]]
+) -> Iterator[Callable[[str, ActivationStats], None]]:
     """Yield a function that writes one layer's statistics, in any order; the file appears when all is written.
 
-    The disk's space is taken at the beginning, so that it is not missing after hours of work, under the name
-    `.NAME.partial.safetensors` beside the file; what a run that was killed has left there is used again.
+    The disk's space is taken at the beginning, so that it is not missing after hours of work, under
+    the name `.NAME.partial.safetensors` beside the file; what a run that was killed has left there
+    is used again.
 
     Args:
         path: the file to make; what is there is replaced.
         moments: (in, in) or (in) of each layer to come.
 
     Raises:
-        CheckpointError: the disk refuses, another run makes the same file, or a layer is not what was announced.
+        CheckpointError: the disk refuses, another run makes the same file, or a layer is not what
+        was announced.
     """
     partial = _partial(path)
     layout = stats_layout(moments, partial.stem)
@@ -50,7 +54,10 @@ def stats_file(path: Path, moments: Mapping[str, tuple[int, ...]]) -> Iterator[C
     def write(layer: str, stats: ActivationStats) -> None:
         parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
         with _disk(path):
-            layout.write(path.parent, {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)})
+            layout.write(
+                path.parent,
+                {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)},
+            )
 
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,21 +86,29 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
         CheckpointError: something is in its way, or the disk has not enough space.
     """
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"Cannot write '{path}': a name that ends with '.safetensors' is required.")
+        raise CheckpointError(
+            f"Cannot write '{path}': a name that ends with '.safetensors' is required."
+        )
     if path.is_dir():
-        raise CheckpointError(f"Cannot write '{path}': a folder of this name exists. Choose another name.")
+        raise CheckpointError(
+            f"Cannot write '{path}': a folder of this name exists. Choose another name."
+        )
     if path.exists() and not overwrite:
         raise CheckpointError(
-            f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting (`--overwrite`)."
+            f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting "
+            f"(`--overwrite`)."
         )
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise CheckpointError(f"Cannot write '{path}': '{place}' is no folder that can be written. Choose another.")
+        raise CheckpointError(
+            f"Cannot write '{path}': '{place}' is no folder that can be written. Choose another."
+        )
     needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
     left = _partial(path).stat().st_size if _partial(path).is_file() else 0
     if needed > free + left:
         raise CheckpointError(
-            f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} GB. Free space, choose "
+            f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} "
+            f"GB. Free space, choose "
             "another target, or collect mean squares only (`--mean-squares`)."
         )
     return needed
@@ -118,7 +133,9 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
         CheckpointError: the file cannot be written.
     """
     if not stats:
-        raise CalibrationError("There are no statistics to save. Collect those of at least one layer.")
+        raise CalibrationError(
+            "There are no statistics to save. Collect those of at least one layer."
+        )
     moments = {layer: tuple(of_layer.second_moment.shape) for layer, of_layer in stats.items()}
     require_room(Path(path), moments, overwrite=True)
     with stats_file(Path(path), moments) as write:
@@ -142,26 +159,33 @@ class _StatsFile(Mapping[str, ActivationStats]):
     def __init__(self, path: Path) -> None:
         self._path = path
         if not path.is_file():
-            raise CheckpointError(f"There is no file of statistics '{path}'. `loraq stats` makes one.")
+            raise CheckpointError(
+                f"There is no file of statistics '{path}'. `loraq stats` makes one."
+            )
         self._reader = ShardReader(path)
         version = self._reader.files[path.name].metadata.get("loraq_stats")
         if version != FORMAT_VERSION:
             what = "no file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
-                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq stats`"
+                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq "
+                f"stats`"
                 " or `loraq.save_stats`."
             )
         names = self._reader.names
         self._layers = [name.removesuffix(".tokens") for name in names if name.endswith(".tokens")]
         if sorted(names) != sorted(f"{layer}.{part}" for layer in self._layers for part in _PARTS):
-            raise CalibrationError(f"'{path}' has other tensors than {', '.join(_PARTS)} of each layer. Make it again.")
+            raise CalibrationError(
+                f"'{path}' has other tensors than {', '.join(_PARTS)} of each layer. Make it again."
+            )
 
     def __getitem__(self, layer: str) -> ActivationStats:
         if layer not in self._layers:
             raise KeyError(layer)
         moment, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
         if tokens.dtype != torch.int64 or tokens.numel() != 1 or moment.dtype != torch.float32:
-            raise CalibrationError(f"'{self._path}': layer '{layer}' has other dtypes than fp32 and int64.")
+            raise CalibrationError(
+                f"'{self._path}': layer '{layer}' has other dtypes than fp32 and int64."
+            )
         try:
             return ActivationStats(int(tokens), moment)
         except CalibrationError as error:

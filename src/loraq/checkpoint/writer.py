@@ -27,33 +27,44 @@ def require_alone(file: IO[bytes], path: Path, target: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise CheckpointError(
-            f"'{target}' is being written by another run. Wait until it has ended, or choose another target."
+            f"'{target}' is being written by another run. Wait until it has ended, or choose "
+            f"another target."
         ) from error
     if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-        raise CheckpointError(f"'{target}' was being written by another run, which has just ended. Try again.")
+        raise CheckpointError(
+            f"'{target}' was being written by another run, which has just ended. Try again."
+        )
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` unless a folder of this name can be created."""
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"Cannot write '{folder}': a file of this name exists. Choose another folder.")
+        raise CheckpointError(
+            f"Cannot write '{folder}': a file of this name exists. Choose another folder."
+        )
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise CheckpointError(
-                f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow overwriting "
+                f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow "
+                f"overwriting "
                 "(`--overwrite`)."
             )
         if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
             raise CheckpointError(
-                f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it is no model's folder. "
+                f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it "
+                f"is no model's folder. "
                 "Choose another one, or delete it yourself."
             )
     parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
     if not parent.is_dir():
-        raise CheckpointError(f"Cannot write '{folder}': '{parent}' is a file. Choose another folder.")
+        raise CheckpointError(
+            f"Cannot write '{folder}': '{parent}' is a file. Choose another folder."
+        )
     if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"Cannot write '{folder}': '{parent}' is read-only. Choose another folder.")
+        raise CheckpointError(
+            f"Cannot write '{folder}': '{parent}' is read-only. Choose another folder."
+        )
 
 
 @contextmanager
@@ -75,7 +86,8 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write '{folder}': {reason_of(error)}. Nothing was left there. Free space, and try again."
+            f"Cannot write '{folder}': {reason_of(error)}. Nothing was left there. Free space, and "
+            f"try again."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +105,9 @@ def publish(partial: Path, folder: Path) -> None:
         if replaced.exists():
             replaced.rename(folder)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)  # also what a run left that was killed between the two renames
+    shutil.rmtree(
+        replaced, ignore_errors=True
+    )  # also what a run left that was killed between the two renames
 
 
 def reason_of(error: OSError) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from loraq import __version__
 from loraq.errors import LoraqError
+from loraq.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,5 +42,7 @@ def command(function: Callable[..., None]) -> click.Command:
             sys.exit(130)
 
     run = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
-    run = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")(run)
+    run = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."
+    )(run)
     return main.command(name=function.__name__.replace("_", "-"))(run)

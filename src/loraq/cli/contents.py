@@ -10,7 +10,9 @@ from loraq.cli.output import activation_of, print_json, print_table, size_of
 
 @command
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--memory", is_flag=True, help="Measure what the loaded model takes on each back end instead.")
+@click.option(
+    "--memory", is_flag=True, help="Measure what the loaded model takes on each back end instead."
+)
 def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """Show what is inside the quantized folder PATH, and check that its files are whole.
 
@@ -28,10 +30,23 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         if as_json:
             print_json({"memory": [asdict(each) for each in found]})
             return
-        headings = ("back end", "packed", "kept", "not quantized", "total", "× stored", "layers refused")
-        table = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
+        headings = (
+            "back end",
+            "packed",
+            "kept",
+            "not quantized",
+            "total",
+            "× stored",
+            "layers refused",
+        )
+        table = (
+            (m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found
+        )
         print_table(headings, table)
-        click.echo("With bf16 activations, whose own memory is not counted. A refused layer is counted on 'resident'.")
+        click.echo(
+            "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
+            "'resident'."
+        )
         return
 
     manifest = Manifest.read(transformer_folder(path))
@@ -48,13 +63,27 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
         shape = f"{layer.shape[0]}×{layer.shape[1]}"
-        rows.append((name, shape, layer.scheme.weight, activation_of(layer.scheme), side, size_of(size), error))
+        rows.append(
+            (
+                name,
+                shape,
+                layer.scheme.weight,
+                activation_of(layer.scheme),
+                side,
+                size_of(size),
+                error,
+            )
+        )
         nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
-    click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits per weight.")
+    click.echo(
+        f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits "
+        f"per weight."
+    )
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
-            f"{with_stats} of them were made with activation statistics: their error counts weights, not outputs."
+            f"{with_stats} of them were made with activation statistics: their error counts "
+            f"weights, not outputs."
         )
     click.echo("All files are as they were written.")
 
@@ -74,7 +103,10 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
     differences = compare_folders(transformer_folder(a), transformer_folder(b))
     mean = sum(d.relative_error for d in differences) / len(differences)
     if as_json:
-        layers = [{"name": d.name, "shape": d.shape, "relative_error": d.relative_error} for d in differences]
+        layers = [
+            {"name": d.name, "shape": d.shape, "relative_error": d.relative_error}
+            for d in differences
+        ]
         print_json({"mean_relative_error": mean, "layers": layers})
         return
     rows = [(d.name, f"{d.shape[0]}×{d.shape[1]}", f"{d.relative_error:.4f}") for d in differences]
@@ -96,7 +128,9 @@ def formats(as_json: bool) -> None:
     for fmt in FORMATS.values():
         if isinstance(fmt, BlockFormat):
             block = str(fmt.block_size or "row")
-            rows.append((fmt.name, f"{fmt.bits}", block, fmt.scale_format.name, f"{fmt.bits_per_value:g}"))
+            rows.append(
+                (fmt.name, f"{fmt.bits}", block, fmt.scale_format.name, f"{fmt.bits_per_value:g}")
+            )
         else:
             rows.append((fmt.name, f"{fmt.bits}", "", "", f"{fmt.bits_per_value:g}"))
     headings = ("format", "bits", "block", "scale", "bits per value")

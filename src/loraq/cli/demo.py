@@ -14,10 +14,22 @@ if TYPE_CHECKING:
 
 @command
 @click.option(
-    "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for the report."
+    "--out",
+    default="demo",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the report.",
 )
-@click.option("--images", default=40, show_default=True, type=click.IntRange(10), help="Samples for each row.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
+@click.option(
+    "--images", default=40, show_default=True, type=click.IntRange(10), help="Samples for each row."
+)
+@click.option(
+    "--workers",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Layers solved at a time.",
+)
 def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     """Quantize the small trained transformer that ships with loraq in every way at equal bytes, and measure.
 
@@ -33,14 +45,27 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     result = run(n_images=images, workers=workers, progress=lambda line: click.echo(line, err=True))
     draw(result, out / "report.png")
     if as_json:
-        print_json({"rows": [asdict(row) for row in result.rows], "report": str(out / "report.png")})
+        print_json(
+            {"rows": [asdict(row) for row in result.rows], "report": str(out / "report.png")}
+        )
         return
     _print_demo(result.rows)
     click.echo(f"Report: {out / 'report.png'}")
 
 
 def _print_demo(rows: "tuple[Row, ...]") -> None:
-    headings = ("", "recipe", "KiB", "bits", "weight err", "velocity err", "PSNR dB", "judge", "Fréchet", "s")
+    headings = (
+        "",
+        "recipe",
+        "KiB",
+        "bits",
+        "weight err",
+        "velocity err",
+        "PSNR dB",
+        "judge",
+        "Fréchet",
+        "s",
+    )
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
@@ -55,9 +80,13 @@ def _print_demo(rows: "tuple[Row, ...]") -> None:
         print_table(headings, table)
         _print_winners(members)
     click.echo(
-        "\nVelocity error is the figure to read: one forward on noised real images against the model as trained."
+        "\nVelocity error is the figure to read: one forward on noised real images against the "
+        "model as trained."
     )
-    click.echo("Judge accuracy and Fréchet distance are sanity checks: they cannot see differences at 4 bits.")
+    click.echo(
+        "Judge accuracy and Fréchet distance are sanity checks: they cannot see differences at 4 "
+        "bits."
+    )
 
 
 def _print_winners(rows: "list[Row]") -> None:

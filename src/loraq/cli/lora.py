@@ -13,7 +13,12 @@ from loraq.cli.output import print_json
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("lora", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--source", required=True, type=click.Path(path_type=Path), help="Float folder that PATH was made from.")
+@click.option(
+    "--source",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Float folder that PATH was made from.",
+)
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
 @click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
 def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: Any) -> None:
@@ -29,9 +34,20 @@ def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: 
     absorbed = absorb(path, lora, target=target, **options)
     if as_json:
         layers = [{"name": layer.name, **layer.record()} for layer in absorbed.layers]
-        print_json({"target": str(target), "layers": layers, "kept": absorbed.kept, "others": absorbed.others})
+        print_json(
+            {
+                "target": str(target),
+                "layers": layers,
+                "kept": absorbed.kept,
+                "others": absorbed.others,
+            }
+        )
         return
-    click.echo(f"{len(absorbed.layers)} layers quantized again, {len(absorbed.kept)} float layers changed.")
+    click.echo(
+        f"{len(absorbed.layers)} layers quantized again, {len(absorbed.kept)} float layers changed."
+    )
     if absorbed.others:
-        click.echo(f"Left out, because only the transformer is quantized: {', '.join(absorbed.others)}.")
+        click.echo(
+            f"Left out, because only the transformer is quantized: {', '.join(absorbed.others)}."
+        )
     click.echo(f"Written to {target}.")

@@ -31,14 +31,21 @@ def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(table[0]))]
     for row in table:
-        cells = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        cells = (
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)
+        )
         click.echo("  ".join(cells).rstrip())
 
 
 def _is_number(cell: str) -> bool:
     return (
         not cell
-        or cell.removesuffix("iB").removesuffix(" K").removesuffix(" M").removesuffix(" G").replace(".", "").isdigit()
+        or cell.removesuffix("iB")
+        .removesuffix(" K")
+        .removesuffix(" M")
+        .removesuffix(" G")
+        .replace(".", "")
+        .isdigit()
     )
 
 

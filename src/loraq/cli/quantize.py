@@ -19,17 +19,29 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options that make a recipe."""
     options = (
         click.option(
-            "--recipe", default="default", show_default=True, help="Name (`loraq formats`), or .toml/.json file."
+            "--recipe",
+            default="default",
+            show_default=True,
+            help="Name (`loraq formats`), or .toml/.json file.",
         ),
-        click.option("--budget", help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks."),
+        click.option(
+            "--budget",
+            help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks.",
+        ),
         click.option(
             "--allocate",
             "allocation",
             flag_value="greedy",
             help="Share the budget among the layers: the same bytes in all, ranks where they help most.",
         ),
-        click.option("--method", help="loraq, svdquant, lqer, rtn, gptq or qera instead of the recipe's."),
-        click.option("--effort", type=click.Choice(["fast", "default", "best"]), help="How long method loraq works."),
+        click.option(
+            "--method", help="loraq, svdquant, lqer, rtn, gptq or qera instead of the recipe's."
+        ),
+        click.option(
+            "--effort",
+            type=click.Choice(["fast", "default", "best"]),
+            help="How long method loraq works.",
+        ),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )
     for option in reversed(options):
@@ -40,16 +52,22 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
 RECIPE_OPTIONS = ("recipe", "budget", "allocation", "method", "effort", "seed")
 
 config_option = click.option(
-    "--config", type=click.Path(path_type=Path), help="config.json or its folder, for a SOURCE without one."
+    "--config",
+    type=click.Path(path_type=Path),
+    help="config.json or its folder, for a SOURCE without one.",
 )
 
 
 def size_option_value(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
     """Read a size such as "2GB", "500 MB" or "1GiB"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
-    size = found and round(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " "))
+    size = found and round(
+        float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")
+    )
     if not size:
-        raise click.BadParameter(f"'{text}' is no size. Write a number and a unit, such as 2GB or 500MB.")
+        raise click.BadParameter(
+            f"'{text}' is no size. Write a number and a unit, such as 2GB or 500MB."
+        )
     return size
 
 
@@ -63,12 +81,14 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
     made = replace(Recipe.of(recipe), **asked)
     if made.method != "loraq" and "effort" in asked:
         raise click.UsageError(
-            f"--effort says how long method 'loraq' works, and '{made.method}' has no levels of effort. "
+            f"--effort says how long method 'loraq' works, and '{made.method}' has no levels of "
+            f"effort. "
             "Leave --effort out, or use --method loraq."
         )
     if made.method != "loraq" and made.effort != "default":
         click.echo(
-            f"Note: the recipe's effort '{made.effort}' is for 'loraq' and changes nothing with '{made.method}'.",
+            f"Note: the recipe's effort '{made.effort}' is for 'loraq' and changes nothing with "
+            f"'{made.method}'.",
             err=True,
         )
     return made
@@ -77,8 +97,8 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
 def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
     if source.is_file() and config is None:
         click.echo(
-            "Note: one file does not say its model's class. Only the rules for all classes apply, and `loraq.load` "
-            "cannot build the result. Give --config with the model's config.json.",
+            "Note: one file does not say its model's class. Only the rules for all classes apply, "
+            "and `loraq.load` cannot build the result. Give --config with the model's config.json.",
             err=True,
         )
 
@@ -87,24 +107,41 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @config_option
-@click.option("--stats", type=click.Path(path_type=Path), help="Activation statistics that `loraq stats` wrote.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Layers solved at a time.")
 @click.option(
-    "--shard-size", "shard_bytes", default="2GB", show_default=True, callback=size_option_value, help="Largest file."
+    "--stats",
+    type=click.Path(path_type=Path),
+    help="Activation statistics that `loraq stats` wrote.",
+)
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Layers solved at a time.",
+)
+@click.option(
+    "--shard-size",
+    "shard_bytes",
+    default="2GB",
+    show_default=True,
+    callback=size_option_value,
+    help="Largest file.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
-@click.option("--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them.")
+@click.option(
+    "--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them."
+)
 @recipe_options
 def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Quantize the transformer in SOURCE into the new folder TARGET, one tensor in memory at a time.
 
-    SOURCE is a diffusers transformer folder (config.json and safetensors), a pipeline folder, whose other components
-    go along, one .safetensors file, or a repository of the hub. If the run is interrupted or killed, the same
-    command goes on where it was.
+    SOURCE is a diffusers transformer folder (config.json and safetensors), a pipeline folder, whose
+    other components go along, one .safetensors file, or a repository of the hub. If the run is
+    interrupted or killed, the same command goes on where it was.
 
     \b
-    Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4-w8a8 --workers 2
+    Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4+w8a8 --workers 2
     """
     from loraq.integrations.checkpoints import quantize_checkpoint
 
@@ -119,17 +156,27 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
                 "mean_output_error": report.mean_output_error,
-                "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
+                "layers": [
+                    {"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers
+                ],
             }
         )
         return
-    click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.layers) - len(report.layers)} kept.")
+    click.echo(
+        f"{len(report.layers)} layers quantized, {len(report.plan.layers) - len(report.layers)} "
+        f"kept."
+    )
     if report.kept:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
-    click.echo(f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, {size_of(report.plan.nbytes)} now.")
+    click.echo(
+        f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, "
+        f"{size_of(report.plan.nbytes)} now."
+    )
     errors = f"mean relative error {report.mean_relative_error:.4f}"
     if report.mean_output_error is not None:
-        errors += f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
+        errors += (
+            f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
+        )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
     click.echo(f"Written to {target}.")
 
@@ -141,8 +188,8 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> None:
     """Show what `quantize` would do with SOURCE: format, rank, bytes of every layer; what is kept, and why.
 
-    Only the configuration is read, or the names and shapes of the tensors if there is none; with --allocate every
-    weight, once.
+    Only the configuration is read, or the names and shapes of the tensors if there is none; with
+    --allocate every weight, once.
 
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0
@@ -158,22 +205,34 @@ def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> Non
     for layer in planned.layers:
         shape = f"{layer.shape[0]}×{layer.shape[1]}"
         if layer.scheme is None:
-            rows.append((layer.name, shape, "kept", "", "", "", size_of(layer.nbytes), "", layer.reason))
+            rows.append(
+                (layer.name, shape, "kept", "", "", "", size_of(layer.nbytes), "", layer.reason)
+            )
             continue
         branch = layer.scheme.branch
         formats = (layer.scheme.weight, activation_of(layer.scheme))
-        side = (f"{branch.weight}/{branch.activation}", str(branch.rank)) if branch else ("none", "")
+        side = (
+            (f"{branch.weight}/{branch.activation}", str(branch.rank)) if branch else ("none", "")
+        )
         bits = f"{layer.bits_per_weight:.3f}"
         rows.append((layer.name, shape, *formats, *side, size_of(layer.nbytes), bits, layer.reason))
     for other in planned.others:
         shape = "×".join(str(n) for n in other.shape)
-        rows.append((other.name, shape, "kept", "", "", "", size_of(other.nbytes), "", other.reason))
-    print_table(("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"), rows)
+        rows.append(
+            (other.name, shape, "kept", "", "", "", size_of(other.nbytes), "", other.reason)
+        )
+    print_table(
+        ("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"),
+        rows,
+    )
     kept = len(planned.layers) - len(planned.quantized)
     click.echo(
-        f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per weight, {kept} kept."
+        f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per "
+        f"weight, {kept} kept."
     )
-    click.echo(f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after.")
+    click.echo(
+        f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after."
+    )
 
 
 def _plan_document(planned: "Plan") -> dict[str, Any]:
@@ -191,5 +250,9 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         for layer in planned.layers
     ]
     others = [asdict(other) | {"nbytes": other.nbytes} for other in planned.others]
-    totals = {"nbytes": planned.nbytes, "nbytes_bf16": planned.nbytes_bf16, "bits_per_weight": planned.bits_per_weight}
+    totals = {
+        "nbytes": planned.nbytes,
+        "nbytes_bf16": planned.nbytes_bf16,
+        "bits_per_weight": planned.bits_per_weight,
+    }
     return {"layers": layers, "others": others, **totals}

@@ -13,7 +13,9 @@ from loraq.cli.quantize import read_recipe, size_option_value
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
+def _settings(
+    _context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]
+) -> dict[str, Any]:
     """Read "height=512": a name and a JSON value, or plain text."""
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -30,7 +32,9 @@ def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple
 @command
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--recipe", default="default", show_default=True, help="Says which layers are quantized.")
+@click.option(
+    "--recipe", default="default", show_default=True, help="Says which layers are quantized."
+)
 @click.option("--method", help="Method that will use them, instead of the recipe's.")
 @click.option(
     "--prompts",
@@ -38,16 +42,24 @@ def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple
     help="Text file, one prompt a line, instead of the empty prompt. Quantizing is data-aware then.",
 )
 @click.option(
-    "--samples", type=click.IntRange(1), help="Images to draw. [default: one for each prompt, 8 of the empty one]"
+    "--samples",
+    type=click.IntRange(1),
+    help="Images to draw. [default: one for each prompt, 8 of the empty one]",
 )
-@click.option("--steps", type=click.IntRange(1), help="Steps of each image. [default: the pipeline's]")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Steps of each image. [default: the pipeline's]"
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image's noise.")
 @click.option(
     "--mean-squares",
     is_flag=True,
     help="No correlations: a small file that brings little, and is not enough for gptq and qera.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), help="Inputs that a layer counts, spread over images and steps.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Inputs that a layer counts, spread over images and steps.",
+)
 @click.option(
     "--memory",
     "memory_bytes",
@@ -58,16 +70,26 @@ def _settings(_context: click.Context, _parameter: click.Parameter, pairs: tuple
     "several times.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the pipeline. [default: as the transformer is stored]")
 @click.option(
-    "--set", "call", metavar="NAME=VALUE", multiple=True, callback=_settings, help="Argument of the pipeline's call."
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    help="Of the pipeline. [default: as the transformer is stored]",
+)
+@click.option(
+    "--set",
+    "call",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_settings,
+    help="Argument of the pipeline's call.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file that is at TARGET.")
 def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Let the pipeline SOURCE draw images from noise, and write what its layers see to the file TARGET.
 
-    SOURCE is the folder of a float diffusers pipeline (model_index.json) or a repository of the hub. No data is
-    needed. `loraq quantize --stats TARGET` uses the file, whose name ends with .safetensors.
+    SOURCE is the folder of a float diffusers pipeline (model_index.json) or a repository of the
+    hub. No data is needed. `loraq quantize --stats TARGET` uses the file, whose name ends with
+    .safetensors.
 
     \b
     Example: loraq stats PixArt-Sigma pixart.safetensors --set height=512 --set width=512

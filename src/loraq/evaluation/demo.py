@@ -16,7 +16,8 @@ from loraq.pipeline.quantize import Report, plan_model, quantize_
 from loraq.recipe import NAMED, Recipe
 from loraq.stats import ActivationStats
 
-#: 16-bit rank 5 of width 192 is the share of the weights that rank 32 is of width 1152: the equal-bytes budget.
+#: 16-bit rank 5 of width 192 is the share of the weights that rank 32 is of width 1152: the
+#: equal-bytes budget.
 BUDGET = "r16=5"
 #: Samples that statistics are collected on.
 OWN_SAMPLES = 64
@@ -31,7 +32,8 @@ class Contender:
     recipe: str
     method: str = "loraq"
     options: tuple[tuple[str, Any], ...] = ()
-    #: Whether it gets statistics of what the layers see while the float model draws samples from noise.
+    #: Whether it gets statistics of what the layers see while the float model draws samples from
+    #: noise.
     own_samples: bool = False
 
 
@@ -40,35 +42,37 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
     "weight-only": (
         Contender("round to nearest", "mxfp4-a16", "rtn"),
         Contender("plain INT5 (more bytes)", "int5-a16", "rtn"),
-        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a16", "svdquant", (("scale_rule", None),)),
-        Contender("SVDQuant ×100 + scale search", "mxfp4-w16a16-a16", "svdquant", (("rounds", 100),)),
-        Contender("LoRaQ, 16-bit branch", "mxfp4-w16a16-a16"),
-        Contender("LoRaQ, 8-bit branch", "mxfp4-w8a8-a16"),
-        Contender("LoRaQ, 6-bit branch", "mxfp4-w6a6-a16"),
-        Contender("LoRaQ, 4-bit branch", "mxfp4-w4a8-a16"),
-        Contender("LoRaQ, INT4 main, 6-bit branch", "int4-w6a6-a16"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-a16+bf16", "svdquant", (("scale_rule", None),)),
+        Contender("SVDQuant ×100 + scale search", "mxfp4-a16+bf16", "svdquant", (("rounds", 100),)),
+        Contender("LoRaQ, 16-bit branch", "mxfp4-a16+bf16"),
+        Contender("LoRaQ, 8-bit branch", "mxfp4-a16+w8a8"),
+        Contender("LoRaQ, 6-bit branch", "mxfp4-a16+w6a6"),
+        Contender("LoRaQ, 4-bit branch", "mxfp4-a16+w4a8"),
+        Contender("LoRaQ, INT4 main, 6-bit branch", "int4-a16+w6a6"),
     ),
     "weight-only, with statistics of the model's own samples (still no data)": (
         Contender("GPTQ, INT4", "int4-a16", "gptq", own_samples=True),
-        Contender("SVDQuant + GPTQ, 16-bit branch", "int4-w16a16-a16", "gptq", own_samples=True),
-        Contender("LoRaQ, 6-bit branch", "int4-w6a6-a16", own_samples=True),
+        Contender("SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", own_samples=True),
+        Contender("LoRaQ, 6-bit branch", "int4-a16+w6a6", own_samples=True),
     ),
     "4-bit weights, 8-bit activations": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
-        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a8", "svdquant", (("scale_rule", None),)),
-        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a8"),
-        Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a8"),
-        Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a8"),
-        Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a8"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-a8+bf16", "svdquant", (("scale_rule", None),)),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-a8+w8a8"),
+        Contender("LoRaQ, W6A6 branch", "mxfp4-a8+w6a6"),
+        Contender("LoRaQ, W6A8 branch", "mxfp4-a8+w6a8"),
+        Contender("LoRaQ, W4A8 branch", "mxfp4-a8+w4a8"),
     ),
     "4-bit weights, 4-bit activations": (
         Contender("round to nearest", "mxfp4-a4", "rtn"),
-        Contender("SVDQuant, 16-bit branch", "mxfp4-w16a16-a4", "svdquant", (("scale_rule", None),)),
-        Contender("SVDQuant, rotated as LoRaQ's", "mxfp4-w16a16-h32-a4", "svdquant", (("scale_rule", None),)),
-        Contender("LoRaQ, W8A8 branch", "mxfp4-w8a8-a4"),
-        Contender("LoRaQ, W6A6 branch", "mxfp4-w6a6-a4"),
-        Contender("LoRaQ, W6A8 branch", "mxfp4-w6a8-a4"),
-        Contender("LoRaQ, W4A8 branch", "mxfp4-w4a8-a4"),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-a4+bf16", "svdquant", (("scale_rule", None),)),
+        Contender(
+            "SVDQuant, rotated as LoRaQ's", "mxfp4-a4+bf16-h32", "svdquant", (("scale_rule", None),)
+        ),
+        Contender("LoRaQ, W8A8 branch", "mxfp4-a4+w8a8"),
+        Contender("LoRaQ, W6A6 branch", "mxfp4-a4+w6a6"),
+        Contender("LoRaQ, W6A8 branch", "mxfp4-a4+w6a8"),
+        Contender("LoRaQ, W4A8 branch", "mxfp4-a4+w4a8"),
     ),
 }
 
@@ -85,7 +89,8 @@ class Row:
     bits_per_weight: float
     #: Mean over the layers of ‖W − Ŵ‖ / ‖W‖.
     weight_error: float
-    #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The discriminating figure.
+    #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The
+    #: discriminating figure.
     velocity_error: float
     #: Median over the samples, against the sample of the model as trained from the same noise.
     psnr_db: float
@@ -102,14 +107,20 @@ class DemoResult:
     """All rows, and what the report draws."""
 
     rows: tuple[Row, ...]
-    #: Samples of the model as trained, under "as trained", and of every row under its recipe and label.
+    #: Samples of the model as trained, under "as trained", and of every row under its recipe and
+    #: label.
     images: dict[str, Tensor]
     #: Relative error of every layer, by recipe and label.
     layer_errors: dict[str, list[float]]
 
 
 def run(
-    *, n_images: int = 100, steps: int = 10, effort: str = "default", workers: int = 1, progress: Callable[[str], None]
+    *,
+    n_images: int = 100,
+    steps: int = 10,
+    effort: str = "default",
+    workers: int = 1,
+    progress: Callable[[str], None],
 ) -> DemoResult:
     """Quantize, generate and measure every contender.
 
@@ -145,18 +156,31 @@ def run(
     total = sum(len(group) for group in CONTENDERS.values())
     for group, contenders in CONTENDERS.items():
         for contender in contenders:
-            progress(f"[{len(rows) + 1} of {total}] {group}: {contender.label} ({contender.recipe})")
+            progress(
+                f"[{len(rows) + 1} of {total}] {group}: {contender.label} ({contender.recipe})"
+            )
             model = copy.deepcopy(trained)
             stats = own if contender.own_samples else None
-            report = quantize_(model, _recipe(contender, effort), stats=stats, workers=workers, progress=False)
+            report = quantize_(
+                model, _recipe(contender, effort), stats=stats, workers=workers, progress=False
+            )
             images = sample(model, labels, seed=0, steps=steps)
             row = _row(group, contender, report, measured(model, images))
             rows.append(row)
             pictures[f"{row.recipe} {row.label}"] = images
-            layer_errors[f"{row.recipe} {row.label}"] = [layer.relative_error for layer in report.layers]
+            layer_errors[f"{row.recipe} {row.label}"] = [
+                layer.relative_error for layer in report.layers
+            ]
             n_weights = sum(math.prod(layer.shape) for layer in report.layers)
     trained_row = Row(
-        "as trained", "bf16 weights", "", 2 * n_weights, 16.0, 0.0, **measured(trained, reference), seconds=0.0
+        "as trained",
+        "bf16 weights",
+        "",
+        2 * n_weights,
+        16.0,
+        0.0,
+        **measured(trained, reference),
+        seconds=0.0,
     )
     return DemoResult((trained_row, *rows), pictures, layer_errors)
 
@@ -170,13 +194,20 @@ def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
 
 def _recipe(contender: Contender, effort: str) -> Recipe:
     recipe = Recipe.named(contender.recipe)
-    return replace(recipe, method=contender.method, effort=effort, options=dict(contender.options), budget=BUDGET)
+    return replace(
+        recipe,
+        method=contender.method,
+        effort=effort,
+        options=dict(contender.options),
+        budget=BUDGET,
+    )
 
 
 def _row(group: str, contender: Contender, report: Report, measured: dict[str, float]) -> Row:
     return Row(
         group=group,
-        label=contender.label + (" ★" if contender.recipe == NAMED["default"] and contender.method == "loraq" else ""),
+        label=contender.label
+        + (" ★" if contender.recipe == NAMED["default"] and contender.method == "loraq" else ""),
         recipe=contender.recipe,
         nbytes=sum(layer.nbytes for layer in report.layers),
         bits_per_weight=report.plan.bits_per_weight,

@@ -1,8 +1,9 @@
 """This file holds the small world that `loraq demo` and the benchmarks stand on.
 
-A 5-million-parameter `PixArtTransformer2DModel`, trained on the 8×8 digits of scikit-learn, ships inside the package
-with a judge that reads digits. Everything runs offline on one CPU thread in seconds, and the weights are trained ones:
-random weights have neither the heavy tails nor the leading directions that a quantizer meets in practice.
+A 5-million-parameter `PixArtTransformer2DModel`, trained on the 8×8 digits of scikit-learn, ships
+inside the package with a judge that reads digits. Everything runs offline on one CPU thread in
+seconds, and the weights are trained ones: random weights have neither the heavy tails nor the
+leading directions that a quantizer meets in practice.
 
 The model is a rectified flow; see `loraq.evaluation.flow`.
 """
@@ -44,7 +45,9 @@ def real_digits() -> tuple[Float[Tensor, "count 1 8 8"], Int[Tensor, " count"]]:
             'Install it with `pip install "loraq[demo]"`.'
         ) from error
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float().div(8).sub(1).unsqueeze(1)  # pixels are stored as 0 to 16
+    images = (
+        torch.from_numpy(digits.images).float().div(8).sub(1).unsqueeze(1)
+    )  # pixels are stored as 0 to 16
     return images, torch.from_numpy(digits.target).long()
 
 
@@ -66,7 +69,8 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     Raises:
         LoraqError: diffusers is not installed.
     """
-    # The method of nn.Module, because that of diffusers warns about layers to keep in float32 even if there are none.
+    # The method of nn.Module, because that of diffusers warns about layers to keep in float32 even
+    # if there are none.
     return nn.Module.to(load_float(assets_folder() / "transformer"), dtype)
 
 
@@ -88,12 +92,17 @@ def predict_velocity(
 
 
 def sample(
-    transformer: nn.Module, labels: Int[Tensor, " batch"], *, seed: int, steps: int = 20, guidance: float = 1.5
+    transformer: nn.Module,
+    labels: Int[Tensor, " batch"],
+    *,
+    seed: int,
+    steps: int = 20,
+    guidance: float = 1.5,
 ) -> Float[Tensor, "batch 1 8 8"]:
     """Draw one digit for each label with Euler steps from noise to image.
 
-    The noise of sample i depends on `seed` and i only, so the first n samples are the same digits for every batch
-    size (up to the rounding of differently shaped matrix products).
+    The noise of sample i depends on `seed` and i only, so the first n samples are the same digits
+    for every batch size (up to the rounding of differently shaped matrix products).
 
     Args:
         transformer: the digits model, quantized or not.
@@ -113,16 +122,20 @@ def sample(
 
 
 @torch.no_grad()
-def velocity_probe(transformer: nn.Module, *, count: int = 256, seed: int = 0) -> Float[Tensor, "count 1 8 8"]:
+def velocity_probe(
+    transformer: nn.Module, *, count: int = 256, seed: int = 0
+) -> Float[Tensor, "count 1 8 8"]:
     """Return the velocities of one forward pass on noised real images.
 
-    The probe to compare two models with: it is deterministic, takes a second and orders the precisions, where class
-    accuracy and Fréchet distance only move at 2 bits. Load the models in float32: rounding the network to bfloat16
-    alone is a relative error of 0.008, a third of that of plain 4-bit weights.
+    The probe to compare two models with: it is deterministic, takes a second and orders the
+    precisions, where class accuracy and Fréchet distance only move at 2 bits. Load the models in
+    float32: rounding the network to bfloat16 alone is a relative error of 0.008, a third of that of
+    plain 4-bit weights.
 
     Args:
         transformer: the digits model, quantized or not.
-        count: number of real images, at most 1797; times are stratified, one in each of `count` equal intervals.
+        count: number of real images, at most 1797; times are stratified, one in each of `count`
+        equal intervals.
         seed: of the choice of images, the times and the noise.
     """
     images, labels = real_digits()
@@ -132,7 +145,9 @@ def velocity_probe(transformer: nn.Module, *, count: int = 256, seed: int = 0) -
     noise = torch.randn(count, *images.shape[1:], generator=generator)
     noised = flow.interpolate(images[chosen], noise, times)
     device = flow.first_weight(transformer).device
-    return predict_velocity(transformer, noised.to(device), times.to(device), labels[chosen].to(device))
+    return predict_velocity(
+        transformer, noised.to(device), times.to(device), labels[chosen].to(device)
+    )
 
 
 class Judge(nn.Module):
@@ -170,7 +185,9 @@ class Judge(nn.Module):
         return features
 
     @torch.no_grad()
-    def accuracy(self, images: Float[Tensor, "batch 1 8 8"], labels: Int[Tensor, " batch"]) -> float:
+    def accuracy(
+        self, images: Float[Tensor, "batch 1 8 8"], labels: Int[Tensor, " batch"]
+    ) -> float:
         """Return the share of images that are read as their label, in [0, 1]."""
         return (self(images).argmax(dim=1) == labels).double().mean().item()
 

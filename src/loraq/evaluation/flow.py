@@ -1,7 +1,8 @@
 """This file runs a class-conditional rectified flow: noise an image, predict a velocity, draw a sample.
 
-Time 0 is the image, time 1 is noise, `x_t = (1 − t) image + t noise`, and the transformer, one of the PixArt family
-without a mask on its captions, predicts the velocity `noise − image` (Liu et al. 2022, arXiv 2209.03003).
+Time 0 is the image, time 1 is noise, `x_t = (1 − t) image + t noise`, and the transformer, one of
+the PixArt family without a mask on its captions, predicts the velocity `noise − image` (Liu et al.
+2022, arXiv 2209.03003).
 """
 
 from itertools import pairwise
@@ -15,7 +16,9 @@ TIME_SCALE = 1000.0
 
 
 def interpolate(
-    images: Float[Tensor, "batch *image"], noise: Float[Tensor, "batch *image"], times: Float[Tensor, " batch"]
+    images: Float[Tensor, "batch *image"],
+    noise: Float[Tensor, "batch *image"],
+    times: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch *image"]:
     """Return the noised images at flow times in [0, 1]."""
     return torch.lerp(images, noise, times.view(-1, *(1,) * (images.ndim - 1)))
@@ -71,7 +74,9 @@ def sample(
         if guidance == 1:
             velocity = predict_velocity(transformer, images, now.expand(len(images)), captions)
         else:
-            doubled = predict_velocity(transformer, images.repeat(2, 1, 1, 1), now.expand(len(both)), both)
+            doubled = predict_velocity(
+                transformer, images.repeat(2, 1, 1, 1), now.expand(len(both)), both
+            )
             captioned, uncaptioned = doubled.chunk(2)
             velocity = torch.lerp(uncaptioned, captioned, guidance)
         images = images + (later - now) * velocity

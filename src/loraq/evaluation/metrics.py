@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def relative_error(reference: Float[Tensor, "*shape"], approximation: Float[Tensor, "*shape"]) -> float:
+def relative_error(
+    reference: Float[Tensor, "*shape"], approximation: Float[Tensor, "*shape"]
+) -> float:
     """Return ‖reference − approximation‖ / ‖reference‖ in the Frobenius norm, without unit.
 
     An all-zero reference gives 0 when the approximation is equal and infinity otherwise.
@@ -33,7 +35,9 @@ def sqnr_db(reference: Float[Tensor, "*shape"], approximation: Float[Tensor, "*s
 
 
 def psnr_db(
-    reference: Float[Tensor, "batch *image"], image: Float[Tensor, "batch *image"], data_range: float
+    reference: Float[Tensor, "batch *image"],
+    image: Float[Tensor, "batch *image"],
+    data_range: float,
 ) -> Float[Tensor, " batch"]:
     """Return the peak signal-to-noise ratio of each image in dB.
 
@@ -56,8 +60,8 @@ def ssim(
 ) -> Float[Tensor, " batch"]:
     """Return the structural similarity of each image, 1 for equal ones.
 
-    Wang et al. 2004 with its constants: a Gaussian window of 11 pixels and σ = 1.5, K = (0.01, 0.03), the mean over the
-    places where the window fits and over channels.
+    Wang et al. 2004 with its constants: a Gaussian window of 11 pixels and σ = 1.5, K = (0.01,
+    0.03), the mean over the places where the window fits and over channels.
 
     Args:
         reference: exact images, at least 11 pixels wide and high.
@@ -85,11 +89,14 @@ def ssim(
     return (luminance * structure).view(reference.shape[0], -1).mean(dim=1)
 
 
-def frechet_distance(features_a: Float[Tensor, "count_a width"], features_b: Float[Tensor, "count_b width"]) -> float:
+def frechet_distance(
+    features_a: Float[Tensor, "count_a width"], features_b: Float[Tensor, "count_b width"]
+) -> float:
     """Return the squared Fréchet distance of the Gaussians fitted to two sets of features.
 
-    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a^½ Σ_b Σ_a^½)^½), with roots through symmetric eigendecompositions, so rank
-    deficient covariances are fine. It is biased upwards for few samples: compare sets of equal size only.
+    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a^½ Σ_b Σ_a^½)^½), with roots through symmetric
+    eigendecompositions, so rank deficient covariances are fine. It is biased upwards for few
+    samples: compare sets of equal size only.
 
     Args:
         features_a: one row for each sample, at least two rows.

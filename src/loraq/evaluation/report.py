@@ -27,7 +27,10 @@ def require_drawable(path: Path) -> None:
     except OSError as error:
         raise LoraqError(f"Cannot write '{path}': {error}. Choose another folder.") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise LoraqError(f"Cannot write '{path}': it is a folder, or its folder is read-only. Choose another folder.")
+        raise LoraqError(
+            f"Cannot write '{path}': it is a folder, or its folder is read-only. Choose another "
+            f"folder."
+        )
 
 
 def draw(result: DemoResult, path: Path) -> None:
@@ -41,9 +44,14 @@ def draw(result: DemoResult, path: Path) -> None:
 
     strips = [("as trained", "bf16", result.images["as trained"])]
     for row in result.rows[1:]:
-        bits, velocity = f"{row.bits_per_weight:.2f} bits", f"velocity error {row.velocity_error:.4f}"
+        bits, velocity = (
+            f"{row.bits_per_weight:.2f} bits",
+            f"velocity error {row.velocity_error:.4f}",
+        )
         text = f"{row.recipe} · {bits} · {velocity} · {row.psnr_db:.1f} dB"
-        strips.append((row.label.removesuffix(" ★"), text, result.images[f"{row.recipe} {row.label}"]))
+        strips.append(
+            (row.label.removesuffix(" ★"), text, result.images[f"{row.recipe} {row.label}"])
+        )
 
     figure = Figure(figsize=(14, 0.8 * len(strips) + 5), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(strips), 5])
@@ -63,7 +71,12 @@ def _draw_errors(axis: Any, result: DemoResult) -> None:
     for row in result.rows:
         errors = result.layer_errors.get(f"{row.recipe} {row.label}")
         if row.group == "weight-only" and errors is not None:
-            axis.plot(errors, marker=".", linewidth=1, label=f"{row.label} ({row.bits_per_weight:.2f} bits)")
+            axis.plot(
+                errors,
+                marker=".",
+                linewidth=1,
+                label=f"{row.label} ({row.bits_per_weight:.2f} bits)",
+            )
     axis.set_xlabel("layer, in the order of the model")
     axis.set_ylabel("relative weight error")
     axis.set_ylim(bottom=0)

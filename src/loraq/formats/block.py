@@ -1,8 +1,9 @@
 """A quantized tensor: formats with shared block scales, plain 16-bit formats, and `QTensor`, what both produce.
 
-Blocks run along the last axis, which is always the contraction axis; a last, shorter block is allowed. A scale
-always multiplies. Two paths give bit-equal values: `round` returns the decoded fp32 values at once (what a solver
-or a fake-quantized activation needs), `quantize` returns packed bytes (what is stored).
+Blocks run along the last axis, which is always the contraction axis; a last, shorter block is
+allowed. A scale always multiplies. Two paths give bit-equal values: `round` returns the decoded
+fp32 values at once (what a solver or a fake-quantized activation needs), `quantize` returns packed
+bytes (what is stored).
 """
 
 import math
@@ -19,10 +20,12 @@ from loraq.formats.element import ElementFormat
 from loraq.formats.packing import pack, packed_width, unpack
 from loraq.formats.scales import E4M3_SCALE, ScaleFormat, ScaleRule, scale_rule, view_bytes
 
-#: Values handled at a time on a CPU, so that all passes over them stay in cache: 1 MiB; half or twice of it is slower.
+#: Values handled at a time on a CPU, so that all passes over them stay in cache: 1 MiB; half or
+#: twice of it is slower.
 _CHUNK_VALUES = 1 << 18
 
-#: Larger magnitudes saturate: a bf16 scale for them could be rounded up until its values overflow fp32.
+#: Larger magnitudes saturate: a bf16 scale for them could be rounded up until its values overflow
+#: fp32.
 _LARGEST = 0.99 * torch.finfo(torch.float32).max
 
 
@@ -32,9 +35,11 @@ class QTensor:
 
     #: Packed codes, `uint8`, last axis of `packed_width(n)` bytes.
     packed: Tensor
-    #: Raw bytes of the block scales, `uint8`, last axis `n_blocks * bytes of one scale`; `None` for 16-bit formats.
+    #: Raw bytes of the block scales, `uint8`, last axis `n_blocks * bytes of one scale`; `None` for
+    #: 16-bit formats.
     scale: Tensor | None
-    #: Raw bytes of the fp32 scale(s) above the block scales, `uint8`; `None` unless the format has one.
+    #: Raw bytes of the fp32 scale(s) above the block scales, `uint8`; `None` unless the format has
+    #: one.
     global_scale: Tensor | None
     #: Shape of the tensor that was quantized.
     shape: tuple[int, ...]
@@ -129,7 +134,9 @@ class BlockFormat:
     @property
     def bits_per_value(self) -> float:
         """Stored bits for each value of a long row, block scales counted."""
-        return self.bits + (8 * self.scale_format.n_bytes / self.block_size if self.block_size else 0.0)
+        return self.bits + (
+            8 * self.scale_format.n_bytes / self.block_size if self.block_size else 0.0
+        )
 
     @property
     def default_rule(self) -> str:
@@ -160,7 +167,8 @@ class BlockFormat:
     def for_rows(self) -> "BlockFormat":
         """Return the variant for dynamic activations.
 
-        No scale is shared by two rows, and blocks of 4 bits take the rule "constant", which costs nothing.
+        No scale is shared by two rows, and blocks of 4 bits take the rule "constant", which costs
+        nothing.
         """
         return replace(self, of_rows=True) if self.has_global_scale or self.bits == 4 else self
 
@@ -191,7 +199,8 @@ class BlockFormat:
         """Return the packed tensor; `dequantize` gives exactly what `round` gives.
 
         Raises:
-            FormatError: a value is NaN or infinite (the message names the place), or the rule does not exist.
+            FormatError: a value is NaN or infinite (the message names the place), or the rule does
+            not exist.
         """
         chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
         require_finite(x, self.name)
@@ -205,7 +214,11 @@ class BlockFormat:
             scale = self._choose_scale(blocks, chosen, above)
             codes = self._element(chosen).encode(blocks / _safe(scale))
             packed.append(pack(codes.flatten(-2)[..., :n], self.bits))
-            scales.append(self.scale_format.encode((scale if above is None else scale / _safe(above)).squeeze(-1)))
+            scales.append(
+                self.scale_format.encode(
+                    (scale if above is None else scale / _safe(above)).squeeze(-1)
+                )
+            )
         lead = x.shape[:-1]
         return QTensor(
             packed=torch.cat(packed).view(*lead, -1),
@@ -253,9 +266,15 @@ class BlockFormat:
 
     def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
         """Storable fp32 scale of every block, (rows, n_blocks, 1), `above` (the global scale) multiplied in."""
-        if rule.signed:  # turned so that the largest value is negative, where there is one level more
-            turn = torch.where(blocks.amax(-1, keepdim=True) > -blocks.amin(-1, keepdim=True), -1.0, 1.0)
-            highest = torch.finfo(torch.bfloat16).max / 2 ** (self.bits - 1)  # the lowest code stays finite
+        if (
+            rule.signed
+        ):  # turned so that the largest value is negative, where there is one level more
+            turn = torch.where(
+                blocks.amax(-1, keepdim=True) > -blocks.amin(-1, keepdim=True), -1.0, 1.0
+            )
+            highest = torch.finfo(torch.bfloat16).max / 2 ** (
+                self.bits - 1
+            )  # the lowest code stays finite
             return self._positive_scale(blocks * turn, rule, above).clamp_(max=highest) * turn
         return self._positive_scale(blocks, rule, above)
 
@@ -277,17 +296,24 @@ class BlockFormat:
         best = next(proposals)  # kept where the gains of a huge block overflow
         best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
         for scale in proposals:
-            gain, its_optimum = self._gain(blocks, element, scale if above is None else scale * above)
+            gain, its_optimum = self._gain(
+                blocks, element, scale if above is None else scale * above
+            )
             better = gain > best_gain
             best = torch.where(better, scale, best)
             best_gain = torch.where(better, gain, best_gain)
             optimum = torch.where(better, its_optimum, optimum)
         for i in range(rule.least_squares):
             if i:
-                best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
+                best_gain, optimum = self._gain(
+                    blocks, element, best if above is None else best * above
+                )
             scale = self.scale_format.round(optimum if above is None else optimum / above)
             if self.scale_format is E4M3_SCALE:  # so coarse that the rounded optimum may lose
-                better = self._gain(blocks, element, scale if above is None else scale * above)[0] > best_gain
+                better = (
+                    self._gain(blocks, element, scale if above is None else scale * above)[0]
+                    > best_gain
+                )
             else:
                 better = scale.isfinite()
             best = torch.where(better, scale, best)
@@ -352,8 +378,9 @@ def require_finite(x: Tensor, what: str) -> None:
         return
     place = tuple(int(i) for i in (~finite).nonzero()[0])
     raise FormatError(
-        f"Cannot quantize to '{what}': the value at {place} is {x[place].item()}, and {int((~finite).sum())} of "
-        f"{x.numel()} values are not finite. Every value must be a finite number. Repair the source file."
+        f"Cannot quantize to '{what}': the value at {place} is {x[place].item()}, and "
+        f"{int((~finite).sum())} of {x.numel()} values are not finite. Every value must be a "
+        f"finite number. Repair the source file."
     )
 
 

@@ -1,13 +1,14 @@
 """One scalar: how a single value of at most 8 bits is rounded, encoded and decoded.
 
 A float element is a sign, `exponent_bits` and `mantissa_bits` with gradual underflow, as in the OCP
-Microscaling (MX) specification v1.0, section 5.3, and the OCP 8-bit floating point specification (OFP8).
-An integer element is two's complement with `mantissa_bits` binary digits after the point; its range is
-symmetric, the most negative code is not produced (MX v1.0, section 5.3.4 allows it to be left out), unless block
-scales carry a sign (`with_lowest`).
+Microscaling (MX) specification v1.0, section 5.3, and the OCP 8-bit floating point specification
+(OFP8). An integer element is two's complement with `mantissa_bits` binary digits after the point;
+its range is symmetric, the most negative code is not produced (MX v1.0, section 5.3.4 allows it to
+be left out), unless block scales carry a sign (`with_lowest`).
 
-Rounding is to nearest, ties to even, and saturates: there is no way to produce an infinity or a NaN from a
-finite value. A negative float that rounds to zero keeps its sign; integers have a single zero.
+Rounding is to nearest, ties to even, and saturates: there is no way to produce an infinity or a NaN
+from a finite value. A negative float that rounds to zero keeps its sign; integers have a single
+zero.
 """
 
 import math
@@ -17,7 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-#: Exponent field of an fp32 number; keeping only these bits leaves 2^floor(log2 |x|), or 0 for a subnormal.
+#: Exponent field of an fp32 number; keeping only these bits leaves 2^floor(log2 |x|), or 0 for a
+#: subnormal.
 FP32_EXPONENT_BITS = 0x7F800000
 
 
@@ -61,7 +63,11 @@ class ElementFormat:
     @property
     def overflow_midpoint(self) -> float:
         """Where a value would round away from `max` if the grid went on: `max` plus half of its last step."""
-        step = 2.0 ** (self.max_exponent - self.mantissa_bits) if self.is_float else 2.0**-self.mantissa_bits
+        step = (
+            2.0 ** (self.max_exponent - self.mantissa_bits)
+            if self.is_float
+            else 2.0**-self.mantissa_bits
+        )
         return self.max + step / 2
 
     def with_lowest(self) -> "ElementFormat":
@@ -73,13 +79,14 @@ class ElementFormat:
 
         NaN stays NaN; an infinity saturates to `max`. The result is fp32.
         """
-        # Adding and subtracting 1.5 * 2^(23 - mantissa_bits) * binade makes the fp32 adder round at the
-        # format's own step. An integer has one binade, [1, 2), for all its values.
+        # Adding and subtracting 1.5 * 2^(23 - mantissa_bits) * binade makes the fp32 adder round at
+        # the format's own step. An integer has one binade, [1, 2), for all its values.
         y = x.clamp(-self.max if self.lowest is None else self.lowest, self.max)
         shift = 1.5 * 2.0 ** (23 - self.mantissa_bits)
         if not self.is_float:
             return y.add_(shift).sub_(shift)
-        # The clamp keeps subnormals on the step of the smallest normal binade; the sum loses the sign of a zero.
+        # The clamp keeps subnormals on the step of the smallest normal binade; the sum loses the
+        # sign of a zero.
         binade = power_of_two_below(y).clamp_(min=2.0**self.min_exponent)
         return y.add_(binade, alpha=shift).sub_(binade, alpha=shift).copysign_(x)
 
@@ -87,19 +94,29 @@ class ElementFormat:
         """Round fp32 values and return their codes, one `uint8` each, in the low `bits` bits."""
         rounded = self.round(x)
         if not self.is_float:
-            return (rounded * 2.0**self.mantissa_bits).to(torch.int32).bitwise_and_(2**self.bits - 1).to(torch.uint8)
+            return (
+                (rounded * 2.0**self.mantissa_bits)
+                .to(torch.int32)
+                .bitwise_and_(2**self.bits - 1)
+                .to(torch.uint8)
+            )
         magnitude = rounded.abs()
         binade = power_of_two_below(magnitude).clamp_(min=2.0**self.min_exponent)
         exponent = (binade.view(torch.int32) >> 23) - 127
-        # The significand of a normal value carries its hidden bit, which adds exactly one to the exponent field;
-        # a subnormal has no hidden bit and its field is 0. So both follow from one sum.
+        # The significand of a normal value carries its hidden bit, which adds exactly one to the
+        # exponent field; a subnormal has no hidden bit and its field is 0. So both follow from one
+        # sum.
         significand = (magnitude / binade * 2.0**self.mantissa_bits).to(torch.int32)
         code = ((exponent - self.min_exponent) << self.mantissa_bits) + significand
         return (code | (x.signbit().to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the fp32 value of every code; codes that stand for no number give NaN or an infinity."""
-        return _decode_table(self, codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return (
+            _decode_table(self, codes.device)
+            .index_select(0, codes.reshape(-1).int())
+            .view(codes.shape)
+        )
 
     def grid(self) -> Tensor:
         """Return the value of each of the `2**bits` codes, in the order of the codes, as fp32."""
@@ -135,11 +152,15 @@ E5M2 = ElementFormat("e5m2", bits=8, exponent_bits=5, mantissa_bits=2, max=57344
 
 def integer(bits: int) -> ElementFormat:
     """Plain symmetric integer: values -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
-    return ElementFormat(f"int{bits}", bits, exponent_bits=0, mantissa_bits=0, max=2.0 ** (bits - 1) - 1)
+    return ElementFormat(
+        f"int{bits}", bits, exponent_bits=0, mantissa_bits=0, max=2.0 ** (bits - 1) - 1
+    )
 
 
 def mx_integer(bits: int) -> ElementFormat:
     """MX integer: `bits - 2` binary digits after the point, so that magnitudes stay below 2 (MX v1.0, 5.3.4)."""
     fraction_bits = bits - 2
     largest = (2.0 ** (bits - 1) - 1) * 2.0**-fraction_bits
-    return ElementFormat(f"mxint{bits}", bits, exponent_bits=0, mantissa_bits=fraction_bits, max=largest)
+    return ElementFormat(
+        f"mxint{bits}", bits, exponent_bits=0, mantissa_bits=fraction_bits, max=largest
+    )

@@ -1,7 +1,7 @@
 """Rounding to scales that are settled beforehand, for methods that choose the codes themselves.
 
-`BlockFormat.quantize` chooses scales and codes together; here its scales stay, and every value can be rounded to them
-by itself, in any order.
+`BlockFormat.quantize` chooses scales and codes together; here its scales stay, and every value can
+be rounded to them by itself, in any order.
 """
 
 from dataclasses import replace
@@ -28,10 +28,14 @@ class FixedScales:
             FormatError: a value is NaN or infinite, or the rule does not exist for this format.
         """
         self._nearest = fmt.quantize(matrix, rule)
-        self._element = fmt._element(scale_rule(rule or fmt.default_rule, fmt.scale_format, fmt.element))
+        self._element = fmt._element(
+            scale_rule(rule or fmt.default_rule, fmt.scale_format, fmt.element)
+        )
         n = matrix.shape[1]
         #: Scale of every value, (out, in).
-        self.of_values = fmt.scales(self._nearest)[..., 0].repeat_interleave(fmt.block_size or n, 1)[:, :n]
+        self.of_values = fmt.scales(self._nearest)[..., 0].repeat_interleave(
+            fmt.block_size or n, 1
+        )[:, :n]
 
     def round(self, values: Tensor, scale: Tensor) -> Tensor:
         """Return the nearest values that can be stored with these scales, a part of `of_values`; saturates."""

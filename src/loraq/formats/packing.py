@@ -1,8 +1,9 @@
 """Bytes and codes: `bits`-wide codes are stored back to back along the last axis, the first value in the low bits.
 
-Two 4-bit codes make a byte (the first one is the low nibble), four 6-bit codes make three bytes, eight 5-bit
-codes make five. Every row starts on a whole byte: a row of n codes takes ceil(n * bits / 8) bytes, and the unused
-high bits of its last byte are zero. This order is documented here and nowhere else.
+Two 4-bit codes make a byte (the first one is the low nibble), four 6-bit codes make three bytes,
+eight 5-bit codes make five. Every row starts on a whole byte: a row of n codes takes ceil(n * bits
+/ 8) bytes, and the unused high bits of its last byte are zero. This order is documented here and
+nowhere else.
 """
 
 from math import gcd

@@ -10,7 +10,8 @@ from loraq.formats.block import BlockFormat, CastFormat, Format
 from loraq.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, integer, mx_integer
 from loraq.formats.scales import BF16_SCALE, E4M3_SCALE, E8M0_SCALE, FP32_SCALE
 
-#: Every named format. Sources: OCP MX v1.0 (mx*), NVIDIA NVFP4 (nvfp4), SVDQuant, arXiv 2411.05007 (int4).
+#: Every named format. Sources: OCP MX v1.0 (mx*), NVIDIA NVFP4 (nvfp4), SVDQuant, arXiv 2411.05007
+#: (int4).
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -47,7 +48,9 @@ def get_format(name: str | Format) -> Format:
     if isinstance(name, BlockFormat | CastFormat):
         return name
     if not isinstance(name, str):
-        raise FormatError(f"A number format is a name such as 'mxfp4', not {name!r}. `loraq formats` lists them.")
+        raise FormatError(
+            f"A number format is a name such as 'mxfp4', not {name!r}. `loraq formats` lists them."
+        )
     if name in FORMATS:
         return FORMATS[name]
     match = _BLOCK_SUFFIX.fullmatch(name)
@@ -55,13 +58,19 @@ def get_format(name: str | Format) -> Format:
     if match is None or base is None:
         raise FormatError(unknown("number format", name, FORMATS))
     size = int(match["size"])
-    if not isinstance(base, BlockFormat) or base.element.is_float or base.scale_format.is_power_of_two:
+    if (
+        not isinstance(base, BlockFormat)
+        or base.element.is_float
+        or base.scale_format.is_power_of_two
+    ):
         raise FormatError(
-            f"Format '{match['base']}' has a fixed block size. A suffix '_b{size}' is for int4, int5, int6 and int8."
+            f"Format '{match['base']}' has a fixed block size. A suffix '_b{size}' is for int4, "
+            f"int5, int6 and int8."
         )
     if size < 8 or size % 8:
         raise FormatError(
-            f"Block size {size} of '{name}' is not a multiple of 8. Use '{match['base']}_b{max(8, size // 8 * 8)}'."
+            f"Block size {size} of '{name}' is not a multiple of 8. Use "
+            f"'{match['base']}_b{max(8, size // 8 * 8)}'."
         )
     return replace(base, name=name, block_size=size, scale_format=BF16_SCALE)
 

@@ -15,7 +15,13 @@ from loraq.integrations.lora import Adapter, Lora
 from loraq.layers import replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import LayerReport, quantized_layer, shown_progress, solve_layer, tensor_sha256
+from loraq.pipeline.quantize import (
+    LayerReport,
+    quantized_layer,
+    shown_progress,
+    solve_layer,
+    tensor_sha256,
+)
 from loraq.recipe import Recipe
 
 
@@ -43,7 +49,8 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
 ) -> Absorbed:
     """Make a LoRA a permanent part of a quantized model: the layers it touches are quantized again, with it.
 
-    No data is needed, so this takes seconds for each layer. Formats, ranks and seeds are those of the model.
+    No data is needed, so this takes seconds for each layer. Formats, ranks and seeds are those of
+    the model.
 
     Args:
         model: a quantized model, which is changed in place; or a quantized folder, with `target`.
@@ -52,35 +59,53 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
         scale: strength of the LoRA.
         target: new folder, where `model` is one. Other components of a pipeline are copied.
         overwrite: whether a target that is not empty may be replaced.
-        progress: False for silence, True for a display on stderr, or a function to call after each layer.
+        progress: False for silence, True for a display on stderr, or a function to call after each
+        layer.
 
     Returns:
         The layers that changed.
 
     Raises:
         CheckpointError: the LoRA, the source or a folder cannot be used. Nothing was changed.
-        LayerError: layers that the model does not have, or that were not made from this source. Nothing was changed.
+        LayerError: layers that the model does not have, or that were not made from this source.
+        Nothing was changed.
     """
     if isinstance(model, nn.Module):
         if target is not None:
-            raise CheckpointError(f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`.")
-        return _absorb(model, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress)
+            raise CheckpointError(
+                f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
+            )
+        return _absorb(
+            model, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress
+        )
     if target is None:
-        raise CheckpointError(f"'{model}' is not changed in place. Give the new folder as `target`.")
+        raise CheckpointError(
+            f"'{model}' is not changed in place. Give the new folder as `target`."
+        )
     require_free(Path(target), overwrite=overwrite)
     quantized = load(model)
-    absorbed = _absorb(quantized, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress)
-    save_like(quantized, Path(model), transformer_folder(Path(model)), Path(target), overwrite=overwrite)
+    absorbed = _absorb(
+        quantized, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress
+    )
+    save_like(
+        quantized, Path(model), transformer_folder(Path(model)), Path(target), overwrite=overwrite
+    )
     return absorbed
 
 
 def _absorb(
-    model: nn.Module, lora: Lora, source: ShardReader, scale: float, progress: ProgressCallback | bool
+    model: nn.Module,
+    lora: Lora,
+    source: ShardReader,
+    scale: float,
+    progress: ProgressCallback | bool,
 ) -> Absorbed:
     if not math.isfinite(scale):
         raise CheckpointError(f"The LoRA's scale is {scale}. A finite number is required.")
     layers = _layers(model, lora, source)
-    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    quantized = {
+        name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)
+    }
     recipes = {name: _recipe(name, layer) for name, layer in quantized.items()}
     for name, layer in layers.items():  # everything that can be wrong, before long work
         _original(name, layer, source)
@@ -104,28 +129,40 @@ def _absorb(
                 replace_layer(model, name, new[name])
             else:
                 kept = layer.get_parameter("weight")
-                kept.copy_(_sum(name, layer, source, lora.adapters[name], scale, kept.device).view(kept.shape))
+                kept.copy_(
+                    _sum(name, layer, source, lora.adapters[name], scale, kept.device).view(
+                        kept.shape
+                    )
+                )
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
 
 
 def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
     """Return the layers that a LoRA touches, all of which the model and the source have, in the LoRA's shapes."""
     if getattr(model, "peft_config", None):
-        raise LayerError("The model carries adapters. Unload them first: what is absorbed needs no adapter.")
+        raise LayerError(
+            "The model carries adapters. Unload them first: what is absorbed needs no adapter."
+        )
     present = dict(model.named_modules())
-    missing = [name for name in lora.adapters if name not in present or f"{name}.weight" not in source.names]
+    missing = [
+        name
+        for name in lora.adapters
+        if name not in present or f"{name}.weight" not in source.names
+    ]
     if missing:
         raise LayerError(
-            f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the source does not have: "
-            f"{', '.join(missing)}. Is the LoRA for this model, and in diffusers' or PEFT's names?"
+            f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
+            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, and in "
+            f"diffusers' or PEFT's names?"
         )
     for name, adapter in lora.adapters.items():
         shape = source.shape(f"{name}.weight")
         wide = (shape[0], torch.Size(shape[1:]).numel())
         if (adapter.up.shape[0], adapter.down[0].numel()) != wide:
             raise LayerError(
-                f"Layer '{name}' has the shape {wide}; the LoRA has factors {tuple(adapter.up.shape)} and "
-                f"{tuple(adapter.down.shape)}. It is for another model."
+                f"Layer '{name}' has the shape {wide}; the LoRA has factors "
+                f"{tuple(adapter.up.shape)} and {tuple(adapter.down.shape)}. It is for another "
+                f"model."
             )
     return {name: present[name] for name in lora.adapters}
 
@@ -133,15 +170,18 @@ def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.M
 def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
     if layer.record.get("recipe") is None or "source_sha256" not in layer.record:
         raise LayerError(
-            f"Layer '{name}' does not say how it was made. Quantize the model again with `loraq.quantize_`."
+            f"Layer '{name}' does not say how it was made. Quantize the model again with "
+            f"`loraq.quantize_`."
         )
     if "absorbed" in layer.record:
         raise LayerError(
-            f"Layer '{name}' has absorbed a LoRA before. Start from the folder without it: sums of LoRAs are not kept."
+            f"Layer '{name}' has absorbed a LoRA before. Start from the folder without it: sums of "
+            f"LoRAs are not kept."
         )
     if "stats_sha256" in layer.record:
         raise LayerError(
-            f"Layer '{name}' was quantized with activation statistics, which are not kept and do not know the LoRA. "
+            f"Layer '{name}' was quantized with activation statistics, which are not kept and do "
+            f"not know the LoRA. "
             "Add the LoRA to the float weights, collect statistics of that, and quantize it."
         )
     return Recipe.from_dict(layer.record["recipe"])
@@ -155,16 +195,24 @@ def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
         if isinstance(layer, QuantizedLinear):
             if tensor_sha256(weight) == layer.record["source_sha256"]:
                 return weight.flatten(1)
-        elif weight.dtype == (kept := layer.get_parameter("weight").detach().cpu()).dtype and torch.equal(weight, kept):
+        elif weight.dtype == (
+            kept := layer.get_parameter("weight").detach().cpu()
+        ).dtype and torch.equal(weight, kept):
             return weight.flatten(1)
     raise LayerError(
-        f"Layer '{name}' was not made from the weights in '{source.folder}', or has absorbed a LoRA before. Give the "
+        f"Layer '{name}' was not made from the weights in '{source.folder}', or has absorbed a "
+        f"LoRA before. Give the "
         "float folder that this model was quantized from."
     )
 
 
 def _sum(
-    name: str, layer: nn.Module, source: ShardReader, adapter: Adapter, scale: float, device: torch.device
+    name: str,
+    layer: nn.Module,
+    source: ShardReader,
+    adapter: Adapter,
+    scale: float,
+    device: torch.device,
 ) -> Tensor:
     """Return W + scale · ΔW (out, in) in fp32."""
     return _original(name, layer, source).to(device).float() + scale * adapter.delta(device)

@@ -42,40 +42,48 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
 ) -> Report:
     """Quantize a checkpoint of any size into a new folder, without ever building the float model.
 
-    One tensor is in memory at a time, or one for each worker. The target appears under its name only when it is
-    whole. A run that was interrupted or killed goes on where it was when it is called again; the files do not depend
-    on that, nor on `workers`.
+    One tensor is in memory at a time, or one for each worker. The target appears under its name
+    only when it is whole. A run that was interrupted or killed goes on where it was when it is
+    called again; the files do not depend on that, nor on `workers`.
 
     Args:
-        source: a transformer's folder, a pipeline's folder (its other components go along as they are), one
-            safetensors file, or a repository of the hub such as "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
+        source: a transformer's folder, a pipeline's folder (its other components go along as they
+            are), one safetensors file, or a repository of the hub such as
+            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
         target: the folder to make.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
-        config: for a source without a configuration, the diffusers `config.json` or the folder it is in; without
-            one, layers are found by their tensors, and the target is for `loraq.load_into`.
-        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None` needs no data.
-        workers: processes that solve layers at a time, on one thread each. A script that asks for more than one
-            needs the usual `if __name__ == "__main__":`, because they import it.
+        config: for a source without a configuration, the diffusers `config.json` or the folder it
+            is in; without one, layers are found by their tensors, and the target is for
+            `loraq.load_into`.
+        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
+        needs no data.
+        workers: processes that solve layers at a time, on one thread each. A script that asks for
+            more than one needs the usual `if __name__ == "__main__":`, because they import it.
         shard_bytes: largest output file, unless one tensor alone is larger.
         overwrite: whether a model folder that is there may be replaced.
         restart: whether to forget what an interrupted run has finished.
         link: whether a pipeline's other components are hard links instead of copies.
-        progress: False for silence, True for a display on stderr, or a function to call after each layer.
+        progress: False for silence, True for a display on stderr, or a function to call after each
+        layer.
 
     Returns:
         The plan and what became of each layer.
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used.
-        CheckpointError: the source cannot be used, the target cannot be written, or was begun with other settings.
-        LayerError: a layer failed; the message names it. What is finished is kept for the next call.
+        CheckpointError: the source cannot be used, the target cannot be written, or was begun with
+        other settings.
+        LayerError: a layer failed; the message names it. What is finished is kept for the next
+        call.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe = Path(target), Recipe.of(recipe)
     given = _locate(source, config)
     _require_apart(given.root, target)
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
-    return stream(_open(given, recipe), target, recipe, settings, stats=opened(stats), progress=progress)
+    return stream(
+        _open(given, recipe), target, recipe, settings, stats=opened(stats), progress=progress
+    )
 
 
 def plan_checkpoint(
@@ -88,19 +96,25 @@ def plan_checkpoint(
 ) -> Plan:
     """Return what `quantize_checkpoint` would do.
 
-    A model that has a configuration is planned without its weights, unless the recipe allocates: then each is read.
+    A model that has a configuration is planned without its weights, unless the recipe allocates:
+    then each is read.
 
     Raises:
         CheckpointError, RecipeError, SchemeError: the source or the recipe cannot be used.
-        LayerError: the recipe allocates, and a layer's weights cannot be used; the message names it.
+        LayerError: the recipe allocates, and a layer's weights cannot be used; the message names
+        it.
     """
     recipe = Recipe.of(recipe)
     given = _locate(source, config)
     if recipe.allocation != "uniform":
         opened = _open(given, recipe)
-        return allocated_from_files(opened.plan, recipe, opened.reader, workers=workers, progress=progress)
+        return allocated_from_files(
+            opened.plan, recipe, opened.reader, workers=workers, progress=progress
+        )
     model = given.model()
-    return Plan.of_model(model, recipe) if model else _plan_tensors(ShardReader(given.weights), recipe)
+    return (
+        Plan.of_model(model, recipe) if model else _plan_tensors(ShardReader(given.weights), recipe)
+    )
 
 
 @dataclass(frozen=True)
@@ -122,19 +136,26 @@ class _Given:
 
     def model(self) -> nn.Module | None:
         """Return the diffusers model on the meta device, or `None` if no configuration names one."""
-        return model_of(self.config, self.place) if self.config and "_class_name" in self.config else None
+        return (
+            model_of(self.config, self.place)
+            if self.config and "_class_name" in self.config
+            else None
+        )
 
 
 def _locate(source: str | Path, config: str | Path | None) -> _Given:
     """Find weights and configuration.
 
     Raises:
-        CheckpointError: there is no such source, it is quantized already, or its configuration cannot be read.
+        CheckpointError: there is no such source, it is quantized already, or its configuration
+        cannot be read.
     """
     path = here(source)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"'{path}' is no .safetensors file. Other weight files are not read: convert it.")
+            raise CheckpointError(
+                f"'{path}' is no .safetensors file. Other weight files are not read: convert it."
+            )
         root, weights, place = path, path, path
     else:
         root, weights = path, transformer_folder(path)
@@ -142,7 +163,11 @@ def _locate(source: str | Path, config: str | Path | None) -> _Given:
     if config is not None:
         place = Path(config)
         place = transformer_folder(place) / "config.json" if place.is_dir() else place
-    content = read_json(place) if config is not None or (place.name == "config.json" and place.is_file()) else None
+    content = (
+        read_json(place)
+        if config is not None or (place.name == "config.json" and place.is_file())
+        else None
+    )
     if (weights / FILE_NAME).is_file() or "quantization_config" in (content or {}):
         raise CheckpointError(f"'{weights}' is quantized already. Start from the float weights.")
     return _Given(root, weights, content, place)
@@ -165,7 +190,9 @@ def _open(given: _Given, recipe: Recipe) -> Source:
         expected, tied = _expected(model, reader.names)
     require_fit(reader, expected, given.weights)
     names = tuple(name for name in expected if name not in tied)
-    return Source(files, reader, names, tied, model_config(model), plan, _others(given), given.component)
+    return Source(
+        files, reader, names, tied, model_config(model), plan, _others(given), given.component
+    )
 
 
 def _expected(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,7 +216,13 @@ def _plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
     for name in files.names:
         layer, _, leaf = name.rpartition(".")
         shape = files.shape(name)
-        if layer and leaf == "weight" and len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0:
+        if (
+            layer
+            and leaf == "weight"
+            and len(shape) in (2, 4)
+            and shape[2:] in ((), (1, 1))
+            and min(shape) > 0
+        ):
             shapes[layer] = (shape[0], shape[1])
     return Plan.of(shapes, recipe)
 
@@ -199,7 +232,8 @@ def _require_floats(files: ShardReader, place: Path) -> None:
         dtype = files.dtype(name)
         if dtype not in FLOATS and (dtype.startswith("F8") or name.endswith("weight")):
             raise CheckpointError(
-                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are required."
+                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
+                f"required."
             )
 
 
@@ -225,5 +259,6 @@ def _require_apart(source: Path, target: Path) -> None:
     if a in b.parents or b in a.parents:
         inner, outer = (target, source) if a in b.parents else (source, target)
         raise CheckpointError(
-            f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another target."
+            f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another "
+            f"target."
         )

@@ -29,17 +29,22 @@ def transformer_folder(source: Path) -> Path:
         CheckpointError: `source` is neither.
     """
     if not source.is_dir():
-        raise CheckpointError(f"'{source}' is not a folder. Give a transformer's folder (config.json) or a pipeline's.")
+        raise CheckpointError(
+            f"'{source}' is not a folder. Give a transformer's folder (config.json) or a "
+            f"pipeline's."
+        )
     if (source / "model_index.json").is_file():
         for component in _COMPONENTS:
             if (source / component / "config.json").is_file():
                 return source / component
         raise CheckpointError(
-            f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize itself."
+            f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize "
+            f"itself."
         )
     if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
-            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no model's folder."
+            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no "
+            f"model's folder."
         )
     return source
 
@@ -87,11 +92,15 @@ def transformer_classes() -> dict[str, type[nn.Module]]:
         return {
             name: kind
             for name, kind in found.items()
-            if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(diffusers, name)
+            if isinstance(kind, type)
+            and issubclass(kind, diffusers.ModelMixin)
+            and hasattr(diffusers, name)
         }
 
 
-def save_like(model: nn.Module, source: Path, folder: Path, target: Path, *, overwrite: bool) -> None:
+def save_like(
+    model: nn.Module, source: Path, folder: Path, target: Path, *, overwrite: bool
+) -> None:
     """Save a model that came from `folder`; if that is a component of the pipeline `source`, copy the others too.
 
     Raises:
@@ -123,11 +132,13 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     place = transformer_folder(Path(folder))
     if not (place / FILE_NAME).is_file():
         raise CheckpointError(
-            f"'{place}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes one."
+            f"'{place}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
+            f"one."
         )
     if not (place / "config.json").is_file():
         raise CheckpointError(
-            f"'{place}' has no 'config.json' that says what to build. Build the model, and use `loraq.load_into`."
+            f"'{place}' has no 'config.json' that says what to build. Build the model, and use "
+            f"`loraq.load_into`."
         )
     model = empty_model(place)
     load_into(model, place, backend=backend, verify=verify)
@@ -167,7 +178,8 @@ def load_float(folder: Path) -> nn.Module:
     """Return the model of a float transformer folder on the CPU, in evaluation mode, in the dtype of its weights.
 
     Raises:
-        CheckpointError: the weights are missing, truncated, not float, or do not fit the configuration.
+        CheckpointError: the weights are missing, truncated, not float, or do not fit the
+        configuration.
         LoraqError: diffusers is not installed.
     """
     reader = ShardReader(folder)
@@ -180,21 +192,26 @@ def load_float(folder: Path) -> nn.Module:
 
 def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
     """Raise `CheckpointError` unless the tensors of a file are those of a model, float where the model is."""
-    missing, unexpected = sorted(set(expected) - set(reader.names)), sorted(set(reader.names) - set(expected))
+    missing, unexpected = (
+        sorted(set(expected) - set(reader.names)),
+        sorted(set(reader.names) - set(expected)),
+    )
     if missing or unexpected:
         raise CheckpointError(
-            f"The weights in '{place}' do not fit its config.json. Missing keys: {', '.join(missing) or 'none'}. "
-            f"Unexpected keys: {', '.join(unexpected) or 'none'}."
+            f"The weights in '{place}' do not fit its config.json. Missing keys: "
+            f"{', '.join(missing) or 'none'}. Unexpected keys: {', '.join(unexpected) or 'none'}."
         )
     for name, tensor in expected.items():
         shape, dtype = reader.shape(name), reader.dtype(name)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"'{place}': tensor '{name}' has shape {shape}, config.json wants {tuple(tensor.shape)}."
+                f"'{place}': tensor '{name}' has shape {shape}, config.json wants "
+                f"{tuple(tensor.shape)}."
             )
         if tensor.is_floating_point() and dtype not in FLOATS:
             raise CheckpointError(
-                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are required."
+                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
+                f"required."
             )
 
 
@@ -208,7 +225,9 @@ def _quiet_diffusers() -> Iterator[Any]:
 
         yield diffusers
     except ImportError as error:
-        raise LoraqError(f'diffusers cannot be imported ({error}). Run: pip install "loraq[diffusers]"') from error
+        raise LoraqError(
+            f'diffusers cannot be imported ({error}). Run: pip install "loraq[diffusers]"'
+        ) from error
     finally:
         logging.disable(before)
 

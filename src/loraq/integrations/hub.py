@@ -8,7 +8,12 @@ from loraq.errors import CheckpointError, LoraqError
 #: What is fetched of a repository besides the weights: configurations and tokenizers.
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 #: Second copies of the weights that many repositories hold.
-_OTHER_VARIANTS = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.fp16.json", "*.non_ema.safetensors"]
+_OTHER_VARIANTS = [
+    "*.fp16.safetensors",
+    "*.fp16-*.safetensors",
+    "*.fp16.json",
+    "*.non_ema.safetensors",
+]
 
 
 def here(source: str | Path) -> Path:
@@ -35,7 +40,9 @@ def _fetched(repository: str) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=_SMALL_FILES))
         inside = "*/*.safetensors" if (folder / "model_index.json").is_file() else "*.safetensors"
         return Path(
-            snapshot_download(repository, allow_patterns=[*_SMALL_FILES, inside], ignore_patterns=_OTHER_VARIANTS)
+            snapshot_download(
+                repository, allow_patterns=[*_SMALL_FILES, inside], ignore_patterns=_OTHER_VARIANTS
+            )
         )
     except Exception as error:  # the hub has many errors of its own
         raise CheckpointError(

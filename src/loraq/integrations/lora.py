@@ -57,7 +57,8 @@ class Lora:
         """Read a safetensors file, or a folder with one in it.
 
         Raises:
-            CheckpointError: no such file, not safetensors, or tensors that are no LoRA; the message lists them.
+            CheckpointError: no such file, not safetensors, or tensors that are no LoRA; the message
+            lists them.
         """
         file = _find(Path(path))
         try:
@@ -65,7 +66,9 @@ class Lora:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}
                 metadata = handle.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"'{file}' is truncated or no safetensors file: {error}. Copy it again.") from error
+            raise CheckpointError(
+                f"'{file}' is truncated or no safetensors file: {error}. Copy it again."
+            ) from error
         parts: dict[str, dict[str, Tensor]] = {}
         others, strange = set(), []
         for key, tensor in tensors.items():
@@ -78,7 +81,8 @@ class Lora:
                 strange.append(key)
         if strange:
             raise CheckpointError(
-                f"'{file}' holds tensors that are no plain LoRA: {', '.join(strange[:6])}. Only lora_A/lora_B (or "
+                f"'{file}' holds tensors that are no plain LoRA: {', '.join(strange[:6])}. Only "
+                f"lora_A/lora_B (or "
                 "down/up) weights and alphas can be absorbed; DoRA, LoKr and LoRA biases cannot."
             )
         if not parts:
@@ -91,9 +95,13 @@ class Lora:
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
-    files = [path / name for name in _FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    files = [path / name for name in _FILES if (path / name).is_file()] or sorted(
+        path.glob("*.safetensors")
+    )
     if len(files) != 1 and not (files and files[0].name in _FILES):
-        raise CheckpointError(f"'{path}' is no LoRA: {len(files)} .safetensors files there. Give the file itself.")
+        raise CheckpointError(
+            f"'{path}' is no LoRA: {len(files)} .safetensors files there. Give the file itself."
+        )
     return files[0]
 
 
@@ -109,24 +117,42 @@ def _options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         options = json.loads(metadata.get("lora_adapter_metadata") or "{}")
     except ValueError as error:
-        raise CheckpointError(f"The header of '{file}' is damaged: {error}. Copy it again.") from error
+        raise CheckpointError(
+            f"The header of '{file}' is damaged: {error}. Copy it again."
+        ) from error
     if not options and beside.is_file():
         options = read_json(beside)
-    return {_plain(key): value for key, value in options.items() if not key.startswith(_OTHER_COMPONENTS)}
+    return {
+        _plain(key): value
+        for key, value in options.items()
+        if not key.startswith(_OTHER_COMPONENTS)
+    }
 
 
 def _adapter(file: Path, layer: str, found: dict[str, Tensor], options: dict[str, Any]) -> Adapter:
     if "down" not in found or "up" not in found:
-        raise CheckpointError(f"'{file}': layer '{layer}' has only {', '.join(found)}. Both factors are required.")
+        raise CheckpointError(
+            f"'{file}': layer '{layer}' has only {', '.join(found)}. Both factors are required."
+        )
     if options.get("use_dora"):
         raise CheckpointError(f"'{file}' is a DoRA. Only a plain LoRA can be absorbed.")
     down, up = found["down"], found["up"]
     rank = down.shape[0]
     if up.shape[1] != rank:
-        raise CheckpointError(f"'{file}': layer '{layer}' has factors {tuple(up.shape)} and {tuple(down.shape)}.")
+        raise CheckpointError(
+            f"'{file}': layer '{layer}' has factors {tuple(up.shape)} and {tuple(down.shape)}."
+        )
     if not all(factor.float().isfinite().all() for factor in (down, up)):
-        raise CheckpointError(f"'{file}': layer '{layer}' has factors with NaN or infinity. Download the LoRA again.")
+        raise CheckpointError(
+            f"'{file}': layer '{layer}' has factors with NaN or infinity. Download the LoRA again."
+        )
     patterns = options.get("alpha_pattern") or {}
-    matching = (alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer))
-    alpha = found["alpha"].item() if "alpha" in found else next(matching, options.get("lora_alpha", rank))
+    matching = (
+        alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer)
+    )
+    alpha = (
+        found["alpha"].item()
+        if "alpha" in found
+        else next(matching, options.get("lora_alpha", rank))
+    )
     return Adapter(down, up, alpha / (math.sqrt(rank) if options.get("use_rslora") else rank))

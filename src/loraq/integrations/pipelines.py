@@ -1,7 +1,8 @@
 """`collect_pipeline_stats`: a float pipeline draws samples of its own, and what goes into its layers is counted.
 
-Nothing but the pipeline is needed. It starts from noise, on empty prompts unless others are given, and runs all its
-timesteps; so its layers see what they will see later, as far as the prompts are like those to come.
+Nothing but the pipeline is needed. It starts from noise, on empty prompts unless others are given,
+and runs all its timesteps; so its layers see what they will see later, as far as the prompts are
+like those to come.
 """
 
 import inspect
@@ -69,32 +70,38 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
 ) -> StatsReport:
     """Let a float pipeline draw images, and write the statistics of its layers' inputs to a file.
 
-    Without prompts no data is used. The same arguments give the same bytes on the same machine with as many threads,
-    whatever `memory_bytes` is.
+    Without prompts no data is used. The same arguments give the same bytes on the same machine with
+    as many threads, whatever `memory_bytes` is.
 
     Args:
-        source: folder of a diffusers pipeline (model_index.json, safetensors), or a repository of the hub.
+        source: folder of a diffusers pipeline (model_index.json, safetensors), or a repository of
+        the hub.
         target: the safetensors file to make, for `stats` of `quantize_checkpoint` and `quantize_`.
         recipe: says which layers are quantized, and by which method; the others are left out.
-        prompts: one image after the other gets the next of them; empty for images of the empty prompt. With prompts
-            quantization becomes data-aware: choose such as will be used.
-        samples: images to draw; `None` takes one for each prompt, or `DEFAULT_SAMPLES` of the empty one.
+        prompts: one image after the other gets the next of them; empty for images of the empty
+            prompt. With prompts quantization becomes data-aware: choose such as will be used.
+        samples: images to draw; `None` takes one for each prompt, or `DEFAULT_SAMPLES` of the empty
+        one.
         steps: of each image; `None` takes the pipeline's own default.
         seed: image i starts from the noise of seed + i.
-        second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand times smaller.
-        max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None` counts all. A
-            pipeline that calls its model twice a step counts twice as many.
-        memory_bytes: what the counts of layers may take together beside the pipeline. Where all are more, all images
-            are drawn once for each group of layers.
+        second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand
+        times smaller.
+        max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None`
+            counts all. A pipeline that calls its model twice a step counts twice as many.
+        memory_bytes: what the counts of layers may take together beside the pipeline. Where all are
+            more, all images are drawn once for each group of layers.
         device: such as "cuda"; `None` takes a GPU if there is one.
         dtype: of the whole pipeline; `None` takes that of the stored transformer.
-        call: further arguments of the pipeline's call but its generator, such as `{"height": 512, "width": 512}`.
+        call: further arguments of the pipeline's call but its generator, such as `{"height": 512,
+        "width": 512}`.
         overwrite: whether a file that is there may be replaced.
-        progress: False for silence, True for lines on stderr, or a function to call after each image.
+        progress: False for silence, True for lines on stderr, or a function to call after each
+        image.
 
     Raises:
-        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics, mean squares do not
-            do for the recipe's method, a layer was never called, or one alone takes more than `memory_bytes`.
+        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics,
+            mean squares do not do for the recipe's method, a layer was never called, or one alone
+            takes more than `memory_bytes`.
         CheckpointError: the source is no float pipeline, or the target cannot be written.
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
@@ -102,14 +109,18 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     folder = _pipeline_folder(here(source))
     component, target = float_folder(folder), Path(target)
     if folder.resolve() in target.resolve().parents:
-        raise CheckpointError(f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder.")
+        raise CheckpointError(
+            f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder."
+        )
     recipe = Recipe.of(recipe)
     using = layers_that_use(Plan.of_model(empty_model(component), recipe), recipe)
     if not second_moment:
         require_enough(using, recipe)
     widths = {layer.name: layer.shape[1] for layer in using}
     groups = passes_within(widths, memory_bytes, second_moment=second_moment)
-    moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
+    moments = {
+        name: (width, width) if second_moment else (width,) for name, width in widths.items()
+    }
     nbytes = require_room(target, moments, overwrite=overwrite)
     device = _device(device)
     sampling = _Sampling.of(_pipeline_class(folder), prompts, samples, steps, seed, call or {})
@@ -120,8 +131,9 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     show(
         0,
         images,
-        f"{len(using)} layers, {nbytes / 1e9:.3g} GB on the disk. To count in {memory_bytes / 1e9:.3g} GB, runs of "
-        f"{sampling.samples} images: {len(groups)}. Loading the pipeline.",
+        f"{len(using)} layers, {nbytes / 1e9:.3g} GB on the disk. To count in "
+        f"{memory_bytes / 1e9:.3g} GB, runs of {sampling.samples} images: {len(groups)}. Loading "
+        f"the pipeline.",
     )
     dtype = dtype or DTYPES[ShardReader(component).dtype(f"{using[0].name}.weight")]
     done = 0
@@ -134,7 +146,9 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             show(done, images, f"run {(done - 1) // sampling.samples + 1} of {len(groups)}")
 
     begin = time.perf_counter()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # loading draws random numbers too
+    with torch.random.fork_rng(
+        [device] if device.type == "cuda" else []
+    ):  # loading draws random numbers too
         pipeline = _loaded(folder, dtype, device)
         show(0, images, f"drawing on {device} in {dtype}")
         collect_stats(
@@ -159,11 +173,14 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"Cannot read the prompts '{path}': {error}. A text file is required.") from error
+        raise CalibrationError(
+            f"Cannot read the prompts '{path}': {error}. A text file is required."
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise CalibrationError(
-            f"'{path}' holds no prompt. One prompt a line is required; without a file the empty prompt is used."
+            f"'{path}' holds no prompt. One prompt a line is required; without a file the empty "
+            f"prompt is used."
         )
     return prompts
 
@@ -198,16 +215,22 @@ class _Sampling:
         takes = inspect.signature(kind.__call__).parameters
         call = {**({} if steps is None else {"num_inference_steps": steps}), **call}
         if "generator" in call:
-            raise CalibrationError("The generator cannot be given: noise comes from the seed (`--seed`, `seed`).")
+            raise CalibrationError(
+                "The generator cannot be given: noise comes from the seed (`--seed`, `seed`)."
+            )
         for name in (*call, *(["prompt"] if prompts else [])):
             if name not in takes:
-                raise CalibrationError(unknown(f"argument of {kind.__name__}", name, set(takes) - {"self"}))
+                raise CalibrationError(
+                    unknown(f"argument of {kind.__name__}", name, set(takes) - {"self"})
+                )
         needed = [name for name, parameter in takes.items() if parameter.default is parameter.empty]
         missing = set(needed) - {"self", "args", "kwargs", "prompt", *call}
         if missing or "generator" not in takes:
             raise CalibrationError(
-                f"{kind.__name__} cannot be run on a prompt alone: it needs {', '.join(sorted(missing)) or 'more'}. "
-                "Give it (`--set`, `call`), or run the pipeline yourself with `loraq.collect_stats`."
+                f"{kind.__name__} cannot be run on a prompt alone: it needs "
+                f"{', '.join(sorted(missing)) or 'more'}. "
+                "Give it (`--set`, `call`), or run the pipeline yourself with "
+                "`loraq.collect_stats`."
             )
         if "output_type" in takes:
             call = {"output_type": "latent", **call}  # what a VAE would make of it is of no account
@@ -218,12 +241,15 @@ class _Sampling:
         parameter = inspect.signature(self.kind.__call__).parameters.get("num_inference_steps")
         steps = self.call.get("num_inference_steps", parameter and parameter.default)
         if not isinstance(steps, int):
-            raise CalibrationError(f"{self.kind.__name__} does not say how many steps it takes. Give `--steps`.")
+            raise CalibrationError(
+                f"{self.kind.__name__} does not say how many steps it takes. Give `--steps`."
+            )
         calls = self.samples * steps
         if max_tokens < calls:
             raise CalibrationError(
-                f"max_tokens is {max_tokens}, and {self.samples} images of {steps} steps call the model {calls} times. "
-                f"At least {calls} are required, one of each call; or draw fewer images."
+                f"max_tokens is {max_tokens}, and {self.samples} images of {steps} steps call the "
+                f"model {calls} times. At least {calls} are required, one of each call; or draw "
+                f"fewer images."
             )
         return max_tokens // calls
 
@@ -233,14 +259,17 @@ class _Sampling:
         if self.prompts:
             call.setdefault("prompt", self.prompts[index % len(self.prompts)])
         torch.manual_seed(self.seed + index)  # for what a pipeline draws beside its generator
-        generator = torch.Generator().manual_seed(self.seed + index)  # of the CPU: the same noise on all devices
+        generator = torch.Generator().manual_seed(
+            self.seed + index
+        )  # of the CPU: the same noise on all devices
         try:
             pipeline(generator=generator, **call)
         except LoraqError:
             raise
         except Exception as error:  # pipelines raise what they like
             raise CalibrationError(
-                f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be set: `--set`, or "
+                f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be "
+                f"set: `--set`, or "
                 "`call`."
             ) from error
 
@@ -250,9 +279,11 @@ def _pipeline_folder(path: Path) -> Path:
         return path
     if path.is_file() or (path / "config.json").is_file():
         raise CheckpointError(
-            f"'{path}' is a model alone, and cannot draw images by itself. A pipeline's folder (model_index.json) is "
-            "required. With a model alone, run it yourself: `loraq.save_stats(loraq.collect_stats(model, run, layers), "
-            "path)`, where `run` calls it."
+            f"'{path}' is a model alone, and cannot draw images by itself. A pipeline's folder "
+            f"(model_index.json) is "
+            "required. With a model alone, run it yourself: "
+            "`loraq.save_stats(loraq.collect_stats(model, run, layers), path)`, where `run` calls "
+            "it."
         )
     raise CheckpointError(f"'{path}' is no folder of a pipeline: it has no 'model_index.json'.")
 
@@ -263,7 +294,8 @@ def _pipeline_class(folder: Path) -> type:
         kind = getattr(diffusers, str(name), None)
         if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
             raise CheckpointError(
-                f"'{folder}' names the pipeline {name!r}, which diffusers {diffusers.__version__} does not have. Code "
+                f"'{folder}' names the pipeline {name!r}, which diffusers {diffusers.__version__} "
+                f"does not have. Code "
                 "of a folder is not run: install the diffusers version that has it."
             )
         return kind
@@ -274,12 +306,18 @@ def _loaded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     with _quiet_diffusers() as diffusers:
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
             )
             pipeline.set_progress_bar_config(disable=True)
             return pipeline.to(device)
         except Exception as error:  # components raise what they like
-            raise CheckpointError(f"diffusers cannot load the pipeline '{folder}': {error}") from error
+            raise CheckpointError(
+                f"diffusers cannot load the pipeline '{folder}': {error}"
+            ) from error
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -289,7 +327,9 @@ def _device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # a name that is none, and a device that is not there
-        raise CalibrationError(f"Device '{name}' cannot be used: {error}. Use 'cpu', or leave it out.") from error
+        raise CalibrationError(
+            f"Device '{name}' cannot be used: {error}. Use 'cpu', or leave it out."
+        ) from error
     return device
 
 

@@ -30,10 +30,12 @@ from loraq.pipeline.stats import hashes_of_used
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
-#: The minors of diffusers that this was tested with. The two dictionaries it registers in are not a stable interface.
+#: The minors of diffusers that this was tested with. The two dictionaries it registers in are not a
+#: stable interface.
 SUPPORTED = ("0.42",)
 
-#: Set to "0" to skip the hashes of the files in `from_pretrained`; sizes, names, shapes and dtypes are always checked.
+#: Set to "0" to skip the hashes of the files in `from_pretrained`; sizes, names, shapes and dtypes
+#: are always checked.
 VERIFY_VARIABLE = "LORAQ_VERIFY"
 
 
@@ -46,8 +48,8 @@ class LoraqMethod(StrEnum):
 class LoraqConfig(QuantizationConfigMixin):
     """How diffusers is asked to quantize a model while it loads: `from_pretrained(…, quantization_config=…)`.
 
-    A folder that is quantized already says by itself what it is, and needs none; its model has the stored recipe in
-    `model.config.quantization_config`.
+    A folder that is quantized already says by itself what it is, and needs none; its model has the
+    stored recipe in `model.config.quantization_config`.
     """
 
     #: How layers are, or were, quantized; `None` for a folder that does not say.
@@ -55,11 +57,14 @@ class LoraqConfig(QuantizationConfigMixin):
     #: What `from_pretrained` was given for a folder that is quantized already; it is not used.
     passed_in_vain: Any = None
 
-    def __init__(self, recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default", **others: Any) -> None:
+    def __init__(
+        self, recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default", **others: Any
+    ) -> None:
         """Settle the recipe.
 
         Args:
-            recipe: a recipe, a scheme, a name such as "mxfp4-w8a8", a path to a .toml or .json file, or plain data.
+            recipe: a recipe, a scheme, a name such as "mxfp4+w8a8", a path to a .toml or .json
+            file, or plain data.
             others: only `quant_method`, which diffusers hands back.
 
         Raises:
@@ -69,7 +74,8 @@ class LoraqConfig(QuantizationConfigMixin):
         method = others.pop("quant_method", LoraqMethod.LORAQ)
         if others or method != LoraqMethod.LORAQ.value:
             raise LoraqError(
-                f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes `recipe`; everything "
+                f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes "
+                f"`recipe`; everything "
                 "else is a field of a `loraq.Recipe`."
             )
         self.quant_method: Any = LoraqMethod.LORAQ
@@ -77,7 +83,10 @@ class LoraqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal configuration."""
-        return {"quant_method": self.quant_method.value, "recipe": self.recipe and self.recipe.to_dict()}
+        return {
+            "quant_method": self.quant_method.value,
+            "recipe": self.recipe and self.recipe.to_dict(),
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what `repr` shows: all of it."""
@@ -98,8 +107,8 @@ class LoraqQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         if quantization_config.recipe is None:
             raise LoraqError(
-                "This LoraqConfig has no recipe: it belongs to a folder that does not say how it was made. "
-                "Use `LoraqConfig(recipe)`."
+                "This LoraqConfig has no recipe: it belongs to a folder that does not say how it "
+                "was made. Use `LoraqConfig(recipe)`."
             )
         self.recipe = quantization_config.recipe
         self._jobs: dict[str, LayerPlan] = {}
@@ -114,17 +123,26 @@ class LoraqQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise `LoraqError` for what would fail only after long work."""
         require_supported(diffusers.__version__)
-        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+        if (
+            not self.pre_quantized
+            and isinstance(device_map, dict)
+            and "disk" in device_map.values()
+        ):
             raise LoraqError(
-                "Layers that go to the disk cannot be quantized while loading. Run `loraq quantize` once and load that."
+                "Layers that go to the disk cannot be quantized while loading. Run `loraq "
+                "quantize` once and load that."
             )
         if not self.pre_quantized and self.recipe.allocation != "uniform":
             raise LoraqError(
-                f"Allocation '{self.recipe.allocation}' looks at all weights before it quantizes the first, and "
-                "loading shows one at a time. Run `loraq quantize` once and load that, or use allocation 'uniform'."
+                f"Allocation '{self.recipe.allocation}' looks at all weights before it quantizes "
+                f"the first, and "
+                "loading shows one at a time. Run `loraq quantize` once and load that, or use "
+                "allocation 'uniform'."
             )
 
-    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
         """Remember where the files are, which diffusers tells here only; the keys stay."""
         self._folder = Path(checkpoint_files[0]).parent
         return loaded_keys
@@ -132,31 +150,38 @@ class LoraqQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self._folder is None:  # `from_single_file` does not say where the weights are
             raise LoraqError(
-                f"{type(model).__name__} is loaded by another way than `from_pretrained`, which does not quantize. "
+                f"{type(model).__name__} is loaded by another way than `from_pretrained`, which "
+                f"does not quantize. "
                 "Load it in floats, save it with `save_pretrained`, and start from that folder."
             )
         if self.pre_quantized:
             _fetch_manifest(self._folder)
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
             manifest, reader, _ = prepare(model, self._folder, verify=verify)
-            self._tied = {name: source for name, source in manifest.tied.items() if name not in reader.names}
+            self._tied = {
+                name: source for name, source in manifest.tied.items() if name not in reader.names
+            }
             self._tell_recipe(manifest.recipe)
             _take_dtypes(model, reader)
             return
         if (self._folder / FILE_NAME).is_file():
-            raise CheckpointError(f"'{self._folder}' is quantized already. Load it without `quantization_config`.")
+            raise CheckpointError(
+                f"'{self._folder}' is quantized already. Load it without `quantization_config`."
+            )
         plan = plan_model(model, self.recipe)
         try:
             hashes_of_used(None, plan, self.recipe)
         except CalibrationError as error:
             raise CalibrationError(
-                f"Method '{self.recipe.method}' needs activation statistics, which loading does not take. Run "
+                f"Method '{self.recipe.method}' needs activation statistics, which loading does "
+                f"not take. Run "
                 "`loraq quantize --stats` once and load that."
             ) from error
         self._jobs = {job.name: job for job in plan.quantized}
         if not self._jobs:
             raise LoraqError(
-                f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. `loraq plan` shows why."
+                f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
+                f"`loraq plan` shows why."
             )
         if any(self._folder.glob("*.safetensors")):
             _take_dtypes(model, ShardReader(self._folder))
@@ -172,25 +197,39 @@ class LoraqQuantizer(DiffusersQuantizer):
         passed, config.passed_in_vain = config.passed_in_vain, None
         if passed is not None and passed.to_dict() != config.to_dict():
             warnings.warn(
-                f"'{self._folder}' is quantized already and loads as it is stored: {_named(config, passed)}. The "
-                f"`quantization_config` that was passed is not used: {_named(passed, config)}. To quantize with it, "
+                f"'{self._folder}' is quantized already and loads as it is stored: "
+                f"{_named(config, passed)}. The `quantization_config` that was passed is not used: "
+                f"{_named(passed, config)}. To quantize with it, "
                 "start from the float weights.",
                 stacklevel=2,
             )
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+    def update_missing_keys(
+        self, model: nn.Module, missing_keys: list[str], prefix: str
+    ) -> list[str]:
         """Leave out the names that share another one's tensor."""
         return [key for key in missing_keys if key not in self._tied]
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
     ) -> bool:
         """Return whether this float tensor is the weight of a layer that is to be quantized now."""
         layer, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and layer in self._jobs
 
     def create_quantized_param(  # type: ignore[override]
-        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Solve one layer on its device, and put the packed one in its place."""
         job = self._jobs[param_name.rpartition(".")[0]]
@@ -210,7 +249,9 @@ class LoraqQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self._jobs:
-            raise CheckpointError(f"'{self._folder}' has no weights for these layers: {', '.join(self._jobs)}.")
+            raise CheckpointError(
+                f"'{self._folder}' has no weights for these layers: {', '.join(self._jobs)}."
+            )
         for name, source in self._tied.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
@@ -219,7 +260,8 @@ class LoraqQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to write weights without their manifest."""
         raise CheckpointError(
-            "A quantized model is saved by its own `save_pretrained`, or by `loraq.save`, which write 'loraq.json' too."
+            "A quantized model is saved by its own `save_pretrained`, or by `loraq.save`, which "
+            "write 'loraq.json' too."
         )
 
 
@@ -227,7 +269,8 @@ def require_supported(version: str) -> None:
     """Raise `LoraqError` unless this was tested with diffusers of that version."""
     if ".".join(version.split(".")[:2]) not in SUPPORTED:
         raise LoraqError(
-            f"diffusers {version} is installed; loraq.diffusers knows {', '.join(SUPPORTED)}. Install one of these, or "
+            f"diffusers {version} is installed; loraq.diffusers knows {', '.join(SUPPORTED)}. "
+            f"Install one of these, or "
             "use `loraq quantize` and `loraq.load`, which do not depend on its loader."
         )
 
@@ -267,7 +310,12 @@ def register() -> None:
 
 def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
     """Give empty parameters the dtypes of the file, which decide when `dtype` is not given."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    kinds = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
     stored = set(reader.names)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and name in stored and reader.dtype(name) in kinds:

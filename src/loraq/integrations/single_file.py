@@ -1,7 +1,8 @@
 """Checkpoints in a model's original layout: diffusers' own converters, run on tensors that are not read yet.
 
-A converter renames tensors, and splits and joins some of them. Here it gets stand-ins that only note what is done to
-them, and each result is computed when it is asked for. So a file of any size is converted in the memory of one tensor.
+A converter renames tensors, and splits and joins some of them. Here it gets stand-ins that only
+note what is done to them, and each result is computed when it is asked for. So a file of any size
+is converted in the memory of one tensor.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,8 @@ class ConvertedReader:
         """Run the converter of a class.
 
         Raises:
-            CheckpointError: diffusers has no converter for the class, or it does not understand the file.
+            CheckpointError: diffusers has no converter for the class, or it does not understand the
+            file.
         """
         self._origin = (files, class_name, config)
         with _quiet_diffusers():
@@ -33,20 +35,29 @@ class ConvertedReader:
             convert = known.get(class_name, {}).get("checkpoint_mapping_fn")
             if convert is None:
                 raise CheckpointError(
-                    f"The tensors in '{files.folder}' do not have the names of {class_name}, and diffusers has no "
+                    f"The tensors in '{files.folder}' do not have the names of {class_name}, and "
+                    f"diffusers has no "
                     "converter for this class. Give a folder that `save_pretrained` wrote."
                 )
             try:
-                results = convert(checkpoint={name: _stand_in(files, name) for name in files.names}, config=config)
+                results = convert(
+                    checkpoint={name: _stand_in(files, name) for name in files.names}, config=config
+                )
             except Exception as error:  # converters raise what they like on files they do not know
                 raise CheckpointError(
-                    f"diffusers' converter for {class_name} does not understand the tensors in '{files.folder}' "
-                    f"({type(error).__name__}: {error}). Check that `--config` is of the same model."
+                    f"diffusers' converter for {class_name} does not understand the tensors in "
+                    f"'{files.folder}' ({type(error).__name__}: {error}). Check that `--config` is "
+                    f"of the same model."
                 ) from error
-        self._results = {name: result for name, result in results.items() if isinstance(result, Deferred)}
+        self._results = {
+            name: result for name, result in results.items() if isinstance(result, Deferred)
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ConvertedReader, self._origin  # another process runs the converter again: it takes no time
+        return (
+            ConvertedReader,
+            self._origin,
+        )  # another process runs the converter again: it takes no time
 
     @property
     def names(self) -> list[str]:
@@ -74,14 +85,20 @@ class Deferred:
         self.meta, self.compute = meta, compute
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _note(function, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.meta, name)
         if callable(value):
             return lambda *args, **kwargs: _note(getattr(torch.Tensor, name), (self, *args), kwargs)
-        return _note(lambda tensor: getattr(tensor, name), (self,), {}) if isinstance(value, Tensor) else value
+        return (
+            _note(lambda tensor: getattr(tensor, name), (self,), {})
+            if isinstance(value, Tensor)
+            else value
+        )
 
     def __getitem__(self, index: Any) -> Any:
         return _note(lambda tensor: tensor[index], (self,), {})

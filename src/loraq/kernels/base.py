@@ -54,7 +54,9 @@ class Backend(Protocol):
         """Return the largest ‖y − y_reference‖ / ‖y_reference‖ for inputs of `dtype`; 0 means equal bits."""
         ...
 
-    def prepare(self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype) -> Any:
+    def prepare(
+        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
+    ) -> Any:
         """Return the operands for inputs of `dtype`.
 
         Raises:
@@ -93,10 +95,16 @@ def side_path(x: Tensor, factors: tuple[Tensor, Tensor], scheme: Scheme) -> Tens
     return linear(rounded(inner, scheme.branch.intermediate_format, torch.bfloat16), factors[1])
 
 
-# One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on it.
+# One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on
+# it.
 @library.custom_op("loraq::dequantize", mutates_args=())
 def _dequantize(
-    packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    name: str,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     shape = (*packed.shape[:-1], n)
     return QTensor(packed, scale, global_scale, shape, get_format(name)).dequantize().to(dtype)
@@ -104,7 +112,12 @@ def _dequantize(
 
 @_dequantize.register_fake
 def _(
-    packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    name: str,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
 
@@ -112,13 +125,15 @@ def _(
 def rounded(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """Return an activation on the grid of its format, scales dynamic for each token and block.
 
-    A 16-bit format leaves the activation as it is: its own dtype decides. A gradient passes straight through.
+    A 16-bit format leaves the activation as it is: its own dtype decides. A gradient passes
+    straight through.
     """
     return x.to(dtype) if isinstance(fmt, CastFormat) else _round(x, fmt.name).to(dtype)
 
 
-# Opaque as well: a compiler that sees inside fuses the casts of scales away, and torch 2.13's misreads on a CPU the
-# padding of a shorter last block, so that its output would not be that of the uncompiled layer.
+# Opaque as well: a compiler that sees inside fuses the casts of scales away, and torch 2.13's
+# misreads on a CPU the padding of a shorter last block, so that its output would not be that of the
+# uncompiled layer.
 @library.custom_op("loraq::round", mutates_args=())
 def _round(x: Tensor, name: str) -> Tensor:
     return get_format(name).for_rows().round(x)

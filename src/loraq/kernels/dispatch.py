@@ -1,10 +1,12 @@
 """Picks the back end of a layer: the one that is asked for, or the first that suits the device and the formats.
 
-The choice is made when the layer prepares its operands, for (device, scheme, shape) and, where exactness depends on
-them, the values. It is logged once for each such triple, at level INFO of the logger `loraq.kernels`.
+The choice is made when the layer prepares its operands, for (device, scheme, shape) and, where
+exactness depends on them, the values. It is logged once for each such triple, at level INFO of the
+logger `loraq.kernels`.
 
-A back end that is asked for one layer runs it or raises. One that is asked for a whole model, by `set_backend`, `load`
-or the environment, leaves the layers that it refuses to the automatic choice, and a warning says so.
+A back end that is asked for one layer runs it or raises. One that is asked for a whole model, by
+`set_backend`, `load` or the environment, leaves the layers that it refuses to the automatic choice,
+and a warning says so.
 """
 
 import logging
@@ -38,8 +40,9 @@ BACKENDS: dict[str, Backend] = {
 #: The choice by device and formats; `LORAQ_BACKEND` in the environment puts a name in its place.
 DEFAULT_BACKEND = "auto"
 
-#: What the automatic choice tries in turn, by device. A back end stands here only after it was measured on such a
-#: device and was faster; none is allowed to encode a weight anew. `resident` takes every layer.
+#: What the automatic choice tries in turn, by device. A back end stands here only after it was
+#: measured on such a device and was faster; none is allowed to encode a weight anew. `resident`
+#: takes every layer.
 _AUTOMATIC: dict[str, tuple[Backend, ...]] = {"cpu": (Int8Row(weight_error=0.0), Resident())}
 
 _LOGGER = logging.getLogger("loraq.kernels")
@@ -75,7 +78,8 @@ def asked_backend(name: str) -> str:
 def candidates(asked: str, device: torch.device, *, strict: bool = True) -> tuple[Backend, ...]:
     """Return the back ends to try in turn on a device.
 
-    These are the automatic list; or the one that is asked for, with the automatic list behind it unless `strict`.
+    These are the automatic list; or the one that is asked for, with the automatic list behind it
+    unless `strict`.
     """
     automatic = _AUTOMATIC.get(device.type, (Resident(),))
     if asked == DEFAULT_BACKEND:
@@ -83,7 +87,9 @@ def candidates(asked: str, device: torch.device, *, strict: bool = True) -> tupl
     return (get_backend(asked), *(() if strict else automatic))
 
 
-def choose(asked: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, *, strict: bool = True) -> Backend:
+def choose(
+    asked: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, *, strict: bool = True
+) -> Backend:
     """Return the first candidate that does not refuse a layer (out, in), judged without its values.
 
     Raises:
@@ -95,7 +101,8 @@ def choose(asked: str, scheme: Scheme, shape: tuple[int, int], device: torch.dev
         if reason is None:
             return backend
     raise KernelError(
-        f"The back end '{asked}' cannot run a layer {shape[0]}×{shape[1]} in '{scheme.weight}': {reason}. "
+        f"The back end '{asked}' cannot run a layer {shape[0]}×{shape[1]} in '{scheme.weight}': "
+        f"{reason}. "
         "Use the back end 'resident', which runs every layer, or 'auto'."
     )
 
@@ -116,11 +123,13 @@ def check_for_all(asked: str, layers: Sequence[Place]) -> None:
     (_, shape, _), reason = next(iter(reasons.items()))
     if n_refused == len(layers):
         raise KernelError(
-            f"The back end '{asked}' cannot run any of the {n_refused} quantized layers. The first one is "
-            f"{shape[0]}×{shape[1]}: {reason}. Use the back end 'resident', which runs every layer, or 'auto'."
+            f"The back end '{asked}' cannot run any of the {n_refused} quantized layers. The first "
+            f"one is {shape[0]}×{shape[1]}: {reason}. Use the back end 'resident', which runs "
+            f"every layer, or 'auto'."
         )
     _LOGGER.warning(
-        "The back end '%s' refuses %d of %d layers, which run on the automatic choice. The first one is %d×%d: %s.",
+        "The back end '%s' refuses %d of %d layers, which run on the automatic choice. The first "
+        "one is %d×%d: %s.",
         asked,
         n_refused,
         len(layers),
@@ -142,8 +151,8 @@ def prepare(
     """Return the back end of a layer and its operands for inputs of `dtype`.
 
     Raises:
-        KernelError: the back end that is asked for refuses, or cannot keep its bound with these values, and `strict`
-            leaves no other.
+        KernelError: the back end that is asked for refuses, or cannot keep its bound with these
+            values, and `strict` leaves no other.
     """
     n_out, n_in = weight.shape
     device = weight.packed.device
@@ -163,7 +172,8 @@ def prepare(
                 return backend, operands
         passed.append(f"not {backend.name}: {reason}")
     raise KernelError(
-        f"No back end takes a layer {n_out}×{n_in} in '{scheme.weight}': {'; '.join(passed)}. Use 'resident' or 'auto'."
+        f"No back end takes a layer {n_out}×{n_in} in '{scheme.weight}': {'; '.join(passed)}. Use "
+        f"'resident' or 'auto'."
     )
 
 

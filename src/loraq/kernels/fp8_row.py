@@ -1,14 +1,15 @@
 """FP8 rows: block scales folded into e4m3 codes with one scale a row, one row-wise scaled matrix product.
 
-A block scale of an MX format is a power of two, so a 4-bit value times its scale is an e4m3 number as long as the
-scales of a row lie within about 15 binades: e4m3 has 2^-9 to 448. The layer is then multiplied without any work on
-scales inside the product, which GPUs without block-scaled arithmetic (Hopper, Ada) need to keep their tensor cores
-busy. A weight is taken over exactly, or the layer is refused. Activations of the formats below are put on one
-exponent a token; a value that falls below e4m3's normal numbers loses bits there, at 2^-15 of its token's largest.
-The branch runs in bf16.
+A block scale of an MX format is a power of two, so a 4-bit value times its scale is an e4m3 number
+as long as the scales of a row lie within about 15 binades: e4m3 has 2^-9 to 448. The layer is then
+multiplied without any work on scales inside the product, which GPUs without block-scaled arithmetic
+(Hopper, Ada) need to keep their tensor cores busy. A weight is taken over exactly, or the layer is
+refused. Activations of the formats below are put on one exponent a token; a value that falls below
+e4m3's normal numbers loses bits there, at 2^-15 of its token's largest. The branch runs in bf16.
 
-Hopper adds FP8 products in 13 bits and truncates, so that long sums shrink. Above `LONGEST_FAST_SUM` the product is
-asked to carry its sums on in fp32. On a CPU the same operands are multiplied in fp32: slow, for tests.
+Hopper adds FP8 products in 13 bits and truncates, so that long sums shrink. Above
+`LONGEST_FAST_SUM` the product is asked to carry its sums on in fp32. On a CPU the same operands are
+multiplied in fp32: slow, for tests.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -47,7 +48,10 @@ class Fp8Row:
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
-        for kind, fmt in (("weight", scheme.weight_format), ("activation", scheme.activation_format)):
+        for kind, fmt in (
+            ("weight", scheme.weight_format),
+            ("activation", scheme.activation_format),
+        ):
             if not _may_fit(fmt):
                 return f"its {kind} format '{fmt.name}' does not fit e4m3 with one scale a row"
         if device.type in ("cpu", "meta"):
@@ -56,31 +60,43 @@ class Fp8Row:
             return "row-wise e4m3 products are known on NVIDIA GPUs (and, emulated, on the CPU)"
         if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
             return f"FP8 needs compute capability 8.9 or more, this GPU has {capability[0]}.{capability[1]}"
-        return f"its sizes {shape} are not all multiples of 16" if any(size % 16 for size in shape) else None
+        return (
+            f"its sizes {shape} are not all multiples of 16"
+            if any(size % 16 for size in shape)
+            else None
+        )
 
     def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
         """Return the bound of bf16 outputs and of sums in 13 bits."""
         return 2e-2
 
-    def prepare(self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype) -> Fp8Operands:
+    def prepare(
+        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
+    ) -> Fp8Operands:
         """Return e4m3 rows, shared by all dtypes.
 
         Raises:
             KernelError: the block scales of a row are too far apart to be folded exactly.
         """
         if weight.scale is not None and _is_fp8_row(weight.format):
-            codes, scale = weight.packed.view(torch.float8_e4m3fn), view_bytes(weight.scale, torch.float32)
+            codes, scale = (
+                weight.packed.view(torch.float8_e4m3fn),
+                view_bytes(weight.scale, torch.float32),
+            )
         else:
             dense = decode_one(weight, torch.float32)
             codes, scale = fold(dense)
             if lost := int((codes.float() * scale != dense).any(-1).sum()):
                 raise KernelError(
-                    f"{lost} of {len(dense)} rows of the weight in '{scheme.weight}' do not fit e4m3 exactly: its "
+                    f"{lost} of {len(dense)} rows of the weight in '{scheme.weight}' do not fit "
+                    f"e4m3 exactly: its "
                     "values are too far apart. Use the back end 'resident'."
                 )
         return Fp8Operands(codes, scale.view(-1), decode_factors(branch) if branch else None)
 
-    def linear(self, x: Tensor, operands: Fp8Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+    def linear(
+        self, x: Tensor, operands: Fp8Operands, scheme: Scheme, bias: Tensor | None
+    ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         codes, scale, factors = operands
         rows = x.reshape(-1, x.shape[-1])
@@ -105,7 +121,13 @@ def encode_tokens(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
     """Return e4m3 codes and scales (tokens, 1) of an activation in its format."""
     if not _is_fp8_row(fmt):
         return fold(fmt.round(x))
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_(max=0.99 * torch.finfo(torch.float32).max).mul_(1 / E4M3.max)
+    scale = (
+        x.abs()
+        .amax(-1, keepdim=True)
+        .float()
+        .clamp_(max=0.99 * torch.finfo(torch.float32).max)
+        .mul_(1 / E4M3.max)
+    )
     codes = _to_e4m3(x.float() / scale.clamp(min=_SMALLEST))
     return codes, scale.masked_fill_(scale < _SMALLEST, 0.0)
 
@@ -123,7 +145,9 @@ def _may_fit(fmt: Format) -> bool:
     if not isinstance(fmt, BlockFormat):
         return False
     significant = fmt.element.mantissa_bits + 1 if fmt.element.is_float else fmt.bits - 1
-    return _is_fp8_row(fmt) or (fmt.scale_format.is_power_of_two and significant <= E4M3.mantissa_bits + 1)
+    return _is_fp8_row(fmt) or (
+        fmt.scale_format.is_power_of_two and significant <= E4M3.mantissa_bits + 1
+    )
 
 
 # Opaque, like `loraq::round`: the rounding inside must not be fused away.

@@ -1,7 +1,8 @@
 """Matrices in INT8 with one scale a row: how they are encoded, and the integer product of packed ones.
 
-On a CPU with AVX-512 VNNI a weight is packed: laid out once as oneDNN multiplies it. That product is up to twice as
-fast as `torch._int_mm`, as exact, and writes the sums times the channel's scale itself (docs/log.md).
+On a CPU with AVX-512 VNNI a weight is packed: laid out once as oneDNN multiplies it. That product
+is up to twice as fast as `torch._int_mm`, as exact, and writes the sums times the channel's scale
+itself (docs/log.md).
 """
 
 import os
@@ -21,11 +22,14 @@ _LARGEST = 0.99 * torch.finfo(torch.float32).max
 #: Smaller scales would be fp32 subnormals; such a row is stored as zeros.
 SMALLEST = 2.0**-126
 TOP = 127.0
-#: Adding it rounds a small fp32 number to an integer, half to even, and leaves that integer in the low bits.
+#: Adding it rounds a small fp32 number to an integer, half to even, and leaves that integer in the
+#: low bits.
 _ROUNDER = 1.5 * 2.0**23
-#: What a packed product wants added to the codes of the tokens: VNNI multiplies unsigned by signed bytes only.
+#: What a packed product wants added to the codes of the tokens: VNNI multiplies unsigned by signed
+#: bytes only.
 UNSIGNED = 128
-#: Least limits of oneDNN under which its product is fast and exact; without a limit the CPU decides.
+#: Least limits of oneDNN under which its product is fast and exact; without a limit the CPU
+#: decides.
 _FAST_LIMITS = ("AVX512_CORE_", "AVX10", "ALL", "DEFAULT")
 
 
@@ -44,7 +48,8 @@ def rows_of(q: QTensor) -> tuple[Rows, float]:
         return codes_of(q), 0.0
     dense = decode_one(q, torch.float32)
     largest = dense.abs().amax(-1)
-    # The finest power of two that still leaves the largest value inside INT8: exact if any power of two is.
+    # The finest power of two that still leaves the largest value inside INT8: exact if any power of
+    # two is.
     fine = torch.exp2(torch.ceil(torch.log2(largest / TOP))).clamp_(min=SMALLEST)
     wide = (largest / TOP).clamp_(min=SMALLEST)
     codes = dense / fine[:, None]
@@ -69,7 +74,9 @@ def is_int8_row(fmt: Format) -> bool:
 
 def can_pack(device: torch.device) -> bool:
     """Whether oneDNN multiplies packed INT8 fast and exactly: without VNNI it is slow, or saturates sums."""
-    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.onednn, "qlinear_prepack"
+    )
     return device.type == "cpu" and has_operator and has_vnni()
 
 
@@ -81,7 +88,11 @@ def has_vnni() -> bool:
 
 def saturates(device: torch.device) -> bool:
     """Whether `torch._int_mm` adds products of bytes in 16 bits, as oneDNN has it do on x86 CPUs without VNNI."""
-    return device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64") and not has_vnni()
+    return (
+        device.type == "cpu"
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and not has_vnni()
+    )
 
 
 def packed(rows: Rows) -> Rows:
@@ -104,7 +115,8 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
     divisor, rounder = scale.masked_fill(scale == 0, 1.0), scale.new_full((n,), _ROUNDER + offset)
     codes = torch.empty(x.shape, dtype=torch.uint8 if offset else torch.int8, device=x.device)
     for part in parts:
-        # One pass divides, and then rounds by adding. Only infinities and values near the largest need the clamp.
+        # One pass divides, and then rounds by adding. Only infinities and values near the largest
+        # need the clamp.
         values = x[part].to(torch.float32, copy=True)
         torch.addcdiv(rounder, values, divisor[part], out=values)
         values.clamp_(_ROUNDER + offset - TOP, _ROUNDER + offset + TOP)
@@ -114,7 +126,9 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
 
 def largest_magnitude(x: Tensor, out: Tensor) -> None:
     """Write the largest magnitude of every row, NaN if there is one in it."""
-    if x.dtype.itemsize == 2:  # without the sign, the bits of floats are in the order of their values, NaN last
+    if (
+        x.dtype.itemsize == 2
+    ):  # without the sign, the bits of floats are in the order of their values, NaN last
         out.copy_(x.view(torch.int16).bitwise_and(0x7FFF).amax(-1, keepdim=True).view(x.dtype))
     else:
         out.copy_(x.abs().amax(-1, keepdim=True))
@@ -125,9 +139,18 @@ def parts_of(n_tokens: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, step)]
 
 
-def packed_product(tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None) -> Tensor:
+def packed_product(
+    tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None
+) -> Tensor:
     """Return the product with unsigned codes (tokens, n) times the rows' scales, or add it to a tensor in place."""
-    given = (tokens, 1.0, UNSIGNED, rows.codes, rows.scale, torch.zeros_like(rows.scale, dtype=torch.int64))
+    given = (
+        tokens,
+        1.0,
+        UNSIGNED,
+        rows.codes,
+        rows.scale,
+        torch.zeros_like(rows.scale, dtype=torch.int64),
+    )
     product = torch.ops.onednn.qlinear_pointwise
     if added_to is None:
         return product.default(*given, None, 1.0, 0, dtype, "none", [], "")

@@ -1,18 +1,19 @@
 """INT8 rows: one scale for each output channel and each token, products in exact integer arithmetic.
 
-For layers whose activations are plain INT8 (`int8`, one scale a token). The activation's codes are then the operand
-itself, and `torch._int_mm` multiplies and adds without any rounding. A main weight whose values fit INT8 rows is
-taken over exactly: `int8` always, the MX formats where the block scales of a row are close together. Another weight
-is encoded anew, with a bound, if that is allowed. A branch in `int8` projects down in integers, on the codes that the
-main product uses, and up in the dtype of the input, added to the main product in place. Any other branch runs in bf16,
+For layers whose activations are plain INT8 (`int8`, one scale a token). The activation's codes are
+then the operand itself, and `torch._int_mm` multiplies and adds without any rounding. A main weight
+whose values fit INT8 rows is taken over exactly: `int8` always, the MX formats where the block
+scales of a row are close together. Another weight is encoded anew, with a bound, if that is
+allowed. A branch in `int8` projects down in integers, on the codes that the main product uses, and
+up in the dtype of the input, added to the main product in place. Any other branch runs in bf16,
 which holds every value of up to 8 bits.
 
-On a CPU with AVX-512 VNNI the operands are packed (`int8_matrix`), and sums are written in bf16 for inputs in bf16,
-else in fp32. The branch, divided by the token's scale, then comes first, the product is added to it in place, and one
-last pass multiplies by that scale and adds the bias.
+On a CPU with AVX-512 VNNI the operands are packed (`int8_matrix`), and sums are written in bf16 for
+inputs in bf16, else in fp32. The branch, divided by the token's scale, then comes first, the
+product is added to it in place, and one last pass multiplies by that scale and adds the bias.
 
-CPUs with VNNI multiply INT8 several times as fast as bf16, those with AMX units up to twice as fast (docs/log.md), and
-NVIDIA GPUs before Hopper have no FP8.
+CPUs with VNNI multiply INT8 several times as fast as bf16, those with AMX units up to twice as fast
+(docs/log.md), and NVIDIA GPUs before Hopper have no FP8.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ from loraq.kernels.int8_matrix import (
 )
 from loraq.scheme import LowRankBranch, Scheme
 
-#: Tokens multiplied at a time on a CPU: the passes over the sums find them in cache, and the product is efficient.
+#: Tokens multiplied at a time on a CPU: the passes over the sums find them in cache, and the
+#: product is efficient.
 _CHUNK_TOKENS = 256
 _CHUNK_TOKENS_PACKED = 1024
 
@@ -53,7 +55,8 @@ class Int8Operands(NamedTuple):
 
     #: The main weight.
     weight: Rows
-    #: proj_down in INT8 and proj_up (out, rank) in the dtype of the sums, if the branch is in integers.
+    #: proj_down in INT8 and proj_up (out, rank) in the dtype of the sums, if the branch is in
+    #: integers.
     branch: tuple[Rows, Tensor] | None
     #: proj_down and proj_up in bf16, if it is not.
     factors: tuple[Tensor, Tensor] | None
@@ -65,7 +68,8 @@ class Int8Row:
 
     #: Name for `get_backend`.
     name: str = "int8_row"
-    #: Largest relative error of a main weight that is encoded anew; 0 takes only weights that fit exactly.
+    #: Largest relative error of a main weight that is encoded anew; 0 takes only weights that fit
+    #: exactly.
     weight_error: float = 3e-2
     keeps_operands: ClassVar[bool] = True
 
@@ -103,8 +107,9 @@ class Int8Row:
         rows, error = rows_of(weight)
         if error > self.weight_error:
             raise KernelError(
-                f"INT8 rows change the weight in '{scheme.weight}' by {error:.4f} of its norm, and at most "
-                f"{self.weight_error} is allowed: its block scales differ too much within a row. Use the back end "
+                f"INT8 rows change the weight in '{scheme.weight}' by {error:.4f} of its norm, and "
+                f"at most {self.weight_error} is allowed: its block scales differ too much within "
+                f"a row. Use the back end "
                 "'resident'."
             )
         packs = can_pack(rows.codes.device)
@@ -117,7 +122,9 @@ class Int8Row:
         up = decode_one(branch.proj_up, _sum_dtype(dtype) if packs else dtype)
         return Int8Operands(rows, (packed(down) if packs else down, up), None)
 
-    def linear(self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
+    def linear(
+        self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None
+    ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         (codes, scale), branch, factors = operands
         rows = x.reshape(-1, x.shape[-1])
@@ -139,7 +146,10 @@ def _in_integers(scheme: Scheme) -> bool:
     branch = scheme.branch
     if branch is None:
         return False
-    return all(is_int8_row(f) for f in (branch.weight_format, branch.activation_format, branch.intermediate_format))
+    return all(
+        is_int8_row(f)
+        for f in (branch.weight_format, branch.activation_format, branch.intermediate_format)
+    )
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -147,8 +157,13 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _packed_linear(x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The layer on packed operands. The token's scale comes last: until then all is divided by it."""
+def _packed_linear(
+    x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The layer on packed operands.
+
+    The token's scale comes last: until then all is divided by it.
+    """
     dtype = _sum_dtype(x.dtype)
     tokens, scale = encode_rows(x, UNSIGNED)
     y = x.new_empty((len(x), len(weight.scale)))
@@ -172,8 +187,9 @@ def _rounded(latent: Tensor) -> Tensor:
     return latent.div_(scale).round_().mul_(scale)
 
 
-# One opaque operator: a compiler would unroll its chunks and trace again for every number of tokens. `codes` and
-# `scales` are those of the main weight, then of proj_down if the branch is in integers.
+# One opaque operator: a compiler would unroll its chunks and trace again for every number of
+# tokens. `codes` and `scales` are those of the main weight, then of proj_down if the branch is in
+# integers.
 @library.custom_op("loraq::int8_linear", mutates_args=())
 def _int8_linear(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
@@ -185,7 +201,9 @@ def _int8_linear(
         weight, *down = map(Rows, codes, scales)
         return _packed_linear(x, weight, down[0] if down else None, up, bias)
     if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
-        return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, up, bias)[:n_tokens].clone()
+        return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, up, bias)[
+            :n_tokens
+        ].clone()
     tokens, token_scale = encode_rows(x)
     y = x.new_empty((n_tokens, len(scales[0])))
     inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))
@@ -194,12 +212,16 @@ def _int8_linear(
         scale = token_scale[part, None]
         y[part] = (torch._int_mm(tokens[part], codes[0].t()) * scales[0]).mul_(scale).add_(shift)
         if up is not None:
-            inner[part] = _rounded(torch._int_mm(tokens[part], codes[1].t()) * scales[1]).mul_(scale)
+            inner[part] = _rounded(torch._int_mm(tokens[part], codes[1].t()) * scales[1]).mul_(
+                scale
+            )
     return y if up is None else y.addmm_(inner, up.t())
 
 
 @_int8_linear.register_fake
-def _(x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
+) -> Tensor:
     return x.new_empty((x.shape[0], scales[0].shape[0]))
 
 

@@ -25,7 +25,9 @@ class Reference:
         """Return 0: it is what others are measured against."""
         return 0.0
 
-    def prepare(self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype) -> Stored:
+    def prepare(
+        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
+    ) -> Stored:
         """Return the stored tensors."""
         return Stored(weight, branch)
 
@@ -34,14 +36,18 @@ class Reference:
         return run(x, decode(*operands, torch.float32), scheme, bias, torch.float32)
 
 
-def run(x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def run(
+    x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Evaluate the layer's equation on operands of `dtype`."""
     weight, proj_up, proj_down = operands
     rows = x.reshape(-1, x.shape[-1])  # BLAS adds in another order for other strides
     seen = rounded(rows, scheme.activation_format, dtype)
     y = linear(seen, weight, None if bias is None else bias.to(dtype))
     if scheme.branch is not None and proj_up is not None and proj_down is not None:
-        if scheme.branch.activation_format != scheme.activation_format:  # rounding costs more than these products
+        if (
+            scheme.branch.activation_format != scheme.activation_format
+        ):  # rounding costs more than these products
             seen = rounded(rows, scheme.branch.activation_format, dtype)
         inner = linear(seen, proj_down)
         y = y + linear(rounded(inner, scheme.branch.intermediate_format, dtype), proj_up)

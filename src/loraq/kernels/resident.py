@@ -1,11 +1,12 @@
 """Plain matrix products on decoded weights: `resident` keeps them, `low_memory` decodes them at each call.
 
-`resident` takes the memory of the decoded weight (2 bytes a value for bf16 inputs, 4 for the others) on top of the
-packed bytes and runs everywhere. `low_memory` keeps nothing but the packed bytes and gives the same bits. Its 4-bit
-codes are decoded two at a time through a table of 256 bytes, several times faster than one code at a time.
+`resident` takes the memory of the decoded weight (2 bytes a value for bf16 inputs, 4 for the
+others) on top of the packed bytes and runs everywhere. `low_memory` keeps nothing but the packed
+bytes and gives the same bits. Its 4-bit codes are decoded two at a time through a table of 256
+bytes, several times faster than one code at a time.
 
-Where no activation is rounded, the branch is a part of the weight: Qw(R) + U D is one matrix, and the layer costs what
-`nn.Linear` costs.
+Where no activation is rounded, the branch is a part of the weight: Qw(R) + U D is one matrix, and
+the layer costs what `nn.Linear` costs.
 """
 
 from dataclasses import dataclass
@@ -57,7 +58,9 @@ class Resident:
             return Stored(weight, branch)
         return _merged(decode(weight, branch, operand_dtype(dtype)), scheme)
 
-    def linear(self, x: Tensor, operands: Operands | Stored, scheme: Scheme, bias: Tensor | None) -> Tensor:
+    def linear(
+        self, x: Tensor, operands: Operands | Stored, scheme: Scheme, bias: Tensor | None
+    ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         dtype = operand_dtype(x.dtype)
         if isinstance(operands, Stored):
@@ -95,7 +98,12 @@ def _by_table(q: QTensor, dtype: torch.dtype) -> Tensor:
 # Opaque, as `loraq::dequantize` is, so that a compiled model keeps no decoded weight as a constant.
 @library.custom_op("loraq::dequantize_pairs", mutates_args=())
 def _dequantize_pairs(
-    packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    name: str,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     fmt = get_format(name)
     assert isinstance(fmt, BlockFormat)
@@ -103,8 +111,8 @@ def _dequantize_pairs(
     factor = fmt.scale_format.decode(scale)
     if global_scale is not None:
         factor = factor * view_bytes(global_scale, torch.float32)
-    # A product of a 4-bit value and a scale of 8 significant bits is exact in fp32, so rounding it to bf16 at once
-    # is what rounding a decoded fp32 weight is. Longer scales multiply in fp32.
+    # A product of a 4-bit value and a scale of 8 significant bits is exact in fp32, so rounding it
+    # to bf16 at once is what rounding a decoded fp32 weight is. Longer scales multiply in fp32.
     exact = dtype == torch.bfloat16 and fmt.scale_format.n_bytes < 4 and global_scale is None
     work = dtype if exact else torch.float32
     table, factor = _pairs(name, work, packed.device), factor.to(work)
@@ -113,7 +121,11 @@ def _dequantize_pairs(
     step = max(1, _CHUNK_VALUES // n) if packed.device.type == "cpu" else len(packed)
     for start in range(0, len(packed), step):
         part = slice(start, start + step)
-        values = table.index_select(0, packed[part].flatten().int()).view(work).view(len(packed[part]), -1)
+        values = (
+            table.index_select(0, packed[part].flatten().int())
+            .view(work)
+            .view(len(packed[part]), -1)
+        )
         if n % size or n % 2:
             values = values[:, :n] * factor[part].repeat_interleave(size, -1)[:, :n]
         else:
@@ -124,7 +136,12 @@ def _dequantize_pairs(
 
 @_dequantize_pairs.register_fake
 def _(
-    packed: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str, n: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    name: str,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
 

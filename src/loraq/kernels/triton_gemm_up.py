@@ -1,9 +1,10 @@
 """The main FP8 product with the up-projection in the same accumulator (kernel K2).
 
-The codes of activation and weight are multiplied as e4m3; the scales of the row and of the column and the bias are
-applied once to the sums, and then proj_up is multiplied into the same registers in bf16. Programs run over the output
-tiles in groups, so that the weight stays in the cache. Above `LONGEST_FAST_SUM` products, sums are moved to fp32 after
-every block: Hopper's FP8 sums have 13 bits.
+The codes of activation and weight are multiplied as e4m3; the scales of the row and of the column
+and the bias are applied once to the sums, and then proj_up is multiplied into the same registers in
+bf16. Programs run over the output tiles in groups, so that the weight stays in the cache. Above
+`LONGEST_FAST_SUM` products, sums are moved to fp32 after every block: Hopper's FP8 sums have 13
+bits.
 """
 
 import torch
@@ -70,8 +71,16 @@ def gemm_up_kernel(
     sums *= tl.load(weight_scale_ptr + columns, columns < n_out, 0.0)[None, :]
     if HAS_BRANCH:
         ranks = tl.arange(0, RANK)
-        p = tl.load(inner_ptr + rows[:, None] * rank + ranks[None, :], in_rows & (ranks < rank)[None, :], 0.0)
-        u = tl.load(up_ptr + columns[None, :] * rank + ranks[:, None], in_columns & (ranks < rank)[:, None], 0.0)
+        p = tl.load(
+            inner_ptr + rows[:, None] * rank + ranks[None, :],
+            in_rows & (ranks < rank)[None, :],
+            0.0,
+        )
+        u = tl.load(
+            up_ptr + columns[None, :] * rank + ranks[:, None],
+            in_columns & (ranks < rank)[:, None],
+            0.0,
+        )
         if DOT32:
             sums = tl.dot(p.to(tl.float32), u.to(tl.float32), sums, input_precision="ieee")
         else:
@@ -104,7 +113,9 @@ def gemm_up(
     y = torch.empty((n_tokens, n_out), dtype=dtype, device=left[0].device)
     # Promotion needs a second set of sums, and 128 x 256 tiles would spill them.
     promote = n_in > LONGEST_FAST_SUM
-    hopper = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] == 9  # Blackwell would spill as well
+    hopper = (
+        y.is_cuda and torch.cuda.get_device_capability(y.device)[0] == 9
+    )  # Blackwell would spill as well
     wide = hopper and not promote and n_out >= 2048 and n_tokens >= 1024
     block_m, block_n = (128, 256) if wide else (128, 128)
     gemm_up_kernel[(triton.cdiv(n_tokens, block_m) * triton.cdiv(n_out, block_n),)](

@@ -1,8 +1,9 @@
 """The main product on block-scaled matrix units, with the up-projection in the same accumulator (kernel K3).
 
-For GPUs whose tensor cores apply E8M0 scales of 32 values themselves (NVIDIA sm_100, AMD gfx950): MXFP8 activations by
-MXFP4 weights as they are stored, no folding. The shape is that of kernel K2. It is compiled and interpreted in tests;
-no back end chooses it before it was measured on such a GPU.
+For GPUs whose tensor cores apply E8M0 scales of 32 values themselves (NVIDIA sm_100, AMD gfx950):
+MXFP8 activations by MXFP4 weights as they are stored, no folding. The shape is that of kernel K2.
+It is compiled and interpreted in tests; no back end chooses it before it was measured on such a
+GPU.
 """
 
 import triton
@@ -37,10 +38,18 @@ def mx_gemm_up_kernel(
     n_blocks, n_bytes = n_in // 32, n_in // 2
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(n_in, BLOCK_K)):
-        at_k, at_byte, at_block = step * BLOCK_K + k, step * (BLOCK_K // 2) + byte, step * (BLOCK_K // 32) + block
-        a = tl.load(codes_ptr + rows[:, None] * n_in + at_k[None, :], in_rows & (at_k < n_in)[None, :], 0.0)
+        at_k, at_byte, at_block = (
+            step * BLOCK_K + k,
+            step * (BLOCK_K // 2) + byte,
+            step * (BLOCK_K // 32) + block,
+        )
+        a = tl.load(
+            codes_ptr + rows[:, None] * n_in + at_k[None, :], in_rows & (at_k < n_in)[None, :], 0.0
+        )
         a_scale = tl.load(
-            scale_ptr + rows[:, None] * n_blocks + at_block[None, :], in_rows & (at_block < n_blocks)[None, :], 0
+            scale_ptr + rows[:, None] * n_blocks + at_block[None, :],
+            in_rows & (at_block < n_blocks)[None, :],
+            0,
         )
         w = tl.load(
             packed_ptr + columns[None, :] * n_bytes + at_byte[:, None],
@@ -54,13 +63,19 @@ def mx_gemm_up_kernel(
         )
         sums = tl.dot_scaled(a, a_scale, "e4m3", w, w_scale, "e2m1", sums)
     ranks = tl.arange(0, RANK)
-    p = tl.load(inner_ptr + rows[:, None] * rank + ranks[None, :], in_rows & (ranks < rank)[None, :], 0.0)
+    p = tl.load(
+        inner_ptr + rows[:, None] * rank + ranks[None, :], in_rows & (ranks < rank)[None, :], 0.0
+    )
     u = tl.load(
-        up_ptr + columns[None, :] * rank + ranks[:, None], (columns < n_out)[None, :] & (ranks < rank)[:, None], 0.0
+        up_ptr + columns[None, :] * rank + ranks[:, None],
+        (columns < n_out)[None, :] & (ranks < rank)[:, None],
+        0.0,
     )
     if DOT32:
         sums = tl.dot(p.to(tl.float32), u.to(tl.float32), sums, input_precision="ieee")
     else:
         sums = tl.dot(p, u, sums)
     there = in_rows & (columns < n_out)[None, :]
-    tl.store(y_ptr + rows[:, None] * n_out + columns[None, :], sums.to(y_ptr.dtype.element_ty), there)
+    tl.store(
+        y_ptr + rows[:, None] * n_out + columns[None, :], sums.to(y_ptr.dtype.element_ty), there
+    )

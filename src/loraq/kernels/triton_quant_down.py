@@ -1,10 +1,12 @@
 """One pass over the activation: to MXFP8 on one exponent a token, and down to the rank space (kernel K1).
 
-Each program takes some tokens with all of their channels, twice: first the largest magnitude, which the token's
-exponent follows from, then rounding, storing and multiplying by proj_down. The rank-space intermediate is rounded to
-MXFP8 before it leaves, and stored as bf16, which holds every such value. No atomics; one launch.
+Each program takes some tokens with all of their channels, twice: first the largest magnitude, which
+the token's exponent follows from, then rounding, storing and multiplying by proj_down. The
+rank-space intermediate is rounded to MXFP8 before it leaves, and stored as bf16, which holds every
+such value. No atomics; one launch.
 
-A block whose largest magnitude is below 2^-118 is rounded on the scale 2^-126; the reference goes on to 2^-127.
+A block whose largest magnitude is below 2^-118 is rounded on the scale 2^-126; the reference goes
+on to 2^-127.
 """
 
 import torch
@@ -72,10 +74,14 @@ def quant_down_kernel(
         scale = _mx_scale(tl.max(tl.abs(blocks), 2))
         values = _round_e4m3(blocks * _inverse(scale)[:, :, None]) * scale[:, :, None]
         values = tl.reshape(values, (BLOCK_M, BLOCK_K))
-        tl.store(codes_ptr + place + k[None, :], (values * inverse[:, None]).to(tl.float8e4nv), there)
+        tl.store(
+            codes_ptr + place + k[None, :], (values * inverse[:, None]).to(tl.float8e4nv), there
+        )
         if HAS_BRANCH:
             down = tl.load(
-                down_ptr + ranks[None, :] * n_in + k[:, None], (ranks < rank)[None, :] & (k < n_in)[:, None], 0.0
+                down_ptr + ranks[None, :] * n_in + k[:, None],
+                (ranks < rank)[None, :] & (k < n_in)[:, None],
+                0.0,
             )
             if DOT32:
                 inner = tl.dot(values, down.to(tl.float32), inner, input_precision="ieee")

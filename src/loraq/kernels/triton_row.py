@@ -1,9 +1,9 @@
 """The back end of the Triton kernels; Triton itself is imported when a layer first runs.
 
-* MXFP8 activations on e4m3 rows, the operands of `fp8_row`: `triton_quant_down` and `triton_gemm_up`, two launches with
-  the branch inside.
-* 16-bit activations on packed MXFP4 or MXINT4, nothing decoded: `triton_small_m` for up to 16 tokens, and the decoding
-  of `low_memory` for more.
+* MXFP8 activations on e4m3 rows, the operands of `fp8_row`: `triton_quant_down` and
+  `triton_gemm_up`, two launches with the branch inside.
+* 16-bit activations on packed MXFP4 or MXINT4, nothing decoded: `triton_small_m` for up to 16
+  tokens, and the decoding of `low_memory` for more.
 """
 
 import os
@@ -39,17 +39,15 @@ class TritonRow:
         if find_spec("triton") is None:
             return 'triton is not installed (pip install "loraq[triton]")'
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                "Triton compiles for GPUs; on a CPU it needs its interpreter (TRITON_INTERPRET=1), which is for tests"
-            )
+            return "Triton compiles for GPUs; on a CPU it needs its interpreter (TRITON_INTERPRET=1), which is for tests"
         if _is_weight_only(scheme):
             if scheme.weight not in _PACKED or shape[1] % 32:
-                return (
-                    f"with 16-bit activations it reads {_PACKED} in whole blocks, not '{scheme.weight}' of {shape[1]}"
-                )
+                return f"with 16-bit activations it reads {_PACKED} in whole blocks, not '{scheme.weight}' of {shape[1]}"
             return None
         branch = scheme.branch
-        used = {scheme.activation} | ({branch.activation, branch.intermediate_format.name} if branch else set())
+        used = {scheme.activation} | (
+            {branch.activation, branch.intermediate_format.name} if branch else set()
+        )
         if used != {_ROUNDED}:
             return f"its activations are {sorted(used)}, and the kernel rounds all of them to '{_ROUNDED}'"
         return _FP8_ROW.refusal(scheme, shape, device)
@@ -74,7 +72,9 @@ class TritonRow:
         """Return y (…, out) in the dtype of x (…, in)."""
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(operands, Fp8Operands):
-            y = _fp8_branch_linear(rows, operands.codes, operands.scale, list(operands.factors or ()), bias)
+            y = _fp8_branch_linear(
+                rows, operands.codes, operands.scale, list(operands.factors or ()), bias
+            )
             return y.view(*x.shape[:-1], len(operands.codes))
         stored, factors = operands
         if not 0 < len(rows) <= SMALL_M or (torch.is_grad_enabled() and x.requires_grad):
@@ -93,7 +93,9 @@ def _is_weight_only(scheme: Scheme) -> bool:
 
 
 @library.custom_op("loraq::triton_fp8_linear", mutates_args=())
-def _fp8_branch_linear(x: Tensor, codes: Tensor, scale: Tensor, factors: list[Tensor], bias: Tensor | None) -> Tensor:
+def _fp8_branch_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, factors: list[Tensor], bias: Tensor | None
+) -> Tensor:
     from loraq.kernels.triton_gemm_up import gemm_up
     from loraq.kernels.triton_quant_down import quant_down
 
@@ -105,7 +107,9 @@ def _fp8_branch_linear(x: Tensor, codes: Tensor, scale: Tensor, factors: list[Te
 
 
 @_fp8_branch_linear.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, factors: list[Tensor], bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, codes: Tensor, scale: Tensor, factors: list[Tensor], bias: Tensor | None
+) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 

@@ -1,8 +1,8 @@
 """Up to 16 tokens by packed MXFP4 or MXINT4 weights, 16-bit activations (kernel K4).
 
-Modulation and timestep layers run once a step on one vector. Reading the weight is all their time, so it is read
-packed and decoded in registers; a decoded value fits bf16 exactly. The branch is not in here: with so few tokens it is
-two tiny products.
+Modulation and timestep layers run once a step on one vector. Reading the weight is all their time,
+so it is read packed and decoded in registers; a decoded value fits bf16 exactly. The branch is not
+in here: with so few tokens it is two tiny products.
 """
 
 import torch
@@ -42,24 +42,31 @@ def small_m_kernel(
         if INTEGER:
             values = ((codes ^ 8) - 8).to(tl.float32) * 0.25
         else:
-            # E2M1 in the exponent and top fraction bit of fp32: 2^126 times the value, the subnormal included.
+            # E2M1 in the exponent and top fraction bit of fp32: 2^126 times the value, the
+            # subnormal included.
             bits = ((codes & 8) << 28) | ((codes & 7) << 22)
             values = bits.to(tl.float32, bitcast=True) * 2.0**63 * 2.0**63
         exponent = tl.load(
-            scale_ptr + columns[:, None] * n_blocks + block[None, :], in_columns & (block < n_blocks)[None, :], 0
+            scale_ptr + columns[:, None] * n_blocks + block[None, :],
+            in_columns & (block < n_blocks)[None, :],
+            0,
         ).to(tl.int32)
         scale = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
         values = tl.reshape(values, (BLOCK_N, BLOCK_K // 32, 32)) * scale[:, :, None]
         values = tl.reshape(values, (BLOCK_N, BLOCK_K))
         x = tl.load(
-            x_ptr + tokens[None, :] * n_in + k[:, None], (tokens < n_tokens)[None, :] & (k < n_in)[:, None], 0.0
+            x_ptr + tokens[None, :] * n_in + k[:, None],
+            (tokens < n_tokens)[None, :] & (k < n_in)[:, None],
+            0.0,
         )
         if DOT32:
             sums = tl.dot(values, x.to(tl.float32), sums, input_precision="ieee")
         else:
             sums = tl.dot(values.to(tl.bfloat16), x.to(tl.bfloat16), sums)
     there = (columns < n_out)[:, None] & (tokens < n_tokens)[None, :]
-    tl.store(y_ptr + tokens[None, :] * n_out + columns[:, None], sums.to(y_ptr.dtype.element_ty), there)
+    tl.store(
+        y_ptr + tokens[None, :] * n_out + columns[:, None], sums.to(y_ptr.dtype.element_ty), there
+    )
 
 
 def small_m(x: Tensor, packed: Tensor, scale: Tensor, *, integer: bool) -> Tensor:

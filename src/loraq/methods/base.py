@@ -1,7 +1,7 @@
 """The contract of all methods, and the pieces that every one of them needs.
 
-A method is a frozen dataclass: its fields are its settings, `solve` is its only job. It sees one matrix, never a
-module, a file or a model's name.
+A method is a frozen dataclass: its fields are its settings, `solve` is its only job. It sees one
+matrix, never a module, a file or a model's name.
 """
 
 import hashlib
@@ -33,7 +33,12 @@ class Method(Protocol):
         ...
 
     def solve(
-        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        stats: ActivationStats | None = None,
     ) -> LayerSolution:
         """Return the quantized form of a weight.
 
@@ -43,8 +48,8 @@ class Method(Protocol):
             weight: full-precision weight, rows are output channels; any float dtype.
             scheme: formats and rank.
             seed: of everything random inside; see `layer_seed`.
-            stats: of the layer's inputs as the float model sees them; no method needs them but those whose
-                `use_of_stats` is "required".
+            stats: of the layer's inputs as the float model sees them; no method needs them but
+                those whose `use_of_stats` is "required".
 
         Raises:
             CalibrationError: statistics are missing, or are not of this layer.
@@ -66,7 +71,8 @@ def prepare(weight: Tensor, scheme: Scheme) -> Tensor:
     if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
         raise FormatError(
-            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights of 16 bits or more are "
+            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights of "
+            f"16 bits or more are "
             "required."
         )
     require_finite(weight, scheme.weight)
@@ -81,7 +87,8 @@ def prepare_stats(stats: ActivationStats, weight: Tensor, scheme: Scheme) -> Act
     """
     if stats.width != weight.shape[1]:
         raise CalibrationError(
-            f"The statistics are of {stats.width} input channels, the weight has {weight.shape[1]}. Those of the same "
+            f"The statistics are of {stats.width} input channels, the weight has "
+            f"{weight.shape[1]}. Those of the same "
             "layer are required."
         )
     return stats.to(weight.device).rotated(scheme.rotation)
@@ -91,7 +98,8 @@ def require_stats(stats: ActivationStats | None, method: str) -> ActivationStats
     """Return statistics, or raise `CalibrationError` for a method that is nothing without them."""
     if stats is None:
         raise CalibrationError(
-            f"Method '{method}' needs activation statistics. Collect them with `loraq.collect_stats` and give them "
+            f"Method '{method}' needs activation statistics. Collect them with "
+            f"`loraq.collect_stats` and give them "
             "as `stats` (`--stats`), or use a method without data, such as 'loraq'."
         )
     return stats
@@ -101,7 +109,8 @@ def full_moment(stats: ActivationStats, method: str) -> Float[Tensor, "in in"]:
     """Return E[x xᵀ], or raise `CalibrationError` if only its diagonal was collected."""
     if not stats.is_full:
         raise CalibrationError(
-            f"Method '{method}' needs full second moments, and the statistics have mean squares only. Collect them "
+            f"Method '{method}' needs full second moments, and the statistics have mean squares "
+            f"only. Collect them "
             "with `second_moment=True` (`loraq stats` without `--mean-squares`)."
         )
     return stats.second_moment
@@ -111,7 +120,8 @@ def require_branch(scheme: Scheme, method: str) -> Branch:
     """Return the scheme's branch, or raise `SchemeError` for a method that is nothing without one."""
     if scheme.branch is None:
         raise SchemeError(
-            f"Method '{method}' fits a low-rank branch, but the scheme has none. Add a branch, or use 'rtn'."
+            f"Method '{method}' fits a low-rank branch, but the scheme has none. Add a branch, or "
+            f"use 'rtn'."
         )
     return scheme.branch
 
@@ -119,7 +129,8 @@ def require_branch(scheme: Scheme, method: str) -> Branch:
 def quantize_branch(up: Tensor, down: Tensor, branch: Branch, rule: str | None) -> LowRankBranch:
     """Return both factors in the branch's format."""
     return LowRankBranch(
-        proj_up=branch.weight_format.quantize(up, rule), proj_down=branch.weight_format.quantize(down, rule)
+        proj_up=branch.weight_format.quantize(up, rule),
+        proj_down=branch.weight_format.quantize(down, rule),
     )
 
 
@@ -131,7 +142,9 @@ def relative_error(weight: Tensor, residual: QTensor, branch: LowRankBranch | No
     return frobenius(error).item() / (frobenius(weight).item() or 1.0)
 
 
-def output_error(weight: Tensor, residual: QTensor, branch: LowRankBranch | None, stats: ActivationStats) -> float:
+def output_error(
+    weight: Tensor, residual: QTensor, branch: LowRankBranch | None, stats: ActivationStats
+) -> float:
     """Return √(E‖x (W − Ŵ)ᵀ‖² / E‖x Wᵀ‖²) of what is stored, for inputs of these statistics, not rounded.
 
     With mean squares alone it is that of uncorrelated channels.

@@ -1,11 +1,12 @@
 """GPTQ: round one input channel after the other, and let those that are left make up for the error.
 
-GPTQ, arXiv 2210.17323, algorithm 1 (the same rounding as LDLQ of QuIP, arXiv 2307.13304). Beside a branch it rounds
-what the branch leaves, as SVDQuant, arXiv 2411.05007, does with its option "gptq".
+GPTQ, arXiv 2210.17323, algorithm 1 (the same rounding as LDLQ of QuIP, arXiv 2307.13304). Beside a
+branch it rounds what the branch leaves, as SVDQuant, arXiv 2411.05007, does with its option "gptq".
 
-Scales are those of rounding to nearest, settled before the first channel, so that channels can go in any order. They go
-by falling mean square ("act order" of the authors' code): the largest are rounded while all others can still make up
-for them. Scales chosen on the way, from left to right, are worse (docs/log.md).
+Scales are those of rounding to nearest, settled before the first channel, so that channels can go
+in any order. They go by falling mean square ("act order" of the authors' code): the largest are
+rounded while all others can still make up for them. Scales chosen on the way, from left to right,
+are worse (docs/log.md).
 """
 
 import time
@@ -31,7 +32,8 @@ from loraq.methods.base import (
 from loraq.scheme import LayerSolution, Scheme
 from loraq.stats import ActivationStats
 
-#: Channels after which the errors are carried to the channels that are further away, in one product.
+#: Channels after which the errors are carried to the channels that are further away, in one
+#: product.
 _LAZY = 64
 
 
@@ -48,7 +50,12 @@ class GPTQ:
     scale_rule: str | None = "search"
 
     def solve(
-        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        stats: ActivationStats | None = None,
     ) -> LayerSolution:
         """Round what the branch leaves, or all of the weight without one; full second moments are required.
 
@@ -87,7 +94,9 @@ class Feedback:
         self._order = hessian.diagonal().argsort(descending=True, stable=True)
         self._factor = _unit_factor(hessian[self._order][:, self._order], damping)
 
-    def round(self, weight: Float[Tensor, "out in"], fmt: Format, rule: str | None = "search") -> QTensor:
+    def round(
+        self, weight: Float[Tensor, "out in"], fmt: Format, rule: str | None = "search"
+    ) -> QTensor:
         """Return a rounded weight Q that lowers tr((W − Q) H (W − Q)ᵀ); with a diagonal H it is round to nearest.
 
         Args:
@@ -107,7 +116,9 @@ class Feedback:
                 rounded = scales.round(channels[j], of_values[j])
                 errors[j - start] = channels[j] - rounded
                 channels[j] = rounded
-                channels[j + 1 : stop].addr_(self._factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+                channels[j + 1 : stop].addr_(
+                    self._factor[j, j + 1 : stop], errors[j - start], alpha=-1
+                )
             channels[stop:].addmm_(self._factor[start:stop, stop:].mT, errors, alpha=-1)
         return scales.pack(channels[self._order.argsort()].mT.contiguous())
 
@@ -115,8 +126,9 @@ class Feedback:
 def _unit_factor(hessian: Tensor, damping: float) -> Tensor:
     """Return the unit upper triangular F: an error e of channel i asks of channel j > i the change −e F[i, j].
 
-    With H⁻¹ = Rᵀ R and R upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the
-    Cholesky factor of H taken from the last channel to the first. Everything in double precision.
+    With H⁻¹ = Rᵀ R and R upper triangular, F is R with its rows divided by the diagonal. R is the
+    inverse of the Cholesky factor of H taken from the last channel to the first. Everything in
+    double precision.
     """
     factor = damped_cholesky(hessian.flip(0, 1), damping).flip(0, 1)
     eye = torch.eye(len(hessian), dtype=factor.dtype, device=factor.device)

@@ -1,9 +1,9 @@
 """What a solver knows of a layer's inputs: nothing, their mean squares, or all their second moments.
 
-Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With E[x xᵀ] the
-price of an error is exactly the output error it makes, rounding feeds errors back (`loraq.methods.gptq.Feedback`), and
-noise of rounded activations is filtered. Activation noise is priced by h alone: it is about as large as its channel,
-and not correlated with the input.
+Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With
+E[x xᵀ] the price of an error is exactly the output error it makes, rounding feeds errors back
+(`loraq.methods.gptq.Feedback`), and noise of rounded activations is filtered. Activation noise is
+priced by h alone: it is about as large as its channel, and not correlated with the input.
 """
 
 import math
@@ -46,10 +46,10 @@ class Inputs:
     def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None) -> QTensor:
         """Return the rounded matrix that answers inputs as the target T does, best if all second moments are known.
 
-        With second moments H, and activation rounding that adds noise of power Σ, the expected squared error of a
-        matrix M is tr((T − M) H (T − M)ᵀ) + tr(M Σ Mᵀ): up to a constant that of rounding T H (H + Σ)⁻¹ for inputs of
-        moment H + Σ. Where inputs are correlated, that filters noise which would reach the output through directions
-        without signal (Wiener's filter).
+        With second moments H, and activation rounding that adds noise of power Σ, the expected
+        squared error of a matrix M is tr((T − M) H (T − M)ᵀ) + tr(M Σ Mᵀ): up to a constant that of
+        rounding T H (H + Σ)⁻¹ for inputs of moment H + Σ. Where inputs are correlated, that filters
+        noise which would reach the output through directions without signal (Wiener's filter).
         """
         if self.stats is None or not self.stats.is_full:
             return fmt.quantize(target, rule)
@@ -68,7 +68,9 @@ class Inputs:
         """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels."""
         if self.stats is None:
             return energy(matrix).item()
-        return (matrix.square().sum(0, dtype=torch.float64) @ self.stats.mean_square.double()).item() / self._power
+        return (
+            matrix.square().sum(0, dtype=torch.float64) @ self.stats.mean_square.double()
+        ).item() / self._power
 
     def size(self, weight: Float[Tensor, "out in"]) -> float:
         """Return √E‖x Wᵀ‖², 1 if it is zero."""

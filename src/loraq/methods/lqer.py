@@ -27,7 +27,12 @@ class LQER:
     scale_rule: str | None = "search"
 
     def solve(
-        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        stats: ActivationStats | None = None,
     ) -> LayerSolution:
         """Round the weight and fit its error; statistics are ignored. See `Method.solve`."""
         begin = time.perf_counter()

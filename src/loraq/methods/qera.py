@@ -1,8 +1,9 @@
 """QERA: the branch that is the best answer to a rounding error, given what the inputs look like.
 
-QERA, arXiv 2410.06040, theorem 1 (exact) and theorem 2 (diagonal, for uncorrelated channels; the scaling of L²QER,
-arXiv 2402.02446, with root mean squares in place of mean magnitudes). With H = E[x xᵀ] = C Cᵀ the expected output
-error of a branch P is ‖(W − Q(W) − P) C‖²; so the best P of rank r is SVD_r((W − Q(W)) C) C⁻¹, whatever root C is.
+QERA, arXiv 2410.06040, theorem 1 (exact) and theorem 2 (diagonal, for uncorrelated channels; the
+scaling of L²QER, arXiv 2402.02446, with root mean squares in place of mean magnitudes). With H =
+E[x xᵀ] = C Cᵀ the expected output error of a branch P is ‖(W − Q(W) − P) C‖²; so the best P of rank
+r is SVD_r((W − Q(W)) C) C⁻¹, whatever root C is.
 """
 
 import time
@@ -47,7 +48,12 @@ class QERA:
         return self.exact
 
     def solve(
-        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        stats: ActivationStats | None = None,
     ) -> LayerSolution:
         """Round the weight and fit its error; statistics of mean squares alone do for `exact=False`.
 
@@ -59,7 +65,9 @@ class QERA:
         stats = prepare_stats(require_stats(stats, "qera"), weight, scheme)
         moment = full_moment(stats, "qera") if self.exact else stats.mean_square
         residual = scheme.weight_format.quantize(weight, self.scale_rule)
-        up, down = weighted_svd(weight - residual.dequantize(), moment, branch.rank, damping=self.damping, seed=seed)
+        up, down = weighted_svd(
+            weight - residual.dequantize(), moment, branch.rank, damping=self.damping, seed=seed
+        )
         fitted = quantize_branch(up, down, branch, self.scale_rule)
         return LayerSolution(
             scheme,

@@ -24,12 +24,19 @@ class RTN:
     scale_rule: str | None = "search"
 
     def solve(
-        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        stats: ActivationStats | None = None,
     ) -> LayerSolution:
         """Round the weight; statistics are ignored. See `Method.solve`."""
         begin = time.perf_counter()
         if scheme.branch is not None:
-            raise SchemeError("Method 'rtn' has no branch, but the scheme asks for one. Remove the branch.")
+            raise SchemeError(
+                "Method 'rtn' has no branch, but the scheme asks for one. Remove the branch."
+            )
         weight = prepare(weight, scheme)
         residual = scheme.weight_format.quantize(weight, self.scale_rule)
         error = relative_error(weight, residual, None)

@@ -1,7 +1,8 @@
 """SVDQuant without data: the branch is the truncated SVD of the weight, one-shot or alternated with rounding.
 
-SVDQuant, arXiv 2411.05007, section 4.2; the alternation is the one of its reference implementation (and of
-LoftQ, arXiv 2310.08659, algorithm 1, but started from the weight). Smoothing needs activations and is not used.
+SVDQuant, arXiv 2411.05007, section 4.2; the alternation is the one of its reference implementation
+(and of LoftQ, arXiv 2310.08659, algorithm 1, but started from the weight). Smoothing needs
+activations and is not used.
 """
 
 import time
@@ -22,7 +23,8 @@ from loraq.stats import ActivationStats
 class SVDQuant:
     """Keep the leading singular directions in the branch and round what is left.
 
-    The branch is rounded to its format before the residual is formed, so that the main weight absorbs its rounding.
+    The branch is rounded to its format before the residual is formed, so that the main weight
+    absorbs its rounding.
     """
 
     use_of_stats: ClassVar[str] = "ignored"
@@ -36,7 +38,12 @@ class SVDQuant:
     scale_rule: str | None = "search"
 
     def solve(
-        self, weight: Float[Tensor, "out in"], scheme: Scheme, *, seed: int = 0, stats: ActivationStats | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        stats: ActivationStats | None = None,
     ) -> LayerSolution:
         """Alternate truncated SVD and rounding; statistics are ignored. See `Method.solve`."""
         begin = time.perf_counter()
@@ -46,10 +53,14 @@ class SVDQuant:
         best, best_error, best_round = None, torch.inf, 0
         target, start = weight, None
         for t in range(self.rounds):
-            svd = truncated_svd(target, branch.rank, seed=seed, iterations=2 if t else 8, start=start)
+            svd = truncated_svd(
+                target, branch.rank, seed=seed, iterations=2 if t else 8, start=start
+            )
             start = svd.right.mT
             up, down = svd.canonical()
-            residual = weight - factor.round(up, self.scale_rule) @ factor.round(down, self.scale_rule)
+            residual = weight - factor.round(up, self.scale_rule) @ factor.round(
+                down, self.scale_rule
+            )
             rounded = main.round(residual, self.scale_rule)
             error = frobenius(residual - rounded).item()
             if error < best_error:

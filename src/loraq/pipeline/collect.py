@@ -17,7 +17,8 @@ from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
 _CHUNK = 4096
-#: Rows of a second moment that are worked on at a time: temporary copies of all of it would take more than itself.
+#: Rows of a second moment that are worked on at a time: temporary copies of all of it would take
+#: more than itself.
 _ROWS = 256
 
 
@@ -34,29 +35,34 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
 ) -> Mapping[str, ActivationStats]:
     """Run a model and return the statistics of the inputs of some of its linear layers.
 
-    A layer takes `in`² numbers in fp64 while it is counted, on the device of its inputs, or `in` without the second
-    moment. Where that is too much, `memory_bytes` counts the layers in groups and runs the model once for each, and
-    `target` keeps what is finished on the disk. The model is not changed. Let `run` see what the model will see: all
-    timesteps, all resolutions, with and without a caption.
+    A layer takes `in`² numbers in fp64 while it is counted, on the device of its inputs, or `in`
+    without the second moment. Where that is too much, `memory_bytes` counts the layers in groups
+    and runs the model once for each, and `target` keeps what is finished on the disk. The model is
+    not changed. Let `run` see what the model will see: all timesteps, all resolutions, with and
+    without a caption.
 
     Args:
         model: with float weights.
-        run: calls the model as often as needed; gradients are switched off. With `memory_bytes` it is called more than
-            once: seed its noise, so that all layers are counted on the same inputs.
-        layers: dotted names of `nn.Linear` and 1×1 `nn.Conv2d`, such as those of `plan_model(model, recipe).quantized`.
+        run: calls the model as often as needed; gradients are switched off. With `memory_bytes` it
+            is called more than once: seed its noise, so that all layers are counted on the same
+            inputs.
+        layers: dotted names of `nn.Linear` and 1×1 `nn.Conv2d`, such as those of `plan_model(model,
+        recipe).quantized`.
         second_moment: whether all of E[x xᵀ] is collected, which "gptq" needs; else only E[x²].
         max_tokens: a layer counts no more than its first so many inputs; `None` counts all.
-        tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread; `None` counts all.
-        memory_bytes: what the counts of layers may take together; `None` counts all layers in one run.
-        target: the .safetensors file to make or to replace, as `save_stats` does, group by group; `None` keeps all in
-            memory.
+        tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread;
+        `None` counts all.
+        memory_bytes: what the counts of layers may take together; `None` counts all layers in one
+        run.
+        target: the .safetensors file to make or to replace, as `save_stats` does, group by group;
+            `None` keeps all in memory.
 
     Returns:
         Statistics by layer; with a `target` they are read from it each time they are asked for.
 
     Raises:
-        CalibrationError: a name is no linear layer, a layer was never called, its input was not finite, or it alone
-            takes more than `memory_bytes`.
+        CalibrationError: a name is no linear layer, a layer was never called, its input was not
+            finite, or it alone takes more than `memory_bytes`.
         CheckpointError: the target cannot be written.
     """
     for name, limit in {"max_tokens": max_tokens, "tokens_per_call": tokens_per_call}.items():
@@ -65,7 +71,9 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     modules = dict(model.named_modules())
     found = {name: _linear(modules, name) for name in layers}
     if not found:
-        raise CalibrationError("No layer was named. `loraq.plan_model` says which a recipe quantizes.")
+        raise CalibrationError(
+            "No layer was named. `loraq.plan_model` says which a recipe quantizes."
+        )
     widths = {name: matrix_of(layer).shape[1] for name, layer in found.items()}
     groups = passes_within(widths, memory_bytes, second_moment=second_moment)
     amount = _Amount(second_moment, max_tokens or math.inf, tokens_per_call)
@@ -73,7 +81,9 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     if target is None:
         stats = dict(counted)
         return {name: stats[name] for name in found}
-    moments = {name: (width, width) if second_moment else (width,) for name, width in widths.items()}
+    moments = {
+        name: (width, width) if second_moment else (width,) for name, width in widths.items()
+    }
     require_room(Path(target), moments, overwrite=True)
     with stats_file(Path(target), moments) as write:
         for layer in counted:
@@ -92,30 +102,39 @@ class _Amount:
 
 
 def _counted(
-    layers: Mapping[str, LinearLayer], run: Callable[[], object], groups: list[list[str]], amount: _Amount
+    layers: Mapping[str, LinearLayer],
+    run: Callable[[], object],
+    groups: list[list[str]],
+    amount: _Amount,
 ) -> Iterator[tuple[str, ActivationStats]]:
     """Yield the statistics of one layer after the other; each gives its memory back before the next one is made."""
     for i, group in enumerate(groups):
-        # The first run looks for layers that are never called among all, not hours later in their own group.
+        # The first run looks for layers that are never called among all, not hours later in their
+        # own group.
         watched = group if i else layers
         called: set[str] = set()
         counts = {name: _Count(name, layers[name], amount) for name in group}
         with ExitStack() as hooks, torch.no_grad():
             for name in watched:
-                hooks.enter_context(layers[name].register_forward_pre_hook(_note(called, name), with_kwargs=True))
+                hooks.enter_context(
+                    layers[name].register_forward_pre_hook(_note(called, name), with_kwargs=True)
+                )
             for count in counts.values():
                 hooks.enter_context(count.layer.register_forward_pre_hook(count, with_kwargs=True))
             run()
         if idle := [name for name in watched if name not in called]:
             raise CalibrationError(
-                f"{len(idle)} of {len(watched)} layers were never called: {', '.join(idle[:4])}. Let the run use all "
+                f"{len(idle)} of {len(watched)} layers were never called: {', '.join(idle[:4])}. "
+                f"Let the run use all "
                 "of the model, or leave them out (`skip = true` in a rule of the recipe)."
             )
         for name in group:
             yield name, counts.pop(name).stats()
 
 
-def _note(called: set[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+def _note(
+    called: set[str], name: str
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
     def note(_layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         if _input_of(inputs, named).numel():
             called.add(name)
@@ -135,12 +154,19 @@ class _Count:
         self.left, self.tokens = amount.most, 0
         self._sum: Tensor | None = None
 
-    def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def __call__(
+        self, _layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
         x = _input_of(inputs, named)
         if not self.left or not x.numel():
             return
-        # A run under autocast would have products of 16 bits, and one in inference mode sums that no other can add to.
-        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
+        # A run under autocast would have products of 16 bits, and one in inference mode sums that
+        # no other can add to.
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             self._add(x)
 
     def _add(self, x: Tensor) -> None:
@@ -148,12 +174,15 @@ class _Count:
         x = self._chosen(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(
-                f"Layer '{self.name}' got an input that is no finite number. Run the model in a wider dtype, or look "
+                f"Layer '{self.name}' got an input that is no finite number. Run the model in a "
+                f"wider dtype, or look "
                 "for the layer before it that overflows."
             )
         width, full = x.shape[1], self.amount.full
         if self._sum is None:  # a model may be offloaded: only its inputs tell where it runs
-            self._sum = torch.zeros((width, width) if full else width, dtype=torch.float64, device=x.device)
+            self._sum = torch.zeros(
+                (width, width) if full else width, dtype=torch.float64, device=x.device
+            )
         for part in map(Tensor.float, x.split(_CHUNK)):
             for rows in _slices(width) if full else ():
                 self._sum[rows].add_(part[:, rows].mT @ part)
@@ -191,9 +220,12 @@ def _slices(size: int) -> list[slice]:
 
 def _linear(modules: Mapping[str, nn.Module], name: str) -> LinearLayer:
     if name not in modules:
-        raise CalibrationError(f"The model has no layer '{name}'. `loraq.plan_model` lists its linear layers.")
+        raise CalibrationError(
+            f"The model has no layer '{name}'. `loraq.plan_model` lists its linear layers."
+        )
     if not is_linear(layer := modules[name]):
         raise CalibrationError(
-            f"'{name}' is a {type(layer).__name__}. Statistics are for `nn.Linear` and 1×1 `nn.Conv2d`."
+            f"'{name}' is a {type(layer).__name__}. Statistics are for `nn.Linear` and 1×1 "
+            f"`nn.Conv2d`."
         )
     return layer

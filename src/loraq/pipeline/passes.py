@@ -34,8 +34,9 @@ def passes_within(
         scratch = 4 * width * width if second_moment else 0
         if needed + scratch > memory_bytes:
             raise CalibrationError(
-                f"Counting layer '{name}' with its {width} inputs takes {(needed + scratch) / 1e9:.3g} GB, and "
-                f"{memory_bytes / 1e9:.3g} GB are allowed. Allow as much (`--memory`, `memory_bytes`), or "
+                f"Counting layer '{name}' with its {width} inputs takes "
+                f"{(needed + scratch) / 1e9:.3g} GB, and {memory_bytes / 1e9:.3g} GB are allowed. "
+                f"Allow as much (`--memory`, `memory_bytes`), or "
                 "collect mean squares only (`--mean-squares`, `second_moment=False`)."
             )
         place = next((i for i, room in enumerate(left) if needed <= room), len(groups))

@@ -15,8 +15,8 @@ from loraq.layers import is_linear, matrix_shapes, other_weights
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
-#: Weights that are in no linear layer are listed if they, with their like in the other blocks, are more than this share
-#: of the model's parameters.
+#: Weights that are in no linear layer are listed if they, with their like in the other blocks, are
+#: more than this share of the model's parameters.
 SIGNIFICANT = 0.01
 
 
@@ -33,7 +33,8 @@ class LayerPlan:
     shape: tuple[int, int]
     #: The scheme with its rank settled, or `None` if the layer stays as it is.
     scheme: Scheme | None
-    #: Why the layer stays as it is or gets something else than the recipe's scheme; empty if it gets just that.
+    #: Why the layer stays as it is or gets something else than the recipe's scheme; empty if it
+    #: gets just that.
     reason: str = ""
     #: Whether the budget settled the rank, and not the recipe itself.
     sized: bool = False
@@ -70,14 +71,18 @@ class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
     layers: tuple[LayerPlan, ...]
-    #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only shapes were known.
+    #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only
+    #: shapes were known.
     others: tuple[OtherWeight, ...] = ()
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = "") -> "Plan":
+    def of(
+        cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = ""
+    ) -> "Plan":
         """Settle the scheme of every layer.
 
-        A rule of the recipe that matches none is warned of in the log, and branches larger than their main weight are.
+        A rule of the recipe that matches none is warned of in the log, and branches larger than
+        their main weight are.
 
         Args:
             shapes: (out, in) of every linear layer by dotted name.
@@ -97,12 +102,18 @@ class Plan:
             layers.append(LayerPlan(name, shape, scheme, reason, sized))
         for rule in recipe.rules:
             if not any(fnmatchcase(name, rule.match) for name in shapes):
-                _LOGGER.warning("The recipe's rule '%s' matches no linear layer. Is its pattern right?", rule.match)
+                _LOGGER.warning(
+                    "The recipe's rule '%s' matches no linear layer. Is its pattern right?",
+                    rule.match,
+                )
         planned = cls(tuple(layers))
-        if large := [layer for layer in planned.quantized if layer.sized and _has_large_branch(layer)]:
+        if large := [
+            layer for layer in planned.quantized if layer.sized and _has_large_branch(layer)
+        ]:
             _LOGGER.warning(
-                "The budget of %s is large for narrow layers: in %d of %d the branch takes more bytes than the main "
-                "weight, %.2f bits per weight in '%s'. A smaller budget, such as '5' bits per weight, stores less.",
+                "The budget of %s is large for narrow layers: in %d of %d the branch takes more "
+                "bytes than the main weight, %.2f bits per weight in '%s'. A smaller budget, such "
+                "as '5' bits per weight, stores less.",
                 recipe.budget,
                 len(large),
                 len(planned.quantized),
@@ -115,13 +126,15 @@ class Plan:
     def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
         """Settle the scheme of every layer of a module, and find the large weights that are in no linear layer.
 
-        The module may be on the meta device. Raises `SchemeError` as `of`, and `LayerError` for a module that is itself
-        a linear layer.
+        The module may be on the meta device. Raises `SchemeError` as `of`, and `LayerError` for a
+        module that is itself a linear layer.
         """
         if is_linear(model):
             raise LayerError(
-                f"The module is itself a linear layer ({type(model).__name__}), which cannot be replaced in place. "
-                "Wrap it, as in `torch.nn.Sequential(layer)`, or use `loraq.quantize_weight(layer.weight, recipe)`."
+                f"The module is itself a linear layer ({type(model).__name__}), which cannot be "
+                f"replaced in place. "
+                "Wrap it, as in `torch.nn.Sequential(layer)`, or use "
+                "`loraq.quantize_weight(layer.weight, recipe)`."
             )
         found = other_weights(model)
         sizes: Counter[str] = Counter()
@@ -158,7 +171,9 @@ class Plan:
 
 
 def _has_large_branch(layer: LayerPlan) -> bool:
-    return layer.scheme is not None and layer.nbytes > 2 * layer.scheme.weight_format.nbytes(layer.shape)
+    return layer.scheme is not None and layer.nbytes > 2 * layer.scheme.weight_format.nbytes(
+        layer.shape
+    )
 
 
 def _family(name: str) -> str:

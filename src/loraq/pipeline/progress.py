@@ -8,7 +8,8 @@ from contextlib import contextmanager
 #: Called after each layer with (layers done, layers in all, layer name, relative error).
 ProgressCallback = Callable[[int, int, str, float], None]
 
-#: Called before the first image with 0 done and after each, with (images done, images in all, what is going on).
+#: Called before the first image with 0 done and after each, with (images done, images in all, what
+#: is going on).
 ImageCallback = Callable[[int, int, str], None]
 
 
@@ -19,7 +20,13 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         yield _lines(title)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -43,9 +50,13 @@ def _lines(title: str) -> ProgressCallback:
 
     def show(done: int, total: int, name: str, error: float) -> None:
         nonlocal kept
-        kept = done - 1 if kept is None else kept  # layers that an earlier run finished took no time of this one
+        kept = (
+            done - 1 if kept is None else kept
+        )  # layers that an earlier run finished took no time of this one
         left = (time.monotonic() - begin) / (done - kept) * (total - done)
-        sys.stderr.write(f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {name}\n")
+        sys.stderr.write(
+            f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {name}\n"
+        )
 
     return show
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError, unknown
 from loraq.formats.block import require_finite
-from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_class, quantized_layers, replace_layer
+from loraq.layers import (
+    LinearLayer,
+    linear_layers,
+    matrix_of,
+    quantized_class,
+    quantized_layers,
+    replace_layer,
+)
 from loraq.methods import layer_seed
 from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
@@ -48,12 +55,20 @@ class LayerReport:
     source_sha256: str
     #: SHA-256 of the statistics that were used; empty for none.
     stats_sha256: str = ""
-    #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None` without any.
+    #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None`
+    #: without any.
     output_error: float | None = None
 
     def record(self) -> dict[str, float | int | str]:
         """Return what a checkpoint keeps of this besides shape and scheme: plain data, the same for every run."""
-        names = ("relative_error", "output_error", "bits_per_weight", "nbytes", "source_sha256", "stats_sha256")
+        names = (
+            "relative_error",
+            "output_error",
+            "bits_per_weight",
+            "nbytes",
+            "source_sha256",
+            "stats_sha256",
+        )
         return {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
 
 
@@ -92,14 +107,16 @@ def quantize_weight(
 
     Args:
         weight: full-precision weight, rows are output channels; any float dtype and device.
-        recipe: a recipe, a scheme, a name such as "mxfp4-w8a8-r64-a4", or a path to a .toml or .json file.
+        recipe: a recipe, a scheme, a name such as "mxfp4-a4+w8a8-r64", or a path to a .toml or
+        .json file.
         method: overrides the recipe's method ("loraq", "svdquant", "lqer", "rtn", "gptq", "qera").
         seed: overrides the recipe's seed.
         name: name of the layer: selects the recipe's rules, and goes into the seed.
         stats: of the layer's inputs, for the methods that use them.
 
     Returns:
-        The solution: `.reconstruct()`, `.relative_error`, `.sqnr_db`, `.bits_per_weight`, `.nbytes`, `.seconds`.
+        The solution: `.reconstruct()`, `.relative_error`, `.sqnr_db`, `.bits_per_weight`,
+        `.nbytes`, `.seconds`.
 
     Raises:
         CalibrationError: the method needs statistics, or they are not of this layer.
@@ -115,7 +132,9 @@ def quantize_weight(
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     if weight.dim() != 2:
-        raise SchemeError(f"Weight has shape {tuple(weight.shape)}. A matrix (out, in) is required.")
+        raise SchemeError(
+            f"Weight has shape {tuple(weight.shape)}. A matrix (out, in) is required."
+        )
     scheme = recipe.scheme_for(name, (weight.shape[0], weight.shape[1]))
     if scheme is None:
         raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
@@ -131,17 +150,19 @@ def plan_model(
 ) -> Plan:
     """Return what `quantize_` would do with a module.
 
-    The module may be on the meta device, unless the recipe allocates: then every weight is looked at.
+    The module may be on the meta device, unless the recipe allocates: then every weight is looked
+    at.
 
     Args:
         model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
-        workers: layers looked at at a time, if the recipe allocates; the plan does not depend on it.
+        workers: layers looked at at a time, if the recipe allocates; the plan does not depend on
+        it.
         progress: as for `quantize_`; a function is not called here.
 
     Raises:
-        LayerError: the module itself is a linear layer; or the recipe allocates, and a layer's weights cannot be
-            used: the message names it.
+        LayerError: the module itself is a linear layer; or the recipe allocates, and a layer's
+            weights cannot be used: the message names it.
         RecipeError: the recipe cannot be read, or allocates where it cannot.
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
@@ -149,13 +170,16 @@ def plan_model(
     return _allocated(model, Plan.of_model(model, recipe), recipe, workers, progress)
 
 
-def _allocated(model: nn.Module, plan: Plan, recipe: Recipe, workers: int, progress: ProgressCallback | bool) -> Plan:
+def _allocated(
+    model: nn.Module, plan: Plan, recipe: Recipe, workers: int, progress: ProgressCallback | bool
+) -> Plan:
     """Return the plan that a recipe's allocation makes of a module's weights."""
     if not (sharing := sharing_layers(plan, recipe)):
         return plan
     if done := quantized_layers(model):
         raise RecipeError(
-            f"{len(done)} layers of {type(model).__name__} are quantized already, and sharing a budget needs the float "
+            f"{len(done)} layers of {type(model).__name__} are quantized already, and sharing a "
+            f"budget needs the float "
             "weights of all. Start from the float model, or use allocation 'uniform'."
         )
     layers = linear_layers(model)
@@ -179,24 +203,27 @@ def quantize_(
 ) -> Report:
     """Quantize the linear layers of a module in place, layer by layer.
 
-    Each float weight is freed as soon as its layer is done, so memory peaks at the model plus one layer for each
-    worker. The result does not depend on `workers`. A layer that is already quantized is left alone, so a run
-    that was interrupted is finished by calling again.
+    Each float weight is freed as soon as its layer is done, so memory peaks at the model plus one
+    layer for each worker. The result does not depend on `workers`. A layer that is already
+    quantized is left alone, so a run that was interrupted is finished by calling again.
 
     Args:
         model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
-        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None` needs no data.
-        workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to use cores.
-        progress: False for silence, True for a display on stderr, or a function to call after each layer.
+        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
+        needs no data.
+        workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
+        use cores.
+        progress: False for silence, True for a display on stderr, or a function to call after each
+        layer.
 
     Returns:
         The plan and what became of each layer.
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
-        LayerError: the module itself is a linear layer; or a layer failed: the message names it, and the layers before
-            it are quantized.
+        LayerError: the module itself is a linear layer; or a layer failed: the message names it,
+            and the layers before it are quantized.
         RecipeError: the recipe cannot be read, or leaves nothing to quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
@@ -204,7 +231,8 @@ def quantize_(
     stats, plan, layers = opened(stats), Plan.of_model(model, recipe), linear_layers(model)
     if not plan.quantized and not quantized_layers(model):
         raise RecipeError(
-            f"Nothing to quantize: {len(layers)} linear layers were found in {type(model).__name__}, and all are "
+            f"Nothing to quantize: {len(layers)} linear layers were found in "
+            f"{type(model).__name__}, and all are "
             "skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
         )
     for job in plan.quantized:
@@ -274,16 +302,21 @@ def solve_layer(
 ) -> LayerSolution:
     """Return one layer's solution: pure, and the same bytes whoever runs it."""
     with torch.no_grad(), one_thread() if weight.device.type == "cpu" else nullcontext():
-        return recipe.solver(scheme).solve(weight, scheme, seed=layer_seed(recipe.seed, name), stats=stats)
+        return recipe.solver(scheme).solve(
+            weight, scheme, seed=layer_seed(recipe.seed, name), stats=stats
+        )
 
 
 def require_usable(name: str, layer: LinearLayer) -> None:
     """Raise `LayerError` unless a layer's weights are there, float, and finite."""
     if layer.weight.is_meta:
-        raise LayerError(f"Layer '{name}' has no weights (it is on the meta device). Load the model first.")
+        raise LayerError(
+            f"Layer '{name}' has no weights (it is on the meta device). Load the model first."
+        )
     if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
         raise LayerError(
-            f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights of 16 bits or more are required."
+            f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights of 16 bits or more "
+            f"are required."
         )
     try:
         require_finite(layer.weight, "any format")
@@ -292,7 +325,13 @@ def require_usable(name: str, layer: LinearLayer) -> None:
 
 
 def quantized_layer(
-    layer: nn.Module, name: str, weight: Tensor, solution: LayerSolution, recipe: Recipe, *, stats_sha256: str = ""
+    layer: nn.Module,
+    name: str,
+    weight: Tensor,
+    solution: LayerSolution,
+    recipe: Recipe,
+    *,
+    stats_sha256: str = "",
 ) -> tuple[QuantizedLinear, LayerReport]:
     """Return what takes the place of `layer`, called `name`, now that its float weight (out, in) is solved."""
     report = report_layer(name, weight, solution, stats_sha256)
@@ -303,7 +342,9 @@ def quantized_layer(
     return quantized, report
 
 
-def report_layer(name: str, weight: Tensor, solution: LayerSolution, stats_sha256: str = "") -> LayerReport:
+def report_layer(
+    name: str, weight: Tensor, solution: LayerSolution, stats_sha256: str = ""
+) -> LayerReport:
     """Return what became of one layer; `stats_sha256` is the hash of the statistics that were used."""
     return LayerReport(
         name=name,

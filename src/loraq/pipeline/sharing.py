@@ -1,9 +1,9 @@
 """One budget for all layers: ranks go where they lower the summed squared error of the weights most.
 
-The layers whose rank a budget settles share the bytes that they would take one by one. One pass over their weights
-predicts what each rank would leave of ‖W − Ŵ‖²; nothing is solved, and no data is needed: statistics that are given are
-not looked at here. The sum of these squares is the squared error at the layers' outputs if all inputs have uncorrelated
-channels of one power.
+The layers whose rank a budget settles share the bytes that they would take one by one. One pass
+over their weights predicts what each rank would leave of ‖W − Ŵ‖²; nothing is solved, and no data
+is needed: statistics that are given are not looked at here. The sum of these squares is the squared
+error at the layers' outputs if all inputs have uncorrelated channels of one power.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,8 @@ from loraq.pipeline.workers import one_thread, run_jobs
 from loraq.recipe import Recipe
 from loraq.scheme import Branch, Scheme
 
-#: No layer gets more than this many times the rank that it would have alone: predictions were tried up to there.
+#: No layer gets more than this many times the rank that it would have alone: predictions were tried
+#: up to there.
 _MOST = 8
 
 
@@ -39,8 +40,10 @@ def sharing_layers(plan: Plan, recipe: Recipe) -> tuple[LayerPlan, ...]:
     layers = tuple(layer for layer in plan.quantized if layer.sized)
     if not layers:
         raise RecipeError(
-            f"Allocation '{recipe.allocation}' shares bytes among layers whose rank a budget settles, and there are "
-            "none: all ranks are fixed, or no layer has a branch. Leave the rank out of the recipe, or do not allocate."
+            f"Allocation '{recipe.allocation}' shares bytes among layers whose rank a budget "
+            f"settles, and there are "
+            "none: all ranks are fixed, or no layer has a branch. Leave the rank out of the "
+            "recipe, or do not allocate."
         )
     return layers
 
@@ -64,7 +67,8 @@ def allocated(plan: Plan, predictions: dict[str, Prediction]) -> Plan:
     """Return the plan with the bytes of the layers that have a prediction shared among them; it stores no more."""
     layers = [layer for layer in plan.layers if layer.name in predictions]
     choices = allocate(
-        [_choices(layer, predictions[layer.name]) for layer in layers], sum(layer.nbytes for layer in layers)
+        [_choices(layer, predictions[layer.name]) for layer in layers],
+        sum(layer.nbytes for layer in layers),
     )
     settled = {
         layer.name: replace(layer, scheme=_ranked(layer, choice.rank))
@@ -87,7 +91,12 @@ class _FromFile:
 
 
 def allocated_from_files(
-    plan: Plan, recipe: Recipe, reader: TensorReader, *, workers: int, progress: ProgressCallback | bool
+    plan: Plan,
+    recipe: Recipe,
+    reader: TensorReader,
+    *,
+    workers: int,
+    progress: ProgressCallback | bool,
 ) -> Plan:
     """Return the plan that a recipe's allocation makes of a checkpoint's weights, one in memory for each worker.
 
@@ -97,11 +106,15 @@ def allocated_from_files(
     """
     if not (sharing := sharing_layers(plan, recipe)):
         return plan
-    return allocated(plan, collected(run_jobs(_FromFile(reader, recipe), sharing, workers), sharing, progress))
+    return allocated(
+        plan, collected(run_jobs(_FromFile(reader, recipe), sharing, workers), sharing, progress)
+    )
 
 
 def collected(
-    predictions: Iterable[tuple[str, Prediction]], layers: Sequence[LayerPlan], progress: ProgressCallback | bool
+    predictions: Iterable[tuple[str, Prediction]],
+    layers: Sequence[LayerPlan],
+    progress: ProgressCallback | bool,
 ) -> dict[str, Prediction]:
     """Return predictions by name as they are made, on show unless `progress` is False or somebody's function.
 
@@ -122,7 +135,10 @@ def _choices(layer: LayerPlan, prediction: Prediction) -> list[Choice]:
     left = prediction.left[1:]
     sizes = _sizes(_branch(layer.scheme), layer.shape, len(left))
     main = layer.scheme.weight_format.nbytes(layer.shape)
-    return [Choice(main + size, loss, i + 1) for i, (size, loss) in enumerate(zip(sizes, left, strict=True))]
+    return [
+        Choice(main + size, loss, i + 1)
+        for i, (size, loss) in enumerate(zip(sizes, left, strict=True))
+    ]
 
 
 @lru_cache(maxsize=1024)  # a model has few shapes and many layers

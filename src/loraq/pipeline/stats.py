@@ -29,7 +29,9 @@ def layers_that_use(plan: Plan, recipe: Recipe) -> list[LayerPlan]:
     Raises:
         CalibrationError: there is none; the message says why.
     """
-    if using := [layer for layer in plan.quantized if _solver(layer, recipe).use_of_stats != "ignored"]:
+    if using := [
+        layer for layer in plan.quantized if _solver(layer, recipe).use_of_stats != "ignored"
+    ]:
         return using
     able = ", ".join(name for name, method in METHODS.items() if method.use_of_stats != "ignored")
     if not plan.quantized:
@@ -38,7 +40,8 @@ def layers_that_use(plan: Plan, recipe: Recipe) -> list[LayerPlan]:
         reason = f"method '{recipe.method}' makes nothing of them. Leave them out, or use one of the methods {able}"
     else:
         reason = (
-            f"none has a branch, and without one method '{recipe.method}' rounds to nearest. Leave them out, add a "
+            f"none has a branch, and without one method '{recipe.method}' rounds to nearest. Leave "
+            f"them out, add a "
             "branch, or use method 'gptq'"
         )
     raise CalibrationError(f"No layer uses the statistics: {reason}.")
@@ -48,25 +51,31 @@ def require_enough(layers: Iterable[LayerPlan], recipe: Recipe) -> None:
     """Raise `CalibrationError` if mean squares alone do not do for a layer's method."""
     if any(_solver(layer, recipe).needs_full_moment for layer in layers):
         raise CalibrationError(
-            f"Mean squares are not enough: method '{recipe.method}' needs full second moments. Collect those, or use "
+            f"Mean squares are not enough: method '{recipe.method}' needs full second moments. "
+            f"Collect those, or use "
             "method 'loraq'."
         )
 
 
-def hashes_of_used(stats: Mapping[str, ActivationStats] | None, plan: Plan, recipe: Recipe) -> dict[str, str]:
+def hashes_of_used(
+    stats: Mapping[str, ActivationStats] | None, plan: Plan, recipe: Recipe
+) -> dict[str, str]:
     """Return the hash of the statistics of every layer whose method uses them; none without statistics.
 
     Raises:
-        CalibrationError: a layer's method needs statistics that are missing or say too little, those given are not of
-            this layer, or no layer uses them.
+        CalibrationError: a layer's method needs statistics that are missing or say too little,
+            those given are not of this layer, or no layer uses them.
     """
     if stats is None:
-        needy = [layer for layer in plan.quantized if _solver(layer, recipe).use_of_stats == "required"]
+        needy = [
+            layer for layer in plan.quantized if _solver(layer, recipe).use_of_stats == "required"
+        ]
         if needy:
             raise CalibrationError(
-                f"Method '{recipe.method}' needs activation statistics, and none are given for {len(needy)} layers. "
-                "Collect them with `loraq stats` or `loraq.collect_stats` and give them as `stats` (`--stats`), or use "
-                "a method without data, such as 'loraq'."
+                f"Method '{recipe.method}' needs activation statistics, and none are given for "
+                f"{len(needy)} layers. "
+                "Collect them with `loraq stats` or `loraq.collect_stats` and give them as `stats` "
+                "(`--stats`), or use a method without data, such as 'loraq'."
             )
         return {}
     if not plan.quantized:  # of a model that is finished: nothing is left to use them
@@ -74,7 +83,8 @@ def hashes_of_used(stats: Mapping[str, ActivationStats] | None, plan: Plan, reci
     using = {layer.name: layer for layer in layers_that_use(plan, recipe)}
     if missing := [name for name in using if name not in stats]:
         raise CalibrationError(
-            f"There are no statistics of {len(missing)} of {len(using)} layers: {', '.join(missing[:4])}. Collect "
+            f"There are no statistics of {len(missing)} of {len(using)} layers: "
+            f"{', '.join(missing[:4])}. Collect "
             "those of every layer of the plan, or skip these layers."
         )
     hashes = {}
@@ -82,7 +92,8 @@ def hashes_of_used(stats: Mapping[str, ActivationStats] | None, plan: Plan, reci
         of_layer = stats[name]
         if of_layer.width != layer.shape[1]:
             raise CalibrationError(
-                f"Layer '{name}' has {layer.shape[1]} input channels, its statistics have {of_layer.width}. They are "
+                f"Layer '{name}' has {layer.shape[1]} input channels, its statistics have "
+                f"{of_layer.width}. They are "
                 "of another model: collect them again."
             )
         if not of_layer.is_full:

@@ -1,7 +1,8 @@
 """Files to files: a checkpoint is quantized tensor by tensor, and the float model is never built.
 
-Everything that can be wrong is found first: names and shapes, then one pass over all weights that looks for NaN and
-takes their hashes. Then every layer is read, solved, written to its place, and noted in the journal.
+Everything that can be wrong is found first: names and shapes, then one pass over all weights that
+looks for NaN and takes their hashes. Then every layer is read, solved, written to its place, and
+noted in the journal.
 """
 
 import hashlib
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import loraq
 from loraq.checkpoint.header import TensorSpec
 from loraq.checkpoint.journal import Journal, require_target, resumable_folder
 from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES, ShardLayout, tensor_bytes
@@ -28,12 +28,20 @@ from loraq.checkpoint.writer import write_json
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import LayerReport, Report, report_layer, shown_progress, solve_layer, tensor_sha256
+from loraq.pipeline.quantize import (
+    LayerReport,
+    Report,
+    report_layer,
+    shown_progress,
+    solve_layer,
+    tensor_sha256,
+)
 from loraq.pipeline.sharing import allocated_from_files
 from loraq.pipeline.stats import hashes_of_used
 from loraq.pipeline.workers import run_jobs
 from loraq.recipe import Recipe
 from loraq.stats import ActivationStats
+from loraq.version import __version__
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,22 @@ class _Work:
         """Do a layer, and return its line for the journal once its bytes are on the disk."""
         layer = job.layer
         assert layer.scheme is not None
-        weight = self.reader.read(f"{layer.name}.weight").view(layer.shape)  # a 1x1 convolution is a matrix too
+        weight = self.reader.read(f"{layer.name}.weight").view(
+            layer.shape
+        )  # a 1x1 convolution is a matrix too
         stats = self._stats(job)
         solution = solve_layer(weight, self.recipe, layer.scheme, layer.name, stats)
         report = report_layer(layer.name, weight, solution, job.stats_sha256)
         if report.source_sha256 != job.sha256:
-            raise CheckpointError(f"The weight of layer '{layer.name}' changed while it was read. Leave the source be.")
+            raise CheckpointError(
+                f"The weight of layer '{layer.name}' changed while it was read. Leave the source "
+                f"be."
+            )
         tensors = {f"{layer.name}.{name}": tensor for name, tensor in solution.tensors.items()}
         self.layout.write(self.folder, tensors, sync=True)
-        entry = {key: value for key, value in asdict(report).items() if key not in ("shape", "scheme")}
+        entry = {
+            key: value for key, value in asdict(report).items() if key not in ("shape", "scheme")
+        }
         return {**entry, "written_sha256": _sha256_of_all(tensors)}
 
     def _stats(self, job: _Job) -> ActivationStats | None:
@@ -119,7 +134,9 @@ class _Work:
             return None
         stats = self.stats[job.name]
         if stats.sha256 != job.stats_sha256:
-            raise CalibrationError(f"The statistics of layer '{job.name}' changed meanwhile. Leave their file be.")
+            raise CalibrationError(
+                f"The statistics of layer '{job.name}' changed meanwhile. Leave their file be."
+            )
         return stats
 
 
@@ -136,26 +153,34 @@ def stream(
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used.
-        CheckpointError: the source cannot be used, the target cannot be written, or was begun with other settings.
+        CheckpointError: the source cannot be used, the target cannot be written, or was begun with
+        other settings.
         LayerError: a layer failed; the message names it. What is finished is kept.
         RecipeError: the recipe leaves nothing to quantize.
     """
     if not source.plan.quantized:
         raise RecipeError(
-            f"Nothing to quantize: {len(source.plan.layers)} linear layers were found, and all are skipped. "
+            f"Nothing to quantize: {len(source.plan.layers)} linear layers were found, and all are "
+            f"skipped. "
             "`loraq plan` shows why; a rule with `skip = false` overrides."
         )
     require_target(target, overwrite=settings.overwrite)
-    _require_space(target, source, _layout(source, settings), settings)  # an allocation takes no more
+    _require_space(
+        target, source, _layout(source, settings), settings
+    )  # an allocation takes no more
     stats_hashes = hashes_of_used(stats, source.plan, recipe)
-    plan = allocated_from_files(source.plan, recipe, source.reader, workers=settings.workers, progress=progress)
+    plan = allocated_from_files(
+        source.plan, recipe, source.reader, workers=settings.workers, progress=progress
+    )
     source = replace(source, plan=plan)
     tied = _output_ties(source)
     layout = _layout(source, settings)
     fingerprint = _fingerprint(source, layout, recipe)
     fingerprint["statistics"] = {name: digest[:16] for name, digest in stats_hashes.items()}
     n = len(plan.quantized)
-    with resumable_folder(target, fingerprint, n, overwrite=settings.overwrite, restart=settings.restart) as journal:
+    with resumable_folder(
+        target, fingerprint, n, overwrite=settings.overwrite, restart=settings.restart
+    ) as journal:
         if journal.whole and not journal.folder.exists():
             return _report(recipe, plan, journal.layers, kept=n)
         hashes = _scan(source)
@@ -172,11 +197,15 @@ def stream(
             for layer in plan.quantized
             if layer.name not in kept
         ]
-        jobs.sort(key=lambda job: -math.prod(job.layer.shape))  # the longest first, so that workers end together
+        jobs.sort(
+            key=lambda job: -math.prod(job.layer.shape)
+        )  # the longest first, so that workers end together
         n_kept = len(kept)
         work = _Work(source.reader, layout, folder, recipe, stats)
         with shown_progress(progress) as show:
-            with closing(run_jobs(work, jobs, settings.workers)) as entries:  # on an error all workers end first
+            with closing(
+                run_jobs(work, jobs, settings.workers)
+            ) as entries:  # on an error all workers end first
                 for entry in entries:
                     journal.append(entry)
                     kept[entry["name"]] = entry
@@ -210,7 +239,10 @@ def _output_ties(source: Source) -> dict[str, str]:
     for name, first in source.tied.items():
         if (layer := layers.get(first)) and layer.scheme:
             other = name.removesuffix(".weight")
-            tied |= {f"{other}.{part}": f"{layer.name}.{part}" for part in layer.scheme.storage(layer.shape)}
+            tied |= {
+                f"{other}.{part}": f"{layer.name}.{part}"
+                for part in layer.scheme.storage(layer.shape)
+            }
         else:
             tied[name] = first
     return tied
@@ -225,16 +257,19 @@ def _fingerprint(source: Source, layout: ShardLayout, recipe: Recipe) -> dict[st
             for name, header in source.files.files.items()
         },
         "layout": f"{len(layout.files)} files, headers {layout.sha256[:16]}",
-        "schemes": {layer.name: asdict(layer.scheme) for layer in source.plan.quantized if layer.scheme},
+        "schemes": {
+            layer.name: asdict(layer.scheme) for layer in source.plan.quantized if layer.scheme
+        },
         "configuration": source.config,
-        "versions": {"loraq": loraq.__version__, "torch": torch.__version__},
+        "versions": {"loraq": __version__, "torch": torch.__version__},
     }
 
 
 def _scan(source: Source) -> dict[str, str]:
     """Read every tensor once: raise `CheckpointError` if a number is not finite; return the hashes of the weights.
 
-    The smallest and the largest value tell both, since a NaN makes both NaN; this runs at the speed of the memory.
+    The smallest and the largest value tell both, since a NaN makes both NaN; this runs at the speed
+    of the memory.
     """
     layers = {f"{layer.name}.weight": layer.name for layer in source.plan.quantized}
     hashes = {}
@@ -243,7 +278,8 @@ def _scan(source: Source) -> dict[str, str]:
         if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             place = tuple(int(i) for i in (~tensor.isfinite()).nonzero()[0])
             raise CheckpointError(
-                f"Tensor '{name}' has a value that is no finite number: {tensor[place].item()} at {place}. "
+                f"Tensor '{name}' has a value that is no finite number: {tensor[place].item()} at "
+                f"{place}. "
                 "Repair the source, or download it again."
             )
         if name in layers:
@@ -270,7 +306,8 @@ def _kept(
             continue
         if entry["source_sha256"] != hashes[layer.name]:
             raise CheckpointError(
-                f"The weight of layer '{layer.name}' is not what it was when the layer was finished. Put the old "
+                f"The weight of layer '{layer.name}' is not what it was when the layer was "
+                f"finished. Put the old "
                 "source back to go on, or use `--restart` to begin anew."
             )
         parts = [f"{layer.name}.{part}" for part in layer.scheme.storage(layer.shape)]
@@ -327,31 +364,42 @@ def _require_space(target: Path, source: Source, layout: ShardLayout, settings: 
         needed -= path.stat().st_size if path.is_file() else 0
     if needed > free:
         raise CheckpointError(
-            f"'{place}' has {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are needed. Free space, or choose "
+            f"'{place}' has {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are needed. "
+            f"Free space, or choose "
             "another target."
         )
-    if settings.link and any(path.resolve().stat().st_dev != place.stat().st_dev for path in source.others.values()):
+    if settings.link and any(
+        path.resolve().stat().st_dev != place.stat().st_dev for path in source.others.values()
+    ):
         raise CheckpointError(
-            f"'{place}' is on another disk than the source, and hard links cannot cross. Leave `--link` out to copy."
+            f"'{place}' is on another disk than the source, and hard links cannot cross. Leave "
+            f"`--link` out to copy."
         )
 
 
-def _report(recipe: Recipe, plan: Plan, entries: Mapping[str, dict[str, Any]], *, kept: int) -> Report:
+def _report(
+    recipe: Recipe, plan: Plan, entries: Mapping[str, dict[str, Any]], *, kept: int
+) -> Report:
     layers = []
     for layer in plan.quantized:
         assert layer.scheme is not None
-        entry = {key: value for key, value in entries[layer.name].items() if key != "written_sha256"}
+        entry = {
+            key: value for key, value in entries[layer.name].items() if key != "written_sha256"
+        }
         layers.append(LayerReport(shape=layer.shape, scheme=layer.scheme, **entry))
     return Report(recipe, plan, tuple(layers), kept)
 
 
-def _write_manifest(folder: Path, layout: ShardLayout, source: Source, report: Report, tied: dict[str, str]) -> None:
+def _write_manifest(
+    folder: Path, layout: ShardLayout, source: Source, report: Report, tied: dict[str, str]
+) -> None:
     """Write what stands beside the shards: `config.json` and `loraq.json`, as `save` does."""
     files = layout.files
     if source.config:
         write_json(folder / "config.json", source.config)
         files.append("config.json")
     stored = {
-        layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0}) for layer in report.layers
+        layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
+        for layer in report.layers
     }
     Manifest(stored, [report.recipe.to_dict()], tied).write(folder, files)

@@ -1,7 +1,7 @@
 """The same job for many layers, in this process or in several; who does what never changes a byte.
 
-Worker processes are spawned, not forked, work on one thread each, leave Ctrl-C to their parent, and end when it ends,
-however that happens.
+Worker processes are spawned, not forked, work on one thread each, leave Ctrl-C to their parent, and
+end when it ends, however that happens.
 """
 
 import os
@@ -41,7 +41,8 @@ def run_jobs(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Generat
         workers: jobs in flight; with 1 this process does them itself.
 
     Raises:
-        LayerError: a job failed with an error that is not loraq's own, or its worker was killed; the message names it.
+        LayerError: a job failed with an error that is not loraq's own, or its worker was killed;
+        the message names it.
         LoraqError, OSError: what a job raised.
     """
     if workers == 1:

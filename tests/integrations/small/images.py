@@ -17,13 +17,22 @@ IMAGES: dict[str, Own] = {
         },
         inputs=lambda model: {"encoder_hidden_states": rand(BATCH, 2, TEXT, 24)},
     ),
-    "BriaFiboTransformer2DModel": Own(inputs=lambda model: {"text_encoder_layers": [rand(BATCH, TEXT, 24)] * 2}),
+    "BriaFiboTransformer2DModel": Own(
+        inputs=lambda model: {"text_encoder_layers": [rand(BATCH, TEXT, 24)] * 2}
+    ),
     "CogView3PlusTransformer2DModel": Own({"condition_dim": 16}, inputs=lambda model: sizes()),
-    "CogView4Transformer2DModel": Own({"condition_dim": 16, "rope_axes_dim": (8, 8)}, inputs=lambda model: sizes()),
-    "DiTTransformer2DModel": Own({"norm_num_groups": 4}, inputs=lambda model: {"class_labels": torch.tensor([1, 7])}),
+    "CogView4Transformer2DModel": Own(
+        {"condition_dim": 16, "rope_axes_dim": (8, 8)}, inputs=lambda model: sizes()
+    ),
+    "DiTTransformer2DModel": Own(
+        {"norm_num_groups": 4}, inputs=lambda model: {"class_labels": torch.tensor([1, 7])}
+    ),
     "DreamLiteTransformer2DModel": Own({"norm_num_groups": 4}),
     "ErnieImageTransformer2DModel": Own(
-        inputs=lambda model: {"text_bth": rand(BATCH, TEXT, 24), "text_lens": torch.tensor([TEXT, TEXT - 2])}
+        inputs=lambda model: {
+            "text_bth": rand(BATCH, TEXT, 24),
+            "text_lens": torch.tensor([TEXT, TEXT - 2]),
+        }
     ),
     "GlmImageTransformer2DModel": Own(
         {"condition_dim": 16, "prior_vq_quantizer_codebook_size": 16},
@@ -101,7 +110,13 @@ IMAGES: dict[str, Own] = {
         }
     ),
     "NucleusMoEImageTransformer2DModel": Own(
-        {"num_layers": 5, "num_experts": 4, "mlp_ratio": 6.0, "moe_intermediate_dim": 16, "capacity_factors": 2.0},
+        {
+            "num_layers": 5,
+            "num_experts": 4,
+            "mlp_ratio": 6.0,
+            "moe_intermediate_dim": 16,
+            "capacity_factors": 2.0,
+        },
         inputs=lambda model: {"img_shapes": [(1, SIDE, SIDE)]},
     ),
     "OmniGenTransformer2DModel": Own(
@@ -131,7 +146,8 @@ IMAGES: dict[str, Own] = {
         inputs=lambda model: {"img_shapes": [(1, SIDE, SIDE)] * BATCH},
     ),
     "Transformer2DModel": Own(
-        {"norm_num_groups": 4}, inputs=lambda model: {"encoder_hidden_states": rand(BATCH, TEXT, WIDTH)}
+        {"norm_num_groups": 4},
+        inputs=lambda model: {"encoder_hidden_states": rand(BATCH, TEXT, WIDTH)},
     ),
     "ZImageTransformer2DModel": Own(
         {"axes_lens": (64, 16, 16)},

@@ -42,7 +42,10 @@ NAMES: tuple[tuple[int, str], ...] = (
         """hidden_size dim inner_dim model_dim dit_dim embed_dim token_dim cross_attention_dim
         caption_projection_dim audio_cross_attention_dim text_hidden_dim approximator_hidden_dim""",
     ),
-    (2 * WIDTH, "intermediate_size ffn_dim ffn_hidden_size ff_dim text_intermediate_size ff_inner_dim"),
+    (
+        2 * WIDTH,
+        "intermediate_size ffn_dim ffn_hidden_size ff_dim text_intermediate_size ff_inner_dim",
+    ),
     (
         24,
         """joint_attention_dim text_embed_dim text_dim caption_channels cap_feat_dim context_in_dim text_in_dim
@@ -57,8 +60,11 @@ NAMES: tuple[tuple[int, str], ...] = (
 VALUES = {name: value for value, names in NAMES for name in names.split()}
 #: Sizes of the axes of rotary embeddings, which share the dimension of a head, by their number.
 ROPE = {2: (8, 8), 3: (4, 6, 6), 4: (4, 4, 4, 4)}
-ROPE_NAMES = "axes_dims_rope axes_dims rope_axes_dim axes_dim_rope rope_dim_list axes_dim rope_dim".split()
-#: Names under which a configuration has the width of its latents and of its text, the first that is there counts.
+ROPE_NAMES = (
+    "axes_dims_rope axes_dims rope_axes_dim axes_dim_rope rope_dim_list axes_dim rope_dim".split()
+)
+#: Names under which a configuration has the width of its latents and of its text, the first that is
+#: there counts.
 CHANNELS = "in_channels in_visual_dim in_dim io_channels latent_dim embedding_dim inner_dim".split()
 TEXT_WIDTH = """joint_attention_dim caption_channels text_embed_dim text_dim cap_feat_dim text_in_dim context_in_dim
     in_text_dim text_hidden_dim cross_attention_dim llm_features_dim cond_token_dim""".split()
@@ -68,7 +74,9 @@ def small_model(kind: type[nn.Module]) -> nn.Module:
     """Return a small model of a class with seeded random weights."""
     torch.manual_seed(0)
     model = kind(**_small_config(kind)).eval()
-    for parameter in model.parameters():  # none may be zero: a zero gate would hide what is behind it
+    for (
+        parameter
+    ) in model.parameters():  # none may be zero: a zero gate would hide what is behind it
         if parameter.is_floating_point():
             nn.init.normal_(parameter.data, std=0.2)
     return model
@@ -76,7 +84,11 @@ def small_model(kind: type[nn.Module]) -> nn.Module:
 
 def run(model: nn.Module) -> list[Tensor]:
     """Return all tensors that a small model makes of its small inputs."""
-    tuple_please = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
+    tuple_please = (
+        {"return_dict": False}
+        if "return_dict" in inspect.signature(model.forward).parameters
+        else {}
+    )
     with torch.no_grad():
         return list(_tensors(model(**_small_inputs(model), **tuple_please)))
 
@@ -94,7 +106,9 @@ def _small_inputs(model: nn.Module) -> dict[str, Any]:
     own, wanted = OWN.get(type(model).__name__, Own()), inspect.signature(model.forward).parameters
     config = dict(model.config)
     in_tokens = "img_ids" in wanted or "img_shapes" in wanted
-    layout = own.layout or ("tokens" if in_tokens else "video" if "3D" in type(model).__name__ else "image")
+    layout = own.layout or (
+        "tokens" if in_tokens else "video" if "3D" in type(model).__name__ else "image"
+    )
     channels = next((config[name] for name in CHANNELS if config.get(name)), WIDTH)
     text = next((config[name] for name in TEXT_WIDTH if isinstance(config.get(name), int)), 24)
     axes = next((len(config[name]) for name in ROPE_NAMES if config.get(name)), 3)
@@ -110,7 +124,9 @@ def _small_inputs(model: nn.Module) -> dict[str, Any]:
         "encoder_attention_mask": torch.ones(BATCH, TEXT, dtype=torch.bool),
         "encoder_hidden_states_mask": torch.ones(BATCH, TEXT, dtype=torch.bool),
         "pooled_projections": rand(BATCH, config.get("pooled_projection_dim") or 24),
-        "img_ids": torch.cartesian_prod(*[torch.zeros(1)] * (axes - 2), *[torch.arange(float(SIDE))] * 2),
+        "img_ids": torch.cartesian_prod(
+            *[torch.zeros(1)] * (axes - 2), *[torch.arange(float(SIDE))] * 2
+        ),
         "txt_ids": torch.zeros(TEXT, axes),
     }
     if config.get("guidance_embeds"):

@@ -18,9 +18,11 @@ class Own:
 
     #: Constructor arguments.
     config: dict[str, Any] = field(default_factory=dict)
-    #: Layout of `hidden_states`: "image", "video" or "tokens"; `None` follows the name of the class.
+    #: Layout of `hidden_states`: "image", "video" or "tokens"; `None` follows the name of the
+    #: class.
     layout: str | None = None
-    #: Arguments of forward, from the model; they replace or join those that the rules make. `None` leaves one out.
+    #: Arguments of forward, from the model; they replace or join those that the rules make. `None`
+    #: leaves one out.
     inputs: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
 
 

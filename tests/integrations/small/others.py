@@ -42,7 +42,10 @@ OTHERS: dict[str, Own] = {
     ),
     "MiniMaxMusic3Transformer1DModel": Own(
         {"rotary_dim": 8},
-        inputs=lambda model: {"hidden_states": rand(BATCH, 8, 12), "encoder_hidden_states": rand(BATCH, 12, 24)},
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 8, 12),
+            "encoder_hidden_states": rand(BATCH, 12, 24),
+        },
     ),
     "PriorTransformer": Own(
         {"embedding_dim": 24, "num_embeddings": TEXT},
@@ -78,7 +81,10 @@ OTHERS: dict[str, Own] = {
     ),
     "StableAudio3DiTModel": Own(
         {"io_channels": 8, "local_add_cond_dim": 9, "num_memory_tokens": 4, "ff_mult": 2.0},
-        inputs=lambda model: {"hidden_states": rand(BATCH, 8, 12), "global_hidden_states": rand(BATCH, 24)},
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 8, 12),
+            "global_hidden_states": rand(BATCH, 24),
+        },
     ),
     "StableAudioDiTModel": Own(
         {"cross_attention_input_dim": 24, "global_states_input_dim": 24},

@@ -25,8 +25,12 @@ VIDEOS: dict[str, Own] = {
             "r_timestep": torch.full((BATCH, FRAMES), 300.0),
         }
     ),
-    "CogVideoXTransformer3DModel": Own({"max_text_seq_length": TEXT}, inputs=lambda model: frames_first()),
-    "ConsisIDTransformer3DModel": Own({"max_text_seq_length": TEXT}, inputs=lambda model: frames_first()),
+    "CogVideoXTransformer3DModel": Own(
+        {"max_text_seq_length": TEXT}, inputs=lambda model: frames_first()
+    ),
+    "ConsisIDTransformer3DModel": Own(
+        {"max_text_seq_length": TEXT}, inputs=lambda model: frames_first()
+    ),
     "CosmosTransformer3DModel": Own({"rope_scale": (1.0, 1.0, 1.0), "concat_padding_mask": False}),
     "EasyAnimateTransformer3DModel": Own({"patch_size": 2}),
     "HunyuanVideo15Transformer3DModel": Own(
@@ -51,7 +55,10 @@ VIDEOS: dict[str, Own] = {
         },
     ),
     "JoyImageEditPlusTransformer3DModel": Own(
-        inputs=lambda model: {"hidden_states": rand(BATCH, 4, 8, 1, 2, 2), "shape_list": [[(1, 2, 2)]] * BATCH}
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 4, 8, 1, 2, 2),
+            "shape_list": [[(1, 2, 2)]] * BATCH,
+        }
     ),
     "Kandinsky5Transformer3DModel": Own(
         inputs=lambda model: {
@@ -65,7 +72,10 @@ VIDEOS: dict[str, Own] = {
     ),
     "Kandinsky6SRTransformer3DModel": Own(
         {"in_visual_dim": 4},
-        inputs=lambda model: {"hidden_states": rand(1, 1, 8, 8, 9), "timestep": torch.tensor([500.0])},
+        inputs=lambda model: {
+            "hidden_states": rand(1, 1, 8, 8, 9),
+            "timestep": torch.tensor([500.0]),
+        },
     ),
     "Kandinsky6Transformer3DModel": Own(
         {"in_audio_dim": 4, "out_audio_dim": 4},
@@ -93,10 +103,20 @@ VIDEOS: dict[str, Own] = {
     ),
     "LTXVideoTransformer3DModel": Own(
         layout="tokens",
-        inputs=lambda model: {"hidden_states": rand(BATCH, 8, 8), "num_frames": 2, "height": 2, "width": 2},
+        inputs=lambda model: {
+            "hidden_states": rand(BATCH, 8, 8),
+            "num_frames": 2,
+            "height": 2,
+            "width": 2,
+        },
     ),
     "LatteTransformer3DModel": Own(
-        {"patch_size": 2, "video_length": FRAMES, "norm_type": "ada_norm_single", "norm_elementwise_affine": False},
+        {
+            "patch_size": 2,
+            "video_length": FRAMES,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+        },
         inputs=lambda model: {"encoder_attention_mask": None},
     ),
     "MiniMaxH3Transformer3DModel": Own(
