@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from loraq.integrations.pipelines import collect_pipeline_stats
     from loraq.layers import set_backend
     from loraq.nn import QuantizedLinear
+    from loraq.packed import LayerSolution, PackedWeight
     from loraq.pipeline.collect import collect_stats
     from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
     from loraq.recipe import Recipe, Rule
-    from loraq.scheme import Branch, LayerSolution, Scheme
+    from loraq.scheme import Branch, Scheme
     from loraq.stats import ActivationStats
 
 _HOMES = {
     "ActivationStats": "loraq.stats",
     "Branch": "loraq.scheme",
     "Budget": "loraq.budget",
-    "LayerSolution": "loraq.scheme",
+    "LayerSolution": "loraq.packed",
     "LoraqError": "loraq.errors",
+    "PackedWeight": "loraq.packed",
     "QTensor": "loraq.formats",
     "QuantizedLinear": "loraq.nn",
     "Recipe": "loraq.recipe",
@@ -60,6 +62,7 @@ __all__ = [
     "Budget",
     "LayerSolution",
     "LoraqError",
+    "PackedWeight",
     "QTensor",
     "QuantizedLinear",
     "Recipe",
