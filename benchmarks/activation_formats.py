@@ -18,7 +18,7 @@ from common import options, report
 from loraq.evaluation.digits import load_transformer, velocity_probe
 from loraq.evaluation.metrics import relative_error
 from loraq.layers import quantized_layers
-from loraq.pipeline.quantize import quantize_
+from loraq.pipeline.module import quantize_
 from loraq.recipe import Recipe
 
 #: (main input, branch input, intermediate)

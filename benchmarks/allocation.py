@@ -30,8 +30,8 @@ from loraq.layers import linear_layers, matrix_of, replace_layer
 from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
-from loraq.pipeline.plan import LayerPlan, Plan
-from loraq.pipeline.quantize import plan_model, solve_layer
+from loraq.pipeline.module import plan_model, solve_layer
+from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.sharing import allocated, predicted_layer
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -119,7 +119,7 @@ def contenders(trained: nn.Module, world: World, asked: Recipe, *, bound: bool) 
         layer.name: predicted_layer(layer, matrix_of(layers[layer.name]), asked)
         for layer in uniform.quantized
     }
-    counts: dict[str, Callable[[LayerPlan], float]] = {
+    counts: dict[str, Callable[[LayerJob], float]] = {
         "absolute": lambda layer: 1.0,
         "relative": lambda layer: 1 / found[layer.name].energy,
         "per weight": lambda layer: layer.shape[0] * layer.shape[1] / found[layer.name].energy,

@@ -36,7 +36,7 @@ from common import options, report
 from loraq.evaluation import digits
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
-from loraq.pipeline.quantize import quantize_
+from loraq.pipeline.module import quantize_
 from loraq.recipe import Recipe, Rule
 
 DIRECT = {"scale_rule": None}

@@ -16,7 +16,7 @@ import torch
 from common import options, report
 from loraq.evaluation.digits import load_transformer, velocity_probe
 from loraq.evaluation.metrics import relative_error
-from loraq.pipeline.quantize import quantize_
+from loraq.pipeline.module import quantize_
 from loraq.recipe import Recipe
 
 SIDES = (0, 16, 32, 64, 128)

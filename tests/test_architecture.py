@@ -15,7 +15,7 @@ ROWS = (
     "errors version",
     "formats transforms",
     "scheme linalg stats",
-    "allocation budget packed",
+    "budget packed",
     "kernels",
     "methods nn",
     "layers recipe parallel",

@@ -260,14 +260,14 @@ def test_sizes_are_read_with_their_units(text, size):
 
 
 def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
-    from loraq.pipeline import stream
+    from loraq.pipeline import files
 
     def cut(work, jobs, workers):
         yield work(jobs[0])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "run_jobs", cut)
+        patch.setattr(files, "run_jobs", cut)
         result = run("quantize", place / "float", tmp_path / "out", *FAST)
     assert result.exit_code == 130
     assert (
@@ -682,7 +682,7 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraq.pipeline.stream.run_jobs", interrupt)
+    monkeypatch.setattr("loraq.pipeline.files.run_jobs", interrupt)
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from loraq.errors import KernelError
 from loraq.nn import QuantizedLinear
 from loraq.parallel import LoraqColwise, LoraqRowwise
-from loraq.pipeline.quantize import quantize_weight
+from loraq.pipeline.module import quantize_weight
 from loraq.recipe import parse_scheme
 
 sys.path.insert(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loraq.nn import QuantizedLinear
     from loraq.packed import LayerSolution, PackedWeight
     from loraq.pipeline.collect import collect_stats
-    from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
+    from loraq.pipeline.module import plan_model, quantize_, quantize_weight
     from loraq.recipe import Recipe, Rule
     from loraq.scheme import Branch, Scheme
     from loraq.stats import ActivationStats
@@ -47,10 +47,10 @@ _HOMES = {
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
     "load_stats": "loraq.checkpoint.stats",
-    "plan_model": "loraq.pipeline.quantize",
-    "quantize_": "loraq.pipeline.quantize",
+    "plan_model": "loraq.pipeline.module",
+    "quantize_": "loraq.pipeline.module",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
-    "quantize_weight": "loraq.pipeline.quantize",
+    "quantize_weight": "loraq.pipeline.module",
     "save": "loraq.checkpoint",
     "save_stats": "loraq.checkpoint.stats",
     "set_backend": "loraq.layers",

@@ -14,7 +14,7 @@ from loraq.errors import KernelError
 from loraq.kernels import choose
 from loraq.kernels.triton.backend import TritonRow
 from loraq.nn import QuantizedLinear
-from loraq.pipeline.quantize import quantize_weight
+from loraq.pipeline.module import quantize_weight
 from loraq.recipe import parse_scheme
 from matrices import dit_like, gaussian
 

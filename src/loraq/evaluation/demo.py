@@ -12,7 +12,8 @@ from torch import Tensor
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
 from loraq.pipeline.collect import collect_stats
-from loraq.pipeline.quantize import Report, plan_model, quantize_
+from loraq.pipeline.module import plan_model, quantize_
+from loraq.pipeline.report import Report
 from loraq.recipe import NAMED, Recipe
 from loraq.stats import ActivationStats
 

@@ -182,10 +182,10 @@ def test_statistics_that_change_meanwhile_are_found(source, tmp_path, stats):
         (
             by("svdquant"),
             {},
-            "No layer uses the statistics: method 'svdquant' makes nothing of them.* loraq, gptq, "
+            "No layer uses the statistics: method 'svdquant' does not use them.* loraq, gptq, "
             "qera",
         ),
-        (by("rtn"), {}, "method 'rtn' makes nothing of them"),
+        (by("rtn"), {}, "method 'rtn' does not use them"),
         (
             replace(by("loraq"), scheme=Scheme("mxfp4"), rules=()),
             {},
