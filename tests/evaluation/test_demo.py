@@ -15,7 +15,8 @@ from loraq.evaluation import demo
 from loraq.evaluation.demo import CONTENDERS, DemoResult, Row, _recipe, run
 from loraq.evaluation.report import draw, require_drawable
 from loraq.methods import EFFORTS
-from loraq.recipe import NAMED, Recipe
+from loraq.recipe import Recipe
+from loraq.recipe_names import NAMED
 
 #: The shapes of the layers that are quantized in the shipped transformer.
 SHAPES = [(192, 192), (768, 192), (192, 768)]

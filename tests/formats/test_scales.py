@@ -1,4 +1,4 @@
-"""Scale rules by hand-computed examples, and against torchao (floor, midmax, NVFP4), ml_dtypes (E8M0) and numpy."""
+"""Scale rules by examples computed by hand, and against torchao, ml_dtypes (E8M0) and numpy."""
 
 import ml_dtypes
 import numpy as np
@@ -341,7 +341,10 @@ def test_four_bit_activations_round_better_by_a_constant(name, matrix):
 @pytest.mark.parametrize("rule", ["floor", "midmax"])
 def test_power_of_two_rules_do_not_apply_to_float_scales(name, rule):
     fmt = get_format(name)
-    message = rf"Unknown scale rule for {fmt.scale_format.name} scales '{rule}'.* Known: absmax, constant, fitted, search\."
+    message = (
+        rf"Unknown scale rule for {fmt.scale_format.name} scales '{rule}'.* "
+        r"Known: absmax, constant, fitted, search\."
+    )
     for call in (fmt.round, fmt.quantize):
         with pytest.raises(FormatError, match=message):
             call(torch.ones(1, 64), rule)

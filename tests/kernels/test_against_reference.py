@@ -16,7 +16,7 @@ from loraq.kernels.reference import Reference
 from loraq.kernels.resident import decode_by_table
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import LayerSolution, Scheme
 from matrices import dit_like, heavy_tailed, outlier_columns
 

@@ -25,7 +25,7 @@ from loraq.kernels.int8_matrix import (
 from loraq.kernels.int8_row import Int8Row
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian, heavy_tailed
 

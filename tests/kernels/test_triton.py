@@ -15,7 +15,7 @@ from loraq.kernels import choose
 from loraq.kernels.triton_row import TritonRow
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from matrices import dit_like, gaussian
 
 HERE = Path(__file__).parent

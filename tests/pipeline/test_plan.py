@@ -9,7 +9,8 @@ from torch import nn
 from loraq.errors import RecipeError, SchemeError
 from loraq.pipeline.plan import LayerPlan, OtherWeight, Plan
 from loraq.pipeline.quantize import plan_model
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 SHAPES = {

@@ -15,7 +15,8 @@ from loraq.errors import FormatError, LayerError, RecipeError, SchemeError
 from loraq.layers import linear_layers, quantized_layers
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, LayerSolution, Scheme
 from matrices import dit_like, gaussian
 

@@ -11,7 +11,8 @@ from torch import nn
 import loraq
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 from matrices import heavy_tailed

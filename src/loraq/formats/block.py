@@ -162,7 +162,7 @@ class BlockFormat:
         return "floor" if self.scale_format.is_power_of_two else "absmax"
 
     def scale_rule(self, name: str | None = None) -> ScaleRule:
-        """Return a named scale rule with the numbers that fit this format; `None` is `default_rule`.
+        """Return a scale rule with the numbers that fit this format; `None` is `default_rule`.
 
         Raises:
             FormatError: the rule does not exist for this format.

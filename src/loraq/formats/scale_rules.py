@@ -161,8 +161,9 @@ def _choose_positive(
         best_gain = torch.where(better, gain, best_gain)
         optimum = torch.where(better, its_optimum, optimum)
     # Codes and scale in turn: the best scale for the codes, then new codes for that scale. It is
-    # taken unseen, because each half step lowers the error; only E4M3, whose neighbours are up to an
-    # eighth apart, is so coarse that the rounded optimum may lose.
+    # taken unseen, because but for the rounding of the scale neither half can raise the error. Only
+    # E4M3, whose neighbours are up to an eighth apart, is so coarse that the rounded optimum may
+    # lose.
     for i in range(rule.least_squares):
         if i:
             best_gain, optimum = _measure(blocks, element, best)

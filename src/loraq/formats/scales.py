@@ -80,7 +80,7 @@ class ScaleFormat:
         )
 
     def decode(self, packed: Tensor) -> Tensor:
-        """Return the fp32 scales of raw bytes; the inverse of `encode`. The E8M0 code 255 is NaN."""
+        """Return the fp32 scales of raw bytes, the inverse of `encode`; E8M0's code 255 is NaN."""
         if self.is_power_of_two:
             return torch.where(
                 packed == 255, torch.nan, _power_of_two(packed.to(torch.int32) - 127)
@@ -139,7 +139,7 @@ def view_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent for int32 exponents from -127 to 127, built from the bits because exp2 may round."""
+    """2^exponent for int32 exponents from -127 to 127, from the bits because exp2 may round."""
     return (
         ((exponent + 127) << 23).clamp_(min=1 << 22).view(torch.float32)
     )  # 2^-127 is the subnormal 1 << 22

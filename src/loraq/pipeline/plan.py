@@ -97,7 +97,7 @@ class Plan:
             scheme = recipe.scheme_for(name, shape, model_class)
             rule = recipe.rule_for(name, model_class)
             reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
-            asked = recipe.asked_for(name, model_class)
+            asked = recipe.requested_scheme(name, model_class)
             sized = asked is not None and asked.branch is not None and asked.branch.rank == 0
             layers.append(LayerPlan(name, shape, scheme, reason, sized))
         for rule in recipe.rules:
