@@ -29,11 +29,12 @@ from loraq.evaluation.metrics import relative_error
 from loraq.layers import linear_layers, matrix_of, replace_layer
 from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
+from loraq.packed import LayerSolution
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.quantize import plan_model, solve_layer
 from loraq.pipeline.sharing import allocated, predicted_layer
 from loraq.recipe import Recipe
-from loraq.scheme import LayerSolution, Scheme
+from loraq.scheme import Scheme
 from quality import WORLDS, World
 
 RECIPES = ("mxfp4-a16+w6a8", "mxfp4-a8+w6a8", "mxfp4-a4+w6a8")
@@ -175,7 +176,7 @@ def quantized(
             solved[name, scheme] = solve_layer(matrix_of(layer), recipe, scheme, name)
         solution = solved[name, scheme]
         bias: Tensor | None = layer.bias
-        replace_layer(model, name, QuantizedLinear.from_solution(solution, bias))
+        replace_layer(model, name, QuantizedLinear.from_packed(solution.packed, bias))
         errors.append(solution.relative_error)
     return model, sum(errors) / len(errors)
 

@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 
 from common import HERE, interleaved_seconds, options, report, spread
 from loraq.errors import KernelError
-from loraq.kernels.int8_matrix import Rows, can_pack, packed, packed_product
+from loraq.kernels.int8_matrix import Rows, can_pack, pack_rows, packed_product
 from loraq.nn import QuantizedLinear
 from loraq.recipe_names import parse_scheme
 from random_layers import bias_of, random_layer
@@ -147,7 +147,7 @@ def int8_product(plain: nn.Linear, n_tokens: int) -> Callable[[], object]:
     x, w = x.to(plain.weight.device), w.to(plain.weight.device)
     if not can_pack(w.device):
         return lambda: torch._int_mm(x, w.t())
-    tokens, rows = x.view(torch.uint8), packed(Rows(w, torch.ones(len(w))))
+    tokens, rows = x.view(torch.uint8), pack_rows(Rows(w, torch.ones(len(w))))
     return lambda: packed_product(tokens, rows, torch.bfloat16)
 
 

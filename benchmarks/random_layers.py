@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from loraq.formats import Format, QTensor
 from loraq.layers import linear_layers, replace_layer
 from loraq.nn import QuantizedLinear
-from loraq.scheme import LayerSolution, LowRankBranch, Scheme
+from loraq.packed import LowRankBranch, PackedWeight
+from loraq.scheme import Scheme
 
 
 def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -> QuantizedLinear:
@@ -14,14 +15,7 @@ def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -
 
     def stored(fmt: Format, rows: int, columns: int, size: float) -> QTensor:
         random = torch.Generator().manual_seed(rows * 31 + columns)
-        q = fmt.quantize(size * torch.randn(rows, columns, generator=random))
-        return QTensor(
-            q.packed.to(device),
-            None if q.scale is None else q.scale.to(device),
-            None if q.global_scale is None else q.global_scale.to(device),
-            q.shape,
-            fmt,
-        )
+        return fmt.quantize(size * torch.randn(rows, columns, generator=random))
 
     n_out, n_in = shape
     branch = None
@@ -30,9 +24,9 @@ def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -
         branch = LowRankBranch(
             proj_up=stored(fmt, n_out, rank, 0.1), proj_down=stored(fmt, rank, n_in, 0.02)
         )
-    residual = stored(scheme.weight_format, n_out, n_in, n_in**-0.5)
-    solution = LayerSolution(scheme, residual, branch, relative_error=float("nan"))
-    return QuantizedLinear.from_solution(solution, bias_of(n_out, device))
+    main = stored(scheme.weight_format, n_out, n_in, n_in**-0.5)
+    packed = PackedWeight(scheme, main, branch).to(device)
+    return QuantizedLinear.from_packed(packed, bias_of(n_out, device))
 
 
 def bias_of(n_out: int, device: torch.device) -> Tensor:

@@ -31,8 +31,9 @@ from loraq.budget import Budget, with_rank
 from loraq.evaluation.digits import assets_folder
 from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, Method, SVDQuant
 from loraq.nn import QuantizedLinear
+from loraq.packed import LayerSolution
 from loraq.recipe import Recipe
-from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.scheme import Branch, Scheme
 from matrices import dit_like, heavy_tailed
 
 Row = dict[str, object]
@@ -285,7 +286,7 @@ ACTIVATIONS = {"int4": ("int4", "int8"), "mxfp4": ("mxfp4", "mxfp8_e4m3")}
 
 def output_error(weight: Tensor, solution: LayerSolution, scheme: Scheme, x: Tensor) -> float:
     """Return the relative error of the layer's output, computed by the reference back end."""
-    layer = QuantizedLinear.from_solution(replace(solution, scheme=scheme))
+    layer = QuantizedLinear.from_packed(replace(solution.packed, scheme=scheme))
     layer.backend = "reference"
     exact = x @ weight.T
     return float(torch.linalg.vector_norm(layer(x) - exact) / torch.linalg.vector_norm(exact))

@@ -46,7 +46,7 @@ class Tower(nn.Module):
 
 
 def quantized(bias: torch.Tensor | None = None) -> QuantizedLinear:
-    return QuantizedLinear.from_solution(quantize_weight(gaussian(8, 8), "mxfp4"), bias)
+    return QuantizedLinear.from_packed(quantize_weight(gaussian(8, 8), "mxfp4").packed, bias)
 
 
 def test_linear_layers_are_found_once_in_the_order_of_the_tree():
@@ -141,12 +141,12 @@ def test_an_unknown_back_end_is_refused_and_nothing_is_switched(model):
 
 def test_a_model_runs_on_the_automatic_choice_where_the_asked_back_end_refuses(caplog):
     a8, a16 = (
-        QuantizedLinear.from_solution(quantize_weight(gaussian(8, 64), n))
+        QuantizedLinear.from_packed(quantize_weight(gaussian(8, 64), n).packed)
         for n in ("int8-a8", "mxfp4-a16")
     )
     wide = gaussian(8, 512)
     wide[:, 0] = 40  # INT8 rows would lose too much, which only the values tell
-    unfit = QuantizedLinear.from_solution(quantize_weight(wide, Scheme("mxint4", "int8")))
+    unfit = QuantizedLinear.from_packed(quantize_weight(wide, Scheme("mxint4", "int8")).packed)
     model = nn.ModuleList([a16, copy.deepcopy(a16), a8, unfit])
     set_backend(model, "int8_row")
     (record,) = caplog.records
@@ -248,5 +248,5 @@ def test_packed_bytes_are_no_other_weights():
 
 def test_a_quantized_layer_keeps_its_class():
     assert quantized_class(nn.Linear(8, 8)) is quantized_class(quantized()) is QuantizedLinear
-    conv = QuantizedConv1x1.from_solution(quantize_weight(gaussian(8, 8), "mxfp4"))
+    conv = QuantizedConv1x1.from_packed(quantize_weight(gaussian(8, 8), "mxfp4").packed)
     assert quantized_class(conv) is QuantizedConv1x1

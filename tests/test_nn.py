@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from loraq.errors import KernelError, SchemeError
 from loraq.formats import CastFormat, get_format
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
+from loraq.packed import LayerSolution
 from loraq.pipeline.quantize import quantize_weight
-from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.scheme import Branch, Scheme
 from loraq.transforms import rotate
 from matrices import dit_like, gaussian
 
@@ -41,8 +42,8 @@ def solution_of(name: str) -> LayerSolution:
 
 
 def layer_of(name: str, *, backend: str = "resident", bias: bool = True) -> QuantizedLinear:
-    layer = QuantizedLinear.from_solution(
-        copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None
+    layer = QuantizedLinear.from_packed(
+        copy.deepcopy(solution_of(name)).packed, gaussian(1, N_OUT, 5)[0] if bias else None
     )
     layer.backend = backend
     return layer
@@ -82,14 +83,14 @@ def on_the_grid(token: Tensor, name: str) -> Tensor:
 
 def evaluate(solution: LayerSolution, bias: Tensor, x: Tensor) -> Tensor:
     """Y = Qa(x) Wqᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b of the rotated x in double precision, token by token."""
-    scheme, weight = solution.scheme, solution.residual.dequantize().double()
+    scheme, weight = solution.packed.scheme, solution.packed.main.dequantize().double()
     rows = []
     for token in rotate(x, scheme.rotation):
         y = weight @ on_the_grid(token, scheme.activation).double() + bias.double()
-        if solution.branch is not None:
+        if solution.packed.branch is not None:
             down, up = (
                 q.dequantize().double()
-                for q in (solution.branch.proj_down, solution.branch.proj_up)
+                for q in (solution.packed.branch.proj_down, solution.packed.branch.proj_up)
             )
             inner = (down @ on_the_grid(token, scheme.branch.activation).double()).float()
             y += (
@@ -131,7 +132,9 @@ def test_the_rank_space_intermediate_has_a_format_of_its_own(intermediate):
     scheme = Scheme("mxfp4", "mxfp4", Branch(12, "mxint8", "mxint8", intermediate))
     solution, x = quantize_weight(dit_like(N_OUT, N_IN), scheme, method="svdquant"), tokens(6)
     bias = torch.zeros(N_OUT)
-    assert error(QuantizedLinear.from_solution(solution)(x), evaluate(solution, bias, x)) < 1e-5
+    assert (
+        error(QuantizedLinear.from_packed(solution.packed)(x), evaluate(solution, bias, x)) < 1e-5
+    )
 
 
 def test_the_formats_of_the_activations_make_a_difference():
@@ -271,8 +274,8 @@ def test_its_bytes_are_those_of_the_solution_and_of_the_scheme(name):
     layer, solution = layer_of(name), solution_of(name)
     assert layer.nbytes == solution.nbytes == layer.scheme.nbytes((N_OUT, N_IN))
     assert layer.bits_per_weight == solution.bits_per_weight == 8 * layer.nbytes / (N_OUT * N_IN)
-    assert torch.equal(layer.stored_weight.dequantize(), solution.residual.dequantize())
-    assert (layer.branch is None) == (solution.branch is None)
+    assert torch.equal(layer.packed.main.dequantize(), solution.packed.main.dequantize())
+    assert (layer.packed.branch is None) == (solution.packed.branch is None)
 
 
 def test_a_state_of_another_scheme_is_refused():
@@ -294,8 +297,8 @@ def test_a_state_of_another_scheme_is_refused():
 def test_loading_a_state_drops_decoded_operands(name, assign):
     layer, x = layer_of(name), tokens(3)
     layer(x)
-    other = QuantizedLinear.from_solution(
-        quantize_weight(dit_like(N_OUT, N_IN, 9), layer.scheme, method="svdquant"),
+    other = QuantizedLinear.from_packed(
+        quantize_weight(dit_like(N_OUT, N_IN, 9), layer.scheme, method="svdquant").packed,
         gaussian(1, N_OUT, 6)[0],
     )
     layer.load_state_dict(other.state_dict(), assign=assign)
@@ -392,8 +395,8 @@ def test_an_empty_layer_on_the_meta_device_has_the_shapes_of_a_filled_one(name):
 
 def test_the_bias_is_taken_over_as_it_is():
     bias = nn.Parameter(torch.randn(N_OUT), requires_grad=False)
-    assert QuantizedLinear.from_solution(solution_of("mxfp4-a4"), bias).bias is bias
-    assert QuantizedLinear.from_solution(solution_of("mxfp4-a4")).bias is None
+    assert QuantizedLinear.from_packed(solution_of("mxfp4-a4").packed, bias).bias is bias
+    assert QuantizedLinear.from_packed(solution_of("mxfp4-a4").packed).bias is None
 
 
 @pytest.mark.parametrize(
@@ -530,8 +533,8 @@ def test_compiled_it_is_one_graph_with_the_same_output(name):
 
 
 def conv_of(name: str, *, backend: str = "resident", bias: bool = True) -> QuantizedConv1x1:
-    layer = QuantizedConv1x1.from_solution(
-        copy.deepcopy(solution_of(name)), gaussian(1, N_OUT, 5)[0] if bias else None
+    layer = QuantizedConv1x1.from_packed(
+        copy.deepcopy(solution_of(name)).packed, gaussian(1, N_OUT, 5)[0] if bias else None
     )
     layer.backend = backend
     return layer

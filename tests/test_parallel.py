@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 def layer_of(name: str, n_out: int, n_in: int, *, bias: bool = True) -> QuantizedLinear:
     solved = quantize_weight(dit_like(n_out, n_in), name, method="svdquant")
-    layer = QuantizedLinear.from_solution(solved, gaussian(1, n_out, 5)[0] if bias else None)
+    layer = QuantizedLinear.from_packed(solved.packed, gaussian(1, n_out, 5)[0] if bias else None)
     layer.backend = "resident"
     return layer
 

@@ -13,6 +13,7 @@ PUBLIC = [
     "Budget",
     "LayerSolution",
     "LoraqError",
+    "PackedWeight",
     "QTensor",
     "QuantizedLinear",
     "Recipe",

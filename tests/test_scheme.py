@@ -1,18 +1,12 @@
-"""The request (`Scheme`, `Branch`) and the answer (`LayerSolution`) of one layer."""
+"""What is asked of one layer: `Scheme` and `Branch`."""
 
-import math
 from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
-import torch
 
 from loraq.errors import FormatError, SchemeError
 from loraq.formats import get_format
-from loraq.scheme import Branch, LayerSolution, LowRankBranch, Scheme
-
-
-def solution_of(weight: torch.Tensor, error: float = 0.1) -> LayerSolution:
-    return LayerSolution(Scheme("int4"), get_format("int4").quantize(weight), None, error)
+from loraq.scheme import Branch, Scheme
 
 
 def test_a_scheme_is_plain_data_that_compares_and_hashes():
@@ -103,23 +97,3 @@ def test_bytes_are_counted_by_hand():
     assert Branch(32).nbytes((1152, 4608)) == 2 * 32 * (1152 + 4608)
     # nvfp4: a scale byte for 16 values and one fp32 scale for the matrix.
     assert Scheme("nvfp4").nbytes((8, 64)) == 8 * (32 + 4) + 4
-
-
-def test_a_solution_reconstructs_from_both_of_its_parts(rng):
-    weight, up, down = (torch.randn(shape, generator=rng) for shape in ((8, 64), (8, 2), (2, 64)))
-    main, factor = get_format("int4"), get_format("mxint8")
-    plain = solution_of(weight)
-    assert torch.equal(plain.reconstruct(), main.round(weight))
-    branch = LowRankBranch(proj_up=factor.quantize(up), proj_down=factor.quantize(down))
-    full = replace(plain, branch=branch)
-    assert torch.equal(branch.reconstruct(), factor.round(up) @ factor.round(down))
-    assert torch.equal(full.reconstruct(), plain.reconstruct() + branch.reconstruct())
-    assert plain.nbytes == Scheme("int4").nbytes((8, 64))
-    assert full.nbytes == Scheme("int4", branch=Branch(2, "mxint8")).nbytes((8, 64))
-    assert full.bits_per_weight == 8 * full.nbytes / (8 * 64)
-
-
-def test_a_tenth_of_error_is_twenty_decibels():
-    weight = torch.ones(8, 64)
-    assert solution_of(weight, 0.1).sqnr_db == pytest.approx(20)
-    assert solution_of(weight, 0.0).sqnr_db == math.inf

@@ -80,7 +80,7 @@ def test_every_method_solves_the_rotated_weight_and_reconstructs_the_weight_itse
 def test_a_rotated_layer_computes_with_its_effective_weight(backend):
     weight, bias, x = torch.randn(48, 96), torch.randn(48), torch.randn(7, 96)
     scheme = Scheme("mxint8", branch=Branch(8, "mxint8"), rotation=32)
-    layer = QuantizedLinear.from_solution(loraq.quantize_weight(weight, scheme), bias)
+    layer = QuantizedLinear.from_packed(loraq.quantize_weight(weight, scheme).packed, bias)
     layer.backend = backend
     torch.testing.assert_close(layer(x), x @ layer.reconstruct().T + bias, atol=1e-4, rtol=0)
 
@@ -94,7 +94,7 @@ def test_a_rotation_helps_four_bit_activations_with_an_outlier_channel():
     x[:, 5] *= 30
     errors = []
     for name in ("mxint4-a4+w8a8-r16-h0", "mxint4-a4+w8a8-r16-h32"):
-        layer = QuantizedLinear.from_solution(loraq.quantize_weight(weight, name))
+        layer = QuantizedLinear.from_packed(loraq.quantize_weight(weight, name).packed)
         errors.append(((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()).item())
     assert errors[1] < 0.95 * errors[0]
 
@@ -105,8 +105,8 @@ def test_a_rotation_helps_four_bit_activations_with_an_outlier_channel():
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
 def test_a_rotated_layer_compiles_without_a_break():
-    layer = QuantizedLinear.from_solution(
-        loraq.quantize_weight(torch.randn(32, 64), "mxfp4-a4+w8a8-r8-h32")
+    layer = QuantizedLinear.from_packed(
+        loraq.quantize_weight(torch.randn(32, 64), "mxfp4-a4+w8a8-r8-h32").packed
     )
     x = torch.randn(5, 64)
     compiled = torch.compile(layer, fullgraph=True)

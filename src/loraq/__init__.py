@@ -21,19 +21,21 @@ if TYPE_CHECKING:
     from loraq.integrations.pipelines import collect_pipeline_stats
     from loraq.layers import set_backend
     from loraq.nn import QuantizedLinear
+    from loraq.packed import LayerSolution, PackedWeight
     from loraq.pipeline.collect import collect_stats
     from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
     from loraq.recipe import Recipe
     from loraq.rules import Rule
-    from loraq.scheme import Branch, LayerSolution, Scheme
+    from loraq.scheme import Branch, Scheme
     from loraq.stats import ActivationStats
 
 _HOMES = {
     "ActivationStats": "loraq.stats",
     "Branch": "loraq.scheme",
     "Budget": "loraq.budget",
-    "LayerSolution": "loraq.scheme",
+    "LayerSolution": "loraq.packed",
     "LoraqError": "loraq.errors",
+    "PackedWeight": "loraq.packed",
     "QTensor": "loraq.formats",
     "QuantizedLinear": "loraq.nn",
     "Recipe": "loraq.recipe",
@@ -61,6 +63,7 @@ __all__ = [
     "Budget",
     "LayerSolution",
     "LoraqError",
+    "PackedWeight",
     "QTensor",
     "QuantizedLinear",
     "Recipe",

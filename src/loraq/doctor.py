@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraq.errors import KernelError, LoraqError
-from loraq.formats import FORMATS, QTensor
+from loraq.formats import FORMATS
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, asked_backend
 from loraq.kernels.base import Backend
 from loraq.kernels.dispatch import candidates
+from loraq.packed import LowRankBranch, PackedWeight
 from loraq.recipe_names import parse_scheme
-from loraq.scheme import LowRankBranch, Scheme
+from loraq.scheme import Scheme
 from loraq.version import __version__
 
 _PACKAGES = ("torch", "triton", "diffusers", "safetensors")
@@ -138,55 +139,38 @@ def self_test(device: torch.device) -> list[Trial]:
     trials = []
     for recipe in _TESTED:
         scheme = parse_scheme(recipe)
-        weight, branch = _stored(w, scheme, device, random)
+        packed = _random_layer(w, scheme, random).to(device)
         reference = BACKENDS["reference"]
-        expected = reference.linear(
-            x, reference.prepare(weight, branch, scheme, x.dtype), scheme, None
-        ).double()
+        expected = reference.linear(x, reference.prepare(packed, x.dtype), scheme, None).double()
         for backend in BACKENDS.values():
             if backend is reference or backend.refusal(scheme, _SHAPE, device) is not None:
                 continue
             try:
-                trials.append(_trial(recipe, backend, weight, branch, (x, expected, w.to(x))))
+                trials.append(_try_backend(recipe, backend, packed, (x, expected, w.to(x))))
             except KernelError:  # it refuses when it sees the values, as it should
                 continue
     return trials
 
 
-def _stored(
-    w: Tensor, scheme: Scheme, device: torch.device, random: torch.Generator
-) -> tuple[QTensor, LowRankBranch | None]:
-    """A layer in a scheme, rounded to nearest, with a small random branch: only its arithmetic matters."""
-
-    def on_device(q: QTensor) -> QTensor:
-        stored = (None if t is None else t.to(device) for t in (q.packed, q.scale, q.global_scale))
-        packed, scale, global_scale = stored
-        assert packed is not None
-        return QTensor(packed, scale, global_scale, q.shape, q.format)
-
-    branch = scheme.branch
-    if branch is None:
-        return on_device(scheme.weight_format.quantize(w)), None
-    shapes = (_SHAPE[0], branch.rank), (branch.rank, _SHAPE[1])
-    up, down = (
-        branch.weight_format.quantize(0.03 * torch.randn(shape, generator=random))
-        for shape in shapes
-    )
-    return on_device(scheme.weight_format.quantize(w)), LowRankBranch(
-        on_device(up), on_device(down)
-    )
+def _random_layer(w: Tensor, scheme: Scheme, random: torch.Generator) -> PackedWeight:
+    """Round a weight to nearest, beside a small random branch: only its arithmetic matters."""
+    branch = None
+    if scheme.branch is not None:
+        shapes = (_SHAPE[0], scheme.branch.rank), (scheme.branch.rank, _SHAPE[1])
+        up, down = (
+            scheme.branch.weight_format.quantize(0.03 * torch.randn(shape, generator=random))
+            for shape in shapes
+        )
+        branch = LowRankBranch(proj_up=up, proj_down=down)
+    return PackedWeight(scheme, scheme.weight_format.quantize(w), branch)
 
 
-def _trial(
-    recipe: str,
-    backend: Backend,
-    weight: QTensor,
-    branch: LowRankBranch | None,
-    given: tuple[Tensor, Tensor, Tensor],
+def _try_backend(
+    recipe: str, backend: Backend, packed: PackedWeight, given: tuple[Tensor, Tensor, Tensor]
 ) -> Trial:
     x, expected, dense = given
-    scheme = parse_scheme(recipe)
-    operands = backend.prepare(weight, branch, scheme, x.dtype)
+    scheme = packed.scheme
+    operands = backend.prepare(packed, x.dtype)
     y = backend.linear(x, operands, scheme, None).double()
     error = (torch.linalg.vector_norm(y - expected) / torch.linalg.vector_norm(expected)).item()
     ours, plain = [], []

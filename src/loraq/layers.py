@@ -95,7 +95,7 @@ def set_backend(model: nn.Module, name: str) -> None:
         then.
     """
     layers = list(quantized_layers(model).values())
-    check_for_all(asked_backend(name), [layer.place for layer in layers])
+    check_for_all(asked_backend(name), [layer.spec for layer in layers])
     for layer in layers:
         layer.ask_backend(name, strict=False)
 

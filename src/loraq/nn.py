@@ -7,12 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.errors import KernelError
-from loraq.formats import QTensor
-from loraq.kernels import DEFAULT_BACKEND, asked_backend, choose, prepare
-from loraq.kernels.base import Backend
-from loraq.kernels.dispatch import Place
-from loraq.scheme import LayerSolution, LowRankBranch, Scheme
-from loraq.transforms import rotate, unrotate
+from loraq.kernels import DEFAULT_BACKEND, LayerSpec, Prepared, asked_backend, choose, prepare
+from loraq.packed import PackedWeight
+from loraq.scheme import Scheme
+from loraq.transforms import rotate
 
 
 class QuantizedLinear(nn.Module):
@@ -28,9 +26,8 @@ class QuantizedLinear(nn.Module):
     weight_packed: nn.Parameter
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
-    #: Back end that runs the layer, what it keeps, for inputs of which dtype and where; never part
-    #: of the state.
-    _prepared: tuple[Backend, Any, torch.dtype, torch.device] | None
+    #: What runs the layer now, or `None` until the next call; never part of the state.
+    _prepared: Prepared | None
 
     def __init__(
         self,
@@ -68,14 +65,14 @@ class QuantizedLinear(nn.Module):
         self.ask_backend(DEFAULT_BACKEND, strict=False)
 
     @classmethod
-    def from_solution(cls, solution: LayerSolution, bias: Tensor | None = None) -> Self:
-        """Return the layer that stores a solution, on the solution's device.
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> Self:
+        """Return the layer that stores a packed weight, on its device.
 
         The bias is taken over as it is, a `Parameter` stays the same object.
         """
-        n_out, n_in = solution.residual.shape
-        layer = cls(n_in, n_out, solution.scheme, bias=False, device="meta")
-        for name, tensor in solution.tensors.items():
+        n_out, n_in = packed.shape
+        layer = cls(n_in, n_out, packed.scheme, bias=False, device="meta")
+        for name, tensor in packed.tensors.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
@@ -87,19 +84,19 @@ class QuantizedLinear(nn.Module):
         Raises:
             KernelError: there is no such back end, or it refuses this layer.
         """
-        return (
-            self._prepared[0].name
-            if self._prepared
-            else choose(self._asked, *self.place, strict=self._strict).name
-        )
+        if self._prepared is not None:
+            return self._prepared.backend.name
+        return choose(self._asked, *self.spec, strict=self._strict).name
 
     @backend.setter
     def backend(self, name: str) -> None:
-        choose(asked_backend(name), *self.place, strict=name != DEFAULT_BACKEND)
+        choose(asked_backend(name), *self.spec, strict=name != DEFAULT_BACKEND)
         self.ask_backend(name, strict=name != DEFAULT_BACKEND)
 
     def ask_backend(self, name: str, *, strict: bool) -> None:
-        """Switch to a back end by name; if it refuses the layer, a call raises (`strict`), or takes "auto".
+        """Switch to a back end by name.
+
+        If it refuses the layer, a call raises (`strict`), or takes "auto".
 
         Raises:
             KernelError: there is no such back end.
@@ -107,9 +104,10 @@ class QuantizedLinear(nn.Module):
         self._asked, self._strict, self._prepared = asked_backend(name), strict, None
 
     @property
-    def place(self) -> Place:
+    def spec(self) -> LayerSpec:
         """What a back end is chosen by: scheme, (out, in), device."""
-        return self.scheme, (self.out_features, self.in_features), self.weight_packed.device
+        shape = self.out_features, self.in_features
+        return LayerSpec(self.scheme, shape, self.weight_packed.device)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make the operands for inputs of `dtype` now; else the first call makes them.
@@ -117,71 +115,52 @@ class QuantizedLinear(nn.Module):
         Raises:
             KernelError: the back end that is asked for cannot run this layer.
         """
-        with torch.inference_mode(
-            False
-        ):  # what is kept must also serve a later call that tracks gradients
-            stored = self.stored_weight, self.branch, self.scheme
-            backend, operands = prepare(self._asked, *stored, dtype, strict=self._strict)
-        self._prepared = (
-            backend,
-            operands if backend.keeps_operands else None,
-            dtype,
-            self.weight_packed.device,
-        )
+        with torch.inference_mode(False):  # what is kept must also serve calls with gradients
+            self._prepared = prepare(self._asked, self.packed, dtype, strict=self._strict)
 
-    def prepared_no_more(self) -> None:
-        """Drop what the back end keeps, because parameters were replaced; the next call prepares anew."""
+    def invalidate(self) -> None:
+        """Drop what the back end keeps, because parameters changed; the next call prepares anew."""
         self._prepared = None
 
     @property
     def kept_nbytes(self) -> int:
         """Bytes that the back end keeps now beside the stored ones."""
-        stored = {p.untyped_storage().data_ptr() for p in self.parameters(recurse=False)}
-        return sum(
-            size
-            for place, size in _storages(self._prepared[1] if self._prepared else None)
-            if place not in stored
-        )
+        if self._prepared is None:
+            return 0
+        return self._prepared.backend.kept_nbytes(self._prepared.operands, self.packed)
 
     @property
-    def stored_weight(self) -> QTensor:
-        """The main weight as it is stored."""
-        return self._qtensor("weight")
-
-    @property
-    def branch(self) -> LowRankBranch | None:
-        """The low-rank branch as it is stored, or `None`."""
-        if self.scheme.branch is None:
-            return None
-        return LowRankBranch(proj_up=self._qtensor("proj_up"), proj_down=self._qtensor("proj_down"))
+    def packed(self) -> PackedWeight:
+        """The weight as it is stored: a view of the layer's parameters."""
+        shape = self.out_features, self.in_features
+        stored = {name: getattr(self, name).detach() for name in self.scheme.storage(shape)}
+        return PackedWeight.from_tensors(stored, self.scheme, shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored for the weight: codes, scales and both factors; bias not counted."""
-        return sum(p.numel() for name, p in self.named_parameters(recurse=False) if name != "bias")
+        """Bytes stored for the weight; see `PackedWeight.nbytes`."""
+        return self.packed.nbytes
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits for each element of the weight."""
-        return 8 * self.nbytes / (self.in_features * self.out_features)
+        return self.packed.bits_per_weight
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
         """Return the effective dense weight in fp32."""
-        dense = self.stored_weight.dequantize()
-        branch = self.branch
-        return unrotate(
-            dense if branch is None else dense + branch.reconstruct(), self.scheme.rotation
-        )
+        return self.packed.reconstruct()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
-        place = self.weight_packed.device  # offloading hooks move parameters without a word
-        if self._prepared is None or self._prepared[2:] != (x.dtype, place):
+        prepared = self._prepared
+        # Offloading hooks move parameters silently, so the device is compared at every call.
+        if prepared is None or prepared[2:] != (x.dtype, self.weight_packed.device):
             self.prepare(x.dtype)
-        assert self._prepared is not None
-        backend, operands, *_ = self._prepared
+            prepared = self._prepared
+            assert prepared is not None
+        backend, operands = prepared.backend, prepared.operands
         if not backend.keeps_operands:
-            operands = backend.prepare(self.stored_weight, self.branch, self.scheme, x.dtype)
+            operands = backend.prepare(self.packed, x.dtype)
         return backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
 
     def extra_repr(self) -> str:
@@ -200,17 +179,6 @@ class QuantizedLinear(nn.Module):
         ):  # the layer was moved to where its back end refuses it; showing it must not raise
             backend = f"{self._asked} (refused)"
         return text + f"{self.bits_per_weight:.2f} bits per weight, backend={backend}"
-
-    def _qtensor(self, part: str) -> QTensor:
-        fmt, shape = self.scheme.parts((self.out_features, self.in_features))[part]
-        stored = (
-            getattr(self, f"{part}_{name}", None) for name in ("packed", "scale", "global_scale")
-        )
-        packed, scale, global_scale = (
-            None if tensor is None else tensor.detach() for tensor in stored
-        )
-        assert packed is not None
-        return QTensor(packed, scale, global_scale, shape, fmt)
 
     # The operands follow from the parameters: whatever may change those drops them.
 
@@ -249,13 +217,3 @@ class QuantizedConv1x1(QuantizedLinear):
         ).contiguous()  # free in SANA; and the sums do not depend on the layout
         y = super().forward(pixels).movedim(-1, -3)
         return y.contiguous() if x.is_contiguous() else y
-
-
-def _storages(operands: Any) -> set[tuple[int, int]]:
-    """Place and bytes of every piece of memory in the tuples and lists of tensors that a back end keeps."""
-    if isinstance(operands, Tensor):
-        if operands.is_mkldnn:  # opaque: it has no storage to look at
-            return {(id(operands), operands.numel() * operands.itemsize)}
-        storage = operands.untyped_storage()
-        return {(storage.data_ptr(), storage.nbytes())}
-    return set().union(*map(_storages, operands)) if isinstance(operands, tuple | list) else set()

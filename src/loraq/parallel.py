@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format
-from loraq.kernels.base import decode_one, rounded
+from loraq.kernels.base import decode_one, round_activation
 from loraq.nn import QuantizedLinear
 from loraq.scheme import Branch
 from loraq.transforms import block_side, rotate
@@ -60,7 +60,7 @@ class LoraqColwise(ParallelStyle):
             ):
                 _put(layer, name, parameter.detach()[rows.to(parameter.device)])
         layer.out_features = len(rows)
-        layer.prepared_no_more()
+        layer.invalidate()
         if self.gather_output:
             group, fused = device_mesh.get_group(), self.fused
 
@@ -106,7 +106,7 @@ class LoraqRowwise(ParallelStyle):
         layer.in_features //= n_ranks
         if rank:
             layer.bias = None  # it is added once, by the first rank
-        layer.prepared_no_more()
+        layer.invalidate()
         if self.split_input:
             layer.register_forward_pre_hook(lambda _, args: (args[0].chunk(n_ranks, -1)[rank],))
         if branch is None or not self.exact_branch:
@@ -118,7 +118,7 @@ class LoraqRowwise(ParallelStyle):
             name for name, _ in layer.named_parameters(recurse=False) if name.startswith("proj_")
         ]:
             delattr(layer, name)
-        layer.prepared_no_more()
+        layer.invalidate()
         layer.add_module("side", side)
 
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class _Side(nn.Module):
     def __init__(self, layer: QuantizedLinear, branch: Branch) -> None:
         super().__init__()
         self.branch = branch
-        stored = layer.branch
+        stored = layer.packed.branch
         assert stored is not None
         self.proj_down = nn.Parameter(
             decode_one(stored.proj_down, torch.float32), requires_grad=False
@@ -143,10 +143,14 @@ class _Side(nn.Module):
         self.proj_up = nn.Parameter(decode_one(stored.proj_up, torch.float32), requires_grad=False)
 
     def down(self, x: Tensor) -> Tensor:
-        return linear(rounded(x, self.branch.activation_format, torch.float32), self.proj_down)
+        return linear(
+            round_activation(x, self.branch.activation_format, torch.float32), self.proj_down
+        )
 
     def up(self, inner: Tensor) -> Tensor:
-        return linear(rounded(inner, self.branch.intermediate_format, torch.float32), self.proj_up)
+        return linear(
+            round_activation(inner, self.branch.intermediate_format, torch.float32), self.proj_up
+        )
 
 
 def _summed(y: Tensor, group: Any) -> Tensor:

@@ -1,18 +1,13 @@
-"""The request and the answer for one layer: `Scheme` and `Branch` in, `LayerSolution` out.
+"""What is asked of one layer: `Scheme` and `Branch`.
 
 Formats are named, not passed as objects, so that a scheme is plain data: it compares, hashes and
 travels through TOML, JSON and a checkpoint's manifest as it is.
 """
 
-import math
-from dataclasses import dataclass, field, replace
-
-from jaxtyping import Float
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from loraq.errors import SchemeError
-from loraq.formats import Format, QTensor, get_format
-from loraq.transforms import unrotate
+from loraq.formats import Format, get_format
 
 
 @dataclass(frozen=True)
@@ -136,71 +131,3 @@ class Scheme:
                 f"Branch rank {self.branch.rank} is larger than min(out, in) of shape "
                 f"{tuple(shape)}. Use a rank of at most {min(shape)}, or skip this layer."
             )
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankBranch:
-    """Both quantized factors of a branch."""
-
-    #: (out, rank), blocks along rank.
-    proj_up: QTensor
-    #: (rank, in), blocks along in.
-    proj_down: QTensor
-
-    def reconstruct(self) -> Float[Tensor, "out in"]:
-        """Return the dense product U D in fp32."""
-        return self.proj_up.dequantize() @ self.proj_down.dequantize()
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSolution:
-    """What a method returns for one weight: what is stored, and how good it is."""
-
-    #: The scheme that was asked for.
-    scheme: Scheme
-    #: The main weight, (out, in).
-    residual: QTensor
-    #: The low-rank branch, or `None` if the scheme has none.
-    branch: LowRankBranch | None
-    #: ‖W − Ŵ‖_F / ‖W‖_F, no unit; 0 for an all-zero weight that is reproduced.
-    relative_error: float
-    #: Wall time of the solver in seconds.
-    seconds: float = 0.0
-    #: What else the method measured, by name: "steps", "objective", "start_error" …
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The `uint8` tensors to store, by their names on disk; those of `Scheme.storage`."""
-        matrices = {"weight": self.residual}
-        if self.branch is not None:
-            matrices |= {"proj_down": self.branch.proj_down, "proj_up": self.branch.proj_up}
-        return {
-            f"{part}_{name}": t for part, q in matrices.items() for name, t in q.tensors.items()
-        }
-
-    def reconstruct(self) -> Float[Tensor, "out in"]:
-        """Return the effective dense weight Ŵ = residual + U D, rotated back, in fp32."""
-        dense = self.residual.dequantize()
-        return unrotate(
-            dense + self.branch.reconstruct() if self.branch else dense, self.scheme.rotation
-        )
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal-to-quantization-noise ratio of the weight in dB; infinite for an exact solution."""
-        return -20 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored: codes, scales and both factors."""
-        branch = self.branch
-        return self.residual.nbytes + (
-            branch.proj_up.nbytes + branch.proj_down.nbytes if branch else 0
-        )
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits for each element of the weight."""
-        n_out, n_in = self.residual.shape
-        return 8 * self.nbytes / (n_out * n_in)

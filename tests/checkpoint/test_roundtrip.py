@@ -218,7 +218,7 @@ def test_records_survive_and_a_second_save_writes_the_same_bytes(tmp_path):
 
 def test_a_layer_without_a_record_is_saved_too(folder):
     solution = loraq.quantize_weight(torch.randn(8, 32), "mxfp4")
-    model = nn.Sequential(QuantizedLinear.from_solution(solution))
+    model = nn.Sequential(QuantizedLinear.from_packed(solution.packed))
     loraq.save(model, folder)
     loaded = nn.Sequential(nn.Linear(32, 8, bias=False))
     loraq.load_into(loaded, folder)
@@ -394,7 +394,7 @@ def test_a_model_without_quantized_layers_is_not_saved(folder):
 
 
 def test_a_bare_layer_is_not_saved(folder):
-    layer = QuantizedLinear.from_solution(loraq.quantize_weight(torch.randn(8, 32), "mxfp4"))
+    layer = QuantizedLinear.from_packed(loraq.quantize_weight(torch.randn(8, 32), "mxfp4").packed)
     with pytest.raises(CheckpointError, match="no name"):
         loraq.save(layer, folder)
     assert not folder.exists()

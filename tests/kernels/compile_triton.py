@@ -16,10 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loraq.kernels.triton_gemm_up import gemm_up_kernel
-from loraq.kernels.triton_mx_gemm_up import mx_gemm_up_kernel
-from loraq.kernels.triton_quant_down import quant_down_kernel
-from loraq.kernels.triton_small_m import small_m_kernel
+from loraq.kernels.triton.gemm_up import gemm_up_kernel
+from loraq.kernels.triton.quant_down import quant_down_kernel
+from loraq.kernels.triton.small_m import small_m_kernel
+from triton_mx_gemm_up import mx_gemm_up_kernel
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -12,13 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from loraq.formats import QTensor, get_format
 from loraq.kernels import get_backend
 from loraq.kernels.fp8_row import fold
-from loraq.kernels.triton_gemm_up import gemm_up
-from loraq.kernels.triton_mx_gemm_up import mx_gemm_up_kernel
-from loraq.kernels.triton_quant_down import quant_down
-from loraq.kernels.triton_small_m import small_m
+from loraq.kernels.triton.gemm_up import gemm_up
+from loraq.kernels.triton.quant_down import quant_down
+from loraq.kernels.triton.small_m import small_m
 from loraq.nn import QuantizedLinear
+from loraq.packed import LowRankBranch, PackedWeight
 from loraq.recipe_names import parse_scheme
-from loraq.scheme import LayerSolution, LowRankBranch
+from triton_mx_gemm_up import mx_gemm_up_kernel
 
 MXFP8 = get_format("mxfp8_e4m3")
 
@@ -112,10 +112,8 @@ def layer_of(name: str) -> QuantizedLinear:
         branch = LowRankBranch(
             fmt.quantize(0.1 * gaussian(n_out, rank)), fmt.quantize(0.1 * gaussian(rank, n_in))
         )
-    residual: QTensor = scheme.weight_format.quantize(0.1 * gaussian(n_out, n_in))
-    made = QuantizedLinear.from_solution(
-        LayerSolution(scheme, residual, branch, 0.0), gaussian(n_out)
-    )
+    main: QTensor = scheme.weight_format.quantize(0.1 * gaussian(n_out, n_in))
+    made = QuantizedLinear.from_packed(PackedWeight(scheme, main, branch), gaussian(n_out))
     made.backend = "triton"
     return made
 

@@ -15,9 +15,10 @@ from loraq.kernels.base import Backend, decode
 from loraq.kernels.reference import Reference
 from loraq.kernels.resident import decode_by_table
 from loraq.nn import QuantizedLinear
+from loraq.packed import LayerSolution, PackedWeight
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe_names import parse_scheme
-from loraq.scheme import LayerSolution, Scheme
+from loraq.scheme import Scheme
 from matrices import dit_like, heavy_tailed, outlier_columns
 
 N_OUT, N_IN = 96, 240
@@ -56,8 +57,8 @@ def layer_of(name: str) -> QuantizedLinear:
     solved = solution_of(
         main.split("-a")[0] + ("-aint8" if "int8" in name else "-a4") + plus + branch
     )
-    return QuantizedLinear.from_solution(
-        replace(solved, scheme=parse_scheme(name)), dit_like(1, N_OUT, 3)[0]
+    return QuantizedLinear.from_packed(
+        replace(solved.packed, scheme=parse_scheme(name)), dit_like(1, N_OUT, 3)[0]
     )
 
 
@@ -156,11 +157,11 @@ def test_only_a_back_end_with_operands_of_its_own_keeps_them():
     layer, x = layer_of("mxfp4-a4+w8a8-r16"), heavy_tailed(2, N_IN)
     for name in ("reference", "low_memory"):
         run(layer, name, x)
-        assert layer._prepared[1] is None
+        assert layer._prepared.operands is None
     run(layer, "resident", x)
-    assert layer._prepared[1].weight.dtype == torch.float32
+    assert layer._prepared.operands.main.dtype == torch.float32
     run(layer, "resident", x.bfloat16())
-    assert layer._prepared[1].weight.dtype == torch.bfloat16
+    assert layer._prepared.operands.main.dtype == torch.bfloat16
     layer.backend = "reference"
     assert layer._prepared is None
 
@@ -181,19 +182,21 @@ def test_the_byte_table_decodes_to_the_same_bits(name, shape, dtype):
     stored = get_format(name).quantize(
         torch.cat([dit_like(*shape), 1e-37 * dit_like(*shape), torch.zeros(shape)])
     )
-    by_table = decode_by_table(stored, None, dtype).weight
-    assert torch.equal(by_table, decode(stored, None, dtype).weight)
+    packed = PackedWeight(Scheme(name), stored)
+    by_table = decode_by_table(packed, dtype).main
+    assert torch.equal(by_table, decode(packed, dtype).main)
     assert by_table.shape == (3 * shape[0], shape[1])
 
 
 def test_operands_are_the_stored_tensors_in_full():
     layer = layer_of("mxfp4-a4+w8a8-r16-h0")
-    operands = decode(layer.stored_weight, layer.branch, torch.float32)
-    assert torch.equal(operands.weight, layer.stored_weight.dequantize())
-    assert torch.equal(operands.weight + operands.proj_up @ operands.proj_down, layer.reconstruct())
-    plain = decode(layer.stored_weight, None, torch.bfloat16)
+    packed = layer.packed
+    operands = decode(packed, torch.float32)
+    assert torch.equal(operands.main, packed.main.dequantize())
+    assert torch.equal(operands.main + operands.proj_up @ operands.proj_down, layer.reconstruct())
+    plain = decode(PackedWeight(Scheme("mxfp4"), packed.main), torch.bfloat16)
     assert plain.proj_up is plain.proj_down is None
-    assert plain.weight.dtype == torch.bfloat16
+    assert plain.main.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -222,7 +225,7 @@ def test_the_default_is_a_choice_and_takes_resident_for_mx_formats():
 
 @pytest.mark.parametrize("name", ["reference", "resident", "low_memory"])
 def test_a_weight_of_one_value_is_multiplied(name):
-    layer = QuantizedLinear.from_solution(
-        quantize_weight(torch.ones(1, 1), Scheme("mxfp4", "mxfp4"))
+    layer = QuantizedLinear.from_packed(
+        quantize_weight(torch.ones(1, 1), Scheme("mxfp4", "mxfp4")).packed
     )
     assert run(layer, name, torch.tensor([[2.0], [0.0]])).tolist() == [[2.0], [0.0]]

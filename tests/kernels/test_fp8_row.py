@@ -8,6 +8,7 @@ from loraq.formats import get_format
 from loraq.kernels import choose
 from loraq.kernels.fp8_row import Fp8Row, encode_tokens, fold
 from loraq.nn import QuantizedLinear
+from loraq.packed import PackedWeight
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe_names import parse_scheme
 from matrices import dit_like, gaussian, heavy_tailed, outlier_columns
@@ -16,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 def layer_of(name: str, shape: tuple[int, int] = (48, 96)) -> QuantizedLinear:
-    layer = QuantizedLinear.from_solution(
-        quantize_weight(dit_like(*shape), name, method="svdquant")
+    layer = QuantizedLinear.from_packed(
+        quantize_weight(dit_like(*shape), name, method="svdquant").packed
     )
     layer.backend = "fp8_row"
     return layer
@@ -35,9 +36,8 @@ def test_mxfp4_folds_exactly_within_fourteen_binades(binades):
     codes, scale = fold(w)
     assert torch.equal(codes.float() * scale, w)
     assert torch.equal(scale, torch.exp2(scale.log2().round()))
-    operands = Fp8Row().prepare(
-        get_format("mxfp4").quantize(w), None, parse_scheme("mxfp4-amxfp4"), torch.float32
-    )
+    packed = PackedWeight(parse_scheme("mxfp4-amxfp4"), get_format("mxfp4").quantize(w))
+    operands = Fp8Row().prepare(packed, torch.float32)
     assert torch.equal(operands.codes.float() * operands.scale[:, None], w)
 
 
@@ -46,7 +46,7 @@ def test_a_row_with_a_wider_span_is_refused():
     with pytest.raises(
         KernelError, match="2 of 4 rows of the weight in 'mxfp4' do not fit e4m3 exactly"
     ):
-        Fp8Row().prepare(stored, None, parse_scheme("mxfp4-amxfp4"), torch.float32)
+        Fp8Row().prepare(PackedWeight(parse_scheme("mxfp4-amxfp4"), stored), torch.float32)
 
 
 def test_zero_tiny_and_huge_rows_fold():

@@ -18,12 +18,13 @@ from loraq.kernels.int8_matrix import (
     Rows,
     can_pack,
     encode_rows,
-    packed,
+    pack_rows,
     packed_product,
     rows_of,
 )
 from loraq.kernels.int8_row import Int8Row
 from loraq.nn import QuantizedLinear
+from loraq.packed import PackedWeight
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
@@ -52,7 +53,7 @@ def layer_of(
     scheme: Scheme, backend: str = "int8_row", shape: tuple[int, int] = (48, 96)
 ) -> QuantizedLinear:
     solved = quantize_weight(dit_like(*shape), scheme, method="svdquant")
-    layer = QuantizedLinear.from_solution(solved, gaussian(1, shape[0], 5)[0])
+    layer = QuantizedLinear.from_packed(solved.packed, gaussian(1, shape[0], 5)[0])
     layer.backend = backend
     return layer
 
@@ -108,7 +109,7 @@ def test_an_infinity_saturates_and_a_nan_stays_in_its_token(product):
 def test_with_int8_throughout_the_sums_are_those_of_double_precision(product):
     layer, x = layer_of(ALL_INT8), gaussian(33, 96)
     fmt = get_format("int8")
-    weight, down, up = (fmt.dequantize(q).double() for q in (layer.stored_weight, *_factors(layer)))
+    weight, down, up = (fmt.dequantize(q).double() for q in (layer.packed.main, *_factors(layer)))
     tokens = fmt.round(x).double()
     inner = fmt.round((tokens @ down.T).float()).double()
     torch.testing.assert_close(
@@ -117,7 +118,7 @@ def test_with_int8_throughout_the_sums_are_those_of_double_precision(product):
 
 
 def _factors(layer):
-    return layer.branch.proj_down, layer.branch.proj_up
+    return layer.packed.branch.proj_down, layer.packed.branch.proj_up
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4", "mxint8", "mxfp6_e2m3"])
@@ -178,11 +179,11 @@ def test_it_refuses_a_weight_that_rows_would_change_too_much():
     w = gaussian(16, 64)
     w[:, :32] *= 1e3  # one scale a row leaves the other half at 1 % of a step
     w[:, 32:48] = 0
-    stored = get_format("int4_b16").quantize(w)
+    packed = PackedWeight(Scheme("int4_b16", "int8"), get_format("int4_b16").quantize(w))
     with pytest.raises(
         KernelError, match=r"INT8 rows change the weight in 'int4_b16' by 0\.00\d\d of its norm"
     ):
-        Int8Row(weight_error=1e-3).prepare(stored, None, Scheme("int4_b16", "int8"), torch.float32)
+        Int8Row(weight_error=1e-3).prepare(packed, torch.float32)
 
 
 # --- packed operands ------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_the_packed_product_is_exact_and_its_codes_come_back(shape):
     )  # the largest sum there is, which VNNI's predecessors would saturate
     weight, tokens = codes[:n_out], codes[n_out:]
     scale = torch.rand(n_out) + 0.5
-    rows = packed(Rows(weight.contiguous(), scale))
+    rows = pack_rows(Rows(weight.contiguous(), scale))
     assert torch.equal(rows.codes.to_dense().t(), weight)
     sums = (tokens.long() @ weight.long().t()).float()
     assert torch.equal(
@@ -216,7 +217,7 @@ def test_packed_or_not_the_results_are_equal_up_to_rounding_of_the_output(name, 
     layer, x = layer_of(parse_scheme(name)), gaussian(2100, 96).to(dtype)
     fast = layer(x)
     monkeypatch.setattr(int8_row, "can_pack", lambda device: False)
-    layer.prepared_no_more()
+    layer.invalidate()
     slow = layer(x)
     bound = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert (fast.float() - slow.float()).norm() <= bound * slow.float().norm()
@@ -224,7 +225,7 @@ def test_packed_or_not_the_results_are_equal_up_to_rounding_of_the_output(name, 
         layer.bias = None
         slow = layer(x)
         monkeypatch.undo()
-        layer.prepared_no_more()
+        layer.invalidate()
         assert torch.equal(layer(x), slow)
 
 
@@ -285,7 +286,7 @@ def test_without_onednn_it_is_the_product_of_torch(monkeypatch):
     layer, x = layer_of(parse_scheme("int8-a8")), gaussian(3, 96)
     layer(x)
     assert layer.kept_nbytes == 0  # the stored bytes themselves
-    assert not layer._prepared[1].weight.codes.is_mkldnn
+    assert not layer._prepared.operands.weight.codes.is_mkldnn
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def test_the_automatic_choice_depends_on_the_values_where_exactness_does():
     near, far = torch.ones(4, 64), torch.ones(4, 64)
     far[:, :32] = 1.5 * 2**-12
     for w, name in ((near, "int8_row"), (far, "resident")):
-        layer = QuantizedLinear.from_solution(quantize_weight(w, scheme))
+        layer = QuantizedLinear.from_packed(quantize_weight(w, scheme).packed)
         layer(torch.ones(1, 64))
         assert layer.backend == name
 
@@ -330,7 +331,7 @@ def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
 
 def test_the_environment_takes_the_place_of_the_automatic_choice(monkeypatch):
     monkeypatch.setenv("LORAQ_BACKEND", "reference")
-    layer = QuantizedLinear.from_solution(quantize_weight(gaussian(8, 64), "mxfp4-a8"))
+    layer = QuantizedLinear.from_packed(quantize_weight(gaussian(8, 64), "mxfp4-a8").packed)
     assert layer.backend == "reference"
     layer.backend = "resident"
     assert layer.backend == "resident"

@@ -12,13 +12,15 @@ import torch
 
 from loraq.errors import KernelError
 from loraq.kernels import choose
-from loraq.kernels.triton_row import TritonRow
+from loraq.kernels.triton.backend import TritonRow
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.quantize import quantize_weight
 from loraq.recipe_names import parse_scheme
 from matrices import dit_like, gaussian
 
 HERE = Path(__file__).parent
+#: Where a kernel waits for a GPU to be measured on.
+EXPERIMENTS = HERE.parents[1] / "experiments"
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason='Triton is missing: pip install "loraq[triton]"'
@@ -40,11 +42,12 @@ EXPECTED = {
 
 def printed(script: str, *arguments: str, **environment: str) -> dict:
     """Return what a program beside this file prints as its last line."""
+    path = os.pathsep.join([str(EXPERIMENTS), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
         [sys.executable, str(HERE / script), *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", **environment},
+        env={**os.environ, "PYTHONPATH": path, "TRITON_DEFAULT_FP_FUSION": "1", **environment},
     )
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
@@ -114,7 +117,7 @@ def test_it_refuses_what_its_kernels_do_not_compute(name, reason, monkeypatch):
 
 
 def test_without_triton_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("loraq.kernels.triton_row.find_spec", lambda _: None)
+    monkeypatch.setattr("loraq.kernels.triton.backend.find_spec", lambda _: None)
     with pytest.raises(
         KernelError, match=r"triton is not installed \(pip install \"loraq\[triton\]\"\)"
     ):
@@ -136,8 +139,8 @@ def test_on_a_cpu_it_refuses_outside_the_interpreter(monkeypatch):
 @pytest.mark.parametrize(("n_in", "n_out"), [(1152, 4608), (3072, 3072), (6144, 1152)])
 @pytest.mark.parametrize("n_tokens", [1, 130, 1024])
 def test_on_a_gpu_it_keeps_its_bound(name, n_in, n_out, n_tokens):
-    layer = QuantizedLinear.from_solution(
-        quantize_weight(dit_like(n_out, n_in), name, method="svdquant")
+    layer = QuantizedLinear.from_packed(
+        quantize_weight(dit_like(n_out, n_in), name, method="svdquant").packed
     ).cuda()
     layer.backend = "triton"
     x = gaussian(n_tokens, n_in).bfloat16().cuda()

@@ -2,7 +2,7 @@
 
 import torch
 
-from loraq.scheme import LayerSolution
+from loraq.packed import LayerSolution
 from loraq.stats import ActivationStats
 from matrices import gaussian
 

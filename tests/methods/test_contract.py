@@ -8,7 +8,8 @@ import torch
 
 from loraq.errors import FormatError, SchemeError
 from loraq.methods import LQER, RTN, LoRaQ, Method, SVDQuant
-from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.packed import LayerSolution
+from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian, huge, outlier_columns, tiny, zeros
 
 MAIN_FORMATS = ["int4", "mxfp4", "nvfp4", "mxint4"]
@@ -39,9 +40,9 @@ def of_rank(scheme: Scheme, rank: int) -> Scheme:
 
 
 def stored(solution: LayerSolution) -> list[torch.Tensor]:
-    parts = [solution.residual]
-    if solution.branch is not None:
-        parts += [solution.branch.proj_up, solution.branch.proj_down]
+    parts = [solution.packed.main]
+    if solution.packed.branch is not None:
+        parts += [solution.packed.branch.proj_up, solution.packed.branch.proj_down]
     return [tensor for part in parts for tensor in part.tensors.values()]
 
 
@@ -66,7 +67,7 @@ def test_every_figure_of_a_solution_is_true(method, scheme):
     solution = method.solve(weight, scheme)
     dense = solution.reconstruct()
     assert isinstance(method, Method)
-    assert solution.scheme == scheme
+    assert solution.packed.scheme == scheme
     assert dense.shape == weight.shape
     assert dense.dtype == torch.float32
     assert dense.isfinite().all()
@@ -86,18 +87,18 @@ def test_every_figure_of_a_solution_is_true(method, scheme):
 @each_case
 def test_the_parts_have_the_formats_and_shapes_of_the_scheme(method, scheme):
     solution = method.solve(dit_like(*SHAPE), scheme)
-    assert solution.residual.format == scheme.weight_format
-    assert solution.residual.shape == SHAPE
-    assert (solution.branch is None) == (scheme.branch is None)
-    if scheme.branch is not None and solution.branch is not None:
+    assert solution.packed.main.format == scheme.weight_format
+    assert solution.packed.main.shape == SHAPE
+    assert (solution.packed.branch is None) == (scheme.branch is None)
+    if scheme.branch is not None and solution.packed.branch is not None:
         assert (
-            solution.branch.proj_up.format
-            == solution.branch.proj_down.format
+            solution.packed.branch.proj_up.format
+            == solution.packed.branch.proj_down.format
             == scheme.branch.weight_format
         )
-        assert solution.branch.proj_up.shape == (SHAPE[0], RANK)
-        assert solution.branch.proj_down.shape == (RANK, SHAPE[1])
-        assert solution.branch.reconstruct().shape == SHAPE
+        assert solution.packed.branch.proj_up.shape == (SHAPE[0], RANK)
+        assert solution.packed.branch.proj_down.shape == (RANK, SHAPE[1])
+        assert solution.packed.branch.reconstruct().shape == SHAPE
 
 
 @each_case

@@ -83,8 +83,8 @@ def test_beside_a_branch_it_rounds_what_svdquant_leaves(branch):
     scheme = Scheme("mxfp4", branch=Branch(8, branch))
     ours = GPTQ().solve(weight, scheme, stats=stats_of(x), seed=3)
     plain = SVDQuant().solve(weight, scheme, seed=3)
-    assert torch.equal(ours.branch.proj_down.packed, plain.branch.proj_down.packed)
-    assert torch.equal(ours.branch.proj_up.packed, plain.branch.proj_up.packed)
+    assert torch.equal(ours.packed.branch.proj_down.packed, plain.packed.branch.proj_down.packed)
+    assert torch.equal(ours.packed.branch.proj_up.packed, plain.packed.branch.proj_up.packed)
     assert output_error(x, weight, ours) < 0.8 * output_error(x, weight, plain)
     assert output_error(x, weight, ours) < output_error(
         x, weight, GPTQ().solve(weight, Scheme("mxfp4"), stats=stats_of(x))
@@ -143,7 +143,8 @@ def test_equal_inputs_give_equal_bytes_and_nothing_is_modified():
     before, moment = weight.clone(), stats.second_moment.clone()
     one, other = (GPTQ().solve(weight, scheme, stats=stats, seed=5) for _ in range(2))
     assert all(
-        torch.equal(a, b) for a, b in zip(one.tensors.values(), other.tensors.values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=True)
     )
     assert torch.equal(weight, before)
     assert torch.equal(stats.second_moment, moment)
@@ -167,4 +168,4 @@ def test_statistics_make_no_difference_to_methods_that_ignore_them():
     for method, asked in ((RTN(), replace(scheme, branch=None)), (SVDQuant(), scheme)):
         assert method.use_of_stats == "ignored"
         with_stats, without = method.solve(weight, asked, stats=stats), method.solve(weight, asked)
-        assert torch.equal(with_stats.residual.packed, without.residual.packed)
+        assert torch.equal(with_stats.packed.main.packed, without.packed.main.packed)

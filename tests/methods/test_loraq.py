@@ -10,7 +10,8 @@ from loraq.formats import FORMATS, get_format
 from loraq.methods import EFFORTS, RTN, LoRaQ, SVDQuant, layer_seed
 from loraq.methods.loraq import ActivationNoise, rounding_noise
 from loraq.nn import QuantizedLinear
-from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.packed import LayerSolution
+from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
 
 
@@ -54,11 +55,14 @@ SETTINGS = {
 
 def objective(solution: LayerSolution) -> float:
     """J of a solution for a weight of norm 1, from what is stored: the main rounding error is the whole error."""
-    assert solution.branch is not None
-    scheme = solution.scheme
+    assert solution.packed.branch is not None
+    scheme = solution.packed.scheme
     assert scheme.branch is not None
     noise = ActivationNoise.of(scheme, scheme.branch)
-    main, branch = solution.residual.dequantize().double(), solution.branch.reconstruct().double()
+    main, branch = (
+        solution.packed.main.dequantize().double(),
+        solution.packed.branch.reconstruct().double(),
+    )
     return solution.relative_error**2 + float(
         noise.main * main.square().sum() + noise.branch * branch.square().sum()
     )
@@ -66,7 +70,7 @@ def objective(solution: LayerSolution) -> float:
 
 def objective_without_branch(solution: LayerSolution, scheme: Scheme) -> float:
     """J of round-to-nearest for a weight of norm 1, with the activation formats of a scheme."""
-    main = solution.residual.dequantize().double()
+    main = solution.packed.main.dequantize().double()
     return solution.relative_error**2 + float(
         rounding_noise(scheme.activation) * main.square().sum()
     )
@@ -77,7 +81,7 @@ def of_unit_norm(weight: torch.Tensor) -> torch.Tensor:
 
 
 def output_error(weight: torch.Tensor, solution: LayerSolution, x: torch.Tensor) -> float:
-    layer = QuantizedLinear.from_solution(solution)
+    layer = QuantizedLinear.from_packed(solution.packed)
     layer.backend = "reference"
     exact = x @ weight.T
     return (torch.linalg.vector_norm(layer(x) - exact) / torch.linalg.vector_norm(exact)).item()
@@ -301,7 +305,7 @@ def test_awareness_shrinks_the_4_bit_part_and_the_output_error(branch, activatio
     scheme = Scheme("mxfp4", activations[0], Branch(16, branch, activations[1]))
     aware, unaware = (LoRaQ(activation_aware=flag).solve(weight, scheme) for flag in (True, False))
     sizes = [
-        torch.linalg.vector_norm(solution.residual.dequantize()) for solution in (aware, unaware)
+        torch.linalg.vector_norm(solution.packed.main.dequantize()) for solution in (aware, unaware)
     ]
     if (
         activations[1] != "mxfp4"

@@ -18,7 +18,7 @@ WEIGHT, X = dit_like(64, 96), correlated(2000, 96)
 
 
 def packed(solution) -> list[torch.Tensor]:
-    return list(solution.tensors.values())
+    return list(solution.packed.tensors.values())
 
 
 def test_more_knowledge_is_less_output_error():

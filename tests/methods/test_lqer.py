@@ -36,17 +36,17 @@ def test_the_main_weight_is_the_one_of_round_to_nearest(main, rule):
     weight = dit_like(64, 96)
     solution = LQER(scale_rule=rule).solve(weight, Scheme(main, branch=Branch(8, "mxint8")))
     plain = RTN(scale_rule=rule).solve(weight, Scheme(main))
-    assert torch.equal(solution.residual.packed, plain.residual.packed)
+    assert torch.equal(solution.packed.main.packed, plain.packed.main.packed)
     assert solution.relative_error < plain.relative_error
 
 
 def test_the_branch_is_the_best_approximation_of_the_error():
     weight = dit_like(64, 96)
     solution = LQER().solve(weight, Scheme("int4", branch=Branch(8)))
-    error = weight - solution.residual.dequantize()
+    error = weight - solution.packed.main.dequantize()
     left, values, right = torch.linalg.svd(error.double(), full_matrices=False)
     best = ((left[:, :8] * values[:8]) @ right[:8]).float()
-    assert solution.branch is not None
+    assert solution.packed.branch is not None
     torch.testing.assert_close(
-        solution.branch.reconstruct(), best, rtol=0, atol=0.01 * float(best.abs().max())
+        solution.packed.branch.reconstruct(), best, rtol=0, atol=0.01 * float(best.abs().max())
     )

@@ -99,7 +99,7 @@ def test_mean_squares_are_enough_for_the_diagonal_form():
         QERA(exact=False).solve(weight, scheme, stats=stats_of(x, full=full))
         for full in (True, False)
     )
-    assert torch.equal(one.branch.proj_down.packed, other.branch.proj_down.packed)
+    assert torch.equal(one.packed.branch.proj_down.packed, other.packed.branch.proj_down.packed)
     with pytest.raises(CalibrationError, match="'qera' needs full second moments"):
         QERA().solve(weight, scheme, stats=stats_of(x, full=False))
 

@@ -67,11 +67,11 @@ def test_the_main_weight_absorbs_the_rounding_of_the_branch(main, branch):
     weight, fmt = dit_like(64, 96), get_format(main)
     for rounds in (1, 10):
         solution = SVDQuant(rounds=rounds).solve(weight, Scheme(main, branch=Branch(8, branch)))
-        assert solution.branch is not None
-        expected = fmt.quantize(weight - solution.branch.reconstruct(), "search")
-        assert torch.equal(solution.residual.packed, expected.packed)
-        assert solution.residual.scale is not None
-        assert torch.equal(solution.residual.scale, expected.scale)
+        assert solution.packed.branch is not None
+        expected = fmt.quantize(weight - solution.packed.branch.reconstruct(), "search")
+        assert torch.equal(solution.packed.main.packed, expected.packed)
+        assert solution.packed.main.scale is not None
+        assert torch.equal(solution.packed.main.scale, expected.scale)
 
 
 def test_the_alternation_stops_when_nothing_is_gained():

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError
 from loraq.layers import linear_layers, quantized_layers
 from loraq.nn import QuantizedLinear
+from loraq.packed import LayerSolution
 from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
 from loraq.recipe import Recipe
 from loraq.rules import Rule
-from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian
 
 #: Wide enough for the randomized start of the solver, and short.
@@ -82,10 +83,10 @@ def assert_same_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 def assert_same_solution(solution: LayerSolution, layer: QuantizedLinear) -> None:
-    other = QuantizedLinear.from_solution(solution)
+    other = QuantizedLinear.from_packed(solution.packed)
     for name, tensor in other.state_dict().items():
         assert torch.equal(layer.state_dict()[name], tensor), name
-    assert layer.scheme == solution.scheme
+    assert layer.scheme == solution.packed.scheme
 
 
 # --- a module in place ----------------------------------------------------------------------------
@@ -293,12 +294,12 @@ def test_one_weight_gives_the_bytes_of_its_layer(model, expected):
 
 def test_the_seed_and_the_name_and_nothing_else_decide():
     weight = dit_like(96, 128)
-    first = QuantizedLinear.from_solution(quantize_weight(weight, FAST, seed=1, name="a"))
+    first = QuantizedLinear.from_packed(quantize_weight(weight, FAST, seed=1, name="a").packed)
     torch.manual_seed(123)
     torch.rand(7)
     assert_same_solution(quantize_weight(weight, replace(FAST, seed=1), name="a"), first)
     for change in ({"seed": 2, "name": "a"}, {"seed": 1, "name": "b"}):
-        other = QuantizedLinear.from_solution(quantize_weight(weight, FAST, **change))
+        other = QuantizedLinear.from_packed(quantize_weight(weight, FAST, **change).packed)
         assert not torch.equal(other.proj_up_packed, first.proj_up_packed)
 
 
@@ -542,7 +543,7 @@ def test_a_weight_of_any_float_dtype_is_solved_and_left_as_it_was(dtype):
 
 def test_a_parameter_and_a_view_give_the_bytes_of_a_plain_weight():
     weight = dit_like(96, 128)
-    plain = QuantizedLinear.from_solution(quantize_weight(weight, FAST))
+    plain = QuantizedLinear.from_packed(quantize_weight(weight, FAST).packed)
     assert_same_solution(quantize_weight(nn.Parameter(weight), FAST), plain)
     assert_same_solution(quantize_weight(weight.T.contiguous().T, FAST), plain)
     assert not quantize_weight(nn.Parameter(weight), FAST).reconstruct().requires_grad
@@ -550,7 +551,7 @@ def test_a_parameter_and_a_view_give_the_bytes_of_a_plain_weight():
 
 def test_method_and_seed_override_those_of_the_recipe():
     weight, recipe = dit_like(48, 96), replace(FAST, method="lqer", seed=4)
-    lqer = QuantizedLinear.from_solution(quantize_weight(weight, recipe))
+    lqer = QuantizedLinear.from_packed(quantize_weight(weight, recipe).packed)
     assert_same_solution(quantize_weight(weight, FAST, method="lqer", seed=4), lqer)
     assert quantize_weight(weight, recipe, method="svdquant").metrics["rounds"] == 1
     assert "objective" in quantize_weight(weight, recipe, method="loraq").metrics
@@ -558,7 +559,7 @@ def test_method_and_seed_override_those_of_the_recipe():
 
 def test_without_a_branch_the_method_does_not_matter():
     weight = dit_like(48, 96)
-    plain = QuantizedLinear.from_solution(quantize_weight(weight, "mxfp4", method="rtn"))
+    plain = QuantizedLinear.from_packed(quantize_weight(weight, "mxfp4", method="rtn").packed)
     for method in ("loraq", "svdquant", "lqer"):
         assert_same_solution(quantize_weight(weight, "mxfp4", method=method), plain)
     assert_same_solution(quantize_weight(weight, "mxfp4+w8a8-h0", method="rtn"), plain)
@@ -567,8 +568,8 @@ def test_without_a_branch_the_method_does_not_matter():
 def test_the_name_of_a_weight_selects_the_rules():
     weight = gaussian(32, 64)
     recipe = Recipe(Scheme("mxfp4"), rules=(Rule("*.ff", weight="mxint8"),))
-    assert quantize_weight(weight, recipe, name="blocks.0.ff").scheme == Scheme("mxint8")
-    assert quantize_weight(weight, recipe).scheme == Scheme("mxfp4")
+    assert quantize_weight(weight, recipe, name="blocks.0.ff").packed.scheme == Scheme("mxint8")
+    assert quantize_weight(weight, recipe).packed.scheme == Scheme("mxfp4")
     with pytest.raises(
         RecipeError,
         match=r"The recipe skips layer 'proj_out'\. Use another name, or remove the rule",

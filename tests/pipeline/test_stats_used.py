@@ -111,7 +111,7 @@ def test_memory_and_files_and_both_forms_of_statistics_agree(method, source, tmp
     loraq.save(model, tmp_path / "saved")
     assert files_of(tmp_path / "streamed") == files_of(tmp_path / "saved")
     one = loraq.quantize_weight(net()[0].weight, by(method), name="0", stats=stats["0"])
-    assert torch.equal(one.residual.packed, model[0].weight_packed)
+    assert torch.equal(one.packed.main.packed, model[0].weight_packed)
     quantize(source, tmp_path / "other", by(method), stats=collected(seed=1))
     assert files_of(tmp_path / "other") != files_of(tmp_path / "streamed")
 

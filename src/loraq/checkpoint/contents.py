@@ -8,9 +8,8 @@ from torch import Tensor
 
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.checkpoint.reader import ShardReader
-from loraq.errors import CheckpointError
-from loraq.formats import Format, QTensor
-from loraq.transforms import unrotate
+from loraq.errors import CheckpointError, FormatError
+from loraq.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -53,28 +52,13 @@ class DenseWeights:
             return (
                 self.reader.read(f"{layer}.weight").float().flatten(1)
             )  # a 1×1 convolution's is (out, in, 1, 1)
-        n_out, n_in = stored.shape
-        dense = self._dequantized(f"{layer}.weight", stored.scheme.weight_format, stored.shape)
-        if (branch := stored.scheme.branch) is not None:
-            up = self._dequantized(f"{layer}.proj_up", branch.weight_format, (n_out, branch.rank))
-            down = self._dequantized(
-                f"{layer}.proj_down", branch.weight_format, (branch.rank, n_in)
-            )
-            dense += up @ down
-        return unrotate(dense, stored.scheme.rotation)
-
-    def _dequantized(self, part: str, fmt: Format, shape: tuple[int, int]) -> Tensor:
-        stored = {name: self.reader.read(f"{part}_{name}") for name in fmt.storage(shape)}
-        for name, expected in fmt.storage(shape).items():
-            if tuple(stored[name].shape) != tuple(expected) or stored[name].dtype != torch.uint8:
-                raise CheckpointError(
-                    f"'{self.folder}': tensor '{part}_{name}' is {stored[name].dtype} of shape "
-                    f"{tuple(stored[name].shape)}. Raw bytes (uint8) of shape {tuple(expected)} "
-                    f"are required."
-                )
-        return QTensor(
-            stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt
-        ).dequantize()
+        names = stored.scheme.storage(stored.shape)
+        tensors = {name: self.reader.read(f"{layer}.{name}") for name in names}
+        try:
+            packed = PackedWeight.from_tensors(tensors, stored.scheme, stored.shape)
+        except FormatError as error:
+            raise CheckpointError(f"'{self.folder}': layer '{layer}': {error}") from error
+        return packed.reconstruct()
 
 
 def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:

@@ -114,9 +114,8 @@ def prepare(
     reader = ShardReader(folder)
     layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
-    check_for_all(
-        asked, [layer.place for layer in layers.values()]
-    )  # a refusal leaves the model as it was
+    # A refusal leaves the model as it was.
+    check_for_all(asked, [layer.spec for layer in layers.values()])
     for name, layer in layers.items():
         layer.ask_backend(backend, strict=False)
         replace_layer(model, name, layer)

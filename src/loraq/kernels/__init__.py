@@ -1,5 +1,6 @@
 """How a quantized layer runs: back ends, and the rules that pick one."""
 
+from loraq.kernels.base import Backend, LayerSpec, Prepared
 from loraq.kernels.dispatch import (
     BACKENDS,
     DEFAULT_BACKEND,
@@ -13,6 +14,9 @@ from loraq.kernels.dispatch import (
 __all__ = [
     "BACKENDS",
     "DEFAULT_BACKEND",
+    "Backend",
+    "LayerSpec",
+    "Prepared",
     "asked_backend",
     "check_for_all",
     "choose",

@@ -1,78 +1,92 @@
-"""What a back end is: it prepares a layer's stored tensors once, and runs the layer on them."""
+"""What a back end is: it prepares a packed weight once, and runs the layer on what it prepared."""
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 from torch.nn.functional import linear
 
 from loraq.formats import CastFormat, Format, QTensor, get_format
-from loraq.scheme import LowRankBranch, Scheme
+from loraq.packed import LowRankBranch, PackedWeight
+from loraq.scheme import Scheme
+
+
+class LayerSpec(NamedTuple):
+    """What a back end is chosen by."""
+
+    scheme: Scheme
+    #: (out, in).
+    shape: tuple[int, int]
+    device: torch.device
+
+
+class Backend(ABC):
+    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`, for x that is rotated already.
+
+    Only the back end looks inside what its `prepare` returns.
+    """
+
+    #: Name for `get_backend`.
+    name: str
+    #: Whether the layer keeps what `prepare` returns; else it asks again at each call.
+    keeps_operands: bool
+
+    @abstractmethod
+    def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        """Return why a layer (out, in) cannot run here, judged without its values, or `None`."""
+
+    @abstractmethod
+    def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
+        """Return the largest ‖y − y_reference‖ / ‖y_reference‖ for inputs of `dtype`.
+
+        0 means equal bits.
+        """
+
+    @abstractmethod
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Any:
+        """Return the operands for inputs of `dtype`.
+
+        Raises:
+            KernelError: the bound cannot be kept with these values.
+        """
+
+    @abstractmethod
+    def linear(self, x: Tensor, operands: Any, scheme: Scheme, bias: Tensor | None) -> Tensor:
+        """Return y (…, out) in the dtype of x (…, in)."""
+
+    def kept_nbytes(self, operands: Any, packed: PackedWeight) -> int:
+        """Return the bytes that operands take beside those of the packed weight."""
+        stored = {tensor.untyped_storage().data_ptr() for tensor in packed.tensors.values()}
+        return sum(size for address, size in _storages(operands) if address not in stored)
+
+
+class Prepared(NamedTuple):
+    """A layer that is ready to run on inputs of one dtype, on one device."""
+
+    backend: Backend
+    #: What the back end keeps, or `None` if it prepares anew at each call.
+    operands: Any
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Operands(NamedTuple):
-    """The two weights of a layer in the form a back end multiplies with."""
+    """The two weights of a layer as dense matrices."""
 
     #: Main weight (out, in).
-    weight: Tensor
+    main: Tensor
     #: proj_up (out, rank), or `None`.
     proj_up: Tensor | None
     #: proj_down (rank, in), or `None`.
     proj_down: Tensor | None
 
 
-class Stored(NamedTuple):
-    """The layer as it is stored, for a back end that decodes at each call."""
-
-    #: Main weight (out, in).
-    weight: QTensor
-    #: Both factors, or `None`.
-    branch: LowRankBranch | None
-
-
-class Backend(Protocol):
-    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
-
-    Only the back end looks inside what its `prepare` returns.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name for `get_backend`."""
-        ...
-
-    @property
-    def keeps_operands(self) -> bool:
-        """Whether the layer keeps what `prepare` returns; else it asks again at each call."""
-        ...
-
-    def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
-        """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
-        ...
-
-    def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
-        """Return the largest ‖y − y_reference‖ / ‖y_reference‖ for inputs of `dtype`; 0 means equal bits."""
-        ...
-
-    def prepare(
-        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
-    ) -> Any:
-        """Return the operands for inputs of `dtype`.
-
-        Raises:
-            KernelError: the bound cannot be kept with these values.
-        """
-        ...
-
-    def linear(self, x: Tensor, operands: Any, scheme: Scheme, bias: Tensor | None) -> Tensor:
-        """Return y (…, out) in the dtype of x (…, in)."""
-        ...
-
-
-def decode(weight: QTensor, branch: LowRankBranch | None, dtype: torch.dtype) -> Operands:
+def decode(packed: PackedWeight, dtype: torch.dtype) -> Operands:
     """Return the stored tensors as dense matrices of `dtype`."""
+    branch = packed.branch
     return Operands(
-        decode_one(weight, dtype),
+        decode_one(packed.main, dtype),
         decode_one(branch.proj_up, dtype) if branch else None,
         decode_one(branch.proj_down, dtype) if branch else None,
     )
@@ -83,16 +97,77 @@ def decode_one(q: QTensor, dtype: torch.dtype) -> Tensor:
     return _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
 
 
-def decode_factors(branch: LowRankBranch) -> tuple[Tensor, Tensor]:
-    """Return proj_down and proj_up in bf16, which holds every value of up to 8 bits under one scale a block."""
+def decode_factors(branch: LowRankBranch | None) -> tuple[Tensor, Tensor] | None:
+    """Return proj_down and proj_up in bf16, which holds every 8-bit value under one scale a block.
+
+    `None` stays `None`.
+    """
+    if branch is None:
+        return None
     return decode_one(branch.proj_down, torch.bfloat16), decode_one(branch.proj_up, torch.bfloat16)
 
 
-def side_path(x: Tensor, factors: tuple[Tensor, Tensor], scheme: Scheme) -> Tensor:
-    """Return Qp(Qb(x) Dᵀ) Uᵀ in bf16, for back ends whose main product is something else."""
+def flatten_tokens(x: Tensor) -> Tensor:
+    """Return x (…, in) as (tokens, in)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def finish(
+    y: Tensor,
+    x: Tensor,
+    scheme: Scheme,
+    factors: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return the layer's output, made of its main product.
+
+    Args:
+        y: main product (tokens, out).
+        x: the layer's input (…, in), which decides shape and dtype.
+        scheme: formats of the branch's activations.
+        factors: proj_down and proj_up in bf16, for a main product without the branch.
+        bias: (out), for a main product without it.
+    """
+    if factors is not None:
+        y = y + _side_path(flatten_tokens(x), factors, scheme)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def _side_path(x: Tensor, factors: tuple[Tensor, Tensor], scheme: Scheme) -> Tensor:
+    """Return Qp(Qb(x) Dᵀ) Uᵀ in bf16."""
     assert scheme.branch is not None
-    inner = linear(rounded(x, scheme.branch.activation_format, torch.bfloat16), factors[0])
-    return linear(rounded(inner, scheme.branch.intermediate_format, torch.bfloat16), factors[1])
+    proj_down, proj_up = factors
+    inner = linear(round_activation(x, scheme.branch.activation_format, torch.bfloat16), proj_down)
+    inner = round_activation(inner, scheme.branch.intermediate_format, torch.bfloat16)
+    return linear(inner, proj_up)
+
+
+def pass_straight_through(
+    gradient: Tensor,
+    main: tuple[Tensor, Tensor],
+    branch: tuple[Tensor, Tensor | float, Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the gradient of a layer's input, for operators whose insides are opaque to autograd.
+
+    The derivative of rounding counts as 1, so that adapters in front of a quantized layer can be
+    trained (the straight-through estimator, arXiv 1308.3432).
+
+    Args:
+        gradient: of the output, (tokens, out).
+        main: codes (out, in) and scales (out) of the main weight.
+        branch: codes (rank, in) and scales (rank) of proj_down, and proj_up (out, rank); or `None`.
+        dtype: of the input.
+    """
+    towards = gradient.float()
+    codes, scale = main
+    back = (towards * scale) @ codes.float()
+    if branch is not None:
+        down_codes, down_scale, proj_up = branch
+        back += ((towards @ proj_up.float()) * down_scale) @ down_codes.float()
+    return back.to(dtype)
 
 
 # One opaque operator, so that `torch.compile` neither traces the bit work nor breaks the graph on
@@ -122,7 +197,7 @@ def _(
     return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
 
 
-def rounded(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+def round_activation(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """Return an activation on the grid of its format, scales dynamic for each token and block.
 
     A 16-bit format leaves the activation as it is: its own dtype decides. A gradient passes
@@ -144,9 +219,21 @@ def _(x: Tensor, name: str) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    """Count the derivative of rounding as 1, so that adapters in front of a quantized layer can be trained."""
+def _keep_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    """Count the derivative of rounding as 1; see `pass_straight_through`."""
     return gradient, None
 
 
-_round.register_autograd(_straight_through)
+_round.register_autograd(_keep_gradient)
+
+
+def _storages(operands: Any) -> set[tuple[int, int]]:
+    """Return address and bytes of every piece of memory in nested tuples and lists of tensors."""
+    if isinstance(operands, Tensor):
+        if operands.is_mkldnn:  # opaque: it has no storage to look at
+            return {(id(operands), operands.numel() * operands.itemsize)}
+        storage = operands.untyped_storage()
+        return {(storage.data_ptr(), storage.nbytes())}
+    if isinstance(operands, tuple | list):
+        return set().union(*map(_storages, operands))
+    return set()

@@ -12,19 +12,18 @@ and a warning says so.
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from loraq.errors import KernelError, unknown
-from loraq.formats import QTensor
-from loraq.kernels.base import Backend
+from loraq.kernels.base import Backend, LayerSpec, Prepared
 from loraq.kernels.fp8_row import Fp8Row
 from loraq.kernels.int8_row import Int8Row
 from loraq.kernels.reference import Reference
 from loraq.kernels.resident import Resident
-from loraq.kernels.triton_row import TritonRow
-from loraq.scheme import LowRankBranch, Scheme
+from loraq.kernels.triton.backend import TritonRow
+from loraq.packed import PackedWeight
+from loraq.scheme import Scheme
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -46,11 +45,9 @@ DEFAULT_BACKEND = "auto"
 _AUTOMATIC: dict[str, tuple[Backend, ...]] = {"cpu": (Int8Row(weight_error=0.0), Resident())}
 
 _LOGGER = logging.getLogger("loraq.kernels")
-_logged: set[tuple[str, str, Scheme, tuple[int, ...], str]] = set()
-_warned: set[tuple[str, Scheme, tuple[int, ...], str]] = set()
-
-#: What a back end is chosen by: scheme, (out, in), device.
-Place = tuple[Scheme, tuple[int, int], torch.device]
+#: Kinds of layers, by device type, whose choice was logged; and whose refusal was warned of.
+_logged: set[tuple[str, str, Scheme, tuple[int, int], str]] = set()
+_warned: set[tuple[str, Scheme, tuple[int, int], str]] = set()
 
 
 def get_backend(name: str) -> Backend:
@@ -102,12 +99,11 @@ def choose(
             return backend
     raise KernelError(
         f"The back end '{asked}' cannot run a layer {shape[0]}×{shape[1]} in '{scheme.weight}': "
-        f"{reason}. "
-        "Use the back end 'resident', which runs every layer, or 'auto'."
+        f"{reason}. Use the back end 'resident', which runs every layer, or 'auto'."
     )
 
 
-def check_for_all(asked: str, layers: Sequence[Place]) -> None:
+def check_for_all(asked: str, layers: Sequence[LayerSpec]) -> None:
     """Warn of the layers of a model that a back end refuses, judged without their values.
 
     Raises:
@@ -116,16 +112,16 @@ def check_for_all(asked: str, layers: Sequence[Place]) -> None:
     if asked == DEFAULT_BACKEND:
         return
     backend = get_backend(asked)
-    reasons = {place: reason for place in layers if (reason := backend.refusal(*place)) is not None}
-    n_refused = sum(place in reasons for place in layers)
+    reasons = {spec: reason for spec in layers if (reason := backend.refusal(*spec)) is not None}
+    n_refused = sum(spec in reasons for spec in layers)
     if not n_refused:
         return
-    (_, shape, _), reason = next(iter(reasons.items()))
+    (_, (n_out, n_in), _), reason = next(iter(reasons.items()))
     if n_refused == len(layers):
         raise KernelError(
             f"The back end '{asked}' cannot run any of the {n_refused} quantized layers. The first "
-            f"one is {shape[0]}×{shape[1]}: {reason}. Use the back end 'resident', which runs "
-            f"every layer, or 'auto'."
+            f"one is {n_out}×{n_in}: {reason}. Use the back end 'resident', which runs every "
+            "layer, or 'auto'."
         )
     _LOGGER.warning(
         "The back end '%s' refuses %d of %d layers, which run on the automatic choice. The first "
@@ -133,52 +129,48 @@ def check_for_all(asked: str, layers: Sequence[Place]) -> None:
         asked,
         n_refused,
         len(layers),
-        *shape,
+        n_out,
+        n_in,
         reason,
     )
     _warned.update((asked, scheme, shape, device.type) for scheme, shape, device in reasons)
 
 
 def prepare(
-    asked: str,
-    weight: QTensor,
-    branch: LowRankBranch | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-    *,
-    strict: bool = True,
-) -> tuple[Backend, Any]:
-    """Return the back end of a layer and its operands for inputs of `dtype`.
+    asked: str, packed: PackedWeight, dtype: torch.dtype, *, strict: bool = True
+) -> Prepared:
+    """Return a layer that is ready for inputs of `dtype`, on the back end that takes it.
 
     Raises:
         KernelError: the back end that is asked for refuses, or cannot keep its bound with these
             values, and `strict` leaves no other.
     """
-    n_out, n_in = weight.shape
-    device = weight.packed.device
+    spec = LayerSpec(packed.scheme, packed.shape, packed.device)
     passed: list[str] = []
-    for backend in candidates(asked, device, strict=strict):
-        reason = backend.refusal(scheme, (n_out, n_in), device)
+    for backend in candidates(asked, spec.device, strict=strict):
+        reason = backend.refusal(*spec)
         if reason is None:
             try:
-                operands = backend.prepare(weight, branch, scheme, dtype)
+                operands = backend.prepare(packed, dtype)
             except KernelError as error:
                 if strict and asked != DEFAULT_BACKEND:
                     raise
                 reason = str(error)
             else:
                 if not torch.compiler.is_compiling():
-                    _log(asked, backend.name, (scheme, (n_out, n_in), device), passed)
-                return backend, operands
+                    _log(asked, backend.name, spec, passed)
+                kept = operands if backend.keeps_operands else None
+                return Prepared(backend, kept, dtype, spec.device)
         passed.append(f"not {backend.name}: {reason}")
+    n_out, n_in = spec.shape
     raise KernelError(
-        f"No back end takes a layer {n_out}×{n_in} in '{scheme.weight}': {'; '.join(passed)}. Use "
-        f"'resident' or 'auto'."
+        f"No back end takes a layer {n_out}×{n_in} in '{packed.scheme.weight}': "
+        f"{'; '.join(passed)}. Use 'resident' or 'auto'."
     )
 
 
-def _log(asked: str, name: str, place: Place, passed: list[str]) -> None:
-    scheme, shape, device = place
+def _log(asked: str, name: str, spec: LayerSpec, passed: list[str]) -> None:
+    scheme, shape, device = spec
     kind = (asked, scheme, shape, device.type)
     if (name, *kind) in _logged:
         return

@@ -12,17 +12,25 @@ Hopper adds FP8 products in 13 bits and truncates, so that long sums shrink. Abo
 multiplied in fp32: slow, for tests.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
 from loraq.errors import KernelError
-from loraq.formats import BlockFormat, Format, QTensor, get_format
+from loraq.formats import BlockFormat, Format, get_format
 from loraq.formats.element import E4M3
 from loraq.formats.scales import view_bytes
-from loraq.kernels.base import decode_factors, decode_one, side_path
-from loraq.scheme import LowRankBranch, Scheme
+from loraq.kernels.base import (
+    Backend,
+    decode_factors,
+    decode_one,
+    finish,
+    flatten_tokens,
+    pass_straight_through,
+)
+from loraq.packed import PackedWeight
+from loraq.scheme import Scheme
 
 #: Sums of more products than this are carried on in fp32: they would shrink by more than 0.3 %.
 LONGEST_FAST_SUM = 4608
@@ -40,11 +48,11 @@ class Fp8Operands(NamedTuple):
     factors: tuple[Tensor, Tensor] | None
 
 
-class Fp8Row:
+class Fp8Row(Backend):
     """Row-wise scaled e4m3 matrix products."""
 
-    name: ClassVar[str] = "fp8_row"
-    keeps_operands: ClassVar[bool] = True
+    name = "fp8_row"
+    keeps_operands = True
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
@@ -70,42 +78,33 @@ class Fp8Row:
         """Return the bound of bf16 outputs and of sums in 13 bits."""
         return 2e-2
 
-    def prepare(
-        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
-    ) -> Fp8Operands:
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Fp8Operands:
         """Return e4m3 rows, shared by all dtypes.
 
         Raises:
             KernelError: the block scales of a row are too far apart to be folded exactly.
         """
-        if weight.scale is not None and _is_fp8_row(weight.format):
-            codes, scale = (
-                weight.packed.view(torch.float8_e4m3fn),
-                view_bytes(weight.scale, torch.float32),
-            )
+        main = packed.main
+        if main.scale is not None and _is_fp8_row(main.format):
+            codes = main.packed.view(torch.float8_e4m3fn)
+            scale = view_bytes(main.scale, torch.float32)
         else:
-            dense = decode_one(weight, torch.float32)
+            dense = decode_one(main, torch.float32)
             codes, scale = fold(dense)
             if lost := int((codes.float() * scale != dense).any(-1).sum()):
                 raise KernelError(
-                    f"{lost} of {len(dense)} rows of the weight in '{scheme.weight}' do not fit "
-                    f"e4m3 exactly: its "
-                    "values are too far apart. Use the back end 'resident'."
+                    f"{lost} of {len(dense)} rows of the weight in '{main.format.name}' do not fit "
+                    "e4m3 exactly: its values are too far apart. Use the back end 'resident'."
                 )
-        return Fp8Operands(codes, scale.view(-1), decode_factors(branch) if branch else None)
+        return Fp8Operands(codes, scale.view(-1), decode_factors(packed.branch))
 
     def linear(
         self, x: Tensor, operands: Fp8Operands, scheme: Scheme, bias: Tensor | None
     ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         codes, scale, factors = operands
-        rows = x.reshape(-1, x.shape[-1])
-        y = _fp8_linear(rows, codes, scale, scheme.activation)
-        if factors is not None:
-            y = y + side_path(rows, factors, scheme)
-        if bias is not None:
-            y = y + bias
-        return y.to(x.dtype).view(*x.shape[:-1], len(codes))
+        y = _fp8_linear(flatten_tokens(x), codes, scale, scheme.activation)
+        return finish(y, x, scheme, factors, bias)
 
 
 def fold(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,10 +178,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(codes, scale)
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Count the derivative of rounding as 1, as the rounding operator does."""
-    codes, scale = ctx.saved_tensors
-    return ((gradient.float() * scale) @ codes.float()).to(ctx.dtype), None, None, None
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return pass_straight_through(gradient, ctx.saved_tensors, None, ctx.dtype), None, None, None
 
 
-_fp8_linear.register_autograd(_straight_through, setup_context=_save)
+_fp8_linear.register_autograd(_backward, setup_context=_save)

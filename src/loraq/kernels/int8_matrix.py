@@ -95,7 +95,7 @@ def saturates(device: torch.device) -> bool:
     )
 
 
-def packed(rows: Rows) -> Rows:
+def pack_rows(rows: Rows) -> Rows:
     """Return rows in the layout of oneDNN's product; `codes.to_dense().t()` gives them back."""
     return Rows(torch.ops.onednn.qlinear_prepack(rows.codes, None), rows.scale)
 

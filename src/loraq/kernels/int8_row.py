@@ -17,15 +17,22 @@ CPUs with VNNI multiply INT8 several times as fast as bf16, those with AMX units
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 from torch.nn.functional import pad
 
 from loraq.errors import KernelError
-from loraq.formats import BlockFormat, Format, QTensor
-from loraq.kernels.base import decode_factors, decode_one, side_path
+from loraq.formats import BlockFormat, Format
+from loraq.kernels.base import (
+    Backend,
+    decode_factors,
+    decode_one,
+    finish,
+    flatten_tokens,
+    pass_straight_through,
+)
 from loraq.kernels.int8_matrix import (
     SMALLEST,
     TOP,
@@ -36,13 +43,14 @@ from loraq.kernels.int8_matrix import (
     encode_rows,
     is_int8_row,
     largest_magnitude,
-    packed,
+    pack_rows,
     packed_product,
     parts_of,
     rows_of,
     saturates,
 )
-from loraq.scheme import LowRankBranch, Scheme
+from loraq.packed import PackedWeight
+from loraq.scheme import Scheme
 
 #: Tokens multiplied at a time on a CPU: the passes over the sums find them in cache, and the
 #: product is efficient.
@@ -63,7 +71,7 @@ class Int8Operands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Int8Row:
+class Int8Row(Backend):
     """Integer matrix products on INT8 rows."""
 
     #: Name for `get_backend`.
@@ -71,7 +79,7 @@ class Int8Row:
     #: Largest relative error of a main weight that is encoded anew; 0 takes only weights that fit
     #: exactly.
     weight_error: float = 3e-2
-    keeps_operands: ClassVar[bool] = True
+    keeps_operands = True
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
@@ -96,46 +104,41 @@ class Int8Row:
             return 1e-4  # sums are exact; a code of the intermediate may flip at a tie
         return 2e-2
 
-    def prepare(
-        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
-    ) -> Int8Operands:
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Int8Operands:
         """Return INT8 rows.
 
         Raises:
             KernelError: the weight loses more than `weight_error` in INT8 rows.
         """
-        rows, error = rows_of(weight)
+        rows, error = rows_of(packed.main)
         if error > self.weight_error:
             raise KernelError(
-                f"INT8 rows change the weight in '{scheme.weight}' by {error:.4f} of its norm, and "
-                f"at most {self.weight_error} is allowed: its block scales differ too much within "
-                f"a row. Use the back end "
-                "'resident'."
+                f"INT8 rows change the weight in '{packed.scheme.weight}' by {error:.4f} of its "
+                f"norm, and at most {self.weight_error} is allowed: its block scales differ too "
+                "much within a row. Use the back end 'resident'."
             )
         packs = can_pack(rows.codes.device)
-        rows = packed(rows) if packs else rows
-        if branch is None:
+        rows = pack_rows(rows) if packs else rows
+        if packed.branch is None:
             return Int8Operands(rows, None, None)
-        if not _in_integers(scheme):
-            return Int8Operands(rows, None, decode_factors(branch))
-        down = codes_of(branch.proj_down)
-        up = decode_one(branch.proj_up, _sum_dtype(dtype) if packs else dtype)
-        return Int8Operands(rows, (packed(down) if packs else down, up), None)
+        if not _in_integers(packed.scheme):
+            return Int8Operands(rows, None, decode_factors(packed.branch))
+        down = codes_of(packed.branch.proj_down)
+        up = decode_one(packed.branch.proj_up, _sum_dtype(dtype) if packs else dtype)
+        return Int8Operands(rows, (pack_rows(down) if packs else down, up), None)
 
     def linear(
         self, x: Tensor, operands: Int8Operands, scheme: Scheme, bias: Tensor | None
     ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         (codes, scale), branch, factors = operands
-        rows = x.reshape(-1, x.shape[-1])
+        rows = flatten_tokens(x)
         if branch is None:
             y = _int8_linear(rows, [codes], [scale], None, bias)
         else:
             down, up = branch
             y = _int8_linear(rows, [codes, down.codes], [scale, down.scale], up, bias)
-        if factors is not None:
-            y = y + side_path(rows, factors, scheme)
-        return y.to(x.dtype).view(*x.shape[:-1], len(scale))
+        return finish(y, x, scheme, factors)  # the bias is in
 
 
 def _may_fit(fmt: Format) -> bool:
@@ -201,9 +204,8 @@ def _int8_linear(
         weight, *down = map(Rows, codes, scales)
         return _packed_linear(x, weight, down[0] if down else None, up, bias)
     if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
-        return _int8_linear(pad(x, (0, 0, 0, 32 - n_tokens)), codes, scales, up, bias)[
-            :n_tokens
-        ].clone()
+        padded = pad(x, (0, 0, 0, 32 - n_tokens))
+        return _int8_linear(padded, codes, scales, up, bias)[:n_tokens].clone()
     tokens, token_scale = encode_rows(x)
     y = x.new_empty((n_tokens, len(scales[0])))
     inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))
@@ -231,18 +233,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*codes, *scales, up)
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """Count the derivative of rounding as 1, as the rounding operator does."""
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     *saved, up = ctx.saved_tensors
     codes, scales = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-    codes = [packed.to_dense().t() if packed.is_mkldnn else packed for packed in codes]
-    towards = gradient.float()
-    back = (towards * scales[0]) @ codes[0].float()
-    if up is not None:
-        back += ((towards @ up.float()) * scales[1]) @ codes[1].float()
-    bias = None if ctx.bias_dtype is None else towards.sum(0).to(ctx.bias_dtype)
+    codes = [code.to_dense().t() if code.is_mkldnn else code for code in codes]
+    branch = None if up is None else (codes[1], scales[1], up)
+    back = pass_straight_through(gradient, (codes[0], scales[0]), branch, ctx.dtype)
+    bias = None if ctx.bias_dtype is None else gradient.float().sum(0).to(ctx.bias_dtype)
     nothing = [None] * len(codes)
-    return back.to(ctx.dtype), nothing, nothing, None, bias
+    return back, nothing, nothing, None, bias
 
 
-_int8_linear.register_autograd(_straight_through, setup_context=_save)
+_int8_linear.register_autograd(_backward, setup_context=_save)

@@ -17,9 +17,10 @@ from torch import Tensor, library
 
 from loraq.formats import BlockFormat, CastFormat, QTensor, get_format
 from loraq.formats.scales import view_bytes
-from loraq.kernels.base import Operands, Stored, decode, decode_one
+from loraq.kernels.base import Backend, Operands, decode, decode_one
 from loraq.kernels.reference import run
-from loraq.scheme import LowRankBranch, Scheme
+from loraq.packed import PackedWeight
+from loraq.scheme import Scheme
 
 #: Decoded values handled at a time, so that the passes over them stay in cache.
 _CHUNK_VALUES = 1 << 18
@@ -31,8 +32,8 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Resident:
-    """Multiply in the input's dtype with decoded weights that are kept, or decoded anew at each call."""
+class Resident(Backend):
+    """Multiply in the input's dtype with decoded weights, kept or decoded anew at each call."""
 
     #: Name for `get_backend`.
     name: str = "resident"
@@ -50,46 +51,49 @@ class Resident:
         """
         return {torch.float16: 1e-4, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
 
-    def prepare(
-        self, weight: QTensor, branch: LowRankBranch | None, scheme: Scheme, dtype: torch.dtype
-    ) -> Operands | Stored:
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Operands | PackedWeight:
         """Return the decoded weights, or the packed ones."""
         if not self.keeps_operands:
-            return Stored(weight, branch)
-        return _merged(decode(weight, branch, operand_dtype(dtype)), scheme)
+            return packed
+        return _merge(decode(packed, operand_dtype(dtype)), packed.scheme)
 
     def linear(
-        self, x: Tensor, operands: Operands | Stored, scheme: Scheme, bias: Tensor | None
+        self,
+        x: Tensor,
+        operands: Operands | PackedWeight,
+        scheme: Scheme,
+        bias: Tensor | None,
     ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         dtype = operand_dtype(x.dtype)
-        if isinstance(operands, Stored):
-            operands = _merged(decode_by_table(*operands, dtype), scheme)
+        if isinstance(operands, PackedWeight):
+            operands = _merge(decode_by_table(operands, dtype), scheme)
         return run(x, operands, scheme, bias, dtype)
 
 
-def _merged(operands: Operands, scheme: Scheme) -> Operands:
-    """Add the branch to the weight, if nothing between them is rounded."""
-    weight, up, down = operands
+def _merge(operands: Operands, scheme: Scheme) -> Operands:
+    """Add the branch to the main weight, if nothing between them is rounded."""
+    main, up, down = operands
     if scheme.branch is None or up is None or down is None:
         return operands
     branch = scheme.branch
     formats = scheme.activation_format, branch.activation_format, branch.intermediate_format
     if not all(isinstance(fmt, CastFormat) for fmt in formats):
         return operands
-    return Operands(torch.addmm(weight, up, down), None, None)
+    return Operands(torch.addmm(main, up, down), None, None)
 
 
-def decode_by_table(weight: QTensor, branch: LowRankBranch | None, dtype: torch.dtype) -> Operands:
+def decode_by_table(packed: PackedWeight, dtype: torch.dtype) -> Operands:
     """Return what `decode` returns, sooner for 4-bit tensors."""
+    branch = packed.branch
     return Operands(
-        _by_table(weight, dtype),
-        _by_table(branch.proj_up, dtype) if branch else None,
-        _by_table(branch.proj_down, dtype) if branch else None,
+        _decode_pairs(packed.main, dtype),
+        _decode_pairs(branch.proj_up, dtype) if branch else None,
+        _decode_pairs(branch.proj_down, dtype) if branch else None,
     )
 
 
-def _by_table(q: QTensor, dtype: torch.dtype) -> Tensor:
+def _decode_pairs(q: QTensor, dtype: torch.dtype) -> Tensor:
     if q.format.bits != 4:
         return decode_one(q, dtype)
     return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)

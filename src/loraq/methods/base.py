@@ -15,7 +15,8 @@ from torch import Tensor
 from loraq.errors import CalibrationError, FormatError, SchemeError
 from loraq.formats import QTensor
 from loraq.formats.block import require_finite
-from loraq.scheme import Branch, LayerSolution, LowRankBranch, Scheme
+from loraq.packed import LayerSolution, LowRankBranch
+from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 from loraq.transforms import rotate
 

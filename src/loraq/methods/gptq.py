@@ -28,7 +28,8 @@ from loraq.methods.base import (
     relative_error,
     require_stats,
 )
-from loraq.scheme import LayerSolution, Scheme
+from loraq.packed import LayerSolution, PackedWeight
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 #: Channels after which the errors are carried to the channels that are further away, in one
@@ -71,9 +72,7 @@ class GPTQ:
         feedback = Feedback(full_moment(stats, "gptq"), damping=self.damping)
         stored = feedback.round(target, scheme.weight_format, self.scale_rule)
         return LayerSolution(
-            scheme,
-            stored,
-            branch,
+            PackedWeight(scheme, stored, branch),
             relative_error(weight, stored, branch),
             time.perf_counter() - begin,
             {"output_error": output_error(weight, stored, branch, stats)},

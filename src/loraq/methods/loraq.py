@@ -48,7 +48,8 @@ from loraq.methods.base import (
     require_branch,
 )
 from loraq.methods.inputs import Inputs
-from loraq.scheme import Branch, LayerSolution, Scheme
+from loraq.packed import LayerSolution, PackedWeight
+from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 from loraq.transforms import rotate
 
@@ -251,7 +252,9 @@ class LoRaQ:
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(errors[best]) / norm
         error = relative_error(weight, stored[best], candidates[best])
-        return LayerSolution(scheme, stored[best], candidates[best], error, metrics=metrics)
+        return LayerSolution(
+            PackedWeight(scheme, stored[best], candidates[best]), error, metrics=metrics
+        )
 
     def _decay(self, factor: Format) -> float:
         """Shrinking of the branch in phase 1: less signal in a low-bit branch is less rounding noise."""

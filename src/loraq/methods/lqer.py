@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loraq.linalg import truncated_svd
 from loraq.methods.base import prepare, quantize_branch, relative_error, require_branch
-from loraq.scheme import LayerSolution, Scheme
+from loraq.packed import LayerSolution, PackedWeight
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
@@ -42,4 +43,6 @@ class LQER:
         svd = truncated_svd(weight - residual.dequantize(), branch.rank, seed=seed)
         fitted = quantize_branch(*svd.canonical(), branch, self.scale_rule)
         error = relative_error(weight, residual, fitted)
-        return LayerSolution(scheme, residual, fitted, error, time.perf_counter() - begin)
+        return LayerSolution(
+            PackedWeight(scheme, residual, fitted), error, time.perf_counter() - begin
+        )

@@ -25,7 +25,8 @@ from loraq.methods.base import (
     require_branch,
     require_stats,
 )
-from loraq.scheme import LayerSolution, Scheme
+from loraq.packed import LayerSolution, PackedWeight
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
@@ -70,9 +71,7 @@ class QERA:
         )
         fitted = quantize_branch(up, down, branch, self.scale_rule)
         return LayerSolution(
-            scheme,
-            residual,
-            fitted,
+            PackedWeight(scheme, residual, fitted),
             relative_error(weight, residual, fitted),
             time.perf_counter() - begin,
             {"output_error": output_error(weight, residual, fitted, stats)},

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loraq.errors import SchemeError
 from loraq.methods.base import prepare, relative_error
-from loraq.scheme import LayerSolution, Scheme
+from loraq.packed import LayerSolution, PackedWeight
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
@@ -40,4 +41,4 @@ class RTN:
         weight = prepare(weight, scheme)
         residual = scheme.weight_format.quantize(weight, self.scale_rule)
         error = relative_error(weight, residual, None)
-        return LayerSolution(scheme, residual, None, error, time.perf_counter() - begin)
+        return LayerSolution(PackedWeight(scheme, residual), error, time.perf_counter() - begin)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loraq.linalg import truncated_svd
 from loraq.methods.base import frobenius, prepare, quantize_branch, relative_error, require_branch
-from loraq.scheme import LayerSolution, Scheme
+from loraq.packed import LayerSolution, PackedWeight
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
@@ -73,4 +74,6 @@ class SVDQuant:
         stored = main.quantize(weight - fitted.reconstruct(), self.scale_rule)
         error = relative_error(weight, stored, fitted)
         metrics = {"rounds": float(t + 1)}
-        return LayerSolution(scheme, stored, fitted, error, time.perf_counter() - begin, metrics)
+        return LayerSolution(
+            PackedWeight(scheme, stored, fitted), error, time.perf_counter() - begin, metrics
+        )

@@ -25,13 +25,14 @@ from loraq.layers import (
 from loraq.methods import layer_seed
 from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
+from loraq.packed import LayerSolution
 from loraq.pipeline.plan import LayerPlan, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
 from loraq.pipeline.sharing import allocated, collected, predicted_layer, sharing_layers
 from loraq.pipeline.stats import Stats, hashes_of_used, opened
 from loraq.pipeline.workers import one_thread
 from loraq.recipe import METHODS, Recipe
-from loraq.scheme import LayerSolution, Scheme
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
@@ -337,7 +338,7 @@ def quantized_layer(
     report = report_layer(name, weight, solution, stats_sha256)
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
-    quantized = quantized_class(layer).from_solution(solution, bias)
+    quantized = quantized_class(layer).from_packed(solution.packed, bias)
     quantized.record = {**report.record(), "recipe": recipe.to_dict()}
     return quantized, report
 
@@ -349,7 +350,7 @@ def report_layer(
     return LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
-        scheme=solution.scheme,
+        scheme=solution.packed.scheme,
         relative_error=solution.relative_error,
         sqnr_db=solution.sqnr_db,
         bits_per_weight=solution.bits_per_weight,

@@ -122,7 +122,9 @@ class _Work:
                 f"The weight of layer '{layer.name}' changed while it was read. Leave the source "
                 f"be."
             )
-        tensors = {f"{layer.name}.{name}": tensor for name, tensor in solution.tensors.items()}
+        tensors = {
+            f"{layer.name}.{name}": tensor for name, tensor in solution.packed.tensors.items()
+        }
         self.layout.write(self.folder, tensors, sync=True)
         entry = {
             key: value for key, value in asdict(report).items() if key not in ("shape", "scheme")

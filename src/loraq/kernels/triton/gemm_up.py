@@ -1,4 +1,4 @@
-"""The main FP8 product with the up-projection in the same accumulator (kernel K2).
+"""The main FP8 product with the up-projection in the same accumulator.
 
 The codes of activation and weight are multiplied as e4m3; the scales of the row and of the column
 and the bias are applied once to the sums, and then proj_up is multiplied into the same registers in
@@ -40,7 +40,7 @@ def gemm_up_kernel(
     PROMOTE: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """codes (tokens, in) x weight (out, in) + inner (tokens, rank) x up (out, rank) -> y (tokens, out)."""
+    """Codes (tokens, in) x weight (out, in) + inner (tokens, rank) x up (out, rank) -> y (tokens, out)."""
     tiles_m, tiles_n = tl.cdiv(n_tokens, BLOCK_M), tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0)
     first = tile // (GROUP * tiles_n) * GROUP

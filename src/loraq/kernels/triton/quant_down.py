@@ -1,4 +1,4 @@
-"""One pass over the activation: to MXFP8 on one exponent a token, and down to the rank space (kernel K1).
+"""One pass over the activation: to MXFP8 on one exponent a token, and down to the rank space.
 
 Each program takes some tokens with all of their channels, twice: first the largest magnitude, which
 the token's exponent follows from, then rounding, storing and multiplying by proj_down. The
@@ -53,7 +53,7 @@ def quant_down_kernel(
     BLOCK_K: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """x (tokens, in), proj_down (rank, in) in bf16 -> codes (tokens, in), scale (tokens,), inner (tokens, rank)."""
+    """X (tokens, in), proj_down (rank, in) in bf16 -> codes (tokens, in), scale (tokens,), inner (tokens, rank)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, RANK)
     place = rows.to(tl.int64)[:, None] * n_in

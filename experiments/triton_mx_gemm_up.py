@@ -1,9 +1,8 @@
-"""The main product on block-scaled matrix units, with the up-projection in the same accumulator (kernel K3).
+"""A main product on block-scaled matrix units, with the up-projection in the same accumulator.
 
 For GPUs whose tensor cores apply E8M0 scales of 32 values themselves (NVIDIA sm_100, AMD gfx950):
-MXFP8 activations by MXFP4 weights as they are stored, no folding. The shape is that of kernel K2.
-It is compiled and interpreted in tests; no back end chooses it before it was measured on such a
-GPU.
+MXFP8 activations by MXFP4 weights as they are stored, no folding. Tests compile and interpret it;
+it becomes a part of the `triton` back end once it was measured on such a GPU.
 """
 
 import triton
@@ -29,7 +28,11 @@ def mx_gemm_up_kernel(
     BLOCK_K: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """codes (tokens, in) e4m3, scale (tokens, in / 32), packed (out, in / 2) e2m1, weight_scale (out, in / 32) -> y."""
+    """Compute y (tokens, out).
+
+    Of codes (tokens, in) in e4m3, scale (tokens, in / 32), packed (out, in / 2) in e2m1,
+    weight_scale (out, in / 32), inner (tokens, rank) and up (out, rank).
+    """
     tiles_n = tl.cdiv(n_out, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

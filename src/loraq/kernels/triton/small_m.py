@@ -1,4 +1,4 @@
-"""Up to 16 tokens by packed MXFP4 or MXINT4 weights, 16-bit activations (kernel K4).
+"""Up to 16 tokens by packed MXFP4 or MXINT4 weights, 16-bit activations.
 
 Modulation and timestep layers run once a step on one vector. Reading the weight is all their time,
 so it is read packed and decoded in registers; a decoded value fits bf16 exactly. The branch is not
@@ -25,7 +25,7 @@ def small_m_kernel(
     BLOCK_K: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """x (tokens, in), packed (out, in / 2), scale (out, in / 32) -> y (tokens, out)."""
+    """X (tokens, in), packed (out, in / 2), scale (out, in / 32) -> y (tokens, out)."""
     tokens, columns = tl.arange(0, 16), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_bytes, n_blocks = n_in // 2, n_in // 32
     sums = tl.zeros((BLOCK_N, 16), tl.float32)

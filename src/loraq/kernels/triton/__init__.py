@@ -1,0 +1,1 @@
+"""Fused kernels in Triton, and the back end that launches them."""

@@ -1,0 +1,158 @@
+"""What a layer is in bytes: `PackedWeight`, and `LayerSolution`, a packed weight and its error."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.errors import FormatError
+from loraq.formats import Format, QTensor
+from loraq.scheme import Scheme
+from loraq.transforms import unrotate
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankBranch:
+    """Both quantized factors of a branch."""
+
+    #: (out, rank), blocks along rank.
+    proj_up: QTensor
+    #: (rank, in), blocks along in.
+    proj_down: QTensor
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """Return the dense product U D in fp32."""
+        return self.proj_up.dequantize() @ self.proj_down.dequantize()
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A quantized weight as it is stored: its scheme, the main weight and the low-rank branch.
+
+    On disk, and as parameters of a layer, its tensors are called `weight_packed`, `weight_scale`,
+    `proj_down_packed` and so on; `Scheme.storage` lists them with their shapes.
+    """
+
+    #: How the bytes are read and run.
+    scheme: Scheme
+    #: The main weight, (out, in).
+    main: QTensor
+    #: The low-rank branch, or `None` if the scheme has none.
+    branch: LowRankBranch | None = None
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
+    ) -> Self:
+        """Return the weight that stored tensors hold; the inverse of `tensors`.
+
+        Args:
+            tensors: by their names on disk; others are ignored.
+            scheme: how they are read.
+            shape: (out, in).
+
+        Raises:
+            FormatError: a tensor is missing, or is not of the bytes that the scheme wants.
+        """
+        parts = {
+            part: _read(tensors, part, fmt, matrix)
+            for part, (fmt, matrix) in scheme.parts(shape).items()
+        }
+        main = parts.pop("weight")
+        return cls(scheme, main, LowRankBranch(**parts) if parts else None)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The `uint8` tensors to store, by their names on disk; those of `Scheme.storage`."""
+        matrices = {"weight": self.main}
+        if self.branch is not None:
+            matrices |= {"proj_down": self.branch.proj_down, "proj_up": self.branch.proj_up}
+        return {
+            f"{part}_{name}": tensor
+            for part, matrix in matrices.items()
+            for name, tensor in matrix.tensors.items()
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        n_out, n_in = self.main.shape
+        return n_out, n_in
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.main.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales and both factors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the weight."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """Return the effective dense weight Ŵ = main + U D, rotated back, in fp32."""
+        dense = self.main.dequantize()
+        if self.branch is not None:
+            dense += self.branch.reconstruct()
+        return unrotate(dense, self.scheme.rotation)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same bytes on a device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return self.from_tensors(moved, self.scheme, self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """What a method returns for one weight: what is stored, and how good it is."""
+
+    #: What is stored.
+    packed: PackedWeight
+    #: ‖W − Ŵ‖_F / ‖W‖_F, no unit; 0 for an all-zero weight that is reproduced.
+    relative_error: float
+    #: Wall time of the solver in seconds.
+    seconds: float = 0.0
+    #: What else the method measured, by name: "objective", "output_error", "rounds" …
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal-to-quantization-noise ratio of the weight in dB; infinite if it is exact."""
+        return -20 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored; see `PackedWeight.nbytes`."""
+        return self.packed.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the weight."""
+        return self.packed.bits_per_weight
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """Return the effective dense weight in fp32; see `PackedWeight.reconstruct`."""
+        return self.packed.reconstruct()
+
+
+def _read(tensors: Mapping[str, Tensor], part: str, fmt: Format, shape: tuple[int, int]) -> QTensor:
+    stored = {}
+    for name, expected in fmt.storage(shape).items():
+        tensor = tensors.get(f"{part}_{name}")
+        found = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        if tensor is None or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(expected):
+            raise FormatError(
+                f"Tensor '{part}_{name}' is {found}. Raw bytes (uint8) of shape {tuple(expected)} "
+                "are required. Restore the file, or quantize again."
+            )
+        stored[name] = tensor
+    return QTensor(stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt)
