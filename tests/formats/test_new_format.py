@@ -105,7 +105,7 @@ def test_a_weight_is_quantized_and_the_layer_runs(name):
     expected = layer(x)
     recipe = replace(Recipe.of(name), options={"steps": 3, "refine_steps": 2})
     solution = loraq.quantize_weight(weight, recipe)
-    plain = FORMATS[solution.scheme.weight].round(weight, "search")
+    plain = FORMATS[solution.packed.scheme.weight].round(weight, "search")
     assert solution.relative_error < (plain - weight).norm() / weight.norm()
     model = torch.nn.Sequential(layer)
     loraq.quantize_(model, recipe, progress=False)
