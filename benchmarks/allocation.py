@@ -30,7 +30,8 @@ from loraq.layers import linear_layers, matrix_of, replace_layer
 from loraq.methods.prediction import Prediction
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
-from loraq.pipeline.module import plan_model, solve_layer
+from loraq.pipeline.layer import solve_layer
+from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.sharing import allocated, predicted_layer
 from loraq.recipe import Recipe

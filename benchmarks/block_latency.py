@@ -17,7 +17,7 @@ from torch import nn
 
 from common import interleaved_seconds, options, report, spread
 from loraq.layers import quantized_layers
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from random_layers import quantize_randomly
 
 CONTENDERS = (

@@ -21,7 +21,8 @@ from torch import nn
 from common import options, report
 from loraq.integrations.diffusers import transformer_classes
 from loraq.pipeline.plan import Plan
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 #: Parts of other models, which have no size of their own.
 PARTS = ("DreamLiteTransformer2DModel", "Transformer2DModel", "TransformerTemporalModel")

@@ -37,7 +37,8 @@ from loraq.evaluation import digits
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
 from loraq.pipeline.module import quantize_
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 DIRECT = {"scale_rule": None}
 #: Tokens of each layer's real inputs that its output error is measured on, and the seed they come

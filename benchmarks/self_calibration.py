@@ -23,7 +23,8 @@ import loraq
 from common import options, report
 from loraq.evaluation.digits import NULL_LABEL, load_transformer, sample, velocity_probe
 from loraq.evaluation.metrics import relative_error
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 HELD_OUT = (0, 1, 2)
 STEPS, MANY, FEW = 20, 128, 8

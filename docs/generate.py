@@ -13,7 +13,8 @@ import quality_page
 
 from loraq.cli import main
 from loraq.formats import FORMATS, BlockFormat, get_format
-from loraq.recipe import GRAMMAR, NAMED, SHOWCASE, Recipe
+from loraq.recipe import Recipe
+from loraq.recipe_names import GRAMMAR, NAMED, SHOWCASE
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "benchmarks"))

@@ -20,7 +20,7 @@ from loraq.errors import KernelError
 from loraq.nn import QuantizedLinear
 from loraq.parallel import LoraqColwise, LoraqRowwise
 from loraq.pipeline.module import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 
 sys.path.insert(
     0, str(Path(__file__).parent.parent / "benchmarks")

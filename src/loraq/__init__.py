@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from loraq.packed import LayerSolution, PackedWeight
     from loraq.pipeline.collect import collect_stats
     from loraq.pipeline.module import plan_model, quantize_, quantize_weight
-    from loraq.recipe import Recipe, Rule
+    from loraq.recipe import Recipe
+    from loraq.rules import Rule
     from loraq.scheme import Branch, Scheme
     from loraq.stats import ActivationStats
 
@@ -38,7 +39,7 @@ _HOMES = {
     "QTensor": "loraq.formats",
     "QuantizedLinear": "loraq.nn",
     "Recipe": "loraq.recipe",
-    "Rule": "loraq.recipe",
+    "Rule": "loraq.rules",
     "Scheme": "loraq.scheme",
     "absorb_lora": "loraq.integrations.absorb",
     "collect_pipeline_stats": "loraq.integrations.pipelines",

@@ -481,7 +481,9 @@ def test_a_single_bad_number_in_what_is_only_copied(folder, tmp_path):
     name = "layers.0.attention_norm1.weight"
     edit(folder / WEIGHTS, lambda tensors: tensors[name].view(-1)[-1:].fill_(float("inf")))
     refused(
-        folder, tmp_path, rf"Tensor '{name}' has a value that is not a finite number: inf at \(63,\)"
+        folder,
+        tmp_path,
+        rf"Tensor '{name}' has a value that is not a finite number: inf at \(63,\)",
     )
 
 

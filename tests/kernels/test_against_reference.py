@@ -17,7 +17,7 @@ from loraq.kernels.resident import decode_by_table
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution, PackedWeight
 from loraq.pipeline.module import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
 from matrices import dit_like, heavy_tailed, outlier_columns
 

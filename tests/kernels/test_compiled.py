@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from loraq.errors import KernelError
 from loraq.kernels import BACKENDS, int8_row
 from loraq.nn import QuantizedLinear
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from matrices import gaussian
 from random_layers import random_layer
 

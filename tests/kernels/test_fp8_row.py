@@ -10,7 +10,7 @@ from loraq.kernels.fp8_row import Fp8Row, encode_tokens, fold
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 
 CPU = torch.device("cpu")

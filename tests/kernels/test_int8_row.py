@@ -26,7 +26,7 @@ from loraq.kernels.int8_row import Int8Row
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian, heavy_tailed
 

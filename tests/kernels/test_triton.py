@@ -15,7 +15,7 @@ from loraq.kernels import choose
 from loraq.kernels.triton.backend import TritonRow
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.module import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from matrices import dit_like, gaussian
 
 HERE = Path(__file__).parent

@@ -11,7 +11,8 @@ from torch import nn
 import loraq
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 from matrices import heavy_tailed
@@ -182,8 +183,7 @@ def test_statistics_that_change_meanwhile_are_found(source, tmp_path, stats):
         (
             by("svdquant"),
             {},
-            "No layer uses the statistics: method 'svdquant' does not use them.* loraq, gptq, "
-            "qera",
+            "No layer uses the statistics: method 'svdquant' does not use them.* loraq, gptq, qera",
         ),
         (by("rtn"), {}, "method 'rtn' does not use them"),
         (

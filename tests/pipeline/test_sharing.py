@@ -15,7 +15,8 @@ from loraq.errors import CheckpointError, LayerError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint
 from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import Plan
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian
 

@@ -14,7 +14,8 @@ from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
 from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.module import plan_model, quantize_
 from loraq.pipeline.report import Report
-from loraq.recipe import NAMED, Recipe
+from loraq.recipe import Recipe
+from loraq.recipe_names import NAMED
 from loraq.stats import ActivationStats
 
 #: 16-bit rank 5 of width 192 is the share of the weights that rank 32 is of width 1152: the

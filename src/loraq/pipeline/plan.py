@@ -211,7 +211,7 @@ def _plan_layer(
     rule = recipe.rule_for(name, model_class)
     reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
     scheme = recipe.scheme_for(name, shape, model_class)
-    requested = recipe.asked_for(name, model_class)
+    requested = recipe.requested_scheme(name, model_class)
     if scheme is None or requested is None:
         return KeptLayer(name, shape, reason)
     sized = requested.branch is not None and requested.branch.rank == 0
