@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "absorb-lora",
     "formats",
+    "methods",
     "demo",
     "doctor",
     "stats",
@@ -148,16 +149,14 @@ def test_the_package_runs_as_a_module():
 def test_effort_without_loraq_is_refused_before_the_source_is_looked_at():
     result = run("quantize", "nowhere", "out", "--method", "gptq", "--effort", "fast")
     assert result.exit_code == 2
-    assert (
-        "--effort says how long method 'loraq' works, and 'gptq' has no levels of effort"
-        in result.stderr
-    )
+    assert "Method 'gptq' has no levels of effort. Leave --effort out, or use" in result.stderr
+    assert "(loraq)" in result.stderr
 
 
 def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_path):
     (tmp_path / "recipe.toml").write_text('scheme = "mxfp4+w8a8-r8"\neffort = "fast"\n')
     source = place / "float"
-    note = "Note: the recipe's effort 'fast' is for 'loraq' and changes nothing with 'rtn'."
+    note = "Note: method 'rtn' has no levels of effort, so the recipe's 'fast' changes nothing."
     for method, expected in (("rtn", True), ("loraq", False)):
         result = run("plan", source, "--recipe", tmp_path / "recipe.toml", "--method", method)
         assert result.exit_code == 0, result.stderr
@@ -540,6 +539,18 @@ def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
     result = run("doctor")
     assert result.exit_code == 1
     assert "The self-test failed for 'resident' on 'mxfp4-a4' (0.5 > 0.02)" in result.stderr
+
+
+def test_methods_lists_every_method_with_what_it_needs():
+    from loraq.methods import METHODS
+
+    lines = succeeds("methods").splitlines()
+    assert lines[0].split()[:4] == ["method", "branch", "statistics", "efforts"]
+    assert [line.split()[0] for line in lines[1:]] == sorted(METHODS)
+    found = {row["method"]: row for row in document("methods")["methods"]}
+    assert found["loraq"]["efforts"] == "fast, default, best"
+    assert (found["gptq"]["statistics"], found["rtn"]["branch"]) == ("required", "none")
+    assert "rounds" in found["svdquant"]["options"].split(", ")
 
 
 def test_formats_lists_formats_grammar_and_recipes():

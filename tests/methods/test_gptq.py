@@ -9,7 +9,7 @@ from correlated_inputs import correlated, output_error, stats_of
 from loraq.errors import CalibrationError
 from loraq.formats import FORMATS, FixedScales, get_format
 from loraq.methods import GPTQ, RTN, SVDQuant
-from loraq.methods.gptq import Feedback
+from loraq.methods.feedback import Feedback
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 from matrices import dit_like, gaussian

@@ -58,19 +58,6 @@ def test_mean_squares_that_are_all_alike_change_no_byte():
     )
 
 
-def test_a_batch_gives_what_its_weights_give_alone():
-    weights, inputs = (
-        [WEIGHT, dit_like(64, 96, seed=1)],
-        [stats_of(X), stats_of(correlated(500, 96, seed=9))],
-    )
-    together = FAST.solve_batch(weights, SCHEME, seeds=[1, 2], stats=inputs)
-    for i in range(2):
-        alone = FAST.solve(weights[i], SCHEME, seed=i + 1, stats=inputs[i])
-        assert together[i].metrics["objective"] == pytest.approx(
-            alone.metrics["objective"], rel=0.05
-        )
-
-
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("kind", ["zeros", "dead", "constant", "tiny", "huge"])
 @pytest.mark.parametrize("rotation", [0, 32])

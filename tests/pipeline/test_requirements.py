@@ -183,7 +183,7 @@ def test_statistics_that_change_meanwhile_are_found(source, tmp_path, stats):
         (
             by("svdquant"),
             {},
-            "No layer uses the statistics: method 'svdquant' does not use them.* loraq, gptq, qera",
+            "No layer uses the statistics: method 'svdquant' does not use them.* gptq, loraq, qera",
         ),
         (by("rtn"), {}, "method 'rtn' does not use them"),
         (
