@@ -282,7 +282,7 @@ _ACTIVATIONS = {
 
 #: Activations for which a rotation lowers the velocity error of the digits model; NVFP4, whose
 #: blocks are small and whose scales are fine, loses by it. Sides from 16 to 128 do as well as each
-#: other (`benchmarks/rotation.py`).
+#: other (`benchmarks/quality/tables.py`).
 _ROTATED = ("mxfp4", "mxint4", "int4")
 _ROTATION = 32
 

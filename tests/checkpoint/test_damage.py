@@ -486,7 +486,9 @@ def test_comparing_damaged_folders_is_an_error_too(one, pristine):
         one / "model.safetensors",
         lambda t: t.update({"first.weight_packed": t["first.weight_packed"][:-1].clone()}),
     )
-    with pytest.raises(CheckpointError, match=r"layer 'first': Tensor 'weight_packed' is torch\.uint8 of shape"):
+    with pytest.raises(
+        CheckpointError, match=r"layer 'first': Tensor 'weight_packed' is torch\.uint8 of shape"
+    ):
         compare(pristine / "one", one)
     edit_weights(one / "model.safetensors", lambda tensors: tensors.pop("first.weight_packed"))
     with pytest.raises(CheckpointError, match=r"has no tensor 'first\.weight_packed'"):

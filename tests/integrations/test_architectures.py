@@ -23,9 +23,9 @@ from loraq.pipeline.quantize import plan_model
 
 pytest.importorskip("diffusers")
 
+from coverage import PARTS
 from small.models import OWN, run, small_model
 
-from coverage import PARTS
 from loraq.integrations.diffusers import transformer_classes
 
 CLASSES = transformer_classes()

@@ -9,7 +9,7 @@ from loraq.cli.command import command
 from loraq.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from loraq.evaluation.demo import Row
+    from loraq.evaluation.contender import Row
 
 
 @command
@@ -36,8 +36,6 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     \b
     Example: loraq demo
     """
-    from dataclasses import asdict
-
     from loraq.evaluation.demo import run
     from loraq.evaluation.report import draw, require_drawable
 
@@ -46,7 +44,10 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     draw(result, out / "report.png")
     if as_json:
         print_json(
-            {"rows": [asdict(row) for row in result.rows], "report": str(out / "report.png")}
+            {
+                "rows": [row.to_record() for row in result.rows],
+                "report": str(out / "report.png"),
+            }
         )
         return
     _print_demo(result.rows)

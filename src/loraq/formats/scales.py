@@ -133,7 +133,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     )  # 2^-127 is the subnormal 1 << 22
 
 
-# Factors with the least error, measured by `benchmarks/scale_rules.py`. A power-of-two scale has
+# Factors with the least error, measured by `benchmarks/quality/scale_rules.py`. A power-of-two scale has
 # one useful neighbour: integers gain from clipping, floats from headroom, because only floats have
 # finer small steps.
 _FITTED_POWER_OF_TWO = {

@@ -20,7 +20,7 @@ from loraq.evaluation import flow
 
 #: The trained transformer: its configuration, and a safetensors file in bf16 that xz makes a third
 #: smaller.
-ASSETS = Path(__file__).parent / "assets" / "patches"
+ASSETS = Path(__file__).parents[1] / "assets" / "patches"
 
 #: The class of a patch is the photograph it was cut from; the empty caption comes after the last.
 PHOTOGRAPHS = (

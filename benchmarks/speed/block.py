@@ -6,7 +6,7 @@ blocks is quantized; attention and norms are not and cap the gain. All contender
 process; "ms" is the median wall time with its quartiles, "x bf16" is how many times faster than the
 bf16 model (more is better), "MiB" is the memory of weights and of what the back end keeps.
 
-    python benchmarks/block_latency.py --threads 2 --save
+    python -m benchmarks.speed.block --threads 2 --save
 """
 
 import copy
@@ -15,10 +15,11 @@ from statistics import median
 import torch
 from torch import nn
 
-from common import interleaved_seconds, options, report, spread
+from benchmarks.record import options, report
+from benchmarks.timing import interleaved_seconds, spread
+from benchmarks.worlds.random_layers import quantize_randomly
 from loraq.layers import quantized_layers
 from loraq.recipe import parse_scheme
-from random_layers import quantize_randomly
 
 CONTENDERS = (
     ("resident a16", "mxfp4-a16+w8a8-r64", "resident"),

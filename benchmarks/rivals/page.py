@@ -1,12 +1,13 @@
-"""The section on installable packages: every number is read from a result file of `benchmarks/against_rivals.py`."""
+"""The section on installable packages of docs/quality.md.
+
+Every number is read from a result file of `benchmarks.rivals.run`.
+"""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import performance
-
-Record = dict[str, Any]
-Row = dict[str, Any]
+from benchmarks.pages import source, table
+from benchmarks.results import Record
+from benchmarks.rivals.row import RivalRow
 
 #: A rival's error over LoRaQ's is to be at least this.
 BAR = 1 / 0.85
@@ -30,7 +31,7 @@ def newest(records: Iterable[Record]) -> Record | None:
     found = [
         r
         for r in records
-        if r["benchmark"] == "against_rivals" and "--" not in r["command"].replace("--save", "")
+        if r["benchmark"] == "rivals.run" and "--" not in r["command"].replace("--save", "")
     ]
     return found[-1] if found else None
 
@@ -40,65 +41,66 @@ def section(records: Iterable[Record]) -> str:
     record = newest(records)
     if record is None:
         return ""
-    rows = [row for row in record["rows"] if "failure" not in row and row["package"] != "loraq"]
-    tables = tuple(dict.fromkeys(row["table"] for row in rows))
-    rivals: dict[str, dict[str, Row]] = {}
+    found = [RivalRow.from_record(row) for row in record["rows"] if "failure" not in row]
+    rows = [row for row in found if row.package != "loraq"]
+    titles = tuple(dict.fromkeys(row.group for row in rows))
+    rivals: dict[str, dict[str, RivalRow]] = {}
     for row in rows:
-        rivals.setdefault(row["contender"], {})[row["table"]] = row
-    lines = [
-        INTRO.format(
-            packages=len({row["package"] for row in rows}),
-            tables=" / ".join(tables),
-            first=tables[0],
-        ),
-        performance.source(record) + "\n",
-        "| | bits | weight error | ratio, weight | ratio, output with 4-bit activations |",
-        "|---|--:|--:|---|---|",
-    ]
-    for name, by_table in rivals.items():
-        first = by_table[tables[0]]
-        mark = "" if first["counted"] == "stored" else " *"
+        rivals.setdefault(row.label, {})[row.group] = row
+    body = []
+    for name, by_title in rivals.items():
+        first = by_title[titles[0]]
+        mark = "" if first.counted == "stored" else " *"
         columns = (
-            " / ".join(shown(by_table.get(table), kind) for table in tables)
+            " / ".join(shown(by_title.get(title), kind) for title in titles)
             for kind in (weight, output)
         )
-        lines.append(
-            f"| {name}{mark} | {first['bits']:.3f} | {first['weight_error']:.4f} | "
-            f"{' | '.join(columns)} |"
-        )
-    return "\n".join([*lines, "", *verdict(rows), ""])
+        figures = (f"{first.bits_per_weight:.3f}", f"{first.weight_error:.4f}")
+        body.append([f"{name}{mark}", *figures, *columns])
+    intro = INTRO.format(
+        packages=len({row.package for row in rows}), tables=" / ".join(titles), first=titles[0]
+    )
+    headings = (
+        "",
+        "bits",
+        "weight error",
+        "ratio, weight",
+        "ratio, output with 4-bit activations",
+    )
+    lines = [intro, f"{source(record)}\n", *table(headings, body, "lrrll"), *verdict(rows)]
+    return "\n".join(lines)
 
 
-def verdict(rows: list[Row]) -> list[str]:
+def verdict(rows: list[RivalRow]) -> list[str]:
     """Return the lines that say whether the bar is kept."""
-    lines = ["| bar | worst | compared | |", "|---|--:|--:|---|"]
+    lines = []
     for what, kind, bar in (
         (f"weight error ≥ {BAR:.3f} times LoRaQ's", weight, BAR),
         ("output error with 4-bit activations ≥ LoRaQ's", output, 1.0),
     ):
         found = [(ratio, row) for row in rows if (ratio := kind(row)) is not None]
         worst, rival = min(found, key=lambda pair: pair[0])
-        place = f"{worst:.3f} ({rival['contender']}, {rival['table']})"
+        place = f"{worst:.3f} ({rival.label}, {rival.group})"
         below = sum(ratio < bar for ratio, _ in found)
         said = "met" if not below else f"**MISSED** by {below}"
-        lines.append(f"| {what} | {place} | {len(found)} | {said} |")
-    return lines
+        lines.append([what, place, str(len(found)), said])
+    return table(("bar", "worst", "compared", ""), lines, "lrrl")
 
 
-def weight(row: Row) -> float | None:
+def weight(row: RivalRow) -> float | None:
     """Return the ratio of weight errors, or `None` if no LoRaQ layer fits the bytes."""
-    return row["weight_error"] / row["loraq"]["weight_error"] if row["loraq"] else None
+    return row.weight_error / row.loraq.weight_error if row.loraq else None
 
 
-def output(row: Row) -> float | None:
+def output(row: RivalRow) -> float | None:
     """Return the ratio of output errors with 4-bit activations, or `None` where there is none."""
-    theirs = row["output_error"].get("A4")
-    return theirs / row["loraq"]["output_error"]["A4"] if theirs and row["loraq"] else None
+    theirs = row.output_errors["A4"]
+    return theirs / row.loraq.output_errors["A4"] if theirs and row.loraq else None
 
 
-def shown(row: Row | None, kind: Callable[[Row], float | None]) -> str:
+def shown(row: RivalRow | None, kind: Callable[[RivalRow], float | None]) -> str:
     """Return a ratio as the table shows it."""
     if row is None:
         return "–"
     ratio = kind(row)
-    return f"{ratio:.2f}" if ratio is not None else ("∅" if not row["loraq"] else "–")
+    return f"{ratio:.2f}" if ratio is not None else ("∅" if not row.loraq else "–")

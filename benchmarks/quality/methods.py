@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common import options, report
+from benchmarks.record import options, report
+from benchmarks.worlds.matrices import dit_like, heavy_tailed
 from loraq.budget import Budget, with_rank
 from loraq.evaluation.digits import assets_folder
 from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, Method, SVDQuant
@@ -34,7 +35,6 @@ from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
 from loraq.recipe import Recipe
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, heavy_tailed
 
 Row = dict[str, object]
 

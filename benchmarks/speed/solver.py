@@ -11,9 +11,9 @@ It takes 3 to 6 minutes. Only names that every version of the package has are us
 one can be measured by the same script ("before" is the commit that precedes the first profile of
 the solver):
 
-    python benchmarks/solver_seconds.py --label after --save
+    python -m benchmarks.speed.solver --label after --save
     git worktree add old 52424a7
-    PYTHONPATH=old/src python benchmarks/solver_seconds.py --label before --save
+    PYTHONPATH=old/src python -m benchmarks.speed.solver --label before --save
 """
 
 import inspect
@@ -28,11 +28,11 @@ from typing import Any
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from common import options, report
+from benchmarks.record import options, report
+from benchmarks.worlds.matrices import dit_like
 from loraq.formats import BlockFormat
 from loraq.methods import EFFORTS, LoRaQ
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like
 
 #: (out, in), and whether all default steps are taken.
 SHAPES = {(1152, 1152): True, (1152, 4608): True, (3072, 12288): False}

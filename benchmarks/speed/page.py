@@ -1,39 +1,39 @@
-"""The page of timings.
+"""The page of timings, docs/performance.md.
 
 Every number on it is read from the result files; nothing is measured or remembered here.
 """
 
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-Record = dict[str, Any]
-Row = dict[str, Any]
+from benchmarks.pages import source, table
+from benchmarks.results import Record
+from benchmarks.speed.layer import CONTENDERS
+
+#: A line of a result file: timings of one contender.
+Timing = dict[str, Any]
 
 #: What makes a missing result file, by benchmark. The page shows them, so that a table can be made
 #: again.
 COMMANDS = {
-    "linear_latency": (
-        "python benchmarks/linear_latency.py --threads 2 --save",
-        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 "
+    "speed.layer": (
+        "python -m benchmarks.speed.layer --threads 2 --save",
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m benchmarks.speed.layer --threads 2 --save",
+    ),
+    "speed.block": (
+        "python -m benchmarks.speed.block --threads 2 --step --save",
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m benchmarks.speed.block --threads 2 --step "
         "--save",
     ),
-    "block_latency": (
-        "python benchmarks/block_latency.py --threads 2 --step --save",
-        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/block_latency.py --threads 2 --step "
-        "--save",
-    ),
-    "solver_seconds": (
-        "python benchmarks/solver_seconds.py --label after --save",
+    "speed.solver": (
+        "python -m benchmarks.speed.solver --label after --save",
         "git worktree add old 52424a7",
-        "PYTHONPATH=old/src python benchmarks/solver_seconds.py --label before --save",
+        "PYTHONPATH=old/src python -m benchmarks.speed.solver --label before --save",
     ),
 }
 NO_FILE = "no result file yet"
-#: Models of `benchmarks/shapes.csv`, in the order of the page.
+#: Models of `benchmarks/worlds/shapes.csv`, in the order of the page.
 MODELS = {"pixart": "PixArt-Σ", "sana": "SANA", "flux": "FLUX"}
 #: Token counts that the bars are about, and the least size of in and out.
 LARGE_TOKENS, LARGE_SIZE = 1024, 1152
@@ -111,14 +111,6 @@ class Bar(NamedTuple):
         return (min if self.is_least else max)(self.measured)
 
 
-def read(folder: Path = RESULTS) -> list[Record]:
-    """Return every record of every result file, oldest first. A file has one record a line."""
-    lines = (
-        line for path in sorted(folder.glob("*/*.json")) for line in path.read_text().splitlines()
-    )
-    return sorted((json.loads(line) for line in lines), key=lambda record: record["date"])
-
-
 def page(records: Iterable[Record]) -> str:
     """Return the page for these records, which are sorted by date."""
     records = list(records)
@@ -162,22 +154,6 @@ def named(machine: Machine) -> str:
     )
 
 
-def source(record: Record) -> str:
-    """Return the sentence that says where a table's numbers come from."""
-    changed = ", **with changes that were not committed**" if record["changed"] else ""
-    return (
-        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}; torch "
-        f"{record['torch']}, {record['cpu_count']} cores."
-    )
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return a Markdown table, the first column to the left."""
-    headings = list(headings)
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|--:" * (len(headings) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def on_gpu(records: list[Record]) -> list[str]:
     """Return the section that says that there is no run on a GPU; runs that there are stand beside those of CPUs."""
     if any(record["benchmark"] in COMMANDS and record["device"] != "cpu" for record in records):
@@ -189,8 +165,8 @@ def on_gpu(records: list[Record]) -> list[str]:
 
 
 def layers(records: list[Record]) -> list[str]:
-    """Return the section of `linear_latency`."""
-    found = newest(records, "linear_latency", "model")
+    """Return the section of `speed.layer`."""
+    found = newest(records, "speed.layer", "model")
     lines = ["## One layer", "", LEGEND, legend(), "", *missing(found)]
     for machine, by_model in found.items():
         lines += [f"### {named(machine)}", ""]
@@ -208,12 +184,10 @@ def layers(records: list[Record]) -> list[str]:
 
 def legend() -> str:
     """Return which recipe is behind each name, as the benchmark has it today."""
-    from linear_latency import CONTENDERS
-
     return "Recipes: " + ", ".join(f"{label} `{recipe}`" for label, recipe, _ in CONTENDERS) + "."
 
 
-def speeds(rows: list[Row]) -> list[str]:
+def speeds(rows: list[Timing]) -> list[str]:
     """Return a table of ratios for each number of tokens."""
     contenders = [name for name in {row["contender"]: None for row in rows} if name != "bf16"]
     with_branch = list({row["contender"]: None for row in rows if "branch_cost" in row})
@@ -235,12 +209,12 @@ def speeds(rows: list[Row]) -> list[str]:
     return lines
 
 
-def shape_of(row: Row) -> str:
+def shape_of(row: Timing) -> str:
     """Return the layer's name and shape."""
     return f"{row['layer']}, {row['n_in']} → {row['n_out']}"
 
 
-def judged(machine: Machine, rows: list[Row]) -> list[str]:
+def judged(machine: Machine, rows: list[Timing]) -> list[str]:
     """Return the table of bars with what the rows say of them."""
     if machine.device != "cpu":
         return []
@@ -267,11 +241,11 @@ def judged(machine: Machine, rows: list[Row]) -> list[str]:
     return [*table(["bar", "worst", "median", "measured", ""], body), *reasons]
 
 
-def bars(rows: list[Row]) -> list[Bar]:
+def bars(rows: list[Timing]) -> list[Bar]:
     """Return the bars of a CPU."""
 
     def of(
-        contender: str, value: Callable[[Row], float], among: list[Row]
+        contender: str, value: Callable[[Timing], float], among: list[Timing]
     ) -> list[tuple[float, str]]:
         mine = (row for row in among if row["contender"] == contender)
         return [
@@ -306,12 +280,12 @@ def bars(rows: list[Row]) -> list[Bar]:
     ]
 
 
-def is_large(row: Row) -> bool:
+def is_large(row: Timing) -> bool:
     """Whether the bar of speed is about this row."""
     return row["tokens"] >= LARGE_TOKENS and min(int(row["n_in"]), int(row["n_out"])) >= LARGE_SIZE
 
 
-def slow_product(rows: list[Row]) -> str:
+def slow_product(rows: list[Timing]) -> str:
     """Return what explains a miss of `int8_row`, if the rows show it: the bare product is too slow."""
     product = [row["times_bf16"] for row in rows if row["contender"] == "int8 product"]
     slow = sum(ratio < BAR_SPEED for ratio in product)
@@ -333,8 +307,8 @@ def percent(share: float) -> str:
 
 
 def blocks(records: list[Record]) -> list[str]:
-    """Return the section of `block_latency`."""
-    found = newest(records, "block_latency", "what")
+    """Return the section of `speed.block`."""
+    found = newest(records, "speed.block", "what")
     lines = ["## A transformer block and a denoising step", "", BLOCKS, *missing(found)]
     for machine, by_what in found.items():
         lines += [f"### {named(machine)}", ""]
@@ -355,8 +329,8 @@ def blocks(records: list[Record]) -> list[str]:
 
 
 def solver(records: list[Record]) -> list[str]:
-    """Return the section of `solver_seconds`."""
-    found = newest(records, "solver_seconds", "label")
+    """Return the section of `speed.solver`."""
+    found = newest(records, "speed.solver", "label")
     lines = ["## The solver", "", SOLVER, *missing(found)]
     for machine, by_label in found.items():
         lines += [f"### {named(machine)}", ""]
@@ -380,7 +354,7 @@ def solver(records: list[Record]) -> list[str]:
     return lines
 
 
-def solver_cells(before: Row | None, after: Row | None) -> list[str]:
+def solver_cells(before: Timing | None, after: Timing | None) -> list[str]:
     """Return the cells of one shape and scheme."""
     both = (before, after)
     seconds = [
@@ -409,4 +383,4 @@ def missing(found: dict[Machine, dict[str, Record]]) -> list[str]:
 def commands() -> list[str]:
     """Return the section that says how the files are made."""
     lines = [command for of_benchmark in COMMANDS.values() for command in of_benchmark]
-    return ["## The commands", "", "```", *lines, "python docs/generate.py", "```"]
+    return ["## The commands", "", "```", *lines, "make docs", "```"]

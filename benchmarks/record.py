@@ -1,14 +1,11 @@
-"""What all benchmarks share: options, timing, the record of the environment, the JSON line at the end."""
+"""What all benchmarks share: options, the record of the environment, the JSON line at the end."""
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -52,50 +49,9 @@ def options(description: str | None, **flags: str | tuple[object, str]) -> argpa
     return chosen
 
 
-def best_cpu_seconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """Return the least process time of `repeats` runs, after one that does not count.
-
-    Process time adds up all threads and leaves out the time other programs had the core. Read it as
-    +- 10 %.
-    """
-    run()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        best = min(best, time.process_time() - start)
-    return best
-
-
-def interleaved_seconds(
-    contenders: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Return the wall times of all runs of every contender, taken in turn so that all see the same machine.
-
-    The first round does not count. Ratios of medians of one call are what to read; times differ
-    between machines.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def spread(seconds: list[float]) -> tuple[float, float, float]:
-    """Return the first quartile, the median and the third quartile."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return low, middle, high
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def benchmark_name() -> str:
+    """Return the module that was started with `python -m`, without the name of this package."""
+    return sys.modules["__main__"].__spec__.name.removeprefix("benchmarks.")
 
 
 def environment() -> dict[str, object]:
@@ -104,7 +60,7 @@ def environment() -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{benchmark_name()}", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -118,12 +74,12 @@ def environment() -> dict[str, object]:
 
 
 def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") -> None:
-    """Print one JSON line with the environment and all rows; with `save`, write it to a file as well.
+    """Print one JSON line with the environment and all rows; with `save`, write it to a file too.
 
     A second benchmark saved at the same commit on the same day is added to the same file, one line
     each.
     """
-    record = {"benchmark": Path(sys.argv[0]).stem, "device": device, **environment(), "rows": rows}
+    record = {"benchmark": benchmark_name(), "device": device, **environment(), "rows": rows}
     line = json.dumps(record)
     print(line)
     if save:
@@ -134,7 +90,10 @@ def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") ->
 
 
 def _has_amx() -> bool:
-    """Whether the CPU has matrix units; `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` keeps torch from using them."""
+    """Whether the CPU has matrix units.
+
+    `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` keeps torch from using them.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and " amx_tile" in cpuinfo.read_text()
 

@@ -11,8 +11,8 @@ largest, and keeps the others in 16 bits: every byte of the checkpoint is still 
 written, and "hours" tells what all layers would take on as many workers at the measured seconds per
 weight.
 
-    python benchmarks/stream_models.py --layers 8                        all three, a subset
-    python benchmarks/stream_models.py --models pixart-sigma --layers 0  all layers of one
+    python -m benchmarks.speed.stream --layers 8                        all three, a subset
+    python -m benchmarks.speed.stream --models pixart-sigma --layers 0  all layers of one
 """
 
 import json
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from common import options, report
+from benchmarks.record import options, report
 from loraq import Recipe, Rule, plan_model
 from loraq.checkpoint.header import DTYPE_NAMES, TensorSpec
 from loraq.checkpoint.layout import ShardLayout

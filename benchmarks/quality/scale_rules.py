@@ -12,10 +12,10 @@ is no reason to change a constant.
 import torch
 from torch import Tensor
 
-from common import options, report
+from benchmarks.record import options, report
+from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed
 from loraq.formats import FORMATS, BlockFormat
 from loraq.formats.scales import scale_rule
-from matrices import dit_like, gaussian, heavy_tailed
 
 MATRICES = {
     "gaussian": gaussian(576, 1152),

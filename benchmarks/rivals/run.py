@@ -1,8 +1,8 @@
 """Which installable packages leave less error than LoRaQ at the same stored bytes?
 
-Every rival in `rivals/` is installed into its own environment and quantizes the same weights as our
-methods, without data, through its public interface where it has one: `rivals/NAME.txt` says which
-version, `rivals/run_NAME.py` how.
+Every rival in `packages/` is installed into its own environment and quantizes the same weights as our
+methods, without data, through its public interface where it has one: `packages/NAME.txt` says which
+version, `packages/run_NAME.py` how.
 
 Reading guide: "bits" are those of every tensor that is stored for a weight, scales, zero points and
 factors included ("*": counted as packed, because the package keeps unpacked codes or only
@@ -19,34 +19,34 @@ table, the first call included.
 transformer that ships with the package, with ranks scaled to their width. Slow rivals run on the
 square weight only.
 
-    python benchmarks/against_rivals.py [--only NAME ...] [--quick] [--save]
+    python -m benchmarks.rivals.run [--only NAME ...] [--quick] [--save]
 """
 
 import sys
 import tempfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common import HERE, options, report
+from benchmarks.quality.methods import NOMINAL, Entry, Measured, output_error, trained_layers
+from benchmarks.record import options, report
+from benchmarks.rivals.environment import RivalError, environment, run_runner
+from benchmarks.rivals.packages.contract import SQUARE, rank_of
+from benchmarks.rivals.row import Found, RivalRow
+from benchmarks.worlds.matrices import dit_like, heavy_tailed
 from loraq.budget import Budget, with_rank
 from loraq.errors import SchemeError
 from loraq.evaluation.metrics import relative_error
 from loraq.formats import get_format
 from loraq.methods import RTN, LoRaQ, Method, SVDQuant, layer_seed
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, heavy_tailed
-from rivals.contract import SQUARE, rank_of
-from rivals.environment import RivalError, environment, run_runner
-from solver_error_per_second import NOMINAL, Entry, Measured, output_error, trained_layers
 
-RUNNERS = HERE / "rivals"
+RUNNERS = Path(__file__).parent / "packages"
 #: Activation formats of the main path for each family of codes, by column.
 ACTIVATIONS = {
     "int4": {"A16": "bf16", "A8": "int8", "A4": "int4"},
@@ -78,53 +78,6 @@ class Weight:
         return heavy_tailed(512, n_in, seed=seed) * torch.exp(0.5 * channels)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one contender makes of one weight."""
-
-    nbytes: int
-    weight_error: float
-    #: Relative output error by column of `ACTIVATIONS`; `None` where it cannot be known.
-    output_error: dict[str, float | None]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: means over its weights."""
-
-    table: str
-    contender: str
-    bits: float
-    weight_error: float
-    output_error: dict[str, float | None]
-    cpu_seconds: float
-    family: str
-    #: Name and version of the package.
-    package: str = "loraq"
-    #: "stored" or how the bytes were counted.
-    counted: str = "stored"
-    #: LoRaQ at the same or fewer bytes, and its scheme.
-    loraq: "Row | None" = None
-
-    @classmethod
-    def of(cls, table: str, contender: str, found: dict[Weight, Found], **more: object) -> "Row":
-        """Average over weights; bits are of all bytes."""
-        errors = {
-            column: None if None in values else fmean(values)
-            for column in ("A16", "A8", "A4")
-            for values in [[f.output_error[column] for f in found.values()]]
-        }
-        bits = (
-            8
-            * sum(f.nbytes for f in found.values())
-            / sum(weight.value.numel() for weight in found)
-        )
-        weight_error = fmean(f.weight_error for f in found.values())
-        seconds = sum(f.seconds for f in found.values())
-        return cls(table, contender, bits, weight_error, errors, seconds, **more)
-
-
 class Ours:
     """Our methods, each scheme solved once for a weight."""
 
@@ -132,9 +85,10 @@ class Ours:
         self._found: dict[object, Found] = {}
 
     def solve(self, weight: Weight, method: Method, scheme: Scheme, family: str) -> Found:
-        """Return the errors of a method, its branch in 16 bits beside A16 and in 8 bits else, if it is quantized.
+        """Return the errors of a method.
 
-        The 4-bit column has its own solution if the method takes activations into account.
+        A quantized branch sees 16 bits beside A16 and 8 bits else. The 4-bit column has its own
+        solution if the method takes activations into account.
         """
         key = (weight.name, method, scheme, family)
         if key in self._found:
@@ -155,7 +109,7 @@ class Ours:
         )
         return self._found[key]
 
-    def beside(self, table: str, rival: dict[Weight, Found], family: str) -> Row | None:
+    def beside(self, table: str, rival: dict[Weight, Found], family: str) -> RivalRow | None:
         """Return LoRaQ at a rival's bytes, or `None` if they pay for no branch."""
         found, used = {}, set()
         for weight, theirs in rival.items():
@@ -166,7 +120,12 @@ class Ours:
             found[weight] = self.solve(weight, LoRaQ(), scheme, family)
             used.add(f"{scheme.weight} r{scheme.branch.rank}")
         label = used.pop() if len(used) == 1 else f"{len(used)} ranks"
-        return Row.of(table, label, found, family=family)
+        return RivalRow.of(table, label, pairs(found), family=family)
+
+
+def pairs(found: dict[Weight, Found]) -> list[tuple[Tensor, Found]]:
+    """Return what was found of each matrix."""
+    return [(weight.value, one) for weight, one in found.items()]
 
 
 def _affordable(shape: tuple[int, int], family: str, budget: Budget) -> Scheme | None:
@@ -178,8 +137,8 @@ def _affordable(shape: tuple[int, int], family: str, budget: Budget) -> Scheme |
     return None
 
 
-def our_rows(table: str, weights: list[Weight], ours: Ours, *, best: bool) -> list[Row]:
-    """Return our methods in the bytes of a 16-bit rank-32 branch (scaled to the width), and plain rounding."""
+def our_rows(table: str, weights: list[Weight], ours: Ours, *, best: bool) -> list[RivalRow]:
+    """Return plain rounding, and our methods in the bytes of a 16-bit branch of `rank_of`."""
     lines: list[tuple[str, Method, str, Branch | None]] = []
     for main in ACTIVATIONS:
         lines.append((f"RTN {main}", RTN(), main, None))
@@ -206,7 +165,7 @@ def our_rows(table: str, weights: list[Weight], ours: Ours, *, best: bool) -> li
                 Scheme(main, branch=branch), weight.shape, Budget(rank_16bit=rank_of(weight.value))
             )
             found[weight] = ours.solve(weight, method, scheme, family)
-        rows.append(Row.of(table, f"our {label}", found, family=family))
+        rows.append(RivalRow.of(table, f"our {label}", pairs(found), family=family))
     return rows
 
 
@@ -234,7 +193,7 @@ def rival_rows(
     *,
     limit: float,
     runners: Path = RUNNERS,
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[RivalRow], list[str]]:
     """Run one rival and return its rows, and a line for everything that failed."""
     package = (runners / f"{name}.txt").read_text().strip()
     found: dict[tuple[str, str, str, str], dict[Weight, Found]] = defaultdict(dict)
@@ -264,32 +223,32 @@ def rival_rows(
             continue
         beside = ours.beside(table, of_weights, family)
         more = {"family": family, "package": package, "counted": counted, "loraq": beside}
-        rows.append(Row.of(table, label, of_weights, **more))
+        rows.append(RivalRow.of(table, label, pairs(of_weights), **more))
     return rows, list(failures)
 
 
-def show(rows: list[Row], table: str, n_weights: int) -> None:
+def show(rows: list[RivalRow], table: str, n_weights: int) -> None:
     """Print one table, by stored bits."""
     columns = "".join(f"{name:>8}" for name in ("bits", "weight", "A16", "A8", "A4"))
     print(f"\n{table}, {n_weights} weight(s)\n")
     print(f"{'':46}{columns}{'CPU s':>8}   LoRaQ at these bytes{columns}{'weight':>9}{'A4':>7}")
-    for row in sorted(rows, key=lambda row: (row.bits, -row.weight_error)):
+    for row in sorted(rows, key=lambda row: (row.bits_per_weight, -row.weight_error)):
         mark = "" if row.counted == "stored" else " *"
-        line = f"{row.contender + mark:46}{_figures(row)}{row.cpu_seconds:8.2f}"
+        line = f"{row.label + mark:46}{_figures(row)}{row.seconds:8.2f}"
         if row.loraq:
-            line += f"   {row.loraq.contender:20}{_figures(row.loraq)}{row.weight_error / row.loraq.weight_error:9.3f}"
-            theirs, ours = row.output_error["A4"], row.loraq.output_error["A4"]
+            line += f"   {row.loraq.label:20}{_figures(row.loraq)}{row.weight_error / row.loraq.weight_error:9.3f}"
+            theirs, ours = row.output_errors["A4"], row.loraq.output_errors["A4"]
             line += f"{theirs / ours:7.3f}" if theirs and ours else f"{'-':>7}"
-        elif not row.contender.startswith("our "):
+        elif not row.label.startswith("our "):
             line += "   no branch fits"
         print(line)
 
 
-def _figures(row: Row) -> str:
+def _figures(row: RivalRow) -> str:
     errors = "".join(
-        "       -" if error is None else f"{error:8.4f}" for error in row.output_error.values()
+        "       -" if error is None else f"{error:8.4f}" for error in row.output_errors.values()
     )
-    return f"{row.bits:8.3f}{row.weight_error:8.4f}{errors}"
+    return f"{row.bits_per_weight:8.3f}{row.weight_error:8.4f}{errors}"
 
 
 def weights_to_quantize(*, quick: bool) -> list[Weight]:
@@ -320,7 +279,7 @@ def main() -> None:
     if unknown := sorted(set(only) - set(names)):
         raise SystemExit(f"Unknown rivals: {', '.join(unknown)}. Known: {', '.join(names)}.")
     weights, ours = weights_to_quantize(quick=chosen.quick), Ours()
-    rows: list[Row] = []
+    rows: list[RivalRow] = []
     failures: list[str] = []
     for name in only or names:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -335,11 +294,12 @@ def main() -> None:
     for table in dict.fromkeys(weight.table for weight in weights):
         of_table = [weight for weight in weights if weight.table == table]
         rows += our_rows(table, of_table, ours, best=table == SQUARE)
-        show([row for row in rows if row.table == table], table, len(of_table))
+        show([row for row in rows if row.group == table], table, len(of_table))
     print("\nCould not be measured:" if failures else "\nAll rivals were measured.")
     for failure in failures:
         print(f"  {failure}")
-    report([*map(asdict, rows), *({"failure": failure} for failure in failures)], save=chosen.save)
+    records = [row.to_record() for row in rows]
+    report([*records, *({"failure": failure} for failure in failures)], save=chosen.save)
 
 
 if __name__ == "__main__":

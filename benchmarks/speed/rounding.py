@@ -10,9 +10,10 @@ direct rule ("floor" or "absmax") is what activations use at run time, "fitted" 
 
 import torch
 
-from common import best_cpu_seconds, options, report
+from benchmarks.record import options, report
+from benchmarks.timing import best_cpu_seconds
+from benchmarks.worlds.matrices import gaussian
 from loraq.formats import FORMATS, CastFormat, Format
-from matrices import gaussian
 
 
 def rules_of(fmt: Format) -> tuple[str | None, ...]:

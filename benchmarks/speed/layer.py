@@ -15,8 +15,8 @@ most 1.25 times what bf16 takes. They were set on a CPU whose INT8 instructions 
 its bf16 ones. From matrix units (AMX) bf16 gains more; the second command keeps torch from using
 them.
 
-    python benchmarks/linear_latency.py --threads 2 --save
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/linear_latency.py --threads 2 --save
+    python -m benchmarks.speed.layer --threads 2 --save
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m benchmarks.speed.layer --threads 2 --save
 """
 
 import csv
@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from common import HERE, interleaved_seconds, options, report, spread
+from benchmarks.record import HERE, options, report
+from benchmarks.timing import interleaved_seconds, spread
+from benchmarks.worlds.random_layers import bias_of, random_layer
 from loraq.errors import KernelError
 from loraq.kernels.int8_matrix import Rows, can_pack, pack_rows, packed_product
 from loraq.nn import QuantizedLinear
 from loraq.recipe import parse_scheme
-from random_layers import bias_of, random_layer
 
 #: Label, recipe, back end; the two labels without a branch are what the branch's cost is measured
 #: against.
@@ -61,7 +62,7 @@ def main() -> None:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = {model for model in ("pixart", "sana", "flux") if getattr(chosen, model)}
-    with (HERE / "shapes.csv").open() as file:
+    with (HERE / "worlds" / "shapes.csv").open() as file:
         shapes = [row for row in csv.DictReader(file) if not wanted or row["model"] in wanted]
     tokens: tuple[int, ...] = TOKENS
     if chosen.quick:
