@@ -22,7 +22,9 @@ from benchmarks.pages import table
 from benchmarks.record import options, report
 from loraq.integrations.diffusers import transformer_classes
 from loraq.pipeline.plan import Plan
-from loraq.recipe import NAMED, Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.recipe_names import NAMED
+from loraq.rules import Rule
 
 #: Parts of other models, which have no size of their own.
 PARTS = ("DreamLiteTransformer2DModel", "Transformer2DModel", "TransformerTemporalModel")

@@ -16,7 +16,7 @@ from benchmarks.pages import table
 from benchmarks.results import read
 from loraq.cli import main
 from loraq.formats import FORMATS, BlockFormat, get_format
-from loraq.recipe import GRAMMAR, SHOWCASE
+from loraq.recipe_names import GRAMMAR, SHOWCASE
 
 HERE = Path(__file__).parent
 

@@ -260,14 +260,14 @@ def test_sizes_are_read_with_their_units(text, size):
 
 
 def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
-    from loraq.pipeline import stream
+    from loraq.pipeline import files
 
     def cut(work, jobs, workers):
         yield work(jobs[0])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "run_jobs", cut)
+        patch.setattr(files, "run_jobs", cut)
         result = run("quantize", place / "float", tmp_path / "out", *FAST)
     assert result.exit_code == 130
     assert (
@@ -578,8 +578,7 @@ def test_formats_gives_one_document_whose_recipes_can_all_be_used():
 def small_demo(monkeypatch):
     """The demo with two invented rows, because the real one takes minutes."""
     from loraq.evaluation import demo
-    from loraq.evaluation.contender import Row
-    from loraq.evaluation.demo import DemoResult
+    from loraq.evaluation.demo import DemoResult, DemoRow
 
     pictures = torch.zeros(10, 1, 8, 8)
     numbers = {
@@ -593,7 +592,7 @@ def small_demo(monkeypatch):
     better = numbers | {"velocity_error": 0.01}
     sizes = {"nbytes": 1024, "bits_per_weight": 5.0}
     rows = (
-        Row(
+        DemoRow(
             group="as trained",
             label="bf16 weights",
             nbytes=2048,
@@ -601,7 +600,7 @@ def small_demo(monkeypatch):
             weight_error=0.0,
             **trained,
         ),
-        Row(
+        DemoRow(
             group=group,
             label="LoRaQ",
             recipe="mxfp4-a16+w8a8",
@@ -609,7 +608,7 @@ def small_demo(monkeypatch):
             **sizes,
             **numbers,
         ),
-        Row(
+        DemoRow(
             group=group,
             label="SVDQuant",
             recipe="mxfp4-a16+bf16-r5",
@@ -697,7 +696,7 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraq.pipeline.stream.run_jobs", interrupt)
+    monkeypatch.setattr("loraq.pipeline.files.run_jobs", interrupt)
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""

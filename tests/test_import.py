@@ -49,5 +49,5 @@ def test_running_a_checkpoint_loads_no_solver():
     assert not [
         name
         for name in loaded
-        if name.startswith(("loraq.methods", "loraq.recipe", "loraq.pipeline"))
+        if name.startswith(("loraq.methods", "loraq.recipe", "loraq.families", "loraq.pipeline"))
     ]

@@ -20,7 +20,7 @@ from loraq.layers import (
     set_backend,
 )
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
-from loraq.pipeline.quantize import quantize_weight
+from loraq.pipeline.module import quantize_weight
 from loraq.scheme import Scheme
 
 

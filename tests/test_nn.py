@@ -13,7 +13,7 @@ from loraq.errors import KernelError, SchemeError
 from loraq.formats import CastFormat, get_format
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.packed import LayerSolution
-from loraq.pipeline.quantize import quantize_weight
+from loraq.pipeline.module import quantize_weight
 from loraq.scheme import Branch, Scheme
 from loraq.transforms import rotate
 

@@ -19,8 +19,8 @@ from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import KernelError
 from loraq.nn import QuantizedLinear
 from loraq.parallel import LoraqColwise, LoraqRowwise
-from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.pipeline.module import quantize_weight
+from loraq.recipe_names import parse_scheme
 
 N_IN, N_HIDDEN = 128, 384
 NAMES = (

@@ -8,9 +8,9 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 quality_page = pytest.importorskip("benchmarks.quality.page")
+from benchmarks.quality.row import ModelRow  # noqa: E402
 from benchmarks.results import read, rename  # noqa: E402
 from benchmarks.rivals import page as rivals_section  # noqa: E402
-from loraq.evaluation.contender import Row  # noqa: E402
 
 
 def row(
@@ -33,6 +33,7 @@ def row(
         "peak_bytes": 9 * 2**20,
     }
     names = {"label": label, "method": method, "group": group, "world": world, "recipe": "int4-a16"}
+    names["effort"] = "fast"
     return {**names, **numbers, "same_bytes": same_bytes, "velocity_errors": velocity}
 
 
@@ -109,7 +110,7 @@ def test_a_rival_meets_rows_that_store_no_more_and_have_its_main_format():
 def test_ratios_are_to_the_best_row_of_the_same_bytes():
     larger = row("more bytes", [0.005, 0.0055, 0.00525], bits=5.25, same_bytes=False)
     rows = [OURS, larger, row("worse", [0.02, 0.022, 0.021])]
-    lines = quality_page.figures([Row.from_record(line) for line in rows])
+    lines = quality_page.figures([ModelRow.from_record(line) for line in rows])
     cells = {
         line.split("|")[1].strip(): line.split("|")[7].strip() for line in lines if "int4" in line
     }

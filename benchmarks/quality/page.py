@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from benchmarks.pages import source, table
+from benchmarks.quality.row import ModelRow
 from benchmarks.results import Record
 from benchmarks.rivals import page as rivals
-from loraq.evaluation.contender import Row
 
 #: Two-sided 95 % quantile of Student's t by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -52,7 +52,7 @@ class Table(NamedTuple):
     """The newest rows of one table, and the sentence that says where they come from."""
 
     date: str
-    rows: list[Row]
+    rows: list[ModelRow]
     source: str
 
 
@@ -68,7 +68,7 @@ def newest(records: Iterable[Record]) -> dict[str, Tables]:
             continue
         if not all("same_bytes" in row for row in record["rows"]):
             continue  # of a form that is older than the page
-        for row in map(Row.from_record, record["rows"]):
+        for row in map(ModelRow.from_record, record["rows"]):
             tables = found.setdefault(row.world, {})
             if row.group not in tables or tables[row.group].date != record["date"]:
                 tables[row.group] = Table(record["date"], [], source(record))
@@ -115,7 +115,7 @@ def verdicts(worlds: dict[str, Tables]) -> list[str]:
     ]
 
 
-def verdict(place: str, rival: Row, ours: Row) -> list[str]:
+def verdict(place: str, rival: ModelRow, ours: ModelRow) -> list[str]:
     """Return the cells of one line of that table."""
     found = ratios(rival, ours)
     low, high = fmean(found) - half_width(found), fmean(found) + half_width(found)
@@ -124,7 +124,7 @@ def verdict(place: str, rival: Row, ours: Row) -> list[str]:
     return [place, rival.label, bits[0], ours.label, bits[1], interval(found, 2), said]
 
 
-def best(rows: list[Row], rival: Row) -> Row | None:
+def best(rows: list[ModelRow], rival: ModelRow) -> ModelRow | None:
     """Return LoRaQ's row with the least velocity error among those like a rival, if there is one.
 
     They store no more, and have the same main format, unless no LoRaQ row has the rival's (as for
@@ -136,12 +136,12 @@ def best(rows: list[Row], rival: Row) -> Row | None:
     return min(alike or ours, key=lambda row: fmean(row.velocity_errors), default=None)
 
 
-def main_of(row: Row) -> str:
+def main_of(row: ModelRow) -> str:
     """Return the main format of a row."""
     return row.recipe.split("-")[0]
 
 
-def figures(rows: list[Row]) -> list[str]:
+def figures(rows: list[ModelRow]) -> list[str]:
     """Return one table."""
     pool = [row for row in rows if row.method == "loraq" and row.same_bytes]
     reference = min(pool, key=lambda row: fmean(row.velocity_errors))
@@ -162,7 +162,7 @@ def figures(rows: list[Row]) -> list[str]:
     return table(headings, body, "l" * len(headings))
 
 
-def ratios(row: Row, reference: Row) -> list[float]:
+def ratios(row: ModelRow, reference: ModelRow) -> list[float]:
     """Return the ratio of two rows' velocity errors, run by run."""
     pairs = zip(row.velocity_errors, reference.velocity_errors, strict=True)
     return [ours / theirs for ours, theirs in pairs]

@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 
 import loraq
+from benchmarks.quality.row import ModelRow
 from benchmarks.quality.tables import TEXT_SIDE, all_tables, comparisons
 from benchmarks.record import options, report
 from benchmarks.worlds.world import WORLDS, World
-from loraq.evaluation.contender import Row
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
-from loraq.pipeline.quantize import quantize_
+from loraq.pipeline.module import quantize_
 from loraq.recipe import Recipe
 
 #: Tokens of each layer's real inputs that its output error is measured on, and the seed they come
@@ -142,7 +142,7 @@ def collect_inputs(model: nn.Module, world: World, names: list[str]) -> dict[str
     return found
 
 
-def measure(name: str, exact: Exact, effort: str, group: str, index: int) -> Row:
+def measure(name: str, exact: Exact, effort: str, group: str, index: int) -> ModelRow:
     """Return one row: what becomes of the model with each seed."""
     torch.set_num_threads(1)
     world = WORLDS[name]
@@ -171,7 +171,7 @@ def measure(name: str, exact: Exact, effort: str, group: str, index: int) -> Row
             }
         velocities.append(relative_error(velocity, world.probe(model, seed=seed)))
         drawn.append(draw_samples(model, world, seed))
-    return Row(
+    return ModelRow(
         world=name,
         group=group,
         label=contender.label,

@@ -5,7 +5,7 @@ and a synthetic transformer weight. First table: every rule of every format; les
 "search" is the bound for one scale for each block. Second table: a block takes the scale
 2^(floor(log2(c * max)) - emax); c = 1 is the rule of the MX specification, "best c" the one with
 the least error on that matrix, "excess" how much more error than that the constant in use
-(`loraq.formats.scales`) leaves, in percent of the error. The optimum is flat: an excess below 0.5
+(`loraq.formats.presets`) leaves, in percent of the error. The optimum is flat: an excess below 0.5
 is no reason to change a constant.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.record import options, report
 from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed
 from loraq.formats import FORMATS, BlockFormat
-from loraq.formats.scales import scale_rule
+from loraq.formats.scale_rules import rule_names
 
 MATRICES = {
     "gaussian": gaussian(576, 1152),
@@ -23,12 +23,6 @@ MATRICES = {
     "dit_like": dit_like(576, 1152),
 }
 FACTORS = [round(0.70 + 0.01 * i, 2) for i in range(81)]
-
-
-def rules_of(fmt: BlockFormat) -> tuple[str, ...]:
-    """Return the names of all rules of a format."""
-    direct = ("floor", "midmax") if fmt.scale_format.is_power_of_two else ("absmax",)
-    return (*direct, "constant", "fitted", "search")
 
 
 def percent(x: Tensor, rounded: Tensor) -> float:
@@ -48,7 +42,7 @@ def compare_rules(formats: list[BlockFormat]) -> list[dict[str, object]]:
     print(f"{'format':12}{'rule':10}" + "".join(f"{name:>12}" for name in MATRICES))
     rows: list[dict[str, object]] = []
     for fmt in formats:
-        for rule in rules_of(fmt):
+        for rule in rule_names(fmt.scale_format):
             errors = {name: percent(x, fmt.round(x, rule)) for name, x in MATRICES.items()}
             print(
                 f"{fmt.name:12}{rule:10}" + "".join(f"{error:12.3f}" for error in errors.values())
@@ -69,7 +63,7 @@ def sweep_factors(formats: list[BlockFormat]) -> list[dict[str, object]]:
     for fmt in formats:
         if not fmt.scale_format.is_power_of_two:
             continue
-        used = scale_rule("fitted", fmt.scale_format, fmt.element).factors[0]
+        used = fmt.scale_rule("fitted").factors[0]
         errors = torch.tensor(
             [[error_with_factor(fmt, x, c) for c in FACTORS] for x in MATRICES.values()]
         )

@@ -5,6 +5,7 @@ ranks are shared by the same marginal gain, and gives a recipe with a rule for e
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from loraq.evaluation.metrics import relative_error
 from loraq.layers import linear_layers, matrix_of
 from loraq.methods.prediction import Prediction
-from loraq.pipeline.plan import LayerPlan, Plan
-from loraq.pipeline.quantize import plan_model, solve_layer
-from loraq.pipeline.sharing import allocated, predicted_layer
-from loraq.recipe import Recipe, Rule
+from loraq.pipeline.layer import solve_layer
+from loraq.pipeline.module import plan_model
+from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.sharing import predict_layer, spend_budget
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 #: A seed that no row is measured with.
 UNUSED_SEED = 100
@@ -38,30 +41,27 @@ def share_otherwise(
         probe: velocities of a model, by its seed.
     """
     uniform, layers = plan_model(model, recipe), linear_layers(model)
-    sized = [layer for layer in uniform.quantized if layer.sized]
-    found = {
-        layer.name: predicted_layer(layer, matrix_of(layers[layer.name]), recipe) for layer in sized
-    }
+    sized = [job for job in uniform.quantized if job.sized]
+    found = dict(predict_layer(job, matrix_of(layers[job.name]), recipe) for job in sized)
     if way == "measured":
-        factors = measure_importance(model, probe, sized, recipe)
+        factors = measure_importance(model, probe, sized)
     else:
         factors = {
-            layer.name: (layer.shape[0] * layer.shape[1] if way == "per weight" else 1)
-            / found[layer.name].energy
-            for layer in sized
+            job.name: (math.prod(job.shape) if way == "per weight" else 1) / found[job.name].energy
+            for job in sized
         }
     counted = {name: scale(prediction, factors[name]) for name, prediction in found.items()}
-    return replace(recipe, rules=(*rank_rules(allocated(uniform, counted)), *recipe.rules))
+    return replace(recipe, rules=(*rank_rules(spend_budget(uniform, counted)), *recipe.rules))
 
 
 def rank_rules(plan: Plan) -> list[Rule]:
     """Return a rule for the rank of every layer of a plan whose rank a budget settled."""
     rules = []
-    for layer in plan.quantized:
-        if layer.sized and layer.scheme is not None and layer.scheme.branch is not None:
-            branch = {"rank": layer.scheme.branch.rank}
-            weight_only = True if layer.scheme.activation == "bf16" else None
-            rules.append(Rule(layer.name, branch=branch, weight_only=weight_only))
+    for job in plan.quantized:
+        if job.sized and job.scheme.branch is not None:
+            branch = {"rank": job.scheme.branch.rank}
+            weight_only = True if job.scheme.activation == "bf16" else None
+            rules.append(Rule(job.name, branch=branch, weight_only=weight_only))
     return rules
 
 
@@ -71,20 +71,19 @@ def scale(prediction: Prediction, factor: float) -> Prediction:
 
 
 def measure_importance(
-    trained: nn.Module, probe: Callable[..., Tensor], layers: list[LayerPlan], recipe: Recipe
+    trained: nn.Module, probe: Callable[..., Tensor], jobs: list[LayerJob]
 ) -> dict[str, float]:
     """Return the squared velocity error that each layer alone causes over its squared error."""
     model, found = copy.deepcopy(trained), {}
     velocity = probe(trained, seed=UNUSED_SEED)
-    recipe = replace(recipe, effort="fast")
-    for layer in layers:
-        assert layer.scheme is not None
-        linear = linear_layers(model)[layer.name]
+    layers = linear_layers(model)
+    for job in jobs:
+        linear = layers[job.name]
         exact = linear.weight.data
-        solution = solve_layer(matrix_of(linear), recipe, layer.scheme, layer.name)
+        solution = solve_layer(job, matrix_of(linear))
         linear.weight.data = solution.reconstruct().view_as(exact)
         error = (linear.weight.data - exact).square().sum().item()
         caused = relative_error(velocity, probe(model, seed=UNUSED_SEED))
-        found[layer.name] = caused**2 / error
+        found[job.name] = caused**2 / error
         linear.weight.data = exact
     return found

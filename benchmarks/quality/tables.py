@@ -9,7 +9,7 @@ from benchmarks.quality.sharing import WAYS, share_otherwise
 from benchmarks.worlds.world import OWN_SAMPLES, WORLDS, World
 from loraq.evaluation.contender import Contender
 from loraq.layers import quantized_layers
-from loraq.recipe import Rule
+from loraq.rules import Rule
 
 DIRECT = {"scale_rule": None}
 Table = tuple[Contender, ...]

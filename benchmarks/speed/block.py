@@ -19,7 +19,7 @@ from benchmarks.record import options, report
 from benchmarks.timing import interleaved_seconds, spread
 from benchmarks.worlds.random_layers import quantize_randomly
 from loraq.layers import quantized_layers
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 
 CONTENDERS = (
     ("resident a16", "mxfp4-a16+w8a8-r64", "resident"),

@@ -34,7 +34,7 @@ from benchmarks.worlds.random_layers import bias_of, random_layer
 from loraq.errors import KernelError
 from loraq.kernels.int8_matrix import Rows, can_pack, pack_rows, packed_product
 from loraq.nn import QuantizedLinear
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 
 #: Label, recipe, back end; the two labels without a branch are what the branch's cost is measured
 #: against.

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from loraq.nn import QuantizedLinear
     from loraq.packed import LayerSolution, PackedWeight
     from loraq.pipeline.collect import collect_stats
-    from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
-    from loraq.recipe import Recipe, Rule
+    from loraq.pipeline.module import plan_model, quantize_, quantize_weight
+    from loraq.recipe import Recipe
+    from loraq.rules import Rule
     from loraq.scheme import Branch, Scheme
     from loraq.stats import ActivationStats
 
@@ -38,7 +39,7 @@ _HOMES = {
     "QTensor": "loraq.formats",
     "QuantizedLinear": "loraq.nn",
     "Recipe": "loraq.recipe",
-    "Rule": "loraq.recipe",
+    "Rule": "loraq.rules",
     "Scheme": "loraq.scheme",
     "absorb_lora": "loraq.integrations.absorb",
     "collect_pipeline_stats": "loraq.integrations.pipelines",
@@ -47,10 +48,10 @@ _HOMES = {
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
     "load_stats": "loraq.checkpoint.stats",
-    "plan_model": "loraq.pipeline.quantize",
-    "quantize_": "loraq.pipeline.quantize",
+    "plan_model": "loraq.pipeline.module",
+    "quantize_": "loraq.pipeline.module",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
-    "quantize_weight": "loraq.pipeline.quantize",
+    "quantize_weight": "loraq.pipeline.module",
     "save": "loraq.checkpoint",
     "save_stats": "loraq.checkpoint.stats",
     "set_backend": "loraq.layers",

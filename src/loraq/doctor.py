@@ -18,7 +18,7 @@ from loraq.kernels import BACKENDS, DEFAULT_BACKEND, asked_backend
 from loraq.kernels.base import Backend
 from loraq.kernels.dispatch import candidates
 from loraq.packed import LowRankBranch, PackedWeight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
 from loraq.version import __version__
 

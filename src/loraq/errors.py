@@ -45,3 +45,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     close = get_close_matches(str(name), names, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"Unknown {kind} '{name}'.{hint} Known: {', '.join(names)}."
+
+
+def layer_failure(name: str, error: Exception) -> LayerError:
+    """Return the error that says which layer failed, and why."""
+    reason = str(error) if isinstance(error, LoraqError) else f"{type(error).__name__}: {error}"
+    return LayerError(f"Layer '{name}' failed: {reason}")

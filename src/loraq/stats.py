@@ -36,7 +36,7 @@ class ActivationStats:
             )
         if not self.second_moment.isfinite().all():
             raise CalibrationError(
-                "Statistics hold values that are no finite numbers. Collect them again."
+                "Statistics hold values that are not finite numbers. Collect them again."
             )
         if (self.mean_square < 0).any():
             raise CalibrationError("Statistics hold a negative mean square. Collect them again.")

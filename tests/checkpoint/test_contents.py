@@ -12,7 +12,8 @@ import loraq
 from loraq.checkpoint.contents import DenseWeights, compare
 from loraq.errors import CheckpointError
 from loraq.layers import quantized_layers
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 
 def net(*, width: int = 32) -> nn.Module:

@@ -20,7 +20,8 @@ from loraq.checkpoint.contents import DenseWeights, compare
 from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.writer import atomic_folder
 from loraq.errors import CheckpointError
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 
 class Net(nn.Module):

@@ -20,7 +20,8 @@ from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError, KernelError
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 WIDTH = 48
 

@@ -215,7 +215,7 @@ def test_a_newer_format_is_refused(tmp_path):
             {"a.second_moment": torch.ones(3, 2)},
             "layer 'a': Statistics have a second moment of shape",
         ),
-        ({"a.second_moment": torch.tensor([1.0, torch.nan])}, "layer 'a': .*no finite numbers"),
+        ({"a.second_moment": torch.tensor([1.0, torch.nan])}, "layer 'a': .*not finite numbers"),
     ],
 )
 def test_a_planted_defect_is_found(tmp_path, change, message):

@@ -1,4 +1,4 @@
-"""Promises that every format makes, whatever its element and scale: shapes, bytes, symmetries, edges."""
+"""Promises that every format makes: shapes, bytes, symmetries, edges."""
 
 import math
 
@@ -171,7 +171,7 @@ def test_every_format_keeps_the_protocol(name):
 
 
 def is_signed(name, rule):
-    """Whether the scales of a rule may be negative, which makes the lowest code of two's complement useful."""
+    """Whether the scales of a rule may be negative, so that the lowest integer is useful."""
     return name.startswith(("int4", "int5", "int6")) and rule in ("fitted", "search")
 
 

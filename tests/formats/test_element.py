@@ -1,4 +1,4 @@
-"""Scalar formats against independent code: ml_dtypes and torch (floats), gfloat (floats and integers)."""
+"""Scalar formats against independent code: ml_dtypes, torch (floats), gfloat (integers too)."""
 
 import ml_dtypes
 import numpy as np
@@ -84,7 +84,7 @@ GFLOAT = {
 
 
 def difficult_values(element: ElementFormat) -> torch.Tensor:
-    """Where rounding can go wrong: grid values, midpoints, their neighbours, underflow, overflow, random fp32 bits."""
+    """Where rounding can go wrong: grid, midpoints, neighbours, under- and overflow, random bits."""
     grid = np.unique(decode_ndarray(GFLOAT[element.name], np.arange(2**element.bits)))
     grid = grid[np.isfinite(grid)]
     midpoints = (grid[1:] + grid[:-1]) / 2

@@ -1,4 +1,4 @@
-"""Scale rules by hand-computed examples, and against torchao (floor, midmax, NVFP4), ml_dtypes (E8M0) and numpy."""
+"""Scale rules by examples computed by hand, and against torchao, ml_dtypes (E8M0) and numpy."""
 
 import ml_dtypes
 import numpy as np
@@ -11,15 +11,13 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 from loraq import formats
 from loraq.errors import FormatError
-from loraq.formats import FORMATS, get_format
+from loraq.formats import FORMATS, ScaleRule, get_format
 from loraq.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, integer, mx_integer
 from loraq.formats.scales import (
     BF16_SCALE,
     E4M3_SCALE,
     E8M0_SCALE,
     FP32_SCALE,
-    ScaleRule,
-    scale_rule,
 )
 
 TORCHAO_ELEMENTS = {
@@ -343,7 +341,10 @@ def test_four_bit_activations_round_better_by_a_constant(name, matrix):
 @pytest.mark.parametrize("rule", ["floor", "midmax"])
 def test_power_of_two_rules_do_not_apply_to_float_scales(name, rule):
     fmt = get_format(name)
-    message = rf"Unknown scale rule for {fmt.scale_format.name} scales '{rule}'.* Known: absmax, constant, fitted, search\."
+    message = (
+        rf"Unknown scale rule for {fmt.scale_format.name} scales '{rule}'.* "
+        r"Known: absmax, constant, fitted, search\."
+    )
     for call in (fmt.round, fmt.quantize):
         with pytest.raises(FormatError, match=message):
             call(torch.ones(1, 64), rule)
@@ -370,11 +371,39 @@ def test_no_rule_means_the_direct_rule(name):
     assert torch.equal(fmt.round(x), fmt.round(x, fmt.default_rule))
 
 
-def test_named_rules_carry_their_numbers():
-    assert scale_rule("floor", E8M0_SCALE, E2M1) == ScaleRule("floor")
-    assert scale_rule("fitted", E8M0_SCALE, mx_integer(4)) == ScaleRule("fitted", (0.85,))
-    assert scale_rule("fitted", E8M0_SCALE, E2M3) == ScaleRule("fitted", (1.02,))
-    assert scale_rule("search", E8M0_SCALE, E4M3) == ScaleRule("search", (1.0, 2.0))
-    assert scale_rule("search", E8M0_SCALE, mx_integer(8)) == ScaleRule("search", (1.0, 0.5))
-    assert scale_rule("fitted", FP32_SCALE, E4M3) == ScaleRule("fitted")
-    assert scale_rule("search", BF16_SCALE, integer(4)).least_squares
+@pytest.mark.parametrize(
+    ("name", "rule", "expected"),
+    [
+        ("mxfp4", "floor", ScaleRule("floor")),
+        ("mxint4", "fitted", ScaleRule("fitted", (0.85,))),
+        ("mxint4", "constant", ScaleRule("constant", (0.85,))),
+        ("mxint6", "fitted", ScaleRule("fitted", (0.95,))),
+        ("mxint8", "fitted", ScaleRule("fitted", (0.99,))),
+        ("mxfp4", "fitted", ScaleRule("fitted", (1.10,))),
+        ("mxfp6_e2m3", "fitted", ScaleRule("fitted", (1.02,))),
+        ("mxfp6_e3m2", "fitted", ScaleRule("fitted", (1.14,))),
+        ("mxfp8_e4m3", "fitted", ScaleRule("fitted", (1.14,))),
+        ("mxfp8_e5m2", "fitted", ScaleRule("fitted", (1.14,))),
+        ("int4", "fitted", ScaleRule("fitted", (0.78,), 3, signed=True)),
+        ("int4_b32", "fitted", ScaleRule("fitted", (0.78,), 3, signed=True)),
+        ("int4", "constant", ScaleRule("constant", (0.92,))),
+        ("int5", "fitted", ScaleRule("fitted", (0.95, 0.87), 1, signed=True)),
+        ("int5", "constant", ScaleRule("constant")),
+        ("int6", "fitted", ScaleRule("fitted", (0.98, 0.9), 1, signed=True)),
+        ("nvfp4", "fitted", ScaleRule("fitted", (1.0, 0.93, 1.42), 1)),
+        ("nvfp4", "constant", ScaleRule("constant")),
+        ("int8", "fitted", ScaleRule("fitted")),
+        ("int8_b64", "fitted", ScaleRule("fitted")),
+        ("fp8_e4m3", "fitted", ScaleRule("fitted")),
+        ("mxfp8_e4m3", "search", ScaleRule("search", (1.0, 2.0))),
+        ("mxint8", "search", ScaleRule("search", (1.0, 0.5))),
+    ],
+)
+def test_named_rules_carry_their_numbers(name, rule, expected):
+    assert get_format(name).scale_rule(rule) == expected
+
+
+def test_search_ends_with_least_squares():
+    rule = get_format("int4").scale_rule("search")
+    assert rule.signed
+    assert rule.least_squares

@@ -197,10 +197,10 @@ def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    def solved(*_):
+    def solved(*_, **__):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("loraq.integrations.absorb.solve_layer", solved)
+    monkeypatch.setattr("loraq.integrations.absorb.quantize_layer", solved)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import loraq
 from loraq.cli import main
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1
-from loraq.pipeline.quantize import plan_model
+from loraq.pipeline.module import plan_model
 
 pytest.importorskip("diffusers")
 

@@ -458,9 +458,9 @@ def test_an_index_that_points_elsewhere(folder, tmp_path, file):
         (torch.zeros(64, 32), r"has shape \(64, 32\), config\.json wants \(64, 64\)"),
         (
             torch.full((64, 64), float("nan")),
-            r"has a value that is no finite number: nan at \(0, 0\)",
+            r"has a value that is not a finite number: nan at \(0, 0\)",
         ),
-        (torch.full((64, 64), float("-inf")), "has a value that is no finite number: -inf"),
+        (torch.full((64, 64), float("-inf")), "has a value that is not a finite number: -inf"),
     ],
 )
 @pytest.mark.parametrize("generic", [False, True])
@@ -481,7 +481,9 @@ def test_a_single_bad_number_in_what_is_only_copied(folder, tmp_path):
     name = "layers.0.attention_norm1.weight"
     edit(folder / WEIGHTS, lambda tensors: tensors[name].view(-1)[-1:].fill_(float("inf")))
     refused(
-        folder, tmp_path, rf"Tensor '{name}' has a value that is no finite number: inf at \(63,\)"
+        folder,
+        tmp_path,
+        rf"Tensor '{name}' has a value that is not a finite number: inf at \(63,\)",
     )
 
 

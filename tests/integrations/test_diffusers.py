@@ -278,7 +278,7 @@ def no_work(monkeypatch):
     def started(*_, **__):
         raise AssertionError("work has started")
 
-    monkeypatch.setattr("loraq.pipeline.stream.run_jobs", started)
+    monkeypatch.setattr("loraq.pipeline.files.run_jobs", started)
 
 
 def refused(

@@ -254,7 +254,7 @@ def no_loading(monkeypatch):
             CalibrationError,
             "Mean squares are not enough: method 'gptq'",
         ),
-        ({"recipe": "int4_b7-w9"}, loraq.LoraqError, "Recipe name"),
+        ({"recipe": "int4_b7+w9"}, loraq.LoraqError, "Recipe name"),
     ],
 )
 def test_what_cannot_work_is_known_before_anything_is_loaded(

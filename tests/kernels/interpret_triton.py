@@ -17,7 +17,7 @@ from loraq.kernels.triton.quant_down import quant_down
 from loraq.kernels.triton.small_m import small_m
 from loraq.nn import QuantizedLinear
 from loraq.packed import LowRankBranch, PackedWeight
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 from triton_mx_gemm_up import mx_gemm_up_kernel
 
 MXFP8 = get_format("mxfp8_e4m3")

@@ -17,8 +17,8 @@ from loraq.kernels.reference import Reference
 from loraq.kernels.resident import decode_by_table
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution, PackedWeight
-from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.pipeline.module import quantize_weight
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
 
 N_OUT, N_IN = 96, 240

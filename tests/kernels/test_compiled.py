@@ -13,7 +13,7 @@ from benchmarks.worlds.random_layers import random_layer
 from loraq.errors import KernelError
 from loraq.kernels import BACKENDS, int8_row
 from loraq.nn import QuantizedLinear
-from loraq.recipe import parse_scheme
+from loraq.recipe_names import parse_scheme
 
 #: Back end and recipe; `triton` is compiled in `interpret_triton.py`.
 CASES = [

@@ -10,8 +10,8 @@ from loraq.kernels import choose
 from loraq.kernels.fp8_row import Fp8Row, encode_tokens, fold
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
-from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.pipeline.module import quantize_weight
+from loraq.recipe_names import parse_scheme
 
 CPU = torch.device("cpu")
 

@@ -26,8 +26,8 @@ from loraq.kernels.int8_matrix import (
 from loraq.kernels.int8_row import Int8Row
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
-from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.pipeline.module import quantize_weight
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from loraq.errors import KernelError
 from loraq.kernels import choose
 from loraq.kernels.triton.backend import TritonRow
 from loraq.nn import QuantizedLinear
-from loraq.pipeline.quantize import quantize_weight
-from loraq.recipe import parse_scheme
+from loraq.pipeline.module import quantize_weight
+from loraq.recipe_names import parse_scheme
 
 HERE = Path(__file__).parent
 #: Where a kernel waits for a GPU to be measured on.

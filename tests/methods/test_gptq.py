@@ -8,8 +8,7 @@ from correlated_inputs import correlated, output_error, stats_of
 
 from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import CalibrationError
-from loraq.formats import FORMATS, get_format
-from loraq.formats.fixed_scales import FixedScales
+from loraq.formats import FORMATS, FixedScales, get_format
 from loraq.methods import GPTQ, RTN, SVDQuant
 from loraq.methods.gptq import Feedback
 from loraq.scheme import Branch, Scheme

@@ -202,7 +202,7 @@ def test_an_input_may_be_given_by_name():
 
 def test_squares_that_overflow_are_an_error_with_the_name_of_the_layer():
     net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(10, 4) * 1e30
-    with pytest.raises(CalibrationError, match=r"Layer '0': .*no finite numbers"):
+    with pytest.raises(CalibrationError, match=r"Layer '0': .*not finite numbers"):
         collect_stats(net, lambda: net(x), ["0"])
 
 
@@ -250,7 +250,9 @@ def test_a_layer_that_cannot_be_counted_is_named(layers, message):
 def test_an_input_that_is_not_finite_is_an_error_with_the_name_of_the_layer(bad):
     net, x = nn.Sequential(nn.Linear(4, 4)), gaussian(10, 4)
     x[3, 2] = bad
-    with pytest.raises(CalibrationError, match="Layer '0' got an input that is no finite number"):
+    with pytest.raises(
+        CalibrationError, match="Layer '0' got an input that is not a finite number"
+    ):
         collect_stats(net, lambda: net(x), ["0"])
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from loraq.errors import RecipeError, SchemeError
-from loraq.pipeline.plan import LayerPlan, OtherWeight, Plan
-from loraq.pipeline.quantize import plan_model
-from loraq.recipe import Recipe, Rule
+from loraq.methods import layer_seed
+from loraq.pipeline.module import plan_model
+from loraq.pipeline.plan import KeptLayer, LayerJob, OtherWeight, Plan
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 SHAPES = {
@@ -38,7 +40,7 @@ def test_a_plan_has_every_layer_in_the_order_given():
 
 def test_a_layer_that_stays_has_a_reason_and_the_others_have_none():
     plan = Plan.of(SHAPES, RECIPE)
-    reasons = {layer.name: layer.reason for layer in plan.layers if layer.scheme is None}
+    reasons = {layer.name: layer.reason for layer in plan.layers if isinstance(layer, KeptLayer)}
     assert reasons == {"patch_embed.proj": "embedding", "head": "rule 'head'"}
     assert all(layer.reason == "" for layer in plan.quantized)
 
@@ -46,7 +48,6 @@ def test_a_layer_that_stays_has_a_reason_and_the_others_have_none():
 @pytest.mark.parametrize(
     ("scheme", "shape", "nbytes"),
     [
-        (None, (10, 64), 2 * 640),
         (Scheme("mxfp4"), (64, 64), 64 * 32 + 64 * 2),
         (Scheme("mxfp4"), (3, 40), 3 * 20 + 3 * 2),
         (Scheme("nvfp4"), (64, 64), 64 * 32 + 64 * 4 + 4),
@@ -59,9 +60,19 @@ def test_a_layer_that_stays_has_a_reason_and_the_others_have_none():
     ],
 )
 def test_the_bytes_of_a_layer(scheme, shape, nbytes):
-    layer = LayerPlan("a", shape, scheme)
-    assert layer.nbytes == nbytes
-    assert layer.bits_per_weight == 8 * nbytes / math.prod(shape)
+    job = LayerJob.of("a", shape, scheme, RECIPE)
+    assert job.nbytes == nbytes
+    assert job.bits_per_weight == 8 * nbytes / math.prod(shape)
+
+
+def test_a_kept_layer_is_counted_at_16_bits():
+    assert KeptLayer("a", (64, 10), "why").nbytes == 2 * 64 * 10
+
+
+def test_a_job_has_all_that_a_driver_needs_but_the_weight():
+    for job in Plan.of(SHAPES, RECIPE).quantized:
+        assert job.method == RECIPE.solver(job.scheme)
+        assert job.seed == layer_seed(RECIPE.seed, job.name)
 
 
 def test_the_totals_of_a_plan():

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from loraq.pipeline import progress
-from loraq.pipeline.progress import image_lines, progress_bar
+from loraq.pipeline.progress import progress_bar, show_images
 
 
 class Terminal(io.StringIO):
@@ -32,7 +32,7 @@ def test_elsewhere_than_on_a_terminal_each_layer_is_a_line(capsys, monkeypatch):
 def test_each_image_is_a_line_with_the_time_left(capsys, monkeypatch):
     clock = iter([90.0, 100.0, 102.0, 106.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    show = image_lines("stats")
+    show = show_images(True, "stats")
     show(0, 4, "loading")
     show(1, 4, "run 1 of 2")
     show(3, 4, "run 2 of 2")

@@ -14,9 +14,10 @@ from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LayerError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint
+from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import Plan
-from loraq.pipeline.quantize import plan_model
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 GREEDY = Recipe(
@@ -46,9 +47,7 @@ def source(tmp_path) -> Path:
 
 
 def ranks(plan: Plan) -> list[int]:
-    return [
-        layer.scheme.branch.rank for layer in plan.quantized if layer.scheme and layer.scheme.branch
-    ]
+    return [job.scheme.branch.rank for job in plan.quantized if job.scheme.branch]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -61,7 +60,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def quantize(
     source: Path, target: Path, recipe: Recipe = GREEDY, **options
-) -> loraq.pipeline.quantize.Report:
+) -> loraq.pipeline.module.Report:
     return loraq.quantize_checkpoint(source, target, recipe, **{"progress": False, **options})
 
 
@@ -189,7 +188,7 @@ def test_a_number_that_is_not_finite_names_its_layer(tmp_path):
     state = net().state_dict()
     state["1.weight"][3, 4] = torch.nan
     save_file(state, tmp_path / "bad.safetensors")
-    with pytest.raises(LayerError, match=r"Layer '1': .*nan"):
+    with pytest.raises(LayerError, match=r"Layer '1' failed: .*nan"):
         quantize(tmp_path / "bad.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

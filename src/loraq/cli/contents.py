@@ -122,7 +122,7 @@ def formats(as_json: bool) -> None:
     Example: loraq formats
     """
     from loraq.formats import FORMATS, BlockFormat
-    from loraq.recipe import GRAMMAR, SHOWCASE
+    from loraq.recipe_names import GRAMMAR, SHOWCASE
 
     rows = []
     for fmt in FORMATS.values():

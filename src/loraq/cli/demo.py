@@ -9,7 +9,7 @@ from loraq.cli.command import command
 from loraq.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from loraq.evaluation.contender import Row
+    from loraq.evaluation.demo import DemoRow
 
 
 @command
@@ -54,7 +54,7 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     click.echo(f"Report: {out / 'report.png'}")
 
 
-def _print_demo(rows: "tuple[Row, ...]") -> None:
+def _print_demo(rows: "tuple[DemoRow, ...]") -> None:
     headings = (
         "",
         "recipe",
@@ -67,7 +67,7 @@ def _print_demo(rows: "tuple[Row, ...]") -> None:
         "Fréchet",
         "s",
     )
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[DemoRow]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     for group, members in groups.items():
@@ -90,7 +90,7 @@ def _print_demo(rows: "tuple[Row, ...]") -> None:
     )
 
 
-def _print_winners(rows: "list[Row]") -> None:
+def _print_winners(rows: "list[DemoRow]") -> None:
     """Say who has the best of each column among the rows of one size, also when it is not LoRaQ."""
     if len(rows) < 2:
         return

@@ -162,10 +162,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             }
         )
         return
-    click.echo(
-        f"{len(report.layers)} layers quantized, {len(report.plan.layers) - len(report.layers)} "
-        f"kept."
-    )
+    click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.kept)} kept.")
     if report.kept:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(
@@ -201,51 +198,50 @@ def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> Non
     if as_json:
         print_json(_plan_document(planned))
         return
-    rows = []
-    for layer in planned.layers:
-        shape = f"{layer.shape[0]}×{layer.shape[1]}"
-        if layer.scheme is None:
-            rows.append(
-                (layer.name, shape, "kept", "", "", "", size_of(layer.nbytes), "", layer.reason)
-            )
-            continue
-        branch = layer.scheme.branch
-        formats = (layer.scheme.weight, activation_of(layer.scheme))
-        side = (
-            (f"{branch.weight}/{branch.activation}", str(branch.rank)) if branch else ("none", "")
-        )
-        bits = f"{layer.bits_per_weight:.3f}"
-        rows.append((layer.name, shape, *formats, *side, size_of(layer.nbytes), bits, layer.reason))
-    for other in planned.others:
-        shape = "×".join(str(n) for n in other.shape)
-        rows.append(
-            (other.name, shape, "kept", "", "", "", size_of(other.nbytes), "", other.reason)
-        )
     print_table(
         ("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"),
-        rows,
+        _plan_rows(planned),
     )
-    kept = len(planned.layers) - len(planned.quantized)
     click.echo(
         f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per "
-        f"weight, {kept} kept."
+        f"weight, {len(planned.kept)} kept."
     )
     click.echo(
         f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after."
     )
 
 
+def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
+    from loraq.pipeline.plan import LayerJob
+
+    rows: list[tuple[str, ...]] = []
+    for layer in (*planned.layers, *planned.others):
+        shape, size = "×".join(str(n) for n in layer.shape), size_of(layer.nbytes)
+        if not isinstance(layer, LayerJob):
+            rows.append((layer.name, shape, "kept", "", "", "", size, "", layer.reason))
+            continue
+        scheme, branch = layer.scheme, layer.scheme.branch
+        side = f"{branch.weight}/{branch.activation}" if branch else "none"
+        rank = str(branch.rank) if branch else ""
+        formats = (scheme.weight, activation_of(scheme), side, rank)
+        bits = f"{layer.bits_per_weight:.3f}"
+        rows.append((layer.name, shape, *formats, size, bits, layer.reason))
+    return rows
+
+
 def _plan_document(planned: "Plan") -> dict[str, Any]:
     from dataclasses import asdict
+
+    from loraq.pipeline.plan import LayerJob
 
     layers = [
         {
             "name": layer.name,
             "shape": layer.shape,
-            "scheme": asdict(layer.scheme) if layer.scheme else None,
+            "scheme": asdict(layer.scheme) if isinstance(layer, LayerJob) else None,
             "reason": layer.reason,
             "nbytes": layer.nbytes,
-            "bits_per_weight": layer.bits_per_weight,
+            "bits_per_weight": layer.bits_per_weight if isinstance(layer, LayerJob) else 16.0,
         }
         for layer in planned.layers
     ]

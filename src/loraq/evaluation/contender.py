@@ -6,7 +6,8 @@ from typing import Any, Self
 
 from torch import nn
 
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,23 @@ class Contender:
     #: What to do to the quantized model before it is measured.
     finish: Callable[[nn.Module], None] | None = None
 
-    def to_recipe(self, *, budget: str, effort: str) -> Recipe:
+    def to_recipe(self, *, effort: str, budget: str | None = None) -> Recipe:
         """Return the recipe.
 
         Args:
-            budget: of branches whose rank is open, unless the contender has its own.
             effort: of method "loraq", unless the contender has its own.
+            budget: of branches whose rank is open, unless the contender has its own; without
+                either, that of the name.
 
         Raises:
             RecipeError: the recipe's name or one of the fields is not valid.
         """
+        named = Recipe.named(self.recipe)
         return replace(
-            Recipe.named(self.recipe),
+            named,
             method=self.method,
             options=self.options,
-            budget=self.budget or budget,
+            budget=self.budget or budget or named.budget,
             effort=self.effort or effort,
             allocation=self.allocation,
             rules=self.rules,
@@ -56,44 +59,18 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one contender; `None` is what a comparison does not measure."""
+    """What every comparison measures of a contender; a subclass has what one measures besides."""
 
     #: The table it belongs to.
     group: str
     label: str
+    recipe: str = ""
+    method: str = "loraq"
     bits_per_weight: float
     #: Mean over the layers of ‖W − Ŵ‖ / ‖W‖.
     weight_error: float
     #: Time that the solver took, all layers.
     seconds: float
-    recipe: str = ""
-    method: str = "loraq"
-    effort: str | None = None
-    #: Which trained transformer.
-    world: str | None = None
-    #: As in `Contender`.
-    same_bytes: bool = True
-    #: Bytes of the quantized layers.
-    nbytes: int | None = None
-    #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The
-    #: discriminating figure.
-    velocity_error: float | None = None
-    #: The same for each seed of the solver, where several were tried.
-    velocity_errors: tuple[float, ...] = ()
-    #: Mean relative output error of a layer on its own real inputs.
-    output_error: float | None = None
-    #: Samples against those of the model as trained from the same noise.
-    psnr_db: float | None = None
-    ssim: float | None = None
-    #: Share of samples that the judge reads as their class. Cannot see differences at 4 bits.
-    accuracy: float | None = None
-    #: Fréchet distance of the judge's features to real digits, and that of the model as trained.
-    #: Cannot see differences at 4 bits.
-    frechet: float | None = None
-    frechet_as_trained: float | None = None
-    #: Most memory, as whoever measures counts it.
-    peak_bytes: int | None = None
-    seconds_per_image: float | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
@@ -103,4 +80,4 @@ class Row:
 
     def to_record(self) -> dict[str, Any]:
         """Return what was measured, by name."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        return {name: value for name, value in asdict(self).items() if value is not None}

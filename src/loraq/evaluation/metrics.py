@@ -80,8 +80,7 @@ def ssim(
     Raises:
         LoraqError: torchmetrics is not installed.
     """
-    torchmetrics = _torchmetrics()
-    _, places = torchmetrics.functional.structural_similarity_index_measure(
+    _, places = _torchmetrics().functional.image.structural_similarity_index_measure(
         image.double(),
         reference.double(),
         sigma=_SIGMA,
@@ -120,6 +119,7 @@ def frechet_distance(
 
 def _torchmetrics() -> Any:
     try:
+        import torchmetrics.functional.image
         import torchmetrics.image.fid
     except ImportError as error:
         raise LoraqError(

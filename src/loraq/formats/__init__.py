@@ -1,17 +1,21 @@
 """How a number is stored: scalar elements, packed bytes, shared scales, and the named formats."""
 
-from loraq.formats.block import BlockFormat, CastFormat, Format, QTensor
+from loraq.formats.block import BlockFormat, FixedScales, Format, QTensor
+from loraq.formats.cast import CastFormat
 from loraq.formats.element import ElementFormat
 from loraq.formats.presets import FORMATS, get_format, is_format
-from loraq.formats.scales import ScaleFormat, ScaleRule
+from loraq.formats.scale_rules import ScaleFit, ScaleRule
+from loraq.formats.scales import ScaleFormat
 
 __all__ = [
     "FORMATS",
     "BlockFormat",
     "CastFormat",
     "ElementFormat",
+    "FixedScales",
     "Format",
     "QTensor",
+    "ScaleFit",
     "ScaleFormat",
     "ScaleRule",
     "get_format",

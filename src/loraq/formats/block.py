@@ -1,4 +1,4 @@
-"""A quantized tensor: formats with shared block scales, plain 16-bit formats, and `QTensor`, what both produce.
+"""A quantized tensor: `QTensor`, what every format promises, and formats with shared block scales.
 
 Blocks run along the last axis, which is always the contraction axis; a last, shorter block is
 allowed. A scale always multiplies. Two paths give bit-equal values: `round` returns the decoded
@@ -7,8 +7,8 @@ bytes (what is stored).
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,15 +18,12 @@ from torch.nn.functional import pad
 from loraq.errors import FormatError
 from loraq.formats.element import ElementFormat
 from loraq.formats.packing import pack, packed_width, unpack
-from loraq.formats.scales import E4M3_SCALE, ScaleFormat, ScaleRule, scale_rule, view_bytes
+from loraq.formats.scale_rules import LARGEST, ScaleFit, ScaleRule, choose_scales, scale_rule
+from loraq.formats.scales import E4M3_SCALE, ScaleFormat, safe_divisor, view_bytes
 
 #: Values handled at a time on a CPU, so that all passes over them stay in cache: 1 MiB; half or
 #: twice of it is slower.
 _CHUNK_VALUES = 1 << 18
-
-#: Larger magnitudes saturate: a bf16 scale for them could be rounded up until its values overflow
-#: fp32.
-_LARGEST = 0.99 * torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +78,25 @@ class Format(Protocol):
         """Stored bits for each value of a long row, block scales counted."""
         ...
 
+    @property
+    def activations(self) -> Mapping[int, str]:
+        """Formats of the activations beside a main weight of this format, by their bits.
+
+        They are what a recipe's name means by "-a4" and "-a8".
+        """
+        ...
+
+    @property
+    def rotation(self) -> int:
+        """Side of the Hadamard rotation that pays for activations of this format; 0 for none."""
+        ...
+
     def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that hold a tensor of this shape, by name ("packed", "scale")."""
+        """Return the shapes of the `uint8` tensors that hold a tensor of this shape, by name."""
         ...
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
+        """Return the exact bytes of a tensor of this shape, all scales and padding counted."""
         ...
 
     def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -102,7 +112,7 @@ class Format(Protocol):
         ...
 
     def for_rows(self) -> "Format":
-        """Return the variant in which no scale is shared by two rows: what dynamic activations need."""
+        """Return the variant for dynamic activations, in which no two rows share a scale."""
         ...
 
 
@@ -120,6 +130,12 @@ class BlockFormat:
     block_size: int | None
     #: Whether this is the variant for dynamic activations; see `for_rows`.
     of_rows: bool = False
+    #: Numbers of the scale rules that were fitted to this format.
+    fit: ScaleFit = field(default=ScaleFit(), kw_only=True)
+    #: Formats of the activations beside a main weight of this format, by their bits.
+    activations: Mapping[int, str] = field(default_factory=dict, compare=False, kw_only=True)
+    #: Side of the Hadamard rotation that pays for activations of this format; 0 for none.
+    rotation: int = field(default=0, kw_only=True)
 
     @property
     def has_global_scale(self) -> bool:
@@ -140,17 +156,28 @@ class BlockFormat:
 
     @property
     def default_rule(self) -> str:
-        """Rule used when none is named: the direct one of the scale format; for 4-bit activations "constant"."""
+        """Rule used when none is named: the direct one, or "constant" for 4-bit activations."""
         if self.of_rows and not self.has_global_scale:
             return "constant"
         return "floor" if self.scale_format.is_power_of_two else "absmax"
+
+    def scale_rule(self, name: str | None = None) -> ScaleRule:
+        """Return a scale rule with the numbers that fit this format; `None` is `default_rule`.
+
+        Raises:
+            FormatError: the rule does not exist for this format.
+        """
+        return scale_rule(name or self.default_rule, self.scale_format, self.element, self.fit)
 
     def n_blocks(self, n: int) -> int:
         """Return the blocks of a row of `n` values."""
         return -(-n // self.block_size) if self.block_size else 1
 
     def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that hold a tensor of this shape, by name ("packed", "scale")."""
+        """Return the shapes of the `uint8` tensors that hold a tensor of this shape, by name.
+
+        The names are "packed", "scale" and, where the format has one, "global_scale".
+        """
         *leading, n = shape
         shapes: dict[str, tuple[int, ...]] = {
             "packed": (*leading, packed_width(n, self.bits)),
@@ -161,7 +188,7 @@ class BlockFormat:
         return shapes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Return the exact bytes that a tensor of this shape takes, all scales and padding counted."""
+        """Return the exact bytes of a tensor of this shape, all scales and padding counted."""
         return sum(math.prod(stored) for stored in self.storage(shape).values())
 
     def for_rows(self) -> "BlockFormat":
@@ -183,15 +210,16 @@ class BlockFormat:
         Raises:
             FormatError: the rule does not exist for this format.
         """
-        chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
-        rows = x.reshape(-1, x.shape[-1])
+        chosen = self.scale_rule(rule)
+        element = chosen.extend(self.element)
+        rows = x.reshape(-1, x.shape[-1])  # (rows, n)
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device) if out is None else out
         out_rows = out.view(rows.shape)
         global_scale = self._global_scale(x)
         for part in _row_chunks(rows):
-            blocks = self._blocks(rows[part].float())
-            scale = self._choose_scale(blocks, chosen, _of_rows(global_scale, rows, part))
-            values = self._element(chosen).round(blocks / _safe(scale)).mul_(scale)
+            blocks = self._blocks(rows[part].float())  # (rows, n_blocks, block_size)
+            scale = self._scales(blocks, chosen, _of_rows(global_scale, rows, part))
+            values = element.round(blocks / safe_divisor(scale)).mul_(scale)
             out_rows[part] = values.flatten(-2)[..., : rows.shape[-1]]
         return out
 
@@ -202,23 +230,20 @@ class BlockFormat:
             FormatError: a value is NaN or infinite (the message names the place), or the rule does
             not exist.
         """
-        chosen = scale_rule(rule or self.default_rule, self.scale_format, self.element)
+        chosen = self.scale_rule(rule)
+        element = chosen.extend(self.element)
         require_finite(x, self.name)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # (rows, n)
         n = rows.shape[-1]
         global_scale = self._global_scale(x)
         packed, scales = [], []
         for part in _row_chunks(rows):
-            blocks = self._blocks(rows[part].float())
+            blocks = self._blocks(rows[part].float())  # (rows, n_blocks, block_size)
             above = _of_rows(global_scale, rows, part)
-            scale = self._choose_scale(blocks, chosen, above)
-            codes = self._element(chosen).encode(blocks / _safe(scale))
+            scale = self._scales(blocks, chosen, above)
+            codes = element.encode(blocks / safe_divisor(scale))
             packed.append(pack(codes.flatten(-2)[..., :n], self.bits))
-            scales.append(
-                self.scale_format.encode(
-                    (scale if above is None else scale / _safe(above)).squeeze(-1)
-                )
-            )
+            scales.append(self.scale_format.under(above).encode(scale.squeeze(-1)))
         lead = x.shape[:-1]
         return QTensor(
             packed=torch.cat(packed).view(*lead, -1),
@@ -240,7 +265,10 @@ class BlockFormat:
         return out.view(q.shape)
 
     def scales(self, q: QTensor) -> Tensor:
-        """Return the fp32 scale of every block of a packed tensor, (rows, n_blocks, 1), the global scale included."""
+        """Return the fp32 scale of every block of a packed tensor, the global scale included.
+
+        The shape is (rows, n_blocks, 1).
+        """
         assert q.scale is not None, "a block format always stores scales"
         n_rows = math.prod(q.shape[:-1])
         scale = self.scale_format.decode(q.scale.reshape(n_rows, -1)).unsqueeze(-1)
@@ -256,119 +284,57 @@ class BlockFormat:
         return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
 
     def _global_scale(self, x: Tensor) -> Tensor | None:
-        """Fp32 scales that bring the largest block scale of a matrix, or of a row, to the top of E4M3; flat."""
+        """Fp32 scales that bring the largest block scale of a matrix or row to E4M3's top; flat."""
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
-        largest = x.float().abs().amax(dims).flatten().clamp_(max=_LARGEST)
+        largest = x.float().abs().amax(dims).flatten().clamp_(max=LARGEST)
         top = largest / (self.element.max * 448.0)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
-    def _choose_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
-        """Storable fp32 scale of every block, (rows, n_blocks, 1), `above` (the global scale) multiplied in."""
-        if (
-            rule.signed
-        ):  # turned so that the largest value is negative, where there is one level more
-            turn = torch.where(
-                blocks.amax(-1, keepdim=True) > -blocks.amin(-1, keepdim=True), -1.0, 1.0
-            )
-            highest = torch.finfo(torch.bfloat16).max / 2 ** (
-                self.bits - 1
-            )  # the lowest code stays finite
-            return self._positive_scale(blocks * turn, rule, above).clamp_(max=highest) * turn
-        return self._positive_scale(blocks, rule, above)
-
-    def _element(self, rule: ScaleRule) -> ElementFormat:
-        """The element with the codes that a rule's scales can use."""
-        return self.element.with_lowest() if rule.signed else self.element
-
-    def _positive_scale(self, blocks: Tensor, rule: ScaleRule, above: Tensor | None) -> Tensor:
-        abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=_LARGEST)
-        if above is not None:
-            abs_max = abs_max / above
-        if rule.name == "midmax":
-            return self.scale_format.propose_midmax(abs_max, self.element)
-        element = self._element(rule)
-        proposals = (self.scale_format.propose(abs_max, element, factor) for factor in rule.factors)
-        if len(rule.factors) == 1 and not rule.least_squares:
-            best = next(proposals)
-            return best if above is None else best * above
-        best = next(proposals)  # kept where the gains of a huge block overflow
-        best_gain, optimum = self._gain(blocks, element, best if above is None else best * above)
-        for scale in proposals:
-            gain, its_optimum = self._gain(
-                blocks, element, scale if above is None else scale * above
-            )
-            better = gain > best_gain
-            best = torch.where(better, scale, best)
-            best_gain = torch.where(better, gain, best_gain)
-            optimum = torch.where(better, its_optimum, optimum)
-        for i in range(rule.least_squares):
-            if i:
-                best_gain, optimum = self._gain(
-                    blocks, element, best if above is None else best * above
-                )
-            scale = self.scale_format.round(optimum if above is None else optimum / above)
-            if self.scale_format is E4M3_SCALE:  # so coarse that the rounded optimum may lose
-                better = (
-                    self._gain(blocks, element, scale if above is None else scale * above)[0]
-                    > best_gain
-                )
-            else:
-                better = scale.isfinite()
-            best = torch.where(better, scale, best)
-        return best if above is None else best * above
-
-    def _gain(self, blocks: Tensor, element: ElementFormat, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error a scale saves against storing zeros, and the best scale for its codes."""
-        values = element.round(blocks / _safe(scale))
-        norm = (values * values).sum(-1, keepdim=True)
-        overlap = values.mul_(blocks).sum(-1, keepdim=True)
-        return scale * (2 * overlap - scale * norm), overlap / norm.clamp(min=2.0**-100)
+    def _scales(self, blocks: Tensor, rule: ScaleRule, global_scale: Tensor | None) -> Tensor:
+        """Storable fp32 scale of every block, (rows, n_blocks, 1), the global one included."""
+        return choose_scales(blocks, rule, self.scale_format, self.element, global_scale)
 
 
-@dataclass(frozen=True)
-class CastFormat:
-    """A plain 16-bit floating point format; as an activation format it means: leave the activation as it is."""
+class FixedScales:
+    """Rounding to scales that are settled beforehand, for methods that choose the codes themselves.
 
-    #: "bf16" or "fp16".
-    name: str
-    #: The torch dtype of the same numbers.
-    dtype: torch.dtype
-    bits: int = 16
-    bits_per_value: float = 16.0
+    `BlockFormat.quantize` chooses scales and codes together; here the scales that it would choose
+    for a matrix (out, in) stay, and every value can be rounded to them by itself, in any order.
+    """
 
-    def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the `uint8` tensor that holds a tensor of this shape."""
-        return {"packed": (*shape[:-1], 2 * shape[-1])}
+    def __init__(self, matrix: Tensor, fmt: BlockFormat, rule: str | None = None) -> None:
+        """Choose the scales.
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes that a tensor of this shape takes."""
-        return 2 * math.prod(shape)
-
-    def for_rows(self) -> "CastFormat":
-        """Return itself: no scale is shared."""
-        return self
-
-    def round(self, x: Tensor, rule: str | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the values after a cast, as fp32; saturates at the largest finite value."""
-        limit = torch.finfo(self.dtype).max
-        cast = x.float().clamp(-limit, limit).to(self.dtype)
-        return cast.float() if out is None else out.copy_(cast)
-
-    def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
-        """Return the 16-bit values as raw bytes.
+        Args:
+            matrix: fp32, (out, in).
+            fmt: format of the result.
+            rule: scale rule; `None` is the format's default.
 
         Raises:
-            FormatError: a value is NaN or infinite.
+            FormatError: a value is NaN or infinite, or the rule does not exist for this format.
         """
-        require_finite(x, self.name)
-        packed = self.round(x).to(self.dtype).contiguous().view(torch.uint8)
-        return QTensor(packed, None, None, tuple(x.shape), self)
+        n = matrix.shape[1]
+        self._nearest = fmt.quantize(matrix, rule)
+        self._element = fmt.scale_rule(rule).extend(fmt.element)
+        scale = fmt.scales(self._nearest)[..., 0]  # (out, n_blocks)
+        #: Scale of every value, (out, in).
+        self.of_values = scale.repeat_interleave(fmt.block_size or n, 1)[:, :n]
 
-    def dequantize(self, q: QTensor) -> Tensor:
-        """Return the fp32 values of a packed tensor of this format."""
-        return view_bytes(q.packed, self.dtype).float()
+    def round(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return the nearest values that can be stored with these scales; saturates.
+
+        Args:
+            values: fp32, any part of a matrix (out, in).
+            scale: the same part of `of_values`.
+        """
+        return self._element.round(values / safe_divisor(scale)).mul_(scale)
+
+    def pack(self, rounded: Tensor) -> QTensor:
+        """Return the packed form of rounded values, (out, in)."""
+        codes = self._element.encode(rounded / safe_divisor(self.of_values))
+        return replace(self._nearest, packed=pack(codes, self._nearest.format.bits))
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -398,8 +364,3 @@ def _of_rows(global_scale: Tensor | None, rows: Tensor, part: slice) -> Tensor |
     if global_scale is None:
         return None
     return global_scale.repeat_interleave(len(rows) // len(global_scale))[part].view(-1, 1, 1)
-
-
-def _safe(scale: Tensor) -> Tensor:
-    """Divisor for a scale: a zero scale stores zeros whatever it divides."""
-    return torch.where(scale == 0, 1.0, scale)

@@ -24,7 +24,10 @@ FP32_EXPONENT_BITS = 0x7F800000
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
-    """Return 2^floor(log2 |x|) of fp32 values; 0 for zeros and fp32 subnormals, inf for infinities and NaN."""
+    """Return 2^floor(log2 |x|) of fp32 values.
+
+    It is 0 for zeros and fp32 subnormals, and inf for infinities and NaN.
+    """
     return (x.view(torch.int32) & FP32_EXPONENT_BITS).view(torch.float32)
 
 
@@ -52,7 +55,7 @@ class ElementFormat:
 
     @property
     def max_exponent(self) -> int:
-        """Exponent of the largest value's binade (`emax` of the MX specification; 0 for MX integers)."""
+        """Exponent of the largest value's binade: MX's `emax`, 0 for MX integers."""
         return math.frexp(self.max)[1] - 1
 
     @property
@@ -62,7 +65,7 @@ class ElementFormat:
 
     @property
     def overflow_midpoint(self) -> float:
-        """Where a value would round away from `max` if the grid went on: `max` plus half of its last step."""
+        """Where a value would round away from `max` if the grid went on: half a step above."""
         step = (
             2.0 ** (self.max_exponent - self.mantissa_bits)
             if self.is_float
@@ -71,7 +74,7 @@ class ElementFormat:
         return self.max + step / 2
 
     def with_lowest(self) -> "ElementFormat":
-        """Return the integer that also uses the lowest code of two's complement, one step below −max."""
+        """Return the integer that also uses the lowest code of two's complement, below −max."""
         return replace(self, lowest=-self.max - 2.0**-self.mantissa_bits)
 
     def round(self, x: Tensor) -> Tensor:
@@ -111,7 +114,7 @@ class ElementFormat:
         return (code | (x.signbit().to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the fp32 value of every code; codes that stand for no number give NaN or an infinity."""
+        """Return the fp32 value of every code; a code that is not a number gives NaN or ∞."""
         return (
             _decode_table(self, codes.device)
             .index_select(0, codes.reshape(-1).int())
@@ -158,7 +161,7 @@ def integer(bits: int) -> ElementFormat:
 
 
 def mx_integer(bits: int) -> ElementFormat:
-    """MX integer: `bits - 2` binary digits after the point, so that magnitudes stay below 2 (MX v1.0, 5.3.4)."""
+    """MX integer: `bits - 2` digits after the point, so that |x| < 2 (MX v1.0, 5.3.4)."""
     fraction_bits = bits - 2
     largest = (2.0 ** (bits - 1) - 1) * 2.0**-fraction_bits
     return ElementFormat(

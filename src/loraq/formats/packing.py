@@ -1,5 +1,6 @@
-"""Bytes and codes: `bits`-wide codes are stored back to back along the last axis, the first value in the low bits.
+"""Bytes and codes.
 
+`bits`-wide codes are stored back to back along the last axis, the first value in the low bits.
 Two 4-bit codes make a byte (the first one is the low nibble), four 6-bit codes make three bytes,
 eight 5-bit codes make five. Every row starts on a whole byte: a row of n codes takes ceil(n * bits
 / 8) bytes, and the unused high bits of its last byte are zero. This order is documented here and
@@ -19,7 +20,10 @@ def packed_width(n: int, bits: int) -> int:
 
 
 def _overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """Return codes a group, bytes a group, and every (code, byte, shift of the code inside the byte) that overlap."""
+    """Return codes and bytes of a group, and every (code, byte, shift) that overlap.
+
+    The shift is that of the code inside the byte.
+    """
     codes = 8 // gcd(8, bits)
     n_bytes = codes * bits // 8
     pairs = [

@@ -14,14 +14,10 @@ from loraq.integrations.diffusers import float_folder, load, save_like, transfor
 from loraq.integrations.lora import Adapter, Lora
 from loraq.layers import replace_layer
 from loraq.nn import QuantizedLinear
-from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import (
-    LayerReport,
-    quantized_layer,
-    shown_progress,
-    solve_layer,
-    tensor_sha256,
-)
+from loraq.pipeline.layer import hash_tensor, quantize_layer
+from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.progress import ProgressCallback, show_layers
+from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
 
 
@@ -111,15 +107,14 @@ def _absorb(
         _original(name, layer, source)
     reports, new = [], {}
     mark = {"sha256": file_sha256(lora.file), "scale": scale}
-    with shown_progress(progress) as show, torch.no_grad():
+    with show_layers(progress, "quantize") as show, torch.no_grad():
         for name, layer in quantized.items():
             device = next(layer.parameters()).device
             weight = _sum(name, layer, source, lora.adapters[name], scale, device)
-            try:
-                solution = solve_layer(weight, recipes[name], layer.scheme, name)
-            except Exception as error:
-                raise LayerError(f"Layer '{name}' failed: {error}") from error
-            new[name], report = quantized_layer(layer, name, weight, solution, recipes[name])
+            shape = layer.out_features, layer.in_features
+            job = LayerJob.of(name, shape, layer.scheme, recipes[name])
+            finished = quantize_layer(job, weight)
+            new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend
             new[name].record |= {"source_sha256": layer.record["source_sha256"], "absorbed": mark}
             reports.append(report)
@@ -193,7 +188,7 @@ def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
     for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
         weight = stored.to(dtype)
         if isinstance(layer, QuantizedLinear):
-            if tensor_sha256(weight) == layer.record["source_sha256"]:
+            if hash_tensor(weight) == layer.record["source_sha256"]:
                 return weight.flatten(1)
         elif weight.dtype == (
             kept := layer.get_parameter("weight").detach().cpu()

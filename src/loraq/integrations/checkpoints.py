@@ -16,12 +16,12 @@ from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, require_fit, transformer_folder
 from loraq.integrations.hub import here
 from loraq.integrations.single_file import ConvertedReader
+from loraq.pipeline.files import Settings, quantize_files, share_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
-from loraq.pipeline.quantize import Report
-from loraq.pipeline.sharing import allocated_from_files
-from loraq.pipeline.stats import Stats, opened
-from loraq.pipeline.stream import Settings, Source, stream
+from loraq.pipeline.report import Report
+from loraq.pipeline.requirements import Stats, open_stats
+from loraq.pipeline.source import Source
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -81,8 +81,9 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     given = _locate(source, config)
     _require_apart(given.root, target)
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
-    return stream(
-        _open(given, recipe), target, recipe, settings, stats=opened(stats), progress=progress
+    opened = _open(given, recipe)
+    return quantize_files(
+        opened, target, recipe, settings, stats=open_stats(stats), progress=progress
     )
 
 
@@ -108,13 +109,10 @@ def plan_checkpoint(
     given = _locate(source, config)
     if recipe.allocation != "uniform":
         opened = _open(given, recipe)
-        return allocated_from_files(
-            opened.plan, recipe, opened.reader, workers=workers, progress=progress
-        )
-    model = given.model()
-    return (
-        Plan.of_model(model, recipe) if model else _plan_tensors(ShardReader(given.weights), recipe)
-    )
+        return share_from_files(opened, recipe, workers=workers, progress=progress)
+    if model := given.model():
+        return Plan.of_model(model, recipe)
+    return _plan_tensors(ShardReader(given.weights), recipe)
 
 
 @dataclass(frozen=True)

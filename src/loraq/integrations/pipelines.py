@@ -20,11 +20,10 @@ from loraq.checkpoint.stats import require_room
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
 from loraq.integrations.hub import here
-from loraq.pipeline.collect import collect_stats
-from loraq.pipeline.passes import passes_within
+from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
-from loraq.pipeline.progress import ImageCallback, image_lines
-from loraq.pipeline.stats import layers_that_use, require_enough
+from loraq.pipeline.progress import ImageCallback, show_images
+from loraq.pipeline.requirements import find_users, require_enough
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -113,11 +112,11 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder."
         )
     recipe = Recipe.of(recipe)
-    using = layers_that_use(Plan.of_model(empty_model(component), recipe), recipe)
+    using = find_users(Plan.of_model(empty_model(component), recipe), recipe)
     if not second_moment:
         require_enough(using, recipe)
     widths = {layer.name: layer.shape[1] for layer in using}
-    groups = passes_within(widths, memory_bytes, second_moment=second_moment)
+    groups = group_layers(widths, memory_bytes, second_moment=second_moment)
     moments = {
         name: (width, width) if second_moment else (width,) for name, width in widths.items()
     }
@@ -126,7 +125,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     sampling = _Sampling.of(_pipeline_class(folder), prompts, samples, steps, seed, call or {})
     tokens_per_call = None if max_tokens is None else sampling.share(max_tokens)
 
-    show = image_lines("stats") if progress is True else progress or _silence
+    show = show_images(progress, "stats")
     images = sampling.samples * len(groups)
     show(
         0,
@@ -331,7 +330,3 @@ def _device(name: str | torch.device | None) -> torch.device:
             f"Device '{name}' cannot be used: {error}. Use 'cpu', or leave it out."
         ) from error
     return device
-
-
-def _silence(_done: int, _total: int, _what: str) -> None:
-    return None

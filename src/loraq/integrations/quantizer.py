@@ -22,11 +22,12 @@ from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import prepare
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.checkpoint.reader import ShardReader
-from loraq.errors import CalibrationError, CheckpointError, LayerError, LoraqError, RecipeError
-from loraq.layers import is_linear, replace_layer
-from loraq.pipeline.plan import LayerPlan
-from loraq.pipeline.quantize import plan_model, quantized_layer, require_usable, solve_layer
-from loraq.pipeline.stats import hashes_of_used
+from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
+from loraq.layers import is_linear, matrix_of, replace_layer
+from loraq.pipeline.layer import quantize_layer, require_usable
+from loraq.pipeline.module import plan_model
+from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -111,7 +112,7 @@ class LoraqQuantizer(DiffusersQuantizer):
                 "was made. Use `LoraqConfig(recipe)`."
             )
         self.recipe = quantization_config.recipe
-        self._jobs: dict[str, LayerPlan] = {}
+        self._jobs: dict[str, LayerJob] = {}
         self._tied: dict[str, str] = {}
         self._folder: Path | None = None
 
@@ -170,7 +171,7 @@ class LoraqQuantizer(DiffusersQuantizer):
             )
         plan = plan_model(model, self.recipe)
         try:
-            hashes_of_used(None, plan, self.recipe)
+            hash_used_stats(None, plan, self.recipe)
         except CalibrationError as error:
             raise CalibrationError(
                 f"Method '{self.recipe.method}' needs activation statistics, which loading does "
@@ -232,20 +233,13 @@ class LoraqQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Solve one layer on its device, and put the packed one in its place."""
-        job = self._jobs[param_name.rpartition(".")[0]]
+        job = self._jobs.pop(param_name.rpartition(".")[0])
         layer = model.get_submodule(job.name)
-        assert job.scheme is not None
         assert is_linear(layer)
-        weight = param_value.to(target_device)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
         require_usable(job.name, layer)
-        try:
-            solution = solve_layer(weight.flatten(1), self.recipe, job.scheme, job.name)
-        except Exception as error:
-            raise LayerError(f"Layer '{job.name}' failed: {error}") from error
-        quantized, _ = quantized_layer(layer, job.name, weight.flatten(1), solution, self.recipe)
-        replace_layer(model, job.name, quantized)
-        del self._jobs[job.name]
+        finished = quantize_layer(job, matrix_of(layer))
+        replace_layer(model, job.name, finished.build_module(layer, self.recipe))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self._jobs:

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraq.formats import BlockFormat, Format, QTensor
-from loraq.formats.fixed_scales import FixedScales
+from loraq.formats import BlockFormat, FixedScales, Format, QTensor
 from loraq.linalg import damped_cholesky, truncated_svd
 from loraq.methods.base import (
     full_moment,

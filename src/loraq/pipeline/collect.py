@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from loraq.checkpoint.stats import load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, is_linear, matrix_of
-from loraq.pipeline.passes import passes_within
 from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
@@ -75,7 +74,7 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
             "No layer was named. `loraq.plan_model` says which a recipe quantizes."
         )
     widths = {name: matrix_of(layer).shape[1] for name, layer in found.items()}
-    groups = passes_within(widths, memory_bytes, second_moment=second_moment)
+    groups = group_layers(widths, memory_bytes, second_moment=second_moment)
     amount = _Amount(second_moment, max_tokens or math.inf, tokens_per_call)
     counted = _counted(found, run, groups, amount)
     if target is None:
@@ -90,6 +89,49 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
             write(*layer)
             del layer  # not kept beside the next one
     return load_stats(target)
+
+
+def counting_bytes(width: int, *, second_moment: bool) -> int:
+    """Return the bytes that a layer of `width` inputs takes while it is counted: sums in fp64."""
+    return 8 * width * width if second_moment else 8 * width
+
+
+def group_layers(
+    widths: Mapping[str, int], memory_bytes: int | None, *, second_moment: bool = True
+) -> list[list[str]]:
+    """Return the names of layers in as few groups as first-fit finds, the widest first.
+
+    A group takes the sums of its layers, and beside them the finished moment of one layer in fp32.
+
+    Args:
+        widths: size of each layer's input axis.
+        memory_bytes: what a group may take; `None` puts all in one.
+        second_moment: whether all of E[x xᵀ] is counted, or only E[x²].
+
+    Raises:
+        CalibrationError: a layer alone takes more.
+    """
+    if memory_bytes is None:
+        return [list(widths)]
+    groups: list[list[str]] = []
+    left: list[int] = []
+    for name, width in sorted(widths.items(), key=lambda item: -item[1]):
+        needed = counting_bytes(width, second_moment=second_moment)
+        scratch = 4 * width * width if second_moment else 0
+        if needed + scratch > memory_bytes:
+            raise CalibrationError(
+                f"Counting layer '{name}' with its {width} inputs takes "
+                f"{(needed + scratch) / 1e9:.3g} GB, and {memory_bytes / 1e9:.3g} GB are allowed. "
+                f"Allow as much (`--memory`, `memory_bytes`), or "
+                "collect mean squares only (`--mean-squares`, `second_moment=False`)."
+            )
+        group = next((i for i, room in enumerate(left) if needed <= room), len(groups))
+        if group == len(groups):
+            groups.append([])
+            left.append(memory_bytes - scratch)
+        groups[group].append(name)
+        left[group] -= needed
+    return groups
 
 
 @dataclass(frozen=True)
@@ -174,7 +216,7 @@ class _Count:
         x = self._chosen(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(
-                f"Layer '{self.name}' got an input that is no finite number. Run the model in a "
+                f"Layer '{self.name}' got an input that is not a finite number. Run the model in a "
                 f"wider dtype, or look "
                 "for the layer before it that overflows."
             )

@@ -12,42 +12,77 @@ from torch import nn
 
 from loraq.errors import LayerError
 from loraq.layers import is_linear, matrix_shapes, other_weights
+from loraq.methods import Method, layer_seed
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
-#: Weights that are in no linear layer are listed if they, with their like in the other blocks, are
-#: more than this share of the model's parameters.
+#: Weights outside of linear layers are listed if they, together with the same weight of the other
+#: transformer blocks, are more than this share of the model's parameters.
 SIGNIFICANT = 0.01
-
 
 _LOGGER = logging.getLogger("loraq")
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """What one linear layer gets."""
+class LayerJob:
+    """A linear layer that is quantized: all that a driver needs but the weight itself."""
 
     #: Dotted name in the model.
     name: str
     #: (out, in).
     shape: tuple[int, int]
-    #: The scheme with its rank settled, or `None` if the layer stays as it is.
-    scheme: Scheme | None
-    #: Why the layer stays as it is or gets something else than the recipe's scheme; empty if it
-    #: gets just that.
+    #: The scheme with its rank settled.
+    scheme: Scheme
+    #: What solves it.
+    method: Method
+    #: Of everything random in it.
+    seed: int
+    #: Why it gets something else than the recipe's scheme; empty if it gets just that.
     reason: str = ""
     #: Whether the budget settled the rank, and not the recipe itself.
     sized: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        recipe: Recipe,
+        *,
+        reason: str = "",
+        sized: bool = False,
+    ) -> "LayerJob":
+        """Return the job of a layer whose scheme is settled, with the recipe's method and seed."""
+        seed = layer_seed(recipe.seed, name)
+        return cls(name, shape, scheme, recipe.solver(scheme), seed, reason, sized)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight after the run; a layer that stays is counted at 16 bits."""
-        return self.scheme.nbytes(self.shape) if self.scheme else 2 * math.prod(self.shape)
+        """Bytes of the weight after the run."""
+        return self.scheme.nbytes(self.shape)
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits for each element of the weight after the run."""
         return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A linear layer that stays as it is."""
+
+    #: Dotted name in the model.
+    name: str
+    #: (out, in).
+    shape: tuple[int, int]
+    #: Why.
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in 16 bits."""
+        return 2 * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -70,7 +105,7 @@ class OtherWeight:
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerJob | KeptLayer, ...]
     #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only
     #: shapes were known.
     others: tuple[OtherWeight, ...] = ()
@@ -92,21 +127,16 @@ class Plan:
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.
         """
-        layers = []
-        for name, shape in shapes.items():
-            scheme = recipe.scheme_for(name, shape, model_class)
-            rule = recipe.rule_for(name, model_class)
-            reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
-            asked = recipe.asked_for(name, model_class)
-            sized = asked is not None and asked.branch is not None and asked.branch.rank == 0
-            layers.append(LayerPlan(name, shape, scheme, reason, sized))
+        layers = tuple(
+            _plan_layer(name, shape, recipe, model_class) for name, shape in shapes.items()
+        )
         for rule in recipe.rules:
             if not any(fnmatchcase(name, rule.match) for name in shapes):
                 _LOGGER.warning(
                     "The recipe's rule '%s' matches no linear layer. Is its pattern right?",
                     rule.match,
                 )
-        planned = cls(tuple(layers))
+        planned = cls(layers)
         if large := [
             layer for layer in planned.quantized if layer.sized and _has_large_branch(layer)
         ]:
@@ -139,19 +169,24 @@ class Plan:
         found = other_weights(model)
         sizes: Counter[str] = Counter()
         for name, (shape, _) in found.items():
-            sizes[_family(name)] += math.prod(shape)
+            sizes[_without_numbers(name)] += math.prod(shape)
         least = SIGNIFICANT * sum(parameter.numel() for parameter in model.parameters())
         others = tuple(
             OtherWeight(name, shape, f"not a linear layer, but {kind}")
             for name, (shape, kind) in found.items()
-            if sizes[_family(name)] > least
+            if sizes[_without_numbers(name)] > least
         )
         return replace(cls.of(matrix_shapes(model), recipe, type(model).__name__), others=others)
 
     @property
-    def quantized(self) -> tuple[LayerPlan, ...]:
+    def quantized(self) -> tuple[LayerJob, ...]:
         """The layers that are quantized."""
-        return tuple(layer for layer in self.layers if layer.scheme is not None)
+        return tuple(layer for layer in self.layers if isinstance(layer, LayerJob))
+
+    @property
+    def kept(self) -> tuple[KeptLayer, ...]:
+        """The layers that stay as they are."""
+        return tuple(layer for layer in self.layers if isinstance(layer, KeptLayer))
 
     @property
     def nbytes(self) -> int:
@@ -170,12 +205,23 @@ class Plan:
         return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
 
 
-def _has_large_branch(layer: LayerPlan) -> bool:
-    return layer.scheme is not None and layer.nbytes > 2 * layer.scheme.weight_format.nbytes(
-        layer.shape
-    )
+def _plan_layer(
+    name: str, shape: tuple[int, int], recipe: Recipe, model_class: str
+) -> LayerJob | KeptLayer:
+    rule = recipe.rule_for(name, model_class)
+    reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
+    scheme = recipe.scheme_for(name, shape, model_class)
+    requested = recipe.requested_scheme(name, model_class)
+    if scheme is None or requested is None:
+        return KeptLayer(name, shape, reason)
+    sized = requested.branch is not None and requested.branch.rank == 0
+    return LayerJob.of(name, shape, scheme, recipe, reason=reason, sized=sized)
 
 
-def _family(name: str) -> str:
-    """The name without the numbers of blocks."""
+def _has_large_branch(job: LayerJob) -> bool:
+    return job.nbytes > 2 * job.scheme.weight_format.nbytes(job.shape)
+
+
+def _without_numbers(name: str) -> str:
+    """Return the name of a layer in all transformer blocks: digits replaced."""
     return re.sub(r"\d+", "*", name)

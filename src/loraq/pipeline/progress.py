@@ -14,10 +14,29 @@ ImageCallback = Callable[[int, int, str], None]
 
 
 @contextmanager
+def show_layers(progress: ProgressCallback | bool, title: str) -> Iterator[ProgressCallback]:
+    """Turn an argument `progress` into a function to call after each layer."""
+    if callable(progress):
+        yield progress
+    elif progress:
+        with progress_bar(title) as show:
+            yield show
+    else:
+        yield lambda *_: None
+
+
+def show_images(progress: ImageCallback | bool, title: str) -> ImageCallback:
+    """Turn an argument `progress` into a function to call after each image."""
+    if callable(progress):
+        return progress
+    return _image_lines(title) if progress else lambda *_: None
+
+
+@contextmanager
 def progress_bar(title: str) -> Iterator[ProgressCallback]:
     """Show a bar on a terminal, and one plain line for each layer anywhere else."""
     if not sys.stderr.isatty():
-        yield _lines(title)
+        yield _layer_lines(title)
         return
     from rich.console import Console
     from rich.progress import (
@@ -44,15 +63,14 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         yield show
 
 
-def _lines(title: str) -> ProgressCallback:
+def _layer_lines(title: str) -> ProgressCallback:
     begin = time.monotonic()
     kept: int | None = None
 
     def show(done: int, total: int, name: str, error: float) -> None:
         nonlocal kept
-        kept = (
-            done - 1 if kept is None else kept
-        )  # layers that an earlier run finished took no time of this one
+        # Layers that an earlier run finished took no time of this one.
+        kept = done - 1 if kept is None else kept
         left = (time.monotonic() - begin) / (done - kept) * (total - done)
         sys.stderr.write(
             f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {name}\n"
@@ -61,8 +79,7 @@ def _lines(title: str) -> ProgressCallback:
     return show
 
 
-def image_lines(title: str) -> ImageCallback:
-    """Return a callback that writes one plain line for each image, and the time left."""
+def _image_lines(title: str) -> ImageCallback:
     begin = time.monotonic()
 
     def show(done: int, total: int, what: str) -> None:

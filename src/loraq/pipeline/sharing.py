@@ -6,7 +6,7 @@ is needed: statistics that are given are not looked at here. The sum of these sq
 error at the layers' outputs if all inputs have uncorrelated channels of one power.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,13 +14,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loraq.allocation import Choice, allocate
 from loraq.checkpoint.reader import TensorReader
-from loraq.errors import LayerError, LoraqError, RecipeError
+from loraq.errors import LoraqError, RecipeError, layer_failure
 from loraq.methods.prediction import Prediction, predicted
-from loraq.pipeline.plan import LayerPlan, Plan
+from loraq.pipeline.allocation import Choice, allocate
+from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
-from loraq.pipeline.workers import one_thread, run_jobs
+from loraq.pipeline.workers import one_thread
 from loraq.recipe import Recipe
 from loraq.scheme import Branch, Scheme
 
@@ -28,116 +28,92 @@ from loraq.scheme import Branch, Scheme
 #: up to there.
 _MOST = 8
 
+#: Predicts many layers, in whatever order and in as many threads or processes as it likes.
+PredictAll = Callable[[Sequence[LayerJob]], Iterable[tuple[str, Prediction]]]
 
-def sharing_layers(plan: Plan, recipe: Recipe) -> tuple[LayerPlan, ...]:
-    """Return the layers that share a budget: none if the recipe leaves each its own.
+
+def share_budget(
+    plan: Plan, recipe: Recipe, predict_all: PredictAll, progress: ProgressCallback | bool
+) -> Plan:
+    """Return the plan that a recipe's allocation makes of the weights; it stores no more.
+
+    Args:
+        plan: each layer with its own budget; returned as it is for allocation "uniform".
+        recipe: how the budget is shared.
+        predict_all: yields name and prediction of each layer, by `predict_layer`.
+        progress: True shows a display on stderr; a function is not called here.
 
     Raises:
+        LayerError: a weight cannot be used; the message names the layer.
         RecipeError: the recipe asks for sharing, and no layer's rank is open.
     """
     if recipe.allocation == "uniform":
-        return ()
-    layers = tuple(layer for layer in plan.quantized if layer.sized)
-    if not layers:
+        return plan
+    jobs = [job for job in plan.quantized if job.sized]
+    if not jobs:
         raise RecipeError(
             f"Allocation '{recipe.allocation}' shares bytes among layers whose rank a budget "
-            f"settles, and there are "
-            "none: all ranks are fixed, or no layer has a branch. Leave the rank out of the "
-            "recipe, or do not allocate."
+            "settles, and there are none: all ranks are fixed, or no layer has a branch. Leave "
+            "the rank out of the recipe, or do not allocate."
         )
-    return layers
+    predictions: dict[str, Prediction] = {}
+    ranks = {job.name: _branch(job).rank for job in jobs}
+    with progress_bar("allocate") if progress is True else nullcontext(lambda *_: None) as show:
+        for name, prediction in predict_all(jobs):
+            predictions[name] = prediction
+            # What is shown is the error predicted for the layer's own budget.
+            show(len(predictions), len(jobs), name, prediction.relative_error(ranks[name]))
+    return spend_budget(plan, predictions)
 
 
-def predicted_layer(layer: LayerPlan, weight: Tensor, recipe: Recipe) -> Prediction:
-    """Return what each rank would leave of a layer: pure, and the same whoever runs it.
-
-    Raises:
-        LayerError: the weight cannot be used; the message names the layer.
-    """
-    assert layer.scheme is not None
-    most = min(_MOST * _branch(layer.scheme).rank, *layer.shape)
-    try:
-        with torch.no_grad(), one_thread():
-            return predicted(weight, layer.scheme, recipe.method, most)
-    except LoraqError as error:
-        raise LayerError(f"Layer '{layer.name}': {error}") from error
-
-
-def allocated(plan: Plan, predictions: dict[str, Prediction]) -> Plan:
-    """Return the plan with the bytes of the layers that have a prediction shared among them; it stores no more."""
-    layers = [layer for layer in plan.layers if layer.name in predictions]
+def spend_budget(plan: Plan, predictions: dict[str, Prediction]) -> Plan:
+    """Return the plan in which the layers that have a prediction share the bytes they take now."""
+    jobs = [job for job in plan.quantized if job.name in predictions]
     choices = allocate(
-        [_choices(layer, predictions[layer.name]) for layer in layers],
-        sum(layer.nbytes for layer in layers),
+        [_choices(job, predictions[job.name]) for job in jobs], sum(job.nbytes for job in jobs)
     )
     settled = {
-        layer.name: replace(layer, scheme=_ranked(layer, choice.rank))
-        for layer, choice in zip(layers, choices, strict=True)
+        job.name: replace(job, scheme=_with_rank(job, choice.rank))
+        for job, choice in zip(jobs, choices, strict=True)
     }
     return replace(plan, layers=tuple(settled.get(layer.name, layer) for layer in plan.layers))
 
 
+def predict_layer(job: LayerJob, weight: Tensor, recipe: Recipe) -> tuple[str, Prediction]:
+    """Return a layer's name, and what each rank would leave of it: the same whoever runs it.
+
+    Raises:
+        LayerError: the weight cannot be used; the message names the layer.
+    """
+    most = min(_MOST * _branch(job).rank, *job.shape)
+    try:
+        with torch.no_grad(), one_thread():
+            return job.name, predicted(weight, job.scheme, recipe.method, most)
+    except LoraqError as error:
+        raise layer_failure(job.name, error) from error
+
+
 @dataclass(frozen=True)
-class _FromFile:
-    """`predicted_layer` for worker processes: it reads the weight by itself."""
+class PredictFromFile:
+    """`predict_layer` for worker processes: it reads the weight by itself."""
 
     reader: TensorReader
     recipe: Recipe
 
-    def __call__(self, layer: LayerPlan) -> tuple[str, Prediction]:
+    def __call__(self, job: LayerJob) -> tuple[str, Prediction]:
         """Return the layer's name and its prediction."""
-        weight = self.reader.read(f"{layer.name}.weight").view(layer.shape)
-        return layer.name, predicted_layer(layer, weight, self.recipe)
+        weight = self.reader.read(f"{job.name}.weight").view(job.shape)
+        return predict_layer(job, weight, self.recipe)
 
 
-def allocated_from_files(
-    plan: Plan,
-    recipe: Recipe,
-    reader: TensorReader,
-    *,
-    workers: int,
-    progress: ProgressCallback | bool,
-) -> Plan:
-    """Return the plan that a recipe's allocation makes of a checkpoint's weights, one in memory for each worker.
-
-    Raises:
-        CheckpointError: a weight cannot be read.
-        LayerError, RecipeError: as `predicted_layer` and `sharing_layers`.
-    """
-    if not (sharing := sharing_layers(plan, recipe)):
-        return plan
-    return allocated(
-        plan, collected(run_jobs(_FromFile(reader, recipe), sharing, workers), sharing, progress)
-    )
-
-
-def collected(
-    predictions: Iterable[tuple[str, Prediction]],
-    layers: Sequence[LayerPlan],
-    progress: ProgressCallback | bool,
-) -> dict[str, Prediction]:
-    """Return predictions by name as they are made, on show unless `progress` is False or somebody's function.
-
-    The error that is shown is the one predicted for the layer's own budget.
-    """
-    found: dict[str, Prediction] = {}
-    ranks = {layer.name: _branch(layer.scheme).rank for layer in layers}
-    with progress_bar("allocate") if progress is True else nullcontext(lambda *_: None) as show:
-        for name, prediction in predictions:
-            found[name] = prediction
-            show(len(found), len(layers), name, prediction.relative_error(ranks[name]))
-    return found
-
-
-def _choices(layer: LayerPlan, prediction: Prediction) -> list[Choice]:
+def _choices(job: LayerJob, prediction: Prediction) -> list[Choice]:
     """Return one choice for each rank from 1 on."""
-    assert layer.scheme is not None
     left = prediction.left[1:]
-    sizes = _sizes(_branch(layer.scheme), layer.shape, len(left))
-    main = layer.scheme.weight_format.nbytes(layer.shape)
+    sizes = _sizes(_branch(job), job.shape, len(left))
+    main = job.scheme.weight_format.nbytes(job.shape)
     return [
-        Choice(main + size, loss, i + 1)
-        for i, (size, loss) in enumerate(zip(sizes, left, strict=True))
+        Choice(main + size, loss, rank)
+        for rank, (size, loss) in enumerate(zip(sizes, left, strict=True), start=1)
     ]
 
 
@@ -147,12 +123,10 @@ def _sizes(branch: Branch, shape: tuple[int, int], most: int) -> tuple[int, ...]
     return tuple(replace(branch, rank=rank).nbytes(shape) for rank in range(1, most + 1))
 
 
-def _ranked(layer: LayerPlan, rank: int) -> Scheme:
-    assert layer.scheme is not None
-    return replace(layer.scheme, branch=replace(_branch(layer.scheme), rank=rank))
+def _with_rank(job: LayerJob, rank: int) -> Scheme:
+    return replace(job.scheme, branch=replace(_branch(job), rank=rank))
 
 
-def _branch(scheme: Scheme | None) -> Branch:
-    assert scheme is not None
-    assert scheme.branch is not None
-    return scheme.branch
+def _branch(job: LayerJob) -> Branch:
+    assert job.scheme.branch is not None, "only the rank of a branch is settled by a budget"
+    return job.scheme.branch

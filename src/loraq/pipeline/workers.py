@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from loraq.errors import LayerError, LoraqError
+from loraq.errors import LayerError, LoraqError, layer_failure
 
 
 class Named(Protocol):
@@ -58,12 +58,15 @@ def attempt(work: Callable[[J], R], job: J) -> R:
     except (LoraqError, OSError):
         raise
     except Exception as error:
-        raise LayerError(f"Layer '{job.name}' failed: {type(error).__name__}: {error}") from error
+        raise layer_failure(job.name, error) from error
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One BLAS thread for the calling thread: sums do not depend on the core count, and layers run side by side."""
+    """Give the calling thread one BLAS thread.
+
+    Then sums do not depend on the core count, and layers run side by side.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraq.allocation import Choice, allocate
 from loraq.errors import SchemeError
+from loraq.pipeline.allocation import Choice, allocate
 
 Layers = list[list[Choice]]
 

@@ -16,8 +16,9 @@ from loraq.errors import FormatError, LayerError, RecipeError, SchemeError
 from loraq.layers import linear_layers, quantized_layers
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
-from loraq.pipeline.quantize import plan_model, quantize_, quantize_weight
-from loraq.recipe import Recipe, Rule
+from loraq.pipeline.module import plan_model, quantize_, quantize_weight
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 #: Wide enough for the randomized start of the solver, and short.
@@ -467,7 +468,9 @@ def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_do
     monkeypatch.setattr(
         Recipe, "solver", lambda self, s: Failing() if s.weight == "mxint4" else solver(self, s)
     )
-    with pytest.raises(LayerError, match=r"Layer 'blocks\.1\.attn' failed: of course") as caught:
+    with pytest.raises(
+        LayerError, match=r"Layer 'blocks\.1\.attn' failed: ZeroDivisionError: of course"
+    ) as caught:
         quantize_(model, bad, workers=workers, progress=False)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert list(quantized_layers(model)) == NAMES[:3]

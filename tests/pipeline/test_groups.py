@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraq.errors import CalibrationError
-from loraq.pipeline.passes import counting_bytes, passes_within
+from loraq.pipeline.collect import counting_bytes, group_layers
 
 
 def test_a_layer_takes_its_moments_in_fp64():
@@ -14,16 +14,16 @@ def test_a_layer_takes_its_moments_in_fp64():
 
 
 def test_without_a_limit_there_is_one_run_in_the_order_of_the_model():
-    assert passes_within({"b": 8, "a": 16}, None) == [["b", "a"]]
+    assert group_layers({"b": 8, "a": 16}, None) == [["b", "a"]]
 
 
 def test_the_widest_stand_first_and_small_ones_fill_what_is_left():
     widths = {"small": 10, "wide": 100, "also wide": 100, "tiny": 1}
     alone = counting_bytes(100, second_moment=True) + 4 * 100 * 100
     limit = alone + counting_bytes(10, second_moment=True)
-    assert passes_within(widths, limit) == [["wide", "small"], ["also wide", "tiny"]]
-    assert passes_within(widths, 2 * alone) == [["wide", "also wide", "small", "tiny"]]
-    assert passes_within(widths, alone, second_moment=False) == [
+    assert group_layers(widths, limit) == [["wide", "small"], ["also wide", "tiny"]]
+    assert group_layers(widths, 2 * alone) == [["wide", "also wide", "small", "tiny"]]
+    assert group_layers(widths, alone, second_moment=False) == [
         ["wide", "also wide", "small", "tiny"]
     ]
 
@@ -35,7 +35,7 @@ def test_the_widest_stand_first_and_small_ones_fill_what_is_left():
 )
 def test_every_layer_is_in_one_group_and_no_group_takes_more(sizes, limit, full):
     widths = {f"layer.{i}": width for i, width in enumerate(sizes)}
-    groups = passes_within(widths, limit, second_moment=full)
+    groups = group_layers(widths, limit, second_moment=full)
     assert sorted(name for group in groups for name in group) == sorted(widths)
     for group in groups:
         taken = sum(counting_bytes(widths[name], second_moment=full) for name in group)
@@ -46,5 +46,5 @@ def test_a_layer_that_alone_takes_more_is_named_with_what_it_takes():
     with pytest.raises(
         CalibrationError, match=r"layer 'wide' with its 1000 inputs takes 0\.012 GB, and 0\.01 GB"
     ):
-        passes_within({"small": 10, "wide": 1000}, 10_000_000)
-    assert passes_within({"wide": 1000}, 10_000_000, second_moment=False) == [["wide"]]
+        group_layers({"small": 10, "wide": 1000}, 10_000_000)
+    assert group_layers({"wide": 1000}, 10_000_000, second_moment=False) == [["wide"]]

@@ -12,7 +12,8 @@ import loraq
 from benchmarks.worlds.matrices import heavy_tailed
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
-from loraq.recipe import Recipe, Rule
+from loraq.recipe import Recipe
+from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 
@@ -182,10 +183,9 @@ def test_statistics_that_change_meanwhile_are_found(source, tmp_path, stats):
         (
             by("svdquant"),
             {},
-            "No layer uses the statistics: method 'svdquant' makes nothing of them.* loraq, gptq, "
-            "qera",
+            "No layer uses the statistics: method 'svdquant' does not use them.* loraq, gptq, qera",
         ),
-        (by("rtn"), {}, "method 'rtn' makes nothing of them"),
+        (by("rtn"), {}, "method 'rtn' does not use them"),
         (
             replace(by("loraq"), scheme=Scheme("mxfp4"), rules=()),
             {},

@@ -1,0 +1,205 @@
+"""Files to files: a checkpoint is quantized tensor by tensor, and the float model is never built.
+
+Everything that can be wrong is found first: names and shapes, then one pass over all weights that
+looks for NaN and takes their hashes. Then every layer is read, solved, written to its place, and
+noted in the journal.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loraq.checkpoint.journal import Journal, require_target, resumable_folder
+from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
+from loraq.checkpoint.reader import TensorReader
+from loraq.errors import CalibrationError, CheckpointError
+from loraq.pipeline.layer import quantize_layer
+from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.progress import ProgressCallback, show_layers
+from loraq.pipeline.report import LayerReport, Report
+from loraq.pipeline.requirements import hash_used_stats
+from loraq.pipeline.sharing import PredictFromFile, share_budget
+from loraq.pipeline.source import Source
+from loraq.pipeline.target import LayerWriter, Target
+from loraq.pipeline.workers import run_jobs
+from loraq.recipe import Recipe
+from loraq.stats import ActivationStats
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the files are written; none of this changes a number."""
+
+    #: Layers in flight, each in its own process.
+    workers: int = 1
+    #: Largest shard, unless one tensor alone is larger.
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    #: Whether a model folder that is there may be replaced.
+    overwrite: bool = False
+    #: Whether to forget what an interrupted run has finished.
+    restart: bool = False
+    #: Whether the other components are hard links instead of copies.
+    link: bool = False
+
+
+def quantize_files(
+    source: Source,
+    folder: Path,
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    stats: Mapping[str, ActivationStats] | None = None,
+    progress: ProgressCallback | bool = True,
+) -> Report:
+    """Quantize a checkpoint into a new folder, or finish what an interrupted run has begun.
+
+    Raises:
+        CalibrationError: statistics are missing, do not fit, or are not used.
+        CheckpointError: the source cannot be used, the folder cannot be written, or was begun with
+            other settings.
+        LayerError: a layer failed; the message names it. What is finished is kept.
+        RecipeError: the recipe leaves nothing to quantize.
+    """
+    source.require_layers()
+    require_target(folder, overwrite=settings.overwrite)
+    Target.of(source, settings.shard_bytes).require_space(folder, link=settings.link)
+    stats_hashes = hash_used_stats(stats, source.plan, recipe)
+    # Sharing a budget takes no more space.
+    plan = share_from_files(source, recipe, workers=settings.workers, progress=progress)
+    source = replace(source, plan=plan)
+    target = Target.of(source, settings.shard_bytes)
+    with resumable_folder(
+        folder,
+        target.fingerprint(recipe, stats_hashes),
+        len(plan.quantized),
+        overwrite=settings.overwrite,
+        restart=settings.restart,
+    ) as journal:
+        if journal.whole and not journal.folder.exists():
+            return _report(recipe, plan, journal.layers, kept=len(plan.quantized))
+        hashes = source.hash_weights()
+        writer = LayerWriter(target.layout, journal.folder / source.component)
+        finished = _find_finished(journal, writer, plan, hashes)
+        n_kept = len(finished)
+        target.write_kept(journal.folder, link=settings.link)
+        works = [
+            _LayerWork(job, hashes[job.name], stats_hashes.get(job.name, ""))
+            for job in plan.quantized
+            if job.name not in finished
+        ]
+        # The longest first, so that workers end together.
+        works.sort(key=lambda work: -math.prod(work.job.shape))
+        worker = _Worker(source.reader, writer, stats)
+        with show_layers(progress, "quantize") as show:
+            # On an error all workers end first.
+            with closing(run_jobs(worker, works, settings.workers)) as entries:
+                for entry in entries:
+                    journal.append(entry)
+                    finished[entry["name"]] = entry
+                    show(len(finished), len(plan.quantized), entry["name"], entry["relative_error"])
+        report = _report(recipe, plan, finished, kept=n_kept)
+        target.write_manifest(journal.folder, report)
+        return report
+
+
+def share_from_files(
+    source: Source, recipe: Recipe, *, workers: int, progress: ProgressCallback | bool
+) -> Plan:
+    """Return the plan that a recipe's allocation makes of a checkpoint's weights.
+
+    One weight is in memory for each worker.
+
+    Raises:
+        CheckpointError: a weight cannot be read.
+        LayerError, RecipeError: as `share_budget`.
+    """
+    predict = PredictFromFile(source.reader, recipe)
+    return share_budget(
+        source.plan, recipe, lambda jobs: run_jobs(predict, jobs, workers), progress
+    )
+
+
+@dataclass(frozen=True)
+class _LayerWork:
+    """One layer to do, and what its inputs must still be when it is done."""
+
+    job: LayerJob
+    #: Hash of the weight when it was checked.
+    source_sha256: str
+    #: Hash of the statistics when they were checked; empty for none.
+    stats_sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Does any layer by itself: reads, solves, writes."""
+
+    reader: TensorReader
+    writer: LayerWriter
+    stats: Mapping[str, ActivationStats] | None
+
+    def __call__(self, work: _LayerWork) -> dict[str, Any]:
+        """Do a layer, and return its line for the journal once its bytes are on the disk."""
+        job = work.job
+        # A 1×1 convolution is a matrix too.
+        weight = self.reader.read(f"{job.name}.weight").view(job.shape)
+        stats = self._read_stats(work)
+        finished = quantize_layer(job, weight, stats, stats_sha256=work.stats_sha256)
+        if finished.report.source_sha256 != work.source_sha256:
+            raise CheckpointError(
+                f"The weight of layer '{job.name}' changed while it was read. Do not modify the "
+                "source during a run."
+            )
+        entry = asdict(finished.report)
+        del entry["shape"], entry["scheme"]  # the plan has them
+        return {**entry, "written_sha256": self.writer.write(job.name, finished.packed)}
+
+    def _read_stats(self, work: _LayerWork) -> ActivationStats | None:
+        if self.stats is None or not work.stats_sha256:
+            return None
+        stats = self.stats[work.name]
+        if stats.sha256 != work.stats_sha256:
+            raise CalibrationError(
+                f"The statistics of layer '{work.name}' changed meanwhile. Do not modify their "
+                "file during a run."
+            )
+        return stats
+
+
+def _find_finished(
+    journal: Journal, writer: LayerWriter, plan: Plan, hashes: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Return the lines of the layers that need not be done again.
+
+    Raises:
+        CheckpointError: a weight in the source is not what it was when its layer was done.
+    """
+    finished = {}
+    for job in plan.quantized:
+        if (entry := journal.layers.get(job.name)) is None:
+            continue
+        if entry["source_sha256"] != hashes[job.name]:
+            raise CheckpointError(
+                f"The weight of layer '{job.name}' is not what it was when the layer was finished. "
+                "Put the old source back to go on, or use `--restart` to begin anew."
+            )
+        if writer.hash_written(job) == entry["written_sha256"]:
+            finished[job.name] = entry
+    return finished
+
+
+def _report(
+    recipe: Recipe, plan: Plan, entries: Mapping[str, dict[str, Any]], *, kept: int
+) -> Report:
+    layers = []
+    for job in plan.quantized:
+        entry = {key: value for key, value in entries[job.name].items() if key != "written_sha256"}
+        layers.append(LayerReport(shape=job.shape, scheme=job.scheme, **entry))
+    return Report(recipe, plan, tuple(layers), kept)

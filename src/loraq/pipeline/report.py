@@ -1,0 +1,66 @@
+"""What became of a layer, and of a model: plain data for the caller and for the manifest."""
+
+from dataclasses import dataclass
+
+from loraq.pipeline.plan import Plan
+from loraq.recipe import Recipe
+from loraq.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer; plain data, stored in the manifest."""
+
+    name: str
+    #: (out, in).
+    shape: tuple[int, int]
+    scheme: Scheme
+    #: ‖W − Ŵ‖_F / ‖W‖_F.
+    relative_error: float
+    sqnr_db: float
+    bits_per_weight: float
+    #: Bytes stored for the weight.
+    nbytes: int
+    #: Wall time of the solver.
+    seconds: float
+    #: SHA-256 of the float weight's bytes, in its own dtype.
+    source_sha256: str
+    #: SHA-256 of the statistics that were used; empty for none.
+    stats_sha256: str = ""
+    #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None`
+    #: without any.
+    output_error: float | None = None
+
+    def record(self) -> dict[str, float | int | str]:
+        """Return what a checkpoint keeps besides shape and scheme: plain data, equal in every run."""
+        names = (
+            "relative_error",
+            "output_error",
+            "bits_per_weight",
+            "nbytes",
+            "source_sha256",
+            "stats_sha256",
+        )
+        return {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model."""
+
+    recipe: Recipe
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+    #: How many of them an interrupted run had finished before.
+    kept: int = 0
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean of the layers' relative errors."""
+        return sum(layer.relative_error for layer in self.layers) / max(1, len(self.layers))
+
+    @property
+    def mean_output_error(self) -> float | None:
+        """Mean of the output errors of the layers that had statistics; `None` if none had."""
+        known = [layer.output_error for layer in self.layers if layer.output_error is not None]
+        return sum(known) / len(known) if known else None

@@ -1,0 +1,99 @@
+"""Which layers of a plan use statistics, and whether those given fit: settled before long work."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from loraq.checkpoint.stats import load_stats
+from loraq.errors import CalibrationError
+from loraq.pipeline.plan import LayerJob, Plan
+from loraq.recipe import METHODS, Recipe
+from loraq.stats import ActivationStats
+
+#: Statistics by layer, or the file they are in.
+Stats = Mapping[str, ActivationStats] | str | Path
+
+
+def open_stats(stats: Stats | None) -> Mapping[str, ActivationStats] | None:
+    """Return statistics by layer from any of their forms.
+
+    Raises:
+        CalibrationError, CheckpointError: it is not a file of statistics.
+    """
+    return load_stats(stats) if isinstance(stats, str | Path) else stats
+
+
+def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
+    """Return the layers of a plan whose method uses statistics.
+
+    Raises:
+        CalibrationError: there is none; the message says why.
+    """
+    if using := [job for job in plan.quantized if job.method.use_of_stats != "ignored"]:
+        return using
+    able = ", ".join(name for name, method in METHODS.items() if method.use_of_stats != "ignored")
+    if not plan.quantized:
+        reason = "the recipe quantizes none. `loraq plan` shows why"
+    elif METHODS[recipe.method].use_of_stats == "ignored":
+        reason = (
+            f"method '{recipe.method}' does not use them. Leave them out, or use one of the "
+            f"methods {able}"
+        )
+    else:
+        reason = (
+            f"none has a branch, and without one method '{recipe.method}' rounds to nearest. "
+            "Leave them out, add a branch, or use method 'gptq'"
+        )
+    raise CalibrationError(f"No layer uses the statistics: {reason}.")
+
+
+def require_enough(jobs: Iterable[LayerJob], recipe: Recipe) -> None:
+    """Raise `CalibrationError` if a layer's method needs more than mean squares."""
+    if any(job.method.needs_full_moment for job in jobs):
+        raise CalibrationError(
+            f"Mean squares are not enough: method '{recipe.method}' needs full second moments. "
+            "Collect those, or use method 'loraq'."
+        )
+
+
+def hash_used_stats(
+    stats: Mapping[str, ActivationStats] | None, plan: Plan, recipe: Recipe
+) -> dict[str, str]:
+    """Return the hash of the statistics of every layer whose method uses them.
+
+    Raises:
+        CalibrationError: a layer's method needs statistics that are missing or say too little,
+            those given are not of this layer, or no layer uses them.
+    """
+    if stats is None:
+        _require_none_needed(plan, recipe)
+        return {}
+    if not plan.quantized:  # of a model that is finished: nothing is left to use them
+        return {}
+    using = {job.name: job for job in find_users(plan, recipe)}
+    if missing := [name for name in using if name not in stats]:
+        raise CalibrationError(
+            f"There are no statistics of {len(missing)} of {len(using)} layers: "
+            f"{', '.join(missing[:4])}. Collect those of every layer of the plan, or skip these "
+            "layers."
+        )
+    hashes = {}
+    for name, job in using.items():
+        of_layer = stats[name]
+        if of_layer.width != job.shape[1]:
+            raise CalibrationError(
+                f"Layer '{name}' has {job.shape[1]} input channels, its statistics have "
+                f"{of_layer.width}. They are of another model: collect them again."
+            )
+        if not of_layer.is_full:
+            require_enough([job], recipe)
+        hashes[name] = of_layer.sha256
+    return hashes
+
+
+def _require_none_needed(plan: Plan, recipe: Recipe) -> None:
+    if needy := [job for job in plan.quantized if job.method.use_of_stats == "required"]:
+        raise CalibrationError(
+            f"Method '{recipe.method}' needs activation statistics, and none are given for "
+            f"{len(needy)} layers. Collect them with `loraq stats` or `loraq.collect_stats` and "
+            "give them as `stats` (`--stats`), or use a method without data, such as 'loraq'."
+        )

@@ -1,0 +1,175 @@
+"""What is written: where every byte of the quantized folder goes, and how it gets there."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraq.checkpoint.header import TensorSpec
+from loraq.checkpoint.layout import ShardLayout, tensor_bytes
+from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.model import weights_stem
+from loraq.checkpoint.writer import write_json
+from loraq.errors import CheckpointError
+from loraq.packed import PackedWeight
+from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.report import Report
+from loraq.pipeline.source import Source
+from loraq.recipe import Recipe
+from loraq.version import __version__
+
+
+@dataclass(frozen=True)
+class LayerWriter:
+    """Writes layers to their places; a worker process gets one of its own."""
+
+    layout: ShardLayout
+    folder: Path
+
+    def write(self, name: str, packed: PackedWeight) -> str:
+        """Write a layer, and return the hash of its bytes once they are on the disk."""
+        tensors = {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
+        self.layout.write(self.folder, tensors, sync=True)
+        digest = hashlib.sha256()
+        for tensor in tensors.values():
+            digest.update(tensor_bytes(tensor))
+        return digest.hexdigest()
+
+    def hash_written(self, job: LayerJob) -> str:
+        """Return the hash of what stands in a layer's places; "" if a file does not have them."""
+        digest = hashlib.sha256()
+        for part in job.scheme.storage(job.shape):
+            name = f"{job.name}.{part}"
+            file, offset = self.layout.places[name]
+            if not (self.folder / file).is_file():
+                return ""
+            with (self.folder / file).open("rb") as shard:
+                shard.seek(offset)
+                digest.update(shard.read(self.layout.specs[name].nbytes))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Target:
+    """The quantized folder that a source becomes."""
+
+    source: Source
+    layout: ShardLayout
+
+    @classmethod
+    def of(cls, source: Source, shard_bytes: int) -> "Target":
+        """Lay out every tensor, in the order in which `save` would write the model."""
+        layers = {f"{job.name}.weight": job for job in source.plan.quantized}
+        specs = {}
+        for name in source.names:
+            if job := layers.get(name):
+                for part, shape in job.scheme.storage(job.shape).items():
+                    specs[f"{job.name}.{part}"] = TensorSpec("U8", shape)
+            else:
+                specs[name] = TensorSpec(source.reader.dtype(name), source.reader.shape(name))
+        return cls(source, ShardLayout.of(specs, weights_stem(source.config), shard_bytes))
+
+    def fingerprint(self, recipe: Recipe, stats_hashes: Mapping[str, str]) -> dict[str, Any]:
+        """Return all that decides the target's bytes but the weights, which have hashes."""
+        source = self.source
+        return {
+            "recipe": recipe.to_dict(),
+            "source": {
+                name: f"{header.file_bytes} bytes, header {header.sha256[:16]}"
+                for name, header in source.files.files.items()
+            },
+            "layout": f"{len(self.layout.files)} files, headers {self.layout.sha256[:16]}",
+            "schemes": {job.name: asdict(job.scheme) for job in source.plan.quantized},
+            "configuration": source.config,
+            "versions": {"loraq": __version__, "torch": torch.__version__},
+            "statistics": {name: digest[:16] for name, digest in stats_hashes.items()},
+        }
+
+    def require_space(self, target: Path, *, link: bool) -> None:
+        """Raise `CheckpointError` if the disk of the target cannot hold what will be written.
+
+        Args:
+            target: the folder to make.
+            link: whether the other components are hard links instead of copies.
+        """
+        parent = next(parent for parent in target.absolute().parents if parent.exists())
+        others = self.source.others.values()
+        needed = self.layout.nbytes + sum(0 if link else path.stat().st_size for path in others)
+        resolved = target.resolve()
+        for path in resolved.with_name(f".{resolved.name}.partial").rglob("*"):
+            needed -= path.stat().st_size if path.is_file() else 0
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"'{parent}' has {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are "
+                "needed. Free space, or choose another target."
+            )
+        if link and any(path.resolve().stat().st_dev != parent.stat().st_dev for path in others):
+            raise CheckpointError(
+                f"'{parent}' is on another disk than the source, and hard links cannot cross. "
+                "Leave `--link` out to copy."
+            )
+
+    def write_kept(self, folder: Path, *, link: bool) -> None:
+        """Make the shards at their final size, and write all that is not quantized.
+
+        Args:
+            folder: where the target grows.
+            link: whether the other components are hard links instead of copies.
+        """
+        shards = folder / self.source.component
+        shards.mkdir(exist_ok=True)
+        self.layout.allocate(shards)
+        _copy_others(self.source.others, folder, link=link)
+        for name in self.source.names:
+            if name in self.layout.specs:
+                self.layout.write(shards, {name: self.source.reader.read(name)})
+
+    def write_manifest(self, folder: Path, report: Report) -> None:
+        """Write what stands beside the shards: `config.json` and `loraq.json`, as `save` does."""
+        folder, files = folder / self.source.component, self.layout.files
+        if self.source.config:
+            write_json(folder / "config.json", self.source.config)
+            files.append("config.json")
+        stored = {
+            layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
+            for layer in report.layers
+        }
+        Manifest(stored, [report.recipe.to_dict()], self._ties()).write(folder, files)
+
+    def _ties(self) -> dict[str, str]:
+        """Return the ties: a layer that stands in two places shares all that is stored of it."""
+        layers = {f"{job.name}.weight": job for job in self.source.plan.quantized}
+        tied: dict[str, str] = {}
+        for name, first in self.source.tied.items():
+            if job := layers.get(first):
+                other = name.removesuffix(".weight")
+                parts = job.scheme.storage(job.shape)
+                tied |= {f"{other}.{part}": f"{job.name}.{part}" for part in parts}
+            else:
+                tied[name] = first
+        return tied
+
+
+def _copy_others(others: Mapping[str, Path], folder: Path, *, link: bool) -> None:
+    """Copy or link files; a copy that has the time of its original was finished by an earlier run."""
+    for name, path in others.items():
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if copy.is_file() and _size_and_time(copy) == _size_and_time(path):
+            continue
+        copy.unlink(missing_ok=True)
+        if link:
+            os.link(path.resolve(), copy)
+        else:
+            shutil.copy2(path, copy)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,48 @@
+"""What a recipe, or a family of model classes, does differently for layers of some names."""
+
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from loraq.scheme import Branch, Scheme
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is different for the layers whose name matches; a field of `None` changes nothing."""
+
+    #: Shell pattern for the dotted layer name; `*` also matches dots.
+    match: str
+    #: True leaves the layer as it is; False quantizes it even where the model's class skips it.
+    skip: bool | None = None
+    #: True leaves all activations in 16 bits, also those of the branch, and stores the weights as
+    #: the recipe says.
+    weight_only: bool | None = None
+    #: Why, shown by `loraq plan`.
+    reason: str | None = None
+    #: Format of the main weight.
+    weight: str | None = None
+    #: Format of the main path's input.
+    activation: str | None = None
+    #: Fields of the branch that change; `{}` changes none.
+    branch: dict[str, Any] = field(default_factory=dict)
+
+    def matches(self, name: str) -> bool:
+        """Return whether the rule is for a layer of this dotted name."""
+        return fnmatchcase(name, self.match)
+
+    def apply(self, scheme: Scheme) -> Scheme:
+        """Return the scheme of a layer that this rule is for, given that of all others.
+
+        Raises:
+            FormatError: the rule names an unknown format.
+            SchemeError: the rule gives the branch a rank that cannot be.
+        """
+        if self.branch:
+            scheme = replace(scheme, branch=replace(scheme.branch or Branch(), **self.branch))
+        scheme = replace(
+            scheme,
+            weight=self.weight or scheme.weight,
+            activation=self.activation or scheme.activation,
+        )
+        return scheme.weight_only() if self.weight_only else scheme
