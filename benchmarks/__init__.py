@@ -1,1 +1,1 @@
-"""Measurements of what loraq promises: one question a module, started as `python -m benchmarks.…`."""
+"""Measurements of what loraq promises: one question a module, `python -m benchmarks.…`."""

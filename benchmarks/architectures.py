@@ -165,7 +165,8 @@ def main() -> None:
         ("classes", of_all_classes(recipe)),
     ):
         print(
-            f"\n{kind:42}{'params':>10}{'layers':>8}{'4-bit':>8}{'wt-only':>9}{'kept':>8}{'bits/param':>12}"
+            f"\n{kind:42}{'params':>10}{'layers':>8}{'4-bit':>8}{'wt-only':>9}{'kept':>8}"
+            f"{'bits/param':>12}"
         )
         for name, row in covered.items():
             shares = f"{row.quantized:8.1%}{row.weight_only:9.1%}{row.kept:8.1%}"

@@ -1,4 +1,4 @@
-"""The job that the studies of the paper's models share: quantize in every configuration, generate, compare, one table.
+"""The job that the studies of the paper's models share: quantize, generate, compare, one table.
 
 `pixart_sigma.py` and `sana.py` say which model, with which settings, and what was published.
 """
@@ -159,7 +159,10 @@ def _contender(text: str) -> Contender:
 
 
 def _tiny(study: Study, folder: Path) -> Path:
-    """Return a small pipeline, the one of an earlier run if there is one: training a tokenizer is not repeatable."""
+    """Return a small pipeline.
+
+    That of an earlier run, if there is one: training a tokenizer is not repeatable.
+    """
     return folder if (folder / "model_index.json").is_file() else study.tiny(folder)
 
 
@@ -175,7 +178,10 @@ def _local(source: str) -> Path:
 
 
 def _prompts(file: Path | None, n: int) -> list[str]:
-    """Return n prompts; of a JSON table by key, those that a shuffle of the keys with seed 0 puts first, sorted."""
+    """Return n prompts.
+
+    Of a JSON table by key, those that a shuffle of the keys with seed 0 puts first, sorted.
+    """
     if file is None:
         return [SENTENCES[i % len(SENTENCES)] for i in range(n)]
     text = file.read_text(encoding="utf-8")
@@ -190,7 +196,10 @@ def _prompts(file: Path | None, n: int) -> list[str]:
 def _quantize(
     source: Path, folder: Path, recipe: Recipe, workers: int
 ) -> tuple[float, float, float]:
-    """Quantize unless an earlier run did just that; return bits per weight, mean weight error and seconds."""
+    """Return bits per weight, mean weight error and seconds.
+
+    Nothing is quantized if an earlier run did just that.
+    """
     file = folder.with_name(f"{folder.name}.json")
     job = {"source": str(source.resolve()), "recipe": recipe.to_dict()}
     done = json.loads(file.read_text()) if file.is_file() else {}
@@ -209,7 +218,10 @@ def _quantize(
 
 
 def _images(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> tuple[Tensor, float]:
-    """Return images (n, 3, height, width) in [0, 1], each from its own seed, and the mean seconds for one."""
+    """Return images (n, 3, height, width) in [0, 1], and the mean seconds for one.
+
+    Each has a seed of its own.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     images = []

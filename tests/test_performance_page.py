@@ -1,4 +1,4 @@
-"""The page of timings says what the result files say: newest first, bars judged by the worst value, gaps named."""
+"""The page of timings says what the result files say; bars are judged by the worst value."""
 
 from pathlib import Path
 

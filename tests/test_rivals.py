@@ -1,4 +1,4 @@
-"""The harness that runs other packages side by side with ours, on a rival that the test makes up; no network."""
+"""The harness that runs other packages beside ours, on a rival that the test makes up."""
 
 import py_compile
 import re

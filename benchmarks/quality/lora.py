@@ -1,6 +1,6 @@
 """Does a LoRA do on a quantized model what it does on the float model, loaded on top or absorbed?
 
-    python -m benchmarks.quality.lora        # 1 minute on one core; needs `pip install "loraq[lora]"`
+    python -m benchmarks.quality.lora      # 1 minute on one core; needs `pip install "loraq[lora]"`
 
 A SANA transformer of random weights (128 wide, two transformer blocks) and a random LoRA of rank 4
 on its attention projections. `change error` is ‖Δ_quantized − Δ_float‖ / ‖Δ_float‖, Δ being what

@@ -204,7 +204,7 @@ def effort_levels(mains: list[str], seeds: range) -> list[Row]:
 
 
 def trained_layers(main: str, every: int) -> dict[str, Tensor]:
-    """Return the weights of the digits transformer that a recipe quantizes, or every n-th of them."""
+    """Return every n-th weight of the digits transformer that a recipe quantizes."""
     recipe = Recipe.of(Scheme(main))
     tensors = load_file(assets_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
     layers = {

@@ -180,7 +180,10 @@ def interval(values: Sequence[float], digits: int) -> str:
 
 
 def draw(records: Iterable[Record], path: Path) -> None:
-    """Draw every row's velocity error over its bits, one panel for each world and kind of activations."""
+    """Draw every row's velocity error over its bits.
+
+    There is one panel for each world and kind of activations.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ which table; those on rotation, activations, statistics and allocation are measu
 `--tables` names them.
 
     python -m benchmarks.quality.run --fast --workers 2 --save
-    python -m benchmarks.quality.run --fast --worlds digits --tables "Rotation, W4A4, from weights alone"
+    python -m benchmarks.quality.run --fast --tables "Rotation, W4A4, from weights alone"
 """
 
 import copy

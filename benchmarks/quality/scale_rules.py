@@ -31,7 +31,10 @@ def percent(x: Tensor, rounded: Tensor) -> float:
 
 
 def error_with_factor(fmt: BlockFormat, x: Tensor, factor: float) -> float:
-    """Return the relative error in percent when every block's maximum is taken `factor` times as large as it is."""
+    """Return the relative error in percent.
+
+    Every block's maximum is taken `factor` times as large as it is.
+    """
     blocks = x.unflatten(-1, (-1, fmt.block_size or x.shape[-1]))
     scale = fmt.scale_format.propose(blocks.abs().amax(-1, keepdim=True), fmt.element, factor)
     return percent(blocks, fmt.element.round(blocks / scale) * scale)
@@ -52,7 +55,7 @@ def compare_rules(formats: list[BlockFormat]) -> list[dict[str, object]]:
 
 
 def sweep_factors(formats: list[BlockFormat]) -> list[dict[str, object]]:
-    """Print the best constant for every power-of-two format, and what the constant in use loses against it."""
+    """Print the best constant of every power-of-two format, and what the one in use loses."""
     print(f"\n{'':12}{'':8}" + "".join(f"{name:>18}" for name in MATRICES))
     print(
         f"{'format':12}{'in use':>8}"

@@ -1,8 +1,8 @@
 """Which installable packages leave less error than LoRaQ at the same stored bytes?
 
-Every rival in `packages/` is installed into its own environment and quantizes the same weights as our
-methods, without data, through its public interface where it has one: `packages/NAME.txt` says which
-version, `packages/run_NAME.py` how.
+Every rival in `packages/` is installed into its own environment and quantizes the same weights as
+our methods, without data, through its public interface where it has one: `packages/NAME.txt` says
+which version, `packages/run_NAME.py` how.
 
 Reading guide: "bits" are those of every tensor that is stored for a weight, scales, zero points and
 factors included ("*": counted as packed, because the package keeps unpacked codes or only
@@ -236,7 +236,8 @@ def show(rows: list[RivalRow], table: str, n_weights: int) -> None:
         mark = "" if row.counted == "stored" else " *"
         line = f"{row.label + mark:46}{_figures(row)}{row.seconds:8.2f}"
         if row.loraq:
-            line += f"   {row.loraq.label:20}{_figures(row.loraq)}{row.weight_error / row.loraq.weight_error:9.3f}"
+            ratio = row.weight_error / row.loraq.weight_error
+            line += f"   {row.loraq.label:20}{_figures(row.loraq)}{ratio:9.3f}"
             theirs, ours = row.output_errors["A4"], row.loraq.output_errors["A4"]
             line += f"{theirs / ours:7.3f}" if theirs and ours else f"{'-':>7}"
         elif not row.label.startswith("our "):

@@ -1,4 +1,4 @@
-"""How fast are a whole transformer block and a whole denoising step of PixArt-Sigma, quantized, against bf16?
+"""How fast are a block and a denoising step of PixArt-Sigma, quantized, against bf16?
 
 Reading guide: a PixArt transformer of real width (1152) with random weights, batch 1, one forward.
 "block" has one block, "step" all 28, both with their embeddings. Every linear layer inside the

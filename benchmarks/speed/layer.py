@@ -153,7 +153,10 @@ def int8_product(plain: nn.Linear, n_tokens: int) -> Callable[[], object]:
 
 
 def torchao_int8(plain: nn.Linear) -> nn.Module | None:
-    """Return torchao's linear layer with dynamic INT8 activations and INT8 weights, or `None` without torchao."""
+    """Return torchao's linear layer with dynamic INT8 activations and INT8 weights.
+
+    Without torchao it is `None`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -177,10 +180,12 @@ def show(n_tokens: int, rows: list[dict[str, object]]) -> None:
     for row in rows:
         quartiles = f"{row['ms_low']:.2f}-{row['ms_high']:.2f}"
         error = "" if row["error"] is None else f"{row['error']:.1e}"
-        branch = f"{100 * row['branch_cost']:+.1f} %" if "branch_cost" in row else ""  # type: ignore[operator]
+        cost = row.get("branch_cost")
+        branch = "" if cost is None else f"{100 * cost:+.1f} %"
         print(
             f"  "
-            f"{row['contender']:16}{row['ms']:9.2f}{quartiles:>18}{row['times_bf16']:9.2f}{error:>10}{branch:>9}"
+            f"{row['contender']:16}{row['ms']:9.2f}{quartiles:>18}{row['times_bf16']:9.2f}"
+            f"{error:>10}{branch:>9}"
         )
 
 

@@ -126,7 +126,13 @@ def page(records: Iterable[Record]) -> str:
 
 
 def newest(records: list[Record], benchmark: str, part: str) -> dict[Machine, dict[str, Record]]:
-    """Return the newest record of a benchmark for each machine and each value that its rows have under `part`."""
+    """Return the newest record of a benchmark for each machine and each value of `part`.
+
+    Args:
+        records: by date.
+        benchmark: its name.
+        part: what splits the rows of a record, by its key in a row.
+    """
     found: dict[Machine, dict[str, Record]] = {}
     for record in records:
         if record["benchmark"] == benchmark:
@@ -155,7 +161,7 @@ def named(machine: Machine) -> str:
 
 
 def on_gpu(records: list[Record]) -> list[str]:
-    """Return the section that says that there is no run on a GPU; runs that there are stand beside those of CPUs."""
+    """Return the section that says that there is no run on a GPU, if there is none."""
     if any(record["benchmark"] in COMMANDS and record["device"] != "cpu" for record in records):
         return []
     return ["## GPU", "", "No run on a GPU has been recorded: nothing is claimed for one.", ""]
@@ -286,7 +292,7 @@ def is_large(row: Timing) -> bool:
 
 
 def slow_product(rows: list[Timing]) -> str:
-    """Return what explains a miss of `int8_row`, if the rows show it: the bare product is too slow."""
+    """Return what explains a miss of `int8_row`, if so: the bare product is too slow."""
     product = [row["times_bf16"] for row in rows if row["contender"] == "int8 product"]
     slow = sum(ratio < BAR_SPEED for ratio in product)
     if not slow:

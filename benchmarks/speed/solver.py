@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def scheme_of(name: str, shape: tuple[int, int]) -> Scheme:
-    """Return a scheme with the largest rank whose factors take no more bytes than 16-bit ones of rank 32."""
+    """Return a scheme with the largest rank that takes no more bytes than 16 bits at rank 32."""
     main, activation, weight, inner = SCHEMES[name]
     allowed = 2 * 32 * sum(shape)
     rank = max(r for r in range(1, 129) if Branch(r, weight).nbytes(shape) <= allowed)
@@ -90,7 +90,7 @@ def scheme_of(name: str, shape: tuple[int, int]) -> Scheme:
 def watched(
     steps: tuple[int, int], around: Callable[[str], AbstractContextManager[object]]
 ) -> LoRaQ:
-    """Return a solver whose phases run inside a context that `around` makes for the phase's name."""
+    """Return a solver each of whose phases runs inside a context that `around` makes."""
 
     class Watched(LoRaQ):
         def _anneal(self, *args: Any) -> Any:
@@ -134,7 +134,7 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
 
 
 def shares_of(weight: Tensor, scheme: Scheme) -> dict[str, object]:
-    """Return the shares of rounding, of matrix products and of the operators that take most of a few steps."""
+    """Return the shares of rounding, of matrix products and of the largest operators."""
     profiles: list[profile] = []
 
     def watch(name: str) -> profile:
@@ -195,8 +195,8 @@ def show(row: dict) -> None:
     first, second = (1e3 * seconds for seconds in row["seconds_per_step"])
     shape = "×".join(map(str, row["shape"]))
     print(
-        f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}{'*' if row['extrapolated'] else ' '}{first:11.1f}"
-        f"{second:11.1f}{row['seconds_of_ends']:8.2f}   {shares} ({top})",
+        f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}{'*' if row['extrapolated'] else ' '}"
+        f"{first:11.1f}{second:11.1f}{row['seconds_of_ends']:8.2f}   {shares} ({top})",
         flush=True,
     )
 

@@ -81,7 +81,10 @@ SHARD_BYTES = 10_000_000_000
 
 
 def write_checkpoint(config: dict[str, object], folder: Path) -> torch.nn.Module:
-    """Write a checkpoint with random weights, one tensor in memory at a time; return its model on the meta device."""
+    """Write a checkpoint with random weights, and return its model on the meta device.
+
+    One tensor is in memory at a time.
+    """
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
     model = model_of(config, folder / "config.json")
@@ -103,7 +106,7 @@ def write_checkpoint(config: dict[str, object], folder: Path) -> torch.nn.Module
 
 
 def subset(plan: Plan, recipe: Recipe, n_layers: int) -> Recipe:
-    """Return the recipe for some layers of a plan, from the smallest to the largest (0: for all)."""
+    """Return the recipe for some layers, from the smallest to the largest (0: for all)."""
     if not n_layers:
         return recipe
     by_size = sorted(plan.quantized, key=lambda layer: math.prod(layer.shape))

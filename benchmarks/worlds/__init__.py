@@ -1,1 +1,1 @@
-"""What is quantized here: two trained transformers, matrices with a stated property, random layers."""
+"""What is quantized: two trained transformers, matrices with a stated property, random layers."""

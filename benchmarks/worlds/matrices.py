@@ -1,4 +1,4 @@
-"""Matrices with a stated property, the same for benchmarks and tests; all fp32, a seed fixes every value."""
+"""Matrices with a stated property, for benchmarks and tests: fp32, fixed by a seed."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def outlier_columns(m: int, n: int, seed: int = 0, factor: float = 30.0) -> Tens
 
 
 def low_rank(m: int, n: int, rank: int, seed: int = 0) -> Tensor:
-    """A product of two standard normal factors: exactly `rank` singular values that are not zero."""
+    """A product of two standard normal factors: only `rank` singular values are not zero."""
     return gaussian(m, rank, seed) @ gaussian(rank, n, seed + 1)
 
 

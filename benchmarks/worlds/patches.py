@@ -42,7 +42,9 @@ SIZE = 32
 
 
 def photographs(*, heldout: bool) -> list[Tensor]:
-    """Return one part of every photograph, each (3, height, width) in [-1, 1]; grey ones have three equal channels.
+    """Return one part of every photograph, each (3, height, width) in [-1, 1].
+
+    Grey ones have three equal channels.
 
     Args:
         heldout: the right-most fifth, which training never sees, instead of the left four fifths.
@@ -103,7 +105,10 @@ def cut_patches(
 
 
 def class_tokens(labels: Tensor) -> Tensor:
-    """Return the caption of each label, (batch, 4, 64): fixed pseudo-random tokens of unit variance."""
+    """Return the caption of each label, (batch, 4, 64).
+
+    Tokens are fixed and pseudo-random, of unit variance.
+    """
     tokens = torch.randn(NULL_LABEL + 1, 4, 64, generator=torch.Generator().manual_seed(0))
     return (tokens / tokens.std(dim=-1, keepdim=True))[labels.cpu()].to(labels.device)
 
@@ -133,7 +138,9 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 @torch.no_grad()
 def velocity_probe(transformer: nn.Module, *, count: int = 128, seed: int = 0) -> Tensor:
-    """Return the velocities (count, 3, SIZE, SIZE) of one forward pass on noised patches that training never saw.
+    """Return the velocities (count, 3, SIZE, SIZE) of one forward pass on noised patches.
+
+    Training never saw these patches.
 
     Args:
         transformer: the patches model, quantized or not.
@@ -152,7 +159,9 @@ def velocity_probe(transformer: nn.Module, *, count: int = 128, seed: int = 0) -
 def sample(
     transformer: nn.Module, labels: Tensor, *, seed: int, steps: int = 20, guidance: float = 1.5
 ) -> Tensor:
-    """Draw one patch for each label, (batch, 3, SIZE, SIZE) in [-1, 1]; see `loraq.evaluation.flow.sample`.
+    """Draw one patch for each label, (batch, 3, SIZE, SIZE) in [-1, 1].
+
+    See `loraq.evaluation.flow.sample`.
 
     Args:
         transformer: the patches model, quantized or not.

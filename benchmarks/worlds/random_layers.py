@@ -1,4 +1,4 @@
-"""Quantized layers of random bytes: how fast a layer is does not depend on how well it was solved."""
+"""Quantized layers of random bytes: a layer's speed does not depend on how it was solved."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from loraq.scheme import Scheme
 
 
 def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -> QuantizedLinear:
-    """Return a layer (out, in) with a bias, whose main weight and factors are rounded gaussian matrices."""
+    """Return a layer (out, in) with a bias; main weight and factors are gaussian."""
 
     def stored(fmt: Format, rows: int, columns: int, size: float) -> QTensor:
         random = torch.Generator().manual_seed(rows * 31 + columns)
@@ -35,7 +35,7 @@ def bias_of(n_out: int, device: torch.device) -> Tensor:
 
 
 def quantize_randomly(model: nn.Module, scheme: Scheme, backend: str) -> None:
-    """Put a random quantized layer in place of every linear layer of a model that the scheme fits."""
+    """Put a random quantized layer in place of every linear layer that the scheme fits."""
     for name, layer in linear_layers(model).items():
         if scheme.branch is None or scheme.branch.rank <= min(
             layer.out_features, layer.in_features

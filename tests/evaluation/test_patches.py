@@ -1,4 +1,4 @@
-"""The patches world: its photographs come with packages, its weights with the repository, and its training resumes."""
+"""The patches world: photographs of packages, weights of the repository, training that resumes."""
 
 import pytest
 import torch

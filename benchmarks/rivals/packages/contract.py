@@ -63,7 +63,7 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def linear(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-    """Return a layer without bias that holds the weight, in the dtype that models are published in."""
+    """Return a layer without bias that holds the weight, by default in the models' usual dtype."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=dtype)
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     return layer

@@ -1,4 +1,6 @@
-"""AutoRound without data: its rounding to nearest and its SVDQuant decomposition, 1 and 20 rounds, bf16 factors.
+"""AutoRound without data: rounding to nearest, and its SVDQuant with 1 and 20 rounds.
+
+Factors are in bf16.
 
 These are functions inside the package (the command line wants a whole FLUX or SDXL pipeline) and
 simulate the formats: bytes are counted as its exports pack them, bf16 scales for INT4 and E8M0

@@ -1,4 +1,4 @@
-"""bitsandbytes: `quantize_4bit` in blocks of 64, NF4 and FP4, with and without quantized block scales."""
+"""bitsandbytes: `quantize_4bit` in blocks of 64, NF4 (block scales quantized or not) and FP4."""
 
 from functools import partial
 

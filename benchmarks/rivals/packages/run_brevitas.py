@@ -1,4 +1,6 @@
-"""Brevitas: symmetric INT4 in groups of 64, alone and with the SVD correction of its examples, 1 and 10 rounds.
+"""Brevitas: symmetric INT4 in groups of 64, alone and with the SVD correction of its examples.
+
+The correction runs for 1 and for 10 rounds.
 
 It simulates: bytes are counted with bf16 scales and bf16 factors, to which scales and factors are
 not rounded here.

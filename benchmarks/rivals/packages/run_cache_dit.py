@@ -1,4 +1,6 @@
-"""cache-dit's SVDQuant without data (identity smoothing), INT4 in groups of 64, one-shot and with 10 refinements.
+"""cache-dit's SVDQuant without data: identity smoothing, INT4 in groups of 64.
+
+It runs one-shot and with 10 refinements.
 
 The public interface wants CUDA, so these are functions inside the package: bytes are those of the
 state that it packs, smoothing vectors included; values are those of its own simulation of what is

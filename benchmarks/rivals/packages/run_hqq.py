@@ -1,4 +1,4 @@
-"""HQQ: half-quadratic fit of the zero points, 4 bits, through `HQQLinear`; scales and zero points in bf16."""
+"""HQQ through `HQQLinear`: half-quadratic fit, 4 bits, scales and zero points in bf16."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""NVIDIA Model-Optimizer: `mtq.quantize`, INT4 in blocks of 128 and of 64, alone and with its SVDQuant.
+"""NVIDIA Model-Optimizer: `mtq.quantize`, INT4 in blocks of 128 and 64, with and without SVDQuant.
 
 Its SVDQuant wants inputs to choose its scales of input channels by; without data they are standard
 normal ones. It simulates: bytes are counted with bf16 scales and bf16 factors. FP4 needs a GPU.

@@ -1,4 +1,6 @@
-"""AMD Quark: `ModelQuantizer` with its SVDQuant and no data, INT4 in groups of 64 and MXFP4; and without the branch.
+"""AMD Quark: `ModelQuantizer` without data, INT4 in groups of 64 and MXFP4.
+
+Each runs with its SVDQuant and without a branch.
 
 Without data it skips smoothing. It simulates: bytes are counted with bf16 scales for INT4, E8M0
 scales for MXFP4 and bf16 factors.

@@ -1,4 +1,6 @@
-"""SDNQ (GPL-3.0), as a black box: `sdnq_post_load_quant` on a layer, and the layer's output for the identity.
+"""SDNQ (GPL-3.0), as a black box: `sdnq_post_load_quant` on a layer.
+
+The weight is the layer's output for the identity.
 
 Its scales are fp32 unless the configuration says otherwise; both are measured. A Hadamard rotation
 happens inside the layer. One randomized SVD: the seed is set, but other versions may draw

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     help="Layers solved at a time.",
 )
 def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
-    """Quantize the small trained transformer that ships with loraq in every way at equal bytes, and measure.
+    """Quantize a small trained transformer in every way at equal bytes, and measure.
 
     \b
     Example: loraq demo

@@ -1,4 +1,4 @@
-"""This file holds the numbers we judge approximations by, as pure functions of tensors.
+"""The numbers that approximations are judged by, as pure functions of tensors.
 
 All sums run in float64, so a metric never adds an error of its own.
 """
