@@ -158,6 +158,7 @@ def run(
     trained_row = DemoRow(
         group="as trained",
         label="bf16 weights",
+        method="",
         nbytes=2 * n_weights,
         bits_per_weight=16.0,
         weight_error=0.0,
