@@ -589,7 +589,7 @@ def test_formats_gives_one_document_whose_recipes_can_all_be_used():
 def small_demo(monkeypatch):
     """The demo with two invented rows, because the real one takes minutes."""
     from loraq.evaluation import demo
-    from loraq.evaluation.demo import DemoResult, Row
+    from loraq.evaluation.demo import DemoResult, DemoRow
 
     pictures = torch.zeros(10, 1, 8, 8)
     numbers = {
@@ -599,19 +599,33 @@ def small_demo(monkeypatch):
         "frechet": 1.0,
         "seconds": 2.0,
     }
+    group, trained = "weight-only", numbers | {"velocity_error": 0.0}
+    better = numbers | {"velocity_error": 0.01}
+    sizes = {"nbytes": 1024, "bits_per_weight": 5.0}
     rows = (
-        Row(
-            "as trained", "bf16 weights", "", 2048, 16.0, 0.0, **(numbers | {"velocity_error": 0.0})
+        DemoRow(
+            group="as trained",
+            label="bf16 weights",
+            nbytes=2048,
+            bits_per_weight=16.0,
+            weight_error=0.0,
+            **trained,
         ),
-        Row("weight-only", "LoRaQ", "mxfp4-a16+w8a8", 1024, 5.0, 0.07, **numbers),
-        Row(
-            "weight-only",
-            "SVDQuant",
-            "mxfp4-a16+bf16-r5",
-            1024,
-            5.0,
-            0.08,
-            **(numbers | {"velocity_error": 0.01}),
+        DemoRow(
+            group=group,
+            label="LoRaQ",
+            recipe="mxfp4-a16+w8a8",
+            weight_error=0.07,
+            **sizes,
+            **numbers,
+        ),
+        DemoRow(
+            group=group,
+            label="SVDQuant",
+            recipe="mxfp4-a16+bf16-r5",
+            weight_error=0.08,
+            **sizes,
+            **better,
         ),
     )
     images = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import gaussian, outlier_columns
 from loraq.errors import CalibrationError
 from loraq.stats import ActivationStats
 from loraq.transforms import rotate
-from matrices import gaussian, outlier_columns
 
 
 def stats_of(x: torch.Tensor, *, full: bool = True) -> ActivationStats:

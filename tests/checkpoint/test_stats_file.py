@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.worlds.matrices import gaussian
 from loraq.checkpoint.reader import ShardReader
 from loraq.checkpoint.stats import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.stats import ActivationStats
-from matrices import gaussian
 
 
 def full(width: int, seed: int = 0) -> ActivationStats:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from correlated_inputs import correlated, stats_of
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import SchemeError
 from loraq.formats import get_format
 from loraq.methods import feedback
 from loraq.methods.inputs import Inputs
 from loraq.stats import ActivationStats
-from matrices import dit_like, gaussian
 
 X = correlated(2000, 96)
 POWER = X.double().square().mean().item()

@@ -5,6 +5,13 @@ import math
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import (
+    dit_like,
+    gaussian,
+    heavy_tailed,
+    low_rank,
+    outlier_columns,
+)
 from loraq.errors import SchemeError
 from loraq.formats import FORMATS, get_format
 from loraq.methods import EFFORTS, RTN, LoRaQ, SVDQuant, layer_seed
@@ -12,7 +19,6 @@ from loraq.methods.noise import ActivationNoise, rounding_noise
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns
 
 
 def one_outlier_column(m: int, n: int) -> torch.Tensor:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from correlated_inputs import correlated, output_error, stats_of
 
+from benchmarks.worlds.matrices import dit_like
 from loraq.errors import CalibrationError
 from loraq.methods import GPTQ, LoRaQ
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from matrices import dit_like
 
 SCHEME = Scheme("int4", branch=Branch(8, "mxint8"))
 FAST = LoRaQ.at("fast")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import loraq
+from benchmarks.worlds.matrices import dit_like
 from loraq import Recipe, Scheme
 from loraq.checkpoint.layout import write_shards
 from loraq.cli import main
@@ -19,7 +20,6 @@ from loraq.errors import LoraqError, RecipeError, SchemeError
 from loraq.methods import METHODS, Method, register
 from loraq.methods.base import Fit, quantize_branch
 from loraq.scheme import Branch
-from matrices import dit_like
 
 BRANCHED = Scheme("mxfp4", branch=Branch(0, "mxint8"))
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian, huge, low_rank, zeros
 from loraq.errors import FormatError, SchemeError
 from loraq.methods import LQER, RTN, LoRaQ, SVDQuant
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, huge, low_rank, zeros
 
 SCHEME = Scheme("mxfp4", branch=Branch(8, "mxint8"))
 METHODS = {"loraq": LoRaQ.at("fast"), "svdquant": SVDQuant(), "lqer": LQER()}

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import loraq
+from benchmarks.worlds.matrices import heavy_tailed
 from loraq.checkpoint.layout import write_shards
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from matrices import heavy_tailed
 
 #: Layer "3" has no branch, so that only GPTQ makes something of its inputs.
 RECIPE = Recipe(
