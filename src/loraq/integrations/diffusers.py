@@ -2,18 +2,18 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from loraq.checkpoint import load_into, save
-from loraq.checkpoint.header import FLOATS
+from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.pretrained import attach_save_pretrained
-from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
+from loraq.checkpoint.reader import ShardReader, read_json
 from loraq.checkpoint.writer import atomic_folder
 from loraq.errors import CheckpointError, LoraqError
 from loraq.kernels import DEFAULT_BACKEND
@@ -188,31 +188,6 @@ def load_float(folder: Path) -> nn.Module:
     require_fit(reader, expected, folder)
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
     return model.eval()
-
-
-def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
-    """Raise `CheckpointError` unless the tensors of a file are those of a model, float where the model is."""
-    missing, unexpected = (
-        sorted(set(expected) - set(reader.names)),
-        sorted(set(reader.names) - set(expected)),
-    )
-    if missing or unexpected:
-        raise CheckpointError(
-            f"The weights in '{place}' do not fit its config.json. Missing keys: "
-            f"{', '.join(missing) or 'none'}. Unexpected keys: {', '.join(unexpected) or 'none'}."
-        )
-    for name, tensor in expected.items():
-        shape, dtype = reader.shape(name), reader.dtype(name)
-        if shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"'{place}': tensor '{name}' has shape {shape}, config.json wants "
-                f"{tuple(tensor.shape)}."
-            )
-        if tensor.is_floating_point() and dtype not in FLOATS:
-            raise CheckpointError(
-                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
-                f"required."
-            )
 
 
 @contextmanager
