@@ -7,7 +7,7 @@ from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed, outlier
 from loraq.errors import KernelError
 from loraq.formats import get_format
 from loraq.kernels import choose
-from loraq.kernels.fp8_row import Fp8Row, encode_tokens, fold
+from loraq.kernels.fp8_row import Fp8Row, encode_tokens, fold, sums_fast
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
@@ -120,3 +120,23 @@ def test_on_a_gpu_it_keeps_its_bound(n_in):
         layer.backend = "reference"
         expected = layer(x).double()
     assert (y - expected).norm() <= Fp8Row().bound(layer.scheme, x.dtype) * expected.norm()
+
+
+def test_sums_stay_fast_up_to_pixarts_widest_layer():
+    assert sums_fast(4608)
+    assert not sums_fast(4609)
+
+
+#: Largest magnitude of a token: around the smallest scale (2^-126 times 448), and where it is cut.
+EDGES = (448 * 2.0**-126, 448 * 2.0**-127, 0.99 * torch.finfo(torch.float32).max)
+
+
+@pytest.mark.parametrize("largest", EDGES)
+def test_tokens_at_the_edges_of_fp32_are_those_of_the_format(largest):
+    fmt, shape = get_format("fp8_e4m3").for_rows(), torch.tensor([1.0, -0.5, 0.3, 0.01])
+    for factor in (0.999, 1.0, 1.001, 2.0):
+        x = (factor * largest * shape.double()).clamp(max=torch.finfo(torch.float32).max)
+        x = x.float()[None]
+        codes, scale = encode_tokens(x, get_format("fp8_e4m3"))
+        expected = fmt.round(x)
+        torch.testing.assert_close(codes.float() * scale, expected, rtol=1e-6, atol=0)

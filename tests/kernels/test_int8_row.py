@@ -77,6 +77,17 @@ def test_codes_and_scales_are_those_of_the_format(dtype):
     assert torch.equal(scale.view(-1, 1).view(torch.uint8), expected.scale)
 
 
+@pytest.mark.parametrize("largest", [127 * 2.0**-126, 0.99 * torch.finfo(torch.float32).max])
+def test_tokens_at_the_edges_of_fp32_are_those_of_the_format(largest):
+    shape = torch.tensor([1.0, -0.5, 0.3, 0.004])
+    for factor in (0.5, 0.999, 1.0, 1.001, 1.009):
+        x = (factor * largest * shape.double()).float()[None]
+        expected = get_format("int8").quantize(x)
+        codes, scale = encode_rows(x)
+        assert torch.equal(codes.view(torch.uint8), expected.packed), factor
+        assert torch.equal(scale.view(-1, 1).view(torch.uint8), expected.scale), factor
+
+
 @pytest.mark.parametrize("offset", [0, UNSIGNED])
 def test_codes_are_those_of_the_format_for_every_number_of_16_bits_and_every_tie(offset):
     patterns = torch.arange(2**16).to(torch.int16)
