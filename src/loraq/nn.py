@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
         self.ask_backend(DEFAULT_BACKEND, strict=False)
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> Self:
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> "QuantizedLinear":
         """Return the layer that stores a packed weight, on its device.
 
         The bias is taken over as it is, a `Parameter` stays the same object.

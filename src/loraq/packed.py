@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -47,7 +46,7 @@ class PackedWeight:
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
-    ) -> Self:
+    ) -> "PackedWeight":
         """Return the weight that stored tensors hold; the inverse of `tensors`.
 
         Args:
@@ -105,7 +104,7 @@ class PackedWeight:
             dense += self.branch.reconstruct()
         return unrotate(dense, self.scheme.rotation)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "PackedWeight":
         """Return the same bytes on a device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return self.from_tensors(moved, self.scheme, self.shape)

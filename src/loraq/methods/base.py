@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,7 @@ class Method(ABC):
     efforts: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def at(cls, effort: str) -> Self:
+    def at(cls, effort: str) -> "Method":
         """Return the settings of a level of effort; a method without levels has one for all.
 
         Raises:

@@ -27,7 +27,6 @@ activations (`Inputs.round`), and candidates are compared by the output error th
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ class LoRaQ(Method):
     feedback_damping: float = 0.01
 
     @classmethod
-    def at(cls, effort: str) -> Self:
+    def at(cls, effort: str) -> "LoRaQ":
         """Return the settings of an effort level, one of `EFFORTS`."""
         super().at(effort)
         steps, refine_steps = EFFORTS[effort]

@@ -1,7 +1,7 @@
 """What rounding of activations costs: the noise of number formats, and its price in LoRaQ's J."""
 
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class ActivationNoise(NamedTuple):
         return self.input + self.intermediate
 
     @classmethod
-    def of(cls, scheme: Scheme, branch: Branch) -> Self:
+    def of(cls, scheme: Scheme, branch: Branch) -> "ActivationNoise":
         """Return the noise powers of a scheme's activation formats."""
         intermediate = branch.intermediate or branch.activation
         return cls(
