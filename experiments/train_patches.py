@@ -26,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import patches
 from loraq.evaluation import digits
 from loraq.evaluation.flow import interpolate, predict_velocity
+from safetensors import safe_open
 from train_digits import build_transformer, say
 
 TRANSFORMER = {

@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.header import TensorSpec, encode_header, read_header
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.checkpoints import (
     _expected,
@@ -25,6 +23,8 @@ from loraq.integrations.checkpoints import (
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.integrations.single_file import ConvertedReader
 from loraq.recipe import Recipe
+from loraq.safetensors.header import TensorSpec, encode_header, read_header
+from loraq.safetensors.layout import write_shards
 
 pytest.importorskip("diffusers")
 
@@ -228,7 +228,7 @@ def test_splits_joins_and_slices_wait_until_they_are_read(tmp_path, monkeypatch)
         "FluxTransformer2DModel",
         {"checkpoint_mapping_fn": convert},
     )
-    files = loraq.checkpoint.reader.ShardReader(tmp_path / "a.safetensors")
+    files = loraq.safetensors.reader.ShardReader(tmp_path / "a.safetensors")
     reads = []
     read = type(files).read
     monkeypatch.setattr(

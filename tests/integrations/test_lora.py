@@ -1,6 +1,7 @@
 """Reading a LoRA: every way that its names and its scale are written, and everything that is no plain LoRA."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from loraq.errors import CheckpointError
 from loraq.integrations.lora import Lora
+from loraq.safetensors.reader import ShardReader
 
 A, B = torch.ones(2, 6), torch.full((4, 2), 3.0)
 
@@ -121,3 +123,49 @@ def test_files_that_are_none(tmp_path):
     damaged = write(tmp_path / "b" / "y.safetensors", plain(), {"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="header"):
         Lora.read(damaged)
+
+
+def with_header(content: bytes, header: bytes, length: int | None = None) -> bytes:
+    """The file with another header, of which another length may be announced."""
+    (old,) = struct.unpack("<Q", content[:8])
+    announced = len(header) if length is None else length
+    return struct.pack("<Q", announced) + header + content[8 + old :]
+
+
+def edit_header(content: bytes, change) -> bytes:
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    change(next(entry for name, entry in entries.items() if "lora_A" in name))
+    return with_header(content, json.dumps(entries).encode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda old: b"", "0 bytes and a header of 0 is announced"),
+        (lambda old: old[:4], "4 bytes and a header of 0 is announced"),
+        (lambda old: old[:100], "is announced"),
+        (lambda old: old[:-1], "bytes of tensors are announced, and it has"),
+        (lambda old: old + b"x", "bytes of tensors are announced, and it has"),
+        (lambda old: with_header(old, b"{}", 2**63), "header of 9223372036854775808 is announced"),
+        (lambda old: with_header(old, b"[1]"), "is a list, not an object"),
+        (lambda old: with_header(old, b"[" * 100_000), "recursion|Expecting"),
+        (lambda old: with_header(old, b'{"a": 1, "a": 2}'), "has the key 'a' twice"),
+        (lambda old: edit_header(old, lambda a: a.update(dtype="F99")), "the dtype 'F99'"),
+        (lambda old: edit_header(old, lambda a: a.update(shape=[2**62, 2**62])), "its place holds"),
+        (lambda old: edit_header(old, lambda a: a.update(shape=[-2, 6])), "whole numbers from 0"),
+        (
+            lambda old: edit_header(old, lambda a: a.update(data_offsets=[8, 56])),
+            "starts at byte 8",
+        ),
+        (lambda old: edit_header(old, lambda a: a.pop("data_offsets")), "lacks 'data_offsets'"),
+    ],
+)
+def test_a_hostile_lora_meets_the_parser_of_hostile_models(tmp_path, damage, match):
+    file = write(tmp_path / "x.safetensors", plain())
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"truncated or no safetensors.*({match})") as lora:
+        Lora.read(file)
+    with pytest.raises(CheckpointError) as model:
+        ShardReader(file)
+    assert str(lora.value) == str(model.value)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import loraq
 import loraq.diffusers
-from loraq.checkpoint.stats import load_stats
+from loraq.checkpoint.stats_file import load_stats
 from loraq.cli import main
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.integrations.pipelines import collect_pipeline_stats, read_prompts

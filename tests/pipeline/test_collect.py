@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraq.checkpoint.stats import save_stats
+from loraq.checkpoint.stats_file import save_stats
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.collect import collect_stats
 from matrices import gaussian, heavy_tailed

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import loraq
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
+from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 from matrices import heavy_tailed

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LayerError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint
 from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.rules import Rule
+from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
 from matrices import dit_like, gaussian
 

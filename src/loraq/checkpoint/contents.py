@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError, FormatError
 from loraq.packed import PackedWeight
+from loraq.safetensors.reader import ShardReader
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from loraq.checkpoint.writer import publish, reason_of, require_alone, require_free
+from loraq.checkpoint.folder import publish, reason_of, require_alone, require_free
 from loraq.errors import CheckpointError, LayerError
 
 _WHOLE = {"whole": True}

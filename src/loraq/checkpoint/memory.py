@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from loraq.checkpoint.manifest import Manifest
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import KernelError
 from loraq.kernels import BACKENDS
 from loraq.nn import QuantizedLinear
+from loraq.safetensors.reader import ShardReader
 
 _WIDTH = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 

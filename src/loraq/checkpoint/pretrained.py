@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import save
 from loraq.errors import CheckpointError
+from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import file_sha256, require_free
+from loraq.checkpoint.folder import file_sha256, require_free
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
 from loraq.integrations.lora import Adapter, Lora
@@ -19,6 +18,7 @@ from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
+from loraq.safetensors.reader import ShardReader
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
 
     Args:
         model: a quantized model, which is changed in place; or a quantized folder, with `target`.
-        lora: a safetensors file or folder with diffusers' or PEFT's names.
+        lora: a safetensors file or folder, with names that diffusers understands for this model.
         source: folder of the float weights that the model was quantized from.
         scale: strength of the LoRA.
         target: new folder, where `model` is one. Other components of a pipeline are copied.
@@ -72,7 +72,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
                 f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
             )
         return _absorb(
-            model, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress
+            model, Lora.read(lora, model), ShardReader(float_folder(Path(source))), scale, progress
         )
     if target is None:
         raise CheckpointError(
@@ -81,7 +81,11 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     require_free(Path(target), overwrite=overwrite)
     quantized = load(model)
     absorbed = _absorb(
-        quantized, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress
+        quantized,
+        Lora.read(lora, quantized),
+        ShardReader(float_folder(Path(source))),
+        scale,
+        progress,
     )
     save_like(
         quantized, Path(model), transformer_folder(Path(model)), Path(target), overwrite=overwrite

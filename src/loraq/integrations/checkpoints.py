@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraq.checkpoint.header import FLOATS
-from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import marked, model_config
-from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, require_fit, transformer_folder
 from loraq.integrations.hub import here
 from loraq.integrations.single_file import ConvertedReader
+from loraq.json_files import read_json
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
@@ -23,6 +21,9 @@ from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, open_stats
 from loraq.pipeline.source import Source
 from loraq.recipe import Recipe
+from loraq.safetensors.header import FLOATS
+from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.safetensors.reader import ShardReader, TensorReader
 from loraq.scheme import Scheme
 
 

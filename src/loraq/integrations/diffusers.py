@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraq.checkpoint import load_into, save
-from loraq.checkpoint.header import FLOATS
+from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.pretrained import attach_save_pretrained
-from loraq.checkpoint.reader import ShardReader, TensorReader, read_json
-from loraq.checkpoint.writer import atomic_folder
 from loraq.errors import CheckpointError, LoraqError
+from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
+from loraq.safetensors.header import FLOATS
+from loraq.safetensors.reader import ShardReader, TensorReader
 
 #: Component of a pipeline that is quantized, the first that is there.
 _COMPONENTS = ("transformer", "unet")

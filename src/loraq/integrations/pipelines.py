@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
-from loraq.checkpoint.header import DTYPES
-from loraq.checkpoint.reader import ShardReader, read_json
-from loraq.checkpoint.stats import require_room
+from loraq.checkpoint.stats_file import require_room
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
 from loraq.integrations.hub import here
+from loraq.json_files import read_json
 from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
 from loraq.pipeline.requirements import find_users, require_enough
 from loraq.recipe import Recipe
+from loraq.safetensors.header import DTYPES
+from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 #: Images that are drawn unless the caller says otherwise.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.header import DTYPE_NAMES, DTYPES
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import _quiet_diffusers
+from loraq.safetensors.header import DTYPE_NAMES, DTYPES
+from loraq.safetensors.reader import ShardReader
 
 
 class ConvertedReader:

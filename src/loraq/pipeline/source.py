@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from loraq.checkpoint.reader import ShardReader, TensorReader
 from loraq.errors import CheckpointError, RecipeError
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.plan import Plan
+from loraq.safetensors.reader import ShardReader, TensorReader
 
 
 @dataclass(frozen=True)

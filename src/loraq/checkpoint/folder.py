@@ -1,15 +1,14 @@
-"""Write folders that are whole or not there: shards, an index, and one rename at the end."""
+"""Write folders that are whole or not there: a partial folder, and one rename at the end."""
 
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from loraq.errors import CheckpointError
 
@@ -114,11 +113,6 @@ def reason_of(error: OSError) -> str:
     """Say why the disk refused."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
     return "the disk is full" if full else str(error)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in the order of the content, with two spaces and a newline at the end."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraq.checkpoint.header import TensorSpec, encode_header, read_header
 from loraq.errors import CheckpointError
+from loraq.safetensors.header import TensorSpec, encode_header, read_header
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

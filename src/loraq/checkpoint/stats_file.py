@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from loraq.checkpoint.header import TensorSpec
-from loraq.checkpoint.layout import ShardLayout
-from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import reason_of, require_alone
+from loraq.checkpoint.folder import reason_of, require_alone
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.safetensors.header import TensorSpec
+from loraq.safetensors.layout import ShardLayout
+from loraq.safetensors.reader import ShardReader
 from loraq.stats import ActivationStats
 
 #: In the file's metadata, under "loraq_stats".

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.header import DTYPE_NAMES, TensorSpec, encode_header
-from loraq.checkpoint.writer import write_json
 from loraq.errors import CheckpointError
+from loraq.json_files import write_json
+from loraq.safetensors.header import DTYPE_NAMES, TensorSpec, encode_header
 
 #: Bytes of one shard unless the caller says otherwise.
 DEFAULT_SHARD_BYTES = 2_000_000_000
