@@ -111,10 +111,11 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():
-        if match := _KEY.fullmatch(_strip_prefix(key)):
-            kind = next(kind for kind in ("down", "up", "alpha") if match[kind])
-            parts.setdefault(match["layer"], {})[kind] = tensor
-        else:
+        match = _KEY.fullmatch(_strip_prefix(key))
+        kind = match and next(kind for kind in ("down", "up", "alpha") if match[kind])
+        if match and kind and kind not in (part := parts.setdefault(match["layer"], {})):
+            part[kind] = tensor
+        else:  # also a second adapter of the same layer
             strange.append(key)
     return parts, strange
 

@@ -39,6 +39,7 @@ def convert_names(
     """
     with _quiet_diffusers():
         from diffusers.loaders import lora_pipeline
+        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
         mixin = _find_mixin(vars(lora_pipeline), type(model).__name__)
         if mixin is None:
@@ -60,10 +61,16 @@ def convert_names(
                 f"model? Only a plain LoRA can be absorbed."
             ) from error
     weights, alphas = found if isinstance(found, tuple) else (found, None)
+    alphas = alphas or {}
+    if not any("lora_A" in name for name in weights):  # as diffusers does before it loads them
+        weights, alphas = (convert_unet_state_dict_to_peft(part) for part in (weights, alphas))
     reached = _find_leaves(weights.values())
     left_out = [name for name, t in marked.items() if t.requires_grad and id(t) not in reached]
     converted = {name: tensor.detach() for name, tensor in weights.items()}
-    return converted | {k: torch.as_tensor(v).detach() for k, v in (alphas or {}).items()}, left_out
+    for name, alpha in alphas.items():  # of a layer, or (UNets) of its first factor
+        layer = name.removesuffix(".alpha").split(".lora_A.")[0]
+        converted[f"{layer}.alpha"] = torch.as_tensor(alpha).detach()
+    return converted, left_out
 
 
 def _find_mixin(names: Mapping[str, Any], model: str) -> Any:
