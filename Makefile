@@ -26,12 +26,12 @@ fmt: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	@echo "bench: quantize throughput, scale rules, solver error per second"
-	@for question in quantize_throughput scale_rules solver_error_per_second; do \
-		$(BIN)/python benchmarks/$$question.py || exit 1; done
+	@for question in speed.rounding quality.scale_rules quality.methods; do \
+		$(BIN)/python -m benchmarks.$$question || exit 1; done
 
 docs: .venv/dev.stamp
 	@echo "docs: the pages that are generated"
-	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf .venv demo

@@ -1,4 +1,4 @@
-"""The job that the studies of the paper's models share: quantize in every configuration, generate, compare, one table.
+"""The job that the studies of the paper's models share: quantize, generate, compare, one table.
 
 `pixart_sigma.py` and `sana.py` say which model, with which settings, and what was published.
 """
@@ -10,7 +10,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +19,45 @@ import torch
 from torch import Tensor, nn
 
 import loraq.diffusers
+from loraq.evaluation.contender import Contender, Row
 from loraq.evaluation.metrics import psnr_db, ssim
 from loraq.integrations.checkpoints import quantize_checkpoint
 from loraq.recipe import Recipe
 from tiny_pipelines import SENTENCES
 
-#: (method, recipe). All rows with a branch get at most the bytes of SVDQuant's 16-bit rank 32 in
+
+def contender(method: str, recipe: str) -> Contender:
+    """Return a contender that is called what it is."""
+    return Contender(f"{method}-{recipe}", recipe, method)
+
+
+#: All rows with a branch get at most the bytes of SVDQuant's 16-bit rank 32 in
 #: the same main format.
-CONFIGURATIONS = (
-    ("rtn", "int4"),
-    ("rtn", "nvfp4"),
-    ("rtn", "mxfp4"),
+CONTENDERS = (
+    contender("rtn", "int4"),
+    contender("rtn", "nvfp4"),
+    contender("rtn", "mxfp4"),
     # SVDQuant in its native formats, and in the paper's.
-    ("svdquant", "int4+bf16-r32"),
-    ("svdquant", "nvfp4+bf16-r32"),
-    ("svdquant", "mxfp4+bf16-r32"),
+    contender("svdquant", "int4+bf16-r32"),
+    contender("svdquant", "nvfp4+bf16-r32"),
+    contender("svdquant", "mxfp4+bf16-r32"),
     # LoRaQ with the same 16-bit branch.
-    ("loraq", "int4+bf16-r32"),
-    ("loraq", "nvfp4+bf16-r32"),
-    ("loraq", "mxfp4+bf16-r32"),
+    contender("loraq", "int4+bf16-r32"),
+    contender("loraq", "nvfp4+bf16-r32"),
+    contender("loraq", "mxfp4+bf16-r32"),
     # The paper's quantized branches: W8A8, W6A6, W4A8; floating and integer elements.
-    ("loraq", "mxfp4+w8a8-h0"),
-    ("loraq", "mxfp4+w6a6-h0"),
-    ("loraq", "mxfp4+w4a8-h0"),
-    ("loraq", "mxint4+w8a8-h0"),
-    ("loraq", "mxint4+w6a6-h0"),
-    ("loraq", "mxint4+w4a8-h0"),
+    contender("loraq", "mxfp4+w8a8-h0"),
+    contender("loraq", "mxfp4+w6a6-h0"),
+    contender("loraq", "mxfp4+w4a8-h0"),
+    contender("loraq", "mxint4+w8a8-h0"),
+    contender("loraq", "mxint4+w6a6-h0"),
+    contender("loraq", "mxint4+w4a8-h0"),
     # With the rotation of the input that 4-bit activations get by default here.
-    ("loraq", "mxfp4+w6a8"),
+    contender("loraq", "mxfp4+w6a8"),
     # Main path at 8-bit activations, as the authors' kernels run it; and the default of this
     # package.
-    ("loraq", "mxfp4-a8+w8a8"),
-    ("loraq", "default"),
+    contender("loraq", "mxfp4-a8+w8a8"),
+    contender("loraq", "default"),
 )
 
 
@@ -69,28 +76,22 @@ class Study:
     tiny_call: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one configuration gave; image figures against the float model's images, same prompts and seeds."""
+@dataclass(frozen=True, kw_only=True)
+class StudyRow(Row):
+    """One line of a study; image figures are against the float model's, same prompts and seeds."""
 
-    method: str
-    recipe: str
     #: Bytes of the transformer's parameters.
     nbytes: int
-    bits_per_weight: float
-    #: Mean relative error of the quantized weights.
-    weight_error: float
     #: Median over the images; infinite for the float model.
     psnr_db: float
     ssim: float
-    seconds_to_quantize: float
     seconds_per_image: float
     #: Peak of the accelerator while images are made; without one, peak resident memory of this
     #: process so far.
     peak_bytes: int
 
 
-def main(study: Study, argv: list[str] | None = None) -> list[Row]:
+def main(study: Study, argv: list[str] | None = None) -> list[StudyRow]:
     """Run a study from the command line, print its table, and write `results.json`."""
     options = _options(study, argv)
     out: Path = options.out
@@ -106,22 +107,18 @@ def main(study: Study, argv: list[str] | None = None) -> list[Row]:
     exact, seconds = _images(pipeline, prompts, call)
     _write_images(exact, out / "images" / "float")
     kind = type(pipeline.transformer)
-    rows = [
-        _row(
-            ("float", options.dtype), pipeline.transformer, exact, exact, seconds, (16.0, 0.0, 0.0)
-        )
-    ]
+    trained = contender("float", options.dtype)
+    rows = [_row(trained, pipeline.transformer, (exact, exact), seconds, (16.0, 0.0, 0.0))]
     print(_line(rows[0]), flush=True)
-    for method, name in options.only or CONFIGURATIONS:
-        recipe = replace(Recipe.of(name), method=method, effort=options.effort)
-        folder = out / "models" / f"{method}-{name}"
+    for asked in options.only or CONTENDERS:
+        folder, recipe = out / "models" / asked.label, asked.to_recipe(effort=options.effort)
         figures = _quantize(source / "transformer", folder, recipe, options.workers)
         pipeline.transformer = None
         gc.collect()
         pipeline.transformer = kind.from_pretrained(folder, dtype=dtype).to(options.device)
         images, seconds = _images(pipeline, prompts, call)
         _write_images(images, out / "images" / folder.name)
-        rows.append(_row((method, name), pipeline.transformer, exact, images, seconds, figures))
+        rows.append(_row(asked, pipeline.transformer, (exact, images), seconds, figures))
         print(_line(rows[-1]), flush=True)
     _report(study, rows, options, len(prompts))
     return rows
@@ -150,19 +147,22 @@ def _options(study: Study, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(
-        "--only", nargs="+", type=_configuration, metavar="METHOD:RECIPE", help="only these rows"
+        "--only", nargs="+", type=_contender, metavar="METHOD:RECIPE", help="only these rows"
     )
     return parser.parse_args(argv)
 
 
-def _configuration(text: str) -> tuple[str, str]:
+def _contender(text: str) -> Contender:
     method, _, recipe = text.partition(":")
     Recipe.of(recipe)
-    return method, recipe
+    return contender(method, recipe)
 
 
 def _tiny(study: Study, folder: Path) -> Path:
-    """Return a small pipeline, the one of an earlier run if there is one: training a tokenizer is not repeatable."""
+    """Return a small pipeline.
+
+    That of an earlier run, if there is one: training a tokenizer is not repeatable.
+    """
     return folder if (folder / "model_index.json").is_file() else study.tiny(folder)
 
 
@@ -178,7 +178,10 @@ def _local(source: str) -> Path:
 
 
 def _prompts(file: Path | None, n: int) -> list[str]:
-    """Return n prompts; of a JSON table by key, those that a shuffle of the keys with seed 0 puts first, sorted."""
+    """Return n prompts.
+
+    Of a JSON table by key, those that a shuffle of the keys with seed 0 puts first, sorted.
+    """
     if file is None:
         return [SENTENCES[i % len(SENTENCES)] for i in range(n)]
     text = file.read_text(encoding="utf-8")
@@ -193,7 +196,10 @@ def _prompts(file: Path | None, n: int) -> list[str]:
 def _quantize(
     source: Path, folder: Path, recipe: Recipe, workers: int
 ) -> tuple[float, float, float]:
-    """Quantize unless an earlier run did just that; return bits per weight, mean weight error and seconds."""
+    """Return bits per weight, mean weight error and seconds.
+
+    Nothing is quantized if an earlier run did just that.
+    """
     file = folder.with_name(f"{folder.name}.json")
     job = {"source": str(source.resolve()), "recipe": recipe.to_dict()}
     done = json.loads(file.read_text()) if file.is_file() else {}
@@ -212,7 +218,10 @@ def _quantize(
 
 
 def _images(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> tuple[Tensor, float]:
-    """Return images (n, 3, height, width) in [0, 1], each from its own seed, and the mean seconds for one."""
+    """Return images (n, 3, height, width) in [0, 1], and the mean seconds for one.
+
+    Each has a seed of its own.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     images = []
@@ -234,35 +243,37 @@ def _write_images(images: Tensor, folder: Path) -> None:
 
 
 def _row(
-    label: tuple[str, str],
+    measured: Contender,
     transformer: nn.Module,
-    exact: Tensor,
-    images: Tensor,
-    seconds: float,
+    images: tuple[Tensor, Tensor],
+    seconds_per_image: float,
     figures: tuple[float, float, float],
-) -> Row:
-    bits, error, seconds_to_quantize = figures
+) -> StudyRow:
+    """Return a row from images of the float and of this model, and the figures of `_quantize`."""
+    bits, error, seconds = figures
     cuda = torch.cuda.is_available()
     peak = (
         torch.cuda.max_memory_allocated()
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    return Row(
-        method=label[0],
-        recipe=label[1],
+    return StudyRow(
+        group="float model" if measured.method == "float" else "quantized",
+        label=measured.label,
+        method=measured.method,
+        recipe=measured.recipe,
         nbytes=sum(p.nbytes for p in transformer.parameters()),
         bits_per_weight=bits,
         weight_error=error,
-        psnr_db=psnr_db(exact, images, 1.0).median().item(),
-        ssim=ssim(exact, images, 1.0).median().item(),
-        seconds_to_quantize=seconds_to_quantize,
-        seconds_per_image=seconds,
+        psnr_db=psnr_db(*images, 1.0).median().item(),
+        ssim=ssim(*images, 1.0).median().item(),
+        seconds=seconds,
+        seconds_per_image=seconds_per_image,
         peak_bytes=peak,
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: StudyRow) -> str:
     cells = (
         f"{row.method:9}",
         f"{row.recipe:15}",
@@ -271,14 +282,14 @@ def _line(row: Row) -> str:
     )
     quality = (f"{row.weight_error:10.4f}", f"{row.psnr_db:8.2f}", f"{row.ssim:7.4f}")
     cost = (
-        f"{row.seconds_to_quantize:10.1f}",
+        f"{row.seconds:10.1f}",
         f"{row.seconds_per_image:8.2f}",
         f"{row.peak_bytes / 1e6:8.0f}",
     )
     return " ".join((*cells, *quality, *cost))
 
 
-def _table(rows: list[Row]) -> Iterator[str]:
+def _table(rows: list[StudyRow]) -> Iterator[str]:
     yield (
         "method    recipe                 MB   bits weight err  PSNR dB    SSIM quantize s  "
         "s/image  peak MB\n" + "-" * 101
@@ -286,7 +297,7 @@ def _table(rows: list[Row]) -> Iterator[str]:
     yield from map(_line, rows)
 
 
-def _report(study: Study, rows: list[Row], options: argparse.Namespace, n: int) -> None:
+def _report(study: Study, rows: list[StudyRow], options: argparse.Namespace, n: int) -> None:
     print(
         f"\n{study.name}, {n} images, {options.device}, {options.dtype}, effort {options.effort}\n"
     )
@@ -303,7 +314,7 @@ def _report(study: Study, rows: list[Row], options: argparse.Namespace, n: int) 
         "study": study.name,
         "versions": facts,
         "options": settings,
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.to_record() for row in rows],
     }
     (options.out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nWritten to {options.out / 'results.json'}, images beside it.")

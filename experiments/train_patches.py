@@ -1,6 +1,6 @@
-"""Train the patches world of `benchmarks/patches.py`: a larger test-bed than the digits, on real photographs.
+"""Train the patches world of `benchmarks/worlds/patches.py`: a larger test-bed than the digits, on real photographs.
 
-    PYTHONPATH=benchmarks python experiments/train_patches.py
+    PYTHONPATH=. python experiments/train_patches.py
 
 Trains a `PixArtTransformer2DModel` (384 wide, 8 transformer blocks, 20 M parameters) as a rectified
 flow on 32×32 patches of photographs, writes `benchmarks/assets/patches` and measures what it wrote.
@@ -26,15 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import patches
+from benchmarks.worlds import patches
 from loraq.evaluation import digits
 from loraq.evaluation.flow import interpolate, predict_velocity
-from safetensors import safe_open
 from train_digits import build_transformer, say
 
 TRANSFORMER = {

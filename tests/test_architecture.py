@@ -37,6 +37,7 @@ FENCES = {
     "peft": ["integrations"],
     "matplotlib": ["evaluation"],
     "sklearn": ["evaluation"],
+    "torchmetrics": ["evaluation"],
     "click": ["cli"],
     "rich": ["cli", "pipeline/progress.py"],
     "triton": [f"kernels/triton/{name}.py" for name in ("quant_down", "gemm_up", "small_m")],

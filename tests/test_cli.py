@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "absorb-lora",
     "formats",
+    "methods",
     "demo",
     "doctor",
     "stats",
@@ -148,16 +149,14 @@ def test_the_package_runs_as_a_module():
 def test_effort_without_loraq_is_refused_before_the_source_is_looked_at():
     result = run("quantize", "nowhere", "out", "--method", "gptq", "--effort", "fast")
     assert result.exit_code == 2
-    assert (
-        "--effort says how long method 'loraq' works, and 'gptq' has no levels of effort"
-        in result.stderr
-    )
+    assert "Method 'gptq' has no levels of effort. Leave --effort out, or use" in result.stderr
+    assert "(loraq)" in result.stderr
 
 
 def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_path):
     (tmp_path / "recipe.toml").write_text('scheme = "mxfp4+w8a8-r8"\neffort = "fast"\n')
     source = place / "float"
-    note = "Note: the recipe's effort 'fast' is for 'loraq' and changes nothing with 'rtn'."
+    note = "Note: method 'rtn' has no levels of effort, so the recipe's 'fast' changes nothing."
     for method, expected in (("rtn", True), ("loraq", False)):
         result = run("plan", source, "--recipe", tmp_path / "recipe.toml", "--method", method)
         assert result.exit_code == 0, result.stderr
@@ -542,6 +541,18 @@ def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
     assert "The self-test failed for 'resident' on 'mxfp4-a4' (0.5 > 0.02)" in result.stderr
 
 
+def test_methods_lists_every_method_with_what_it_needs():
+    from loraq.methods import METHODS
+
+    lines = succeeds("methods").splitlines()
+    assert lines[0].split()[:4] == ["method", "branch", "statistics", "efforts"]
+    assert [line.split()[0] for line in lines[1:]] == sorted(METHODS)
+    found = {row["method"]: row for row in document("methods")["methods"]}
+    assert found["loraq"]["efforts"] == "fast, default, best"
+    assert (found["gptq"]["statistics"], found["rtn"]["branch"]) == ("required", "none")
+    assert "rounds" in found["svdquant"]["options"].split(", ")
+
+
 def test_formats_lists_formats_grammar_and_recipes():
     text = succeeds("formats")
     assert text.splitlines()[0].split() == [
@@ -578,7 +589,7 @@ def test_formats_gives_one_document_whose_recipes_can_all_be_used():
 def small_demo(monkeypatch):
     """The demo with two invented rows, because the real one takes minutes."""
     from loraq.evaluation import demo
-    from loraq.evaluation.demo import DemoResult, Row
+    from loraq.evaluation.demo import DemoResult, DemoRow
 
     pictures = torch.zeros(10, 1, 8, 8)
     numbers = {
@@ -588,19 +599,33 @@ def small_demo(monkeypatch):
         "frechet": 1.0,
         "seconds": 2.0,
     }
+    group, trained = "weight-only", numbers | {"velocity_error": 0.0}
+    better = numbers | {"velocity_error": 0.01}
+    sizes = {"nbytes": 1024, "bits_per_weight": 5.0}
     rows = (
-        Row(
-            "as trained", "bf16 weights", "", 2048, 16.0, 0.0, **(numbers | {"velocity_error": 0.0})
+        DemoRow(
+            group="as trained",
+            label="bf16 weights",
+            nbytes=2048,
+            bits_per_weight=16.0,
+            weight_error=0.0,
+            **trained,
         ),
-        Row("weight-only", "LoRaQ", "mxfp4-a16+w8a8", 1024, 5.0, 0.07, **numbers),
-        Row(
-            "weight-only",
-            "SVDQuant",
-            "mxfp4-a16+bf16-r5",
-            1024,
-            5.0,
-            0.08,
-            **(numbers | {"velocity_error": 0.01}),
+        DemoRow(
+            group=group,
+            label="LoRaQ",
+            recipe="mxfp4-a16+w8a8",
+            weight_error=0.07,
+            **sizes,
+            **numbers,
+        ),
+        DemoRow(
+            group=group,
+            label="SVDQuant",
+            recipe="mxfp4-a16+bf16-r5",
+            weight_error=0.08,
+            **sizes,
+            **better,
         ),
     )
     images = {

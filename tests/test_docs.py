@@ -179,6 +179,14 @@ def test_every_script_of_a_page_exists(page):
 
 
 @each_page
+def test_every_module_of_a_page_exists(page):
+    code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
+    modules = {name for body in code for name in re.findall(r"python3? -m ([\w.]+)", body)}
+    paths = [name.replace(".", "/") for name in modules if name.split(".")[0] in TOP]
+    assert not [path for path in paths if not (ROOT / f"{path}.py").is_file()]
+
+
+@each_page
 def test_every_make_target_of_a_page_exists(page):
     code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
     targets = {
@@ -231,8 +239,8 @@ def test_every_source_file_is_in_the_tree_of_the_architecture():
 @pytest.mark.slow
 def test_the_generated_pages_are_fresh():
     # In a process of its own: click remembers how help was asked for before.
-    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "docs.generate", "--check"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 

@@ -35,9 +35,9 @@ def test_a_study_quantizes_loads_and_draws(name, tmp_path, capsys):
     assert "says nothing about quality" in printed
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["recipe"] for row in results["rows"]] == ["bfloat16", "mxfp4", "mxfp4+w8a8"]
-    written = (tmp_path / "models" / "loraq-mxfp4-w8a8" / "loraq.json").stat().st_mtime_ns
+    written = (tmp_path / "models" / "loraq-mxfp4+w8a8" / "loraq.json").stat().st_mtime_ns
     again = main(study, [*SETTINGS, "--out", str(tmp_path), "--only", ROWS[1]])
-    assert (tmp_path / "models" / "loraq-mxfp4-w8a8" / "loraq.json").stat().st_mtime_ns == written
+    assert (tmp_path / "models" / "loraq-mxfp4+w8a8" / "loraq.json").stat().st_mtime_ns == written
     assert again[1].psnr_db == ours.psnr_db
 
 

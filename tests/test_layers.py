@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.worlds.matrices import gaussian
 from loraq.errors import KernelError
 from loraq.layers import (
     is_linear,
@@ -21,7 +22,6 @@ from loraq.layers import (
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.pipeline.module import quantize_weight
 from loraq.scheme import Scheme
-from matrices import gaussian
 
 
 class OwnLinear(nn.Linear):

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import (
+    dit_like,
+    gaussian,
+    heavy_tailed,
+    low_rank,
+    outlier_columns,
+    zeros,
+)
 from loraq.errors import SchemeError
 from loraq.linalg import damped_cholesky, svd_of_product, truncated_svd
-from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
 
 FAMILIES = {
     "dit_like": dit_like,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import KernelError, SchemeError
 from loraq.formats import CastFormat, get_format
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
@@ -15,7 +16,6 @@ from loraq.packed import LayerSolution
 from loraq.pipeline.module import quantize_weight
 from loraq.scheme import Branch, Scheme
 from loraq.transforms import rotate
-from matrices import dit_like, gaussian
 
 N_OUT, N_IN = 40, 112  # the last block is shorter for block sizes 32 and 64
 MAINS = ("mxfp4", "int4", "nvfp4", "mxint4", "int5")

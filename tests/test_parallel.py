@@ -4,7 +4,6 @@ The processes run once and leave their numbers in a file; the tests read it.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import KernelError
 from loraq.nn import QuantizedLinear
 from loraq.parallel import LoraqColwise, LoraqRowwise
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
-
-sys.path.insert(
-    0, str(Path(__file__).parent.parent / "benchmarks")
-)  # the processes do not read pyproject.toml
-from matrices import dit_like, gaussian
 
 N_IN, N_HIDDEN = 128, 384
 NAMES = (

@@ -7,8 +7,8 @@ import pytest
 
 from loraq.budget import Budget
 from loraq.errors import FormatError, LoraqError, RecipeError
-from loraq.methods import EFFORTS, GPTQ, LQER, RTN, LoRaQ, SVDQuant
-from loraq.recipe import METHODS, Recipe
+from loraq.methods import EFFORTS, GPTQ, LQER, METHODS, RTN, LoRaQ, SVDQuant
+from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 

@@ -1,4 +1,4 @@
-"""The harness that runs other packages side by side with ours, on a rival that the test makes up; no network."""
+"""The harness that runs other packages beside ours, on a rival that the test makes up."""
 
 import py_compile
 import re
@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("against_rivals")
+pytest.importorskip("benchmarks")
 
-from against_rivals import RUNNERS, Ours, Weight, our_rows, rival_rows
+from benchmarks.rivals.environment import RivalError, environment
+from benchmarks.rivals.packages.contract import SQUARE
+from benchmarks.rivals.run import RUNNERS, Ours, Weight, our_rows, rival_rows
+from benchmarks.worlds.matrices import dit_like
 from loraq.formats import get_format
 from loraq.methods import RTN
 from loraq.scheme import Scheme
-from matrices import dit_like
-from rivals.contract import SQUARE
-from rivals.environment import RivalError, environment
 
 NAMES = sorted(path.stem for path in RUNNERS.glob("*.txt"))
 
@@ -73,16 +73,21 @@ def test_a_rival_is_judged_by_what_it_wrote_and_its_failures_are_told(tmp_path):
     rows, failures = run_fake(tmp_path)
     assert failures == ["fake broken, small: ValueError: no rank 2"]
     halves, rotated = rows
-    assert (halves.contender, halves.table, halves.package) == ("fake halves", "small", "fake==1.0")
-    assert halves.bits == 8 * 200 / (2 * 64 * 128)
+    assert (halves.label, halves.group, halves.package) == ("fake halves", "small", "fake==1.0")
+    assert halves.bits_per_weight == 8 * 200 / (2 * 64 * 128)
     assert halves.weight_error == pytest.approx(0.25)
-    assert halves.output_error["A16"] == pytest.approx(0.25)
-    assert 0.25 < halves.output_error["A8"] < halves.output_error["A4"]
+    assert halves.output_errors["A16"] == pytest.approx(0.25)
+    assert 0.25 < halves.output_errors["A8"] < halves.output_errors["A4"]
     assert halves.loraq is None  # no branch fits in so few bytes
-    assert (rotated.weight_error, rotated.output_error) == (0, {"A16": 0, "A8": None, "A4": None})
+    assert (rotated.weight_error, rotated.output_errors) == (0, {"A16": 0, "A8": None, "A4": None})
     assert rotated.counted == "as packed"
-    assert rotated.loraq.contender.startswith("mxfp4 r")
-    assert 0.9 * rotated.bits < rotated.loraq.bits <= rotated.bits == 5
+    assert rotated.loraq.label.startswith("mxfp4 r")
+    assert (
+        0.9 * rotated.bits_per_weight
+        < rotated.loraq.bits_per_weight
+        <= rotated.bits_per_weight
+        == 5
+    )
 
 
 def test_the_branch_of_a_rival_sees_inputs_that_are_not_rounded(tmp_path):
@@ -100,13 +105,13 @@ run(
     expected = (
         ((rounded - weight.x) @ weight.value.T).norm() / (weight.x @ weight.value.T).norm()
     ).item()
-    assert main.output_error["A4"] > 0.05
-    assert branch.output_error["A4"] == pytest.approx(0, abs=1e-6)
+    assert main.output_errors["A4"] > 0.05
+    assert branch.output_errors["A4"] == pytest.approx(0, abs=1e-6)
     write_rival(tmp_path, code)
     ((alone, _), _) = rival_rows(
         "fake", sys.executable, [weight], Ours(), limit=120, runners=tmp_path
     )
-    assert alone.output_error["A4"] == pytest.approx(expected, rel=1e-5)
+    assert alone.output_errors["A4"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +135,18 @@ def test_a_slow_variant_gets_the_square_weight_only(tmp_path):
     rows, _ = rival_rows(
         "fake", sys.executable, [square, *weights()], Ours(), limit=120, runners=tmp_path
     )
-    assert [row.table for row in rows if row.contender == "fake slow"] == [SQUARE]
+    assert [row.group for row in rows if row.label == "fake slow"] == [SQUARE]
 
 
 def test_our_rows_are_what_our_methods_give():
     weight = weights()[0]
-    rows = {row.contender: row for row in our_rows("small", [weight], Ours(), best=False)}
+    rows = {row.label: row for row in our_rows("small", [weight], Ours(), best=False)}
     solution = RTN().solve(weight.value, Scheme("int4"))
     assert rows["our RTN int4"].weight_error == solution.relative_error
-    assert rows["our RTN int4"].bits == solution.bits_per_weight
-    allowed = rows["our SVDQuant int4 w16, one-shot"].bits
+    assert rows["our RTN int4"].bits_per_weight == solution.bits_per_weight
+    allowed = rows["our SVDQuant int4 w16, one-shot"].bits_per_weight
     for branch in ("w16", "w8", "w6", "w4"):
-        assert rows[f"our LoRaQ int4 {branch}"].bits <= allowed
+        assert rows[f"our LoRaQ int4 {branch}"].bits_per_weight <= allowed
 
 
 def test_an_environment_sees_the_torch_of_the_caller_and_is_made_once(tmp_path):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import gaussian, outlier_columns
 from loraq.errors import CalibrationError
 from loraq.stats import ActivationStats
 from loraq.transforms import rotate
-from matrices import gaussian, outlier_columns
 
 
 def stats_of(x: torch.Tensor, *, full: bool = True) -> ActivationStats:
@@ -70,8 +70,8 @@ def test_the_mean_square_is_the_diagonal_of_the_second_moment():
         (1, torch.ones(3, 4), r"shape \(3, 4\)"),
         (1, torch.ones(2, 2, 2), r"shape \(2, 2, 2\)"),
         (1, torch.tensor(1.0), r"shape \(\)"),
-        (1, torch.tensor([1.0, torch.nan]), "no finite numbers"),
-        (1, torch.tensor([1.0, torch.inf]), "no finite numbers"),
+        (1, torch.tensor([1.0, torch.nan]), "not finite numbers"),
+        (1, torch.tensor([1.0, torch.inf]), "not finite numbers"),
         (1, -torch.eye(2), "negative mean square"),
     ],
 )

@@ -21,7 +21,9 @@ class RivalError(Exception):
 
 
 def environment(requirements: Path, cache: Path) -> Path:
-    """Return the Python of the environment for a requirements file; made on first use, anew when the file changes.
+    """Return the Python of the environment for a requirements file.
+
+    It is made on first use, and again when the file changes.
 
     Raises:
         RivalError: an environment cannot be made, or a package not installed.

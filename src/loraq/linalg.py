@@ -1,4 +1,4 @@
-"""Truncated SVD by subspace iteration, its factored forms, a rotation that spreads, and a Cholesky factor."""
+"""Norms, truncated SVD by subspace iteration, a rotation that spreads, and a Cholesky factor."""
 
 from dataclasses import dataclass
 
@@ -73,6 +73,20 @@ def svd_of_product(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
     q_down, r_down = torch.linalg.qr(down.mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT)
     return TruncatedSVD(q_up @ left, values, right @ q_down.mT)
+
+
+def frobenius(matrix: Tensor) -> Tensor:
+    """Return the Frobenius norm in double precision, in which squares of fp32 numbers always fit."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
+
+
+def energy(matrix: Tensor) -> Tensor:
+    """Return the squared Frobenius norm in double precision.
+
+    It is summed in fp32 within a row, unless that leaves fp32's range.
+    """
+    total = torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
+    return total if 1e-24 < total < 1e60 else frobenius(matrix).square()
 
 
 def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:

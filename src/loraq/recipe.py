@@ -9,19 +9,10 @@ from typing import Any, get_type_hints
 from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
 from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
 from loraq.families import family_rules
-from loraq.methods import EFFORTS, GPTQ, LQER, QERA, RTN, LoRaQ, Method, SVDQuant
+from loraq.methods import METHODS, RTN, Method
 from loraq.recipe_names import NAMED, parse_scheme
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
-
-METHODS: dict[str, type[RTN | LQER | SVDQuant | LoRaQ | GPTQ | QERA]] = {
-    "rtn": RTN,
-    "lqer": LQER,
-    "svdquant": SVDQuant,
-    "loraq": LoRaQ,
-    "gptq": GPTQ,
-    "qera": QERA,
-}
 
 ALLOCATIONS = ("uniform", "greedy")
 
@@ -32,9 +23,10 @@ class Recipe:
 
     #: What every layer gets unless a rule says otherwise; a branch of rank 0 is sized by `budget`.
     scheme: Scheme
-    #: One of `METHODS`; without a branch, every method but "gptq" means round to nearest.
+    #: One of `loraq.methods.METHODS`; a layer without a branch is rounded to nearest by a method
+    #: that needs one.
     method: str = "loraq"
-    #: How long method "loraq" works: "fast", "default" or "best".
+    #: How long a method with levels of effort works: "fast", "default" or "best".
     effort: str = "default"
     #: Other fields of the method's dataclass.
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,8 +50,9 @@ class Recipe:
             )
         if self.method not in METHODS:
             raise RecipeError(unknown("method", self.method, METHODS))
-        if self.effort not in EFFORTS:
-            raise RecipeError(unknown("effort", self.effort, EFFORTS))
+        efforts = {effort for method in METHODS.values() for effort in method.efforts}
+        if self.effort not in efforts:
+            raise RecipeError(unknown("effort", self.effort, efforts))
         if self.allocation not in ALLOCATIONS:
             raise RecipeError(unknown("allocation", self.allocation, ALLOCATIONS))
         legal = [f.name for f in fields(METHODS[self.method])]
@@ -81,11 +74,10 @@ class Recipe:
 
     def solver(self, scheme: Scheme) -> Method:
         """Return the method for a layer of this scheme."""
-        if scheme.branch is None and self.method not in ("rtn", "gptq"):
+        method = METHODS[self.method]
+        if scheme.branch is None and method.branch == "required":
             return RTN()
-        if self.method == "loraq":
-            return replace(LoRaQ.at(self.effort), **self.options)
-        return METHODS[self.method](**self.options)
+        return replace(method.at(self.effort), **self.options)
 
     def rule_for(self, name: str, model_class: str = "") -> Rule | None:
         """Return the first rule that matches a layer of a model class, or `None`."""
@@ -101,8 +93,7 @@ class Recipe:
         if rule is not None and rule.skip:
             return None
         scheme = self.scheme if rule is None else rule.apply(self.scheme)
-        # Rounding to nearest has no branch.
-        return replace(scheme, branch=None) if self.method == "rtn" else scheme
+        return replace(scheme, branch=None) if METHODS[self.method].branch == "none" else scheme
 
     def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
         """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loraq.errors import CalibrationError
@@ -63,6 +64,19 @@ class ActivationStats:
         raw = self.second_moment.detach().cpu().float().contiguous().view(torch.uint8)
         digest.update(memoryview(raw.numpy().data))
         return digest.hexdigest()
+
+    def output_energy(self, matrix: Float[Tensor, "out in"], dtype: torch.dtype) -> float:
+        """Return E‖x Mᵀ‖² = tr(M E[x xᵀ] Mᵀ).
+
+        With mean squares alone it is that of uncorrelated channels.
+
+        Args:
+            matrix: M, on the device of the statistics.
+            dtype: of the product; it is summed in double precision.
+        """
+        moment, matrix = self.second_moment.to(dtype), matrix.to(dtype)
+        seen = matrix @ moment if self.is_full else matrix * moment
+        return max(0.0, (seen * matrix).sum(dtype=torch.float64).item())
 
     def to(self, device: torch.device) -> "ActivationStats":
         """Return the same statistics on a device, in fp32 whatever they were computed in."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +22,6 @@ from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.safetensors.reader import ShardReader
-from safetensors import safe_open
 
 WIDTH = 48
 

@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.worlds.matrices import gaussian
 from loraq.checkpoint.stats_file import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.reader import ShardReader
 from loraq.stats import ActivationStats
-from matrices import gaussian
-from safetensors import safe_open
 
 
 def full(width: int, seed: int = 0) -> ActivationStats:

@@ -11,7 +11,7 @@ import torch
 from loraq.budget import Budget
 from loraq.errors import LoraqError
 from loraq.evaluation import demo
-from loraq.evaluation.demo import CONTENDERS, DemoResult, Row, _recipe, run
+from loraq.evaluation.demo import CONTENDERS, DemoResult, DemoRow, run
 from loraq.evaluation.report import draw, require_drawable
 from loraq.methods import EFFORTS
 from loraq.recipe import Recipe
@@ -26,7 +26,7 @@ each_group = pytest.mark.parametrize("group", CONTENDERS)
 @each_group
 def test_every_contender_is_a_recipe_that_can_be_planned(group):
     for contender in CONTENDERS[group]:
-        recipe = _recipe(contender, "fast")
+        recipe = contender.to_recipe(budget=demo.BUDGET, effort="fast")
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         assert recipe.method == contender.method
         for shape in SHAPES:
@@ -37,7 +37,7 @@ def test_every_contender_is_a_recipe_that_can_be_planned(group):
 @each_group
 def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
     def nbytes(contender: demo.Contender) -> list[int]:
-        recipe = _recipe(contender, "fast")
+        recipe = contender.to_recipe(budget=demo.BUDGET, effort="fast")
         return [recipe.scheme_for("layer", shape).nbytes(shape) for shape in SHAPES]
 
     limit = nbytes(next(c for c in CONTENDERS[group] if "+bf16" in c.recipe))
@@ -49,13 +49,25 @@ def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
         sizes = nbytes(contender)
         assert all(size <= most for size, most in zip(sizes, limit, strict=True)), contender
         if "+" in contender.recipe:  # and it uses what it is given, up to one more rank
-            branch = _recipe(contender, "fast").scheme_for("layer", SHAPES[0]).branch
+            branch = (
+                contender.to_recipe(budget=demo.BUDGET, effort="fast")
+                .scheme_for("layer", SHAPES[0])
+                .branch
+            )
             assert limit[0] - sizes[0] < 2 * rank * 384 / branch.rank * 1.6
 
 
 @each_group
 def test_activations_are_not_mixed_in_a_group(group):
-    assert len({_recipe(c, "fast").scheme.activation for c in CONTENDERS[group]}) == 1
+    assert (
+        len(
+            {
+                c.to_recipe(budget=demo.BUDGET, effort="fast").scheme.activation
+                for c in CONTENDERS[group]
+            }
+        )
+        == 1
+    )
 
 
 def test_labels_are_unique_because_pictures_are_found_by_them():
@@ -87,7 +99,7 @@ def result() -> DemoResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONTENDERS", few)
         patch.setitem(EFFORTS, "fast", (6, 3))
-        patch.setattr(demo, "OWN_SAMPLES", 4)
+        patch.setattr(demo, "N_OWN_SAMPLES", 4)
         patch.setattr(demo, "velocity_probe", partial(demo.velocity_probe, count=32))
         result = run(n_images=10, steps=4, effort="fast", progress=lines.append)
     assert lines[0] == "statistics of the model's own samples"
@@ -141,7 +153,19 @@ def test_the_report_is_a_picture(result, tmp_path):
 
 
 def invented() -> DemoResult:
-    row = Row("weight-only", "LoRaQ ★", "mxfp4", 1024, 5.0, 0.07, 0.02, 30.0, 0.99, 1.0, 2.0)
+    row = DemoRow(
+        group="weight-only",
+        label="LoRaQ ★",
+        recipe="mxfp4",
+        bits_per_weight=5.0,
+        weight_error=0.07,
+        velocity_error=0.02,
+        psnr_db=30.0,
+        accuracy=0.99,
+        frechet=1.0,
+        nbytes=1024,
+        seconds=2.0,
+    )
     pictures = torch.zeros(12, 1, 8, 8)
     trained = replace(row, group="as trained", label="bf16 weights", recipe="")
     return DemoResult(

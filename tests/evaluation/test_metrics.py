@@ -1,8 +1,10 @@
 import math
+import sys
 
 import pytest
 import torch
 
+from loraq.errors import LoraqError
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, sqnr_db, ssim
 
 
@@ -99,8 +101,7 @@ def test_ssim_does_not_depend_on_the_unit(rng):
     assert ssim(255 * x, 255 * y, 255.0).item() == pytest.approx(ssim(x, y, 1.0).item(), rel=1e-6)
 
 
-def test_ssim_of_one_window_is_the_formula(rng):
-    x, y = torch.rand(11, 11, generator=rng).double(), torch.rand(11, 11, generator=rng).double()
+def ssim_of_a_window(x, y):
     weights = [
         [math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)
     ]
@@ -113,7 +114,48 @@ def test_ssim_of_one_window_is_the_formula(rng):
         (w * (x - mx) * (y - my)).sum(),
     )
     c1, c2 = 1e-4, 9e-4
-    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert ssim(x.view(1, 1, 11, 11), y.view(1, 1, 11, 11), 1.0).item() == pytest.approx(
-        expected.item()
-    )
+    top, bottom = (2 * mx * my + c1) * (2 * cov + c2), (mx**2 + my**2 + c1) * (vx + vy + c2)
+    return (top / bottom).item()
+
+
+def test_ssim_of_one_window_is_the_formula(rng):
+    x, y = torch.rand(11, 11, generator=rng).double(), torch.rand(11, 11, generator=rng).double()
+    found = ssim(x.view(1, 1, 11, 11), y.view(1, 1, 11, 11), 1.0).item()
+    assert found == pytest.approx(ssim_of_a_window(x, y))
+
+
+def test_ssim_is_the_mean_over_the_places_where_the_window_fits(rng):
+    x, y = torch.rand(1, 1, 13, 14, generator=rng), torch.rand(1, 1, 13, 14, generator=rng)
+    windows = [
+        ssim_of_a_window(*(image[0, 0, i : i + 11, j : j + 11].double() for image in (x, y)))
+        for i in range(3)
+        for j in range(4)
+    ]
+    assert ssim(x, y, 1.0).item() == pytest.approx(sum(windows) / 12, rel=1e-9)
+
+
+def symmetric_root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize("n_rows", [20, 200])
+def test_frechet_distance_is_the_formula_with_symmetric_roots(generator, n_rows):
+    mix = torch.randn(32, 32, generator=generator)
+    a = torch.randn(300, 32, generator=generator) @ mix
+    b = 1.1 * torch.randn(n_rows, 32, generator=generator) @ mix + 0.3
+    cov_a, cov_b = a.double().T.cov(), b.double().T.cov()
+    root = symmetric_root(cov_a)
+    cross = symmetric_root(root @ cov_b @ root).trace()
+    shift = (a.double().mean(0) - b.double().mean(0)).square().sum()
+    expected = shift + cov_a.trace() + cov_b.trace() - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", [lambda x: ssim(x, x, 1.0), lambda x: frechet_distance(x, x)])
+def test_without_torchmetrics_the_message_names_the_extra(metric, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(LoraqError, match=r'pip install "loraq\[evaluation\]"'):
+        metric(torch.zeros(1, 1, 11, 11))

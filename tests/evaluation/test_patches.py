@@ -1,11 +1,11 @@
-"""The patches world: its photographs come with packages, its weights with the repository, and its training resumes."""
+"""The patches world: photographs of packages, weights of the repository, training that resumes."""
 
 import pytest
 import torch
 
 pytest.importorskip("skimage")
 pytest.importorskip("diffusers")
-patches = pytest.importorskip("patches")
+patches = pytest.importorskip("benchmarks.worlds.patches")
 train_patches = pytest.importorskip("train_patches")
 
 SETTINGS = {"seed": 0, "steps": 4, "batch": 2, "learning_rate": 1e-3}
@@ -53,6 +53,9 @@ def test_a_training_that_was_stopped_ends_at_the_same_weights(tmp_path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (patches.ASSETS / "config.json").is_file(), reason="only in a clone of the repository"
+)
 def test_the_trained_weights_predict_velocities_of_patches_they_never_saw():
     model = patches.load_transformer(torch.float32)
     velocity = patches.velocity_probe(model, count=32)

@@ -5,10 +5,19 @@ import math
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import (
+    dit_like,
+    gaussian,
+    heavy_tailed,
+    huge,
+    low_rank,
+    outlier_columns,
+    tiny,
+    zeros,
+)
 from loraq.errors import FormatError
 from loraq.formats import FORMATS, BlockFormat, CastFormat, Format, QTensor, block, get_format
 from loraq.formats.packing import unpack
-from matrices import dit_like, gaussian, heavy_tailed, huge, low_rank, outlier_columns, tiny, zeros
 
 BLOCK_FORMATS = [name for name, fmt in FORMATS.items() if isinstance(fmt, BlockFormat)] + [
     "int4_b128",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import loraq
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import RecipeError
 from loraq.formats import FORMATS, BlockFormat, ElementFormat, ScaleFit, ScaleRule
 from loraq.formats.element import integer
@@ -14,7 +15,6 @@ from loraq.formats.scale_rules import rule_names
 from loraq.formats.scales import BF16_SCALE, E4M3_SCALE, E8M0_SCALE
 from loraq.recipe import Recipe
 from loraq.recipe_names import parse_scheme
-from matrices import dit_like, gaussian
 
 #: Signs and powers of two from 2^-2 to 2^4: no named format has this element.
 E3M0 = ElementFormat("e3m0", bits=4, exponent_bits=3, mantissa_bits=0, max=16.0)

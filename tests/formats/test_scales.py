@@ -8,6 +8,7 @@ from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
+from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 from loraq import formats
 from loraq.errors import FormatError
 from loraq.formats import FORMATS, ScaleRule, get_format
@@ -18,7 +19,6 @@ from loraq.formats.scales import (
     E8M0_SCALE,
     FP32_SCALE,
 )
-from matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 
 TORCHAO_ELEMENTS = {
     "mxfp4": torch.float4_e2m1fn_x2,
@@ -316,7 +316,7 @@ def test_fitted_comes_close_to_search_and_is_not_worse_than_the_direct_rule(name
     ("name", "gain"), [("int4", 0.96), ("mxint4", 0.94), ("mxfp4", 0.98), ("nvfp4", 0.90)]
 )
 def test_fitted_and_search_are_worth_their_time_at_four_bits(name, gain):
-    # Measured on 1152 x 1152 by `benchmarks/scale_rules.py`; the factors here leave a margin of a
+    # Measured on 1152 x 1152 by `benchmarks/quality/scale_rules.py`; the factors here leave a margin of a
     # few per mille.
     x = MATRICES["gaussian"]
     direct = relative_error(x, name, get_format(name).default_rule)

@@ -25,7 +25,7 @@ pytest.importorskip("diffusers")
 
 from small.models import OWN, run, small_model
 
-from coverage import PARTS
+from benchmarks.architectures import PARTS
 from loraq.integrations.diffusers import transformer_classes
 
 CLASSES = transformer_classes()

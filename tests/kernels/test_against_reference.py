@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.worlds.matrices import dit_like, heavy_tailed, outlier_columns
 from loraq.errors import KernelError
 from loraq.formats import get_format
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, choose, get_backend
@@ -19,7 +20,6 @@ from loraq.packed import LayerSolution, PackedWeight
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
-from matrices import dit_like, heavy_tailed, outlier_columns
 
 N_OUT, N_IN = 96, 240
 MAINS = ("mxfp4", "int4", "nvfp4", "mxint4", "int5", "mxfp8_e5m2")

@@ -8,12 +8,12 @@ from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.worlds.matrices import gaussian
+from benchmarks.worlds.random_layers import random_layer
 from loraq.errors import KernelError
 from loraq.kernels import BACKENDS, int8_row
 from loraq.nn import QuantizedLinear
 from loraq.recipe_names import parse_scheme
-from matrices import gaussian
-from random_layers import random_layer
 
 #: Back end and recipe; `triton` is compiled in `interpret_triton.py`.
 CASES = [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 from loraq.errors import KernelError
 from loraq.formats import get_format
 from loraq.kernels import choose
@@ -11,7 +12,6 @@ from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
-from matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 
 CPU = torch.device("cpu")
 

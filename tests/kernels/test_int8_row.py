@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed
 from loraq.errors import KernelError
 from loraq.formats import get_format
 from loraq.kernels import choose, dispatch, int8_matrix, int8_row
@@ -28,7 +29,6 @@ from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, heavy_tailed
 
 CPU = torch.device("cpu")
 ALL_INT8 = Scheme("int8", "int8", Branch(16, "int8", "int8"))

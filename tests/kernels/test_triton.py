@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import KernelError
 from loraq.kernels import choose
 from loraq.kernels.triton.backend import TritonRow
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
-from matrices import dit_like, gaussian
 
 HERE = Path(__file__).parent
 #: Where a kernel waits for a GPU to be measured on.

@@ -2,9 +2,9 @@
 
 import torch
 
+from benchmarks.worlds.matrices import gaussian
 from loraq.packed import LayerSolution
 from loraq.stats import ActivationStats
-from matrices import gaussian
 
 
 def correlated(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

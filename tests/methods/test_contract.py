@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian, huge, outlier_columns, tiny, zeros
 from loraq.errors import FormatError, SchemeError
 from loraq.methods import LQER, RTN, LoRaQ, Method, SVDQuant
 from loraq.packed import LayerSolution
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, huge, outlier_columns, tiny, zeros
 
 MAIN_FORMATS = ["int4", "mxfp4", "nvfp4", "mxint4"]
 BRANCH_FORMATS = ["bf16", "mxint8", "mxfp6_e2m3", "mxfp4"]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from correlated_inputs import correlated, output_error, stats_of
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import CalibrationError
 from loraq.formats import FORMATS, FixedScales, get_format
 from loraq.methods import GPTQ, RTN, SVDQuant
-from loraq.methods.gptq import Feedback
+from loraq.methods.feedback import Feedback
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from matrices import dit_like, gaussian
 
 BLOCK_FORMATS = [name for name in FORMATS if name not in ("bf16", "fp16")] + ["int4_b8", "int8_b64"]
 each_format = pytest.mark.parametrize("name", BLOCK_FORMATS)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from correlated_inputs import correlated, stats_of
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import SchemeError
 from loraq.formats import get_format
-from loraq.methods import gptq
+from loraq.methods import feedback
 from loraq.methods.inputs import Inputs
 from loraq.stats import ActivationStats
-from matrices import dit_like, gaussian
 
 X = correlated(2000, 96)
 POWER = X.double().square().mean().item()
@@ -59,8 +59,8 @@ def test_only_full_moments_feed_errors_back():
 
 def test_several_roundings_share_one_factor(monkeypatch):
     made, inputs = [], Inputs(stats_of(X))
-    factor = gptq._unit_factor
-    monkeypatch.setattr(gptq, "_unit_factor", lambda *of: made.append(of) or factor(*of))
+    factor = feedback._unit_factor
+    monkeypatch.setattr(feedback, "_unit_factor", lambda *of: made.append(of) or factor(*of))
     first, second = (
         inputs.round(dit_like(24, 96, seed), get_format("mxfp4"), "search") for seed in (0, 1)
     )

@@ -5,14 +5,20 @@ import math
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import (
+    dit_like,
+    gaussian,
+    heavy_tailed,
+    low_rank,
+    outlier_columns,
+)
 from loraq.errors import SchemeError
 from loraq.formats import FORMATS, get_format
 from loraq.methods import EFFORTS, RTN, LoRaQ, SVDQuant, layer_seed
-from loraq.methods.loraq import ActivationNoise, rounding_noise
+from loraq.methods.noise import ActivationNoise, rounding_noise
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, heavy_tailed, low_rank, outlier_columns, zeros
 
 
 def one_outlier_column(m: int, n: int) -> torch.Tensor:
@@ -219,40 +225,6 @@ def test_scaling_by_a_power_of_four_changes_nothing(main):
     expected = method.solve(weight, scheme).reconstruct()
     for factor in (4.0**-5, 4.0**5):
         assert torch.equal(method.solve(weight * factor, scheme).reconstruct(), expected * factor)
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-@each_branch
-@pytest.mark.parametrize("main", ["int4", "mxfp4", "nvfp4"])
-def test_a_batch_gives_what_each_of_its_weights_gives_alone(main, branch):
-    weights = [dit_like(64, 128), gaussian(64, 128), 1e-3 * outlier_columns(64, 128)]
-    scheme = Scheme(main, branch=Branch(8, branch))
-    method = LoRaQ.at("fast")
-    together = method.solve_batch(weights, scheme, seeds=[3, 4, 5])
-    for weight, seed, solution in zip(weights, (3, 4, 5), together, strict=True):
-        alone = method.solve(weight, scheme, seed=seed)
-        assert solution.relative_error == pytest.approx(alone.relative_error, rel=0.02)
-        difference = torch.linalg.vector_norm(solution.reconstruct() - alone.reconstruct())
-        assert difference <= 1.5 * alone.relative_error * torch.linalg.vector_norm(weight)
-        assert solution.nbytes == alone.nbytes
-        assert solution.seconds > 0
-
-
-def test_a_zero_weight_does_not_disturb_its_batch():
-    weights = [zeros(48, 96), dit_like(48, 96)]
-    scheme = Scheme("int4", branch=Branch(6, "mxint8"))
-    nothing, something = LoRaQ().solve_batch(weights, scheme, seeds=[0, 0])
-    assert nothing.relative_error == 0
-    assert not nothing.reconstruct().any()
-    alone = LoRaQ().solve(weights[1], scheme).relative_error
-    assert something.relative_error == pytest.approx(alone, rel=0.02)
-
-
-def test_a_batch_needs_a_seed_for_each_weight():
-    with pytest.raises(ValueError, match="zip"):
-        LoRaQ().solve_batch([dit_like(48, 96)] * 2, Scheme("int4", branch=Branch(6)), seeds=[0])
 
 
 # --- activation noise -----------------------------------------------------------------------------

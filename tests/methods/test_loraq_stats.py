@@ -6,11 +6,11 @@ import pytest
 import torch
 from correlated_inputs import correlated, output_error, stats_of
 
+from benchmarks.worlds.matrices import dit_like
 from loraq.errors import CalibrationError
 from loraq.methods import GPTQ, LoRaQ
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from matrices import dit_like
 
 SCHEME = Scheme("int4", branch=Branch(8, "mxint8"))
 FAST = LoRaQ.at("fast")
@@ -56,19 +56,6 @@ def test_mean_squares_that_are_all_alike_change_no_byte():
             strict=True,
         )
     )
-
-
-def test_a_batch_gives_what_its_weights_give_alone():
-    weights, inputs = (
-        [WEIGHT, dit_like(64, 96, seed=1)],
-        [stats_of(X), stats_of(correlated(500, 96, seed=9))],
-    )
-    together = FAST.solve_batch(weights, SCHEME, seeds=[1, 2], stats=inputs)
-    for i in range(2):
-        alone = FAST.solve(weights[i], SCHEME, seed=i + 1, stats=inputs[i])
-        assert together[i].metrics["objective"] == pytest.approx(
-            alone.metrics["objective"], rel=0.05
-        )
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian, outlier_columns
 from loraq.methods import LQER, RTN
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, outlier_columns
 
 FAMILIES = {"dit_like": dit_like, "gaussian": gaussian, "outliers": outlier_columns}
 each_family = pytest.mark.parametrize("matrix", FAMILIES.values(), ids=FAMILIES.keys())

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian, huge, low_rank, zeros
 from loraq.errors import FormatError, SchemeError
 from loraq.methods import LQER, RTN, LoRaQ, SVDQuant
-from loraq.methods.prediction import predicted
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, huge, low_rank, zeros
 
 SCHEME = Scheme("mxfp4", branch=Branch(8, "mxint8"))
 METHODS = {"loraq": LoRaQ.at("fast"), "svdquant": SVDQuant(), "lqer": LQER()}
@@ -20,7 +19,7 @@ METHODS = {"loraq": LoRaQ.at("fast"), "svdquant": SVDQuant(), "lqer": LQER()}
 def test_rank_0_is_rounding_to_nearest_and_more_is_never_worse(method, rotation):
     weight = dit_like(96, 160)
     scheme = replace(SCHEME, rotation=rotation)
-    prediction = predicted(weight, scheme, method, 96)
+    prediction = METHODS[method].predict(weight, scheme, 96)
     assert prediction.relative_error(0) == pytest.approx(
         RTN().solve(weight, replace(scheme, branch=None)).relative_error, rel=1e-4
     )
@@ -38,14 +37,14 @@ def test_a_prediction_is_near_what_the_method_leaves(method, factor):
         for rank in (8, 16, 32):
             scheme = Scheme("mxfp4", branch=Branch(rank, factor))
             solved = METHODS[method].solve(weight, scheme, seed=0).relative_error
-            assert predicted(weight, scheme, method, 64).relative_error(rank) == pytest.approx(
-                solved, rel=0.25
-            )
+            assert METHODS[method].predict(weight, scheme, 64).relative_error(
+                rank
+            ) == pytest.approx(solved, rel=0.25)
 
 
 def test_ranks_help_a_weight_with_leading_directions_more():
     leading, flat = (
-        predicted(w, SCHEME, "loraq", 8)
+        METHODS["loraq"].predict(w, SCHEME, 8)
         for w in (low_rank(96, 96, 4) + gaussian(96, 96), gaussian(96, 96))
     )
     assert leading.relative_error(8) / leading.relative_error(0) < 0.8 * flat.relative_error(
@@ -54,19 +53,20 @@ def test_ranks_help_a_weight_with_leading_directions_more():
 
 
 def test_extreme_weights_are_predicted_too():
-    nothing = predicted(zeros(32, 48), SCHEME, "loraq", 32)
+    nothing = METHODS["loraq"].predict(zeros(32, 48), SCHEME, 32)
     assert set(nothing.left) == {0.0}
     assert nothing.relative_error(8) == 0
     large, plain = (
-        predicted(w, SCHEME, "loraq", 8).relative_error(8) for w in (huge(64, 64), gaussian(64, 64))
+        METHODS["loraq"].predict(w, SCHEME, 8).relative_error(8)
+        for w in (huge(64, 64), gaussian(64, 64))
     )
     assert large == pytest.approx(plain, rel=0.05)
-    exact = predicted(low_rank(64, 64, 4), SCHEME, "svdquant", 64)
+    exact = METHODS["svdquant"].predict(low_rank(64, 64, 4), SCHEME, 64)
     assert exact.relative_error(4) < 1e-3
 
 
 def test_what_cannot_be_quantized_cannot_be_predicted():
     with pytest.raises(FormatError, match="nan"):
-        predicted(torch.full((32, 32), torch.nan), SCHEME, "loraq", 8)
+        METHODS["loraq"].predict(torch.full((32, 32), torch.nan), SCHEME, 8)
     with pytest.raises(SchemeError, match="'lqer' fits a low-rank branch, but the scheme has none"):
-        predicted(gaussian(32, 32), Scheme("mxfp4"), "lqer", 8)
+        METHODS["lqer"].predict(gaussian(32, 32), Scheme("mxfp4"), 8)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from correlated_inputs import correlated, output_error, stats_of
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import CalibrationError, SchemeError
 from loraq.methods import LQER, QERA
 from loraq.methods.qera import weighted_svd
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from matrices import dit_like, gaussian
 
 
 def price(error: torch.Tensor, product: torch.Tensor, moment: torch.Tensor) -> float:

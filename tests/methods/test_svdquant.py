@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.worlds.matrices import dit_like, gaussian, outlier_columns, zeros
 from loraq.formats import get_format
 from loraq.methods import SVDQuant
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian, outlier_columns, zeros
 
 FAMILIES = {"dit_like": dit_like, "gaussian": gaussian, "outliers": outlier_columns}
 each_family = pytest.mark.parametrize("matrix", FAMILIES.values(), ids=FAMILIES.keys())

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.worlds.matrices import gaussian, heavy_tailed
 from loraq.checkpoint.stats_file import save_stats
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.collect import collect_stats
-from matrices import gaussian, heavy_tailed
 
 
 class Net(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError
 from loraq.layers import linear_layers, quantized_layers
 from loraq.nn import QuantizedLinear
@@ -19,7 +20,6 @@ from loraq.pipeline.module import plan_model, quantize_, quantize_weight
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian
 
 #: Wide enough for the randomized start of the solver, and short.
 FAST = Recipe(Scheme("mxfp4", "mxfp4", Branch(8, "mxint8", "mxint8")), effort="fast")

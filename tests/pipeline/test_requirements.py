@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import loraq
+from benchmarks.worlds.matrices import heavy_tailed
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from matrices import heavy_tailed
 
 #: Layer "3" has no branch, so that only GPTQ makes something of its inputs.
 RECIPE = Recipe(
@@ -183,7 +183,7 @@ def test_statistics_that_change_meanwhile_are_found(source, tmp_path, stats):
         (
             by("svdquant"),
             {},
-            "No layer uses the statistics: method 'svdquant' does not use them.* loraq, gptq, qera",
+            "No layer uses the statistics: method 'svdquant' does not use them.* gptq, loraq, qera",
         ),
         (by("rtn"), {}, "method 'rtn' does not use them"),
         (

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraq
+from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import CheckpointError, LayerError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint
 from loraq.pipeline.module import plan_model
@@ -18,7 +19,6 @@ from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
-from matrices import dit_like, gaussian
 
 GREEDY = Recipe(
     Scheme("mxfp4", branch=Branch(0, "mxint8")), budget="r16=4", method="lqer", allocation="greedy"

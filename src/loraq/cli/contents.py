@@ -1,4 +1,4 @@
-"""`loraq inspect`, `loraq compare` and `loraq formats`: look at what is there."""
+"""`loraq inspect`, `compare`, `formats` and `methods`: look at what is there."""
 
 from pathlib import Path
 
@@ -141,3 +141,33 @@ def formats(as_json: bool) -> None:
     print_table(headings, rows)
     click.echo(f"A recipe is a .toml or .json file, or a name:\n\n{GRAMMAR}\n")
     print_table(("recipe", ""), SHOWCASE.items())
+
+
+@command
+def methods(as_json: bool) -> None:
+    """List the methods that quantize a weight.
+
+    \b
+    Example: loraq methods
+    """
+    from dataclasses import fields
+
+    from loraq.methods import METHODS
+
+    headings = ("method", "branch", "statistics", "efforts", "options", "what it does")
+    rows = [
+        (
+            method.name,
+            method.branch,
+            method.use_of_stats,
+            ", ".join(method.efforts) or "one",
+            ", ".join(option.name for option in fields(method)),
+            method.summary,
+        )
+        for _, method in sorted(METHODS.items())
+    ]
+    if as_json:
+        print_json({"methods": [dict(zip(headings, row, strict=True)) for row in rows]})
+        return
+    # Options are many: they stand in a recipe file, and here only in the JSON document.
+    print_table(headings[:4] + headings[5:], [row[:4] + row[5:] for row in rows])

@@ -9,7 +9,7 @@ from loraq.cli.command import command
 from loraq.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from loraq.evaluation.demo import Row
+    from loraq.evaluation.demo import DemoRow
 
 
 @command
@@ -31,13 +31,11 @@ if TYPE_CHECKING:
     help="Layers solved at a time.",
 )
 def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
-    """Quantize the small trained transformer that ships with loraq in every way at equal bytes, and measure.
+    """Quantize a small trained transformer in every way at equal bytes, and measure.
 
     \b
     Example: loraq demo
     """
-    from dataclasses import asdict
-
     from loraq.evaluation.demo import run
     from loraq.evaluation.report import draw, require_drawable
 
@@ -46,14 +44,17 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     draw(result, out / "report.png")
     if as_json:
         print_json(
-            {"rows": [asdict(row) for row in result.rows], "report": str(out / "report.png")}
+            {
+                "rows": [row.to_record() for row in result.rows],
+                "report": str(out / "report.png"),
+            }
         )
         return
     _print_demo(result.rows)
     click.echo(f"Report: {out / 'report.png'}")
 
 
-def _print_demo(rows: "tuple[Row, ...]") -> None:
+def _print_demo(rows: "tuple[DemoRow, ...]") -> None:
     headings = (
         "",
         "recipe",
@@ -66,7 +67,7 @@ def _print_demo(rows: "tuple[Row, ...]") -> None:
         "Fréchet",
         "s",
     )
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[DemoRow]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     for group, members in groups.items():
@@ -89,7 +90,7 @@ def _print_demo(rows: "tuple[Row, ...]") -> None:
     )
 
 
-def _print_winners(rows: "list[Row]") -> None:
+def _print_winners(rows: "list[DemoRow]") -> None:
     """Say who has the best of each column among the rows of one size, also when it is not LoRaQ."""
     if len(rows) < 2:
         return

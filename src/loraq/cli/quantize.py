@@ -34,13 +34,11 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             flag_value="greedy",
             help="Share the budget among the layers: the same bytes in all, ranks where they help most.",
         ),
-        click.option(
-            "--method", help="loraq, svdquant, lqer, rtn, gptq or qera instead of the recipe's."
-        ),
+        click.option("--method", help="Method instead of the recipe's (`loraq methods`)."),
         click.option(
             "--effort",
             type=click.Choice(["fast", "default", "best"]),
-            help="How long method loraq works.",
+            help="How long a method with levels of effort works (`loraq methods`).",
         ),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )
@@ -75,20 +73,23 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
     """Return the recipe that the options describe."""
     from dataclasses import replace
 
+    from loraq.methods import METHODS
     from loraq.recipe import Recipe
 
     asked = {key: value for key, value in overrides.items() if value is not None}
     made = replace(Recipe.of(recipe), **asked)
-    if made.method != "loraq" and "effort" in asked:
+    if METHODS[made.method].efforts:
+        return made
+    if "effort" in asked:
+        able = ", ".join(name for name, method in METHODS.items() if method.efforts)
         raise click.UsageError(
-            f"--effort says how long method 'loraq' works, and '{made.method}' has no levels of "
-            f"effort. "
-            "Leave --effort out, or use --method loraq."
+            f"Method '{made.method}' has no levels of effort. Leave --effort out, or use a method "
+            f"that has them ({able})."
         )
-    if made.method != "loraq" and made.effort != "default":
+    if made.effort != "default":
         click.echo(
-            f"Note: the recipe's effort '{made.effort}' is for 'loraq' and changes nothing with "
-            f"'{made.method}'.",
+            f"Note: method '{made.method}' has no levels of effort, so the recipe's "
+            f"'{made.effort}' changes nothing.",
             err=True,
         )
     return made

@@ -1,20 +1,20 @@
-"""The main job on the embedded default: quantize the digits transformer in every way at equal bytes, and measure."""
+"""The main job on the digits transformer: quantize in every way at equal bytes, and measure."""
 
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loraq.evaluation.contender import Contender, Row
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
 from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.module import plan_model, quantize_
 from loraq.pipeline.report import Report
-from loraq.recipe import Recipe
 from loraq.recipe_names import NAMED
 from loraq.stats import ActivationStats
 
@@ -22,21 +22,11 @@ from loraq.stats import ActivationStats
 #: equal-bytes budget.
 BUDGET = "r16=5"
 #: Samples that statistics are collected on.
-OWN_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to quantize the model."""
-
-    label: str
-    #: Name of the recipe's scheme.
-    recipe: str
-    method: str = "loraq"
-    options: tuple[tuple[str, Any], ...] = ()
-    #: Whether it gets statistics of what the layers see while the float model draws samples from
-    #: noise.
-    own_samples: bool = False
+N_OWN_SAMPLES = 64
+#: Statistics of what the layers see while the float model draws samples from noise.
+OWN_SAMPLES = "own samples"
+#: SVDQuant as published: scales of the largest value, no search.
+DIRECT = {"scale_rule": None}
 
 
 #: Grouped by the activations of the main path, which are never mixed in one comparison.
@@ -44,8 +34,8 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
     "weight-only": (
         Contender("round to nearest", "mxfp4-a16", "rtn"),
         Contender("plain INT5 (more bytes)", "int5-a16", "rtn"),
-        Contender("SVDQuant, 16-bit branch", "mxfp4-a16+bf16", "svdquant", (("scale_rule", None),)),
-        Contender("SVDQuant ×100 + scale search", "mxfp4-a16+bf16", "svdquant", (("rounds", 100),)),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-a16+bf16", "svdquant", DIRECT),
+        Contender("SVDQuant ×100 + scale search", "mxfp4-a16+bf16", "svdquant", {"rounds": 100}),
         Contender("LoRaQ, 16-bit branch", "mxfp4-a16+bf16"),
         Contender("LoRaQ, 8-bit branch", "mxfp4-a16+w8a8"),
         Contender("LoRaQ, 6-bit branch", "mxfp4-a16+w6a6"),
@@ -53,13 +43,15 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("LoRaQ, INT4 main, 6-bit branch", "int4-a16+w6a6"),
     ),
     "weight-only, with statistics of the model's own samples (still no data)": (
-        Contender("GPTQ, INT4", "int4-a16", "gptq", own_samples=True),
-        Contender("SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", own_samples=True),
-        Contender("LoRaQ, 6-bit branch", "int4-a16+w6a6", own_samples=True),
+        Contender("GPTQ, INT4", "int4-a16", "gptq", statistics=OWN_SAMPLES),
+        Contender(
+            "SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", statistics=OWN_SAMPLES
+        ),
+        Contender("LoRaQ, 6-bit branch", "int4-a16+w6a6", statistics=OWN_SAMPLES),
     ),
     "4-bit weights, 8-bit activations": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
-        Contender("SVDQuant, 16-bit branch", "mxfp4-a8+bf16", "svdquant", (("scale_rule", None),)),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-a8+bf16", "svdquant", DIRECT),
         Contender("LoRaQ, W8A8 branch", "mxfp4-a8+w8a8"),
         Contender("LoRaQ, W6A6 branch", "mxfp4-a8+w6a6"),
         Contender("LoRaQ, W6A8 branch", "mxfp4-a8+w6a8"),
@@ -67,10 +59,8 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
     ),
     "4-bit weights, 4-bit activations": (
         Contender("round to nearest", "mxfp4-a4", "rtn"),
-        Contender("SVDQuant, 16-bit branch", "mxfp4-a4+bf16", "svdquant", (("scale_rule", None),)),
-        Contender(
-            "SVDQuant, rotated as LoRaQ's", "mxfp4-a4+bf16-h32", "svdquant", (("scale_rule", None),)
-        ),
+        Contender("SVDQuant, 16-bit branch", "mxfp4-a4+bf16", "svdquant", DIRECT),
+        Contender("SVDQuant, rotated as LoRaQ's", "mxfp4-a4+bf16-h32", "svdquant", DIRECT),
         Contender("LoRaQ, W8A8 branch", "mxfp4-a4+w8a8"),
         Contender("LoRaQ, W6A6 branch", "mxfp4-a4+w6a6"),
         Contender("LoRaQ, W6A8 branch", "mxfp4-a4+w6a8"),
@@ -79,18 +69,12 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one contender."""
+@dataclass(frozen=True, kw_only=True)
+class DemoRow(Row):
+    """One line of the demo."""
 
-    group: str
-    label: str
-    recipe: str
     #: Bytes of the quantized layers.
     nbytes: int
-    bits_per_weight: float
-    #: Mean over the layers of ‖W − Ŵ‖ / ‖W‖.
-    weight_error: float
     #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The
     #: discriminating figure.
     velocity_error: float
@@ -100,15 +84,13 @@ class Row:
     accuracy: float
     #: Fréchet distance of the judge's features to real digits. Cannot see differences at 4 bits.
     frechet: float
-    #: Wall time of the solver, all layers.
-    seconds: float
 
 
 @dataclass(frozen=True)
 class DemoResult:
     """All rows, and what the report draws."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[DemoRow, ...]
     #: Samples of the model as trained, under "as trained", and of every row under its recipe and
     #: label.
     images: dict[str, Tensor]
@@ -142,7 +124,7 @@ def run(
     progress("statistics of the model's own samples")
     own = own_statistics(trained)
 
-    def measured(model: torch.nn.Module, images: Tensor) -> dict[str, float]:
+    def measure(model: torch.nn.Module, images: Tensor) -> dict[str, Any]:
         psnr = psnr_db(reference, images, data_range=2.0)
         return {
             "velocity_error": relative_error(velocity, velocity_probe(model)),
@@ -152,7 +134,7 @@ def run(
         }
 
     n_weights = 0
-    rows: list[Row] = []
+    rows: list[DemoRow] = []
     pictures = {"as trained": reference}
     layer_errors: dict[str, list[float]] = {}
     total = sum(len(group) for group in CONTENDERS.values())
@@ -162,55 +144,47 @@ def run(
                 f"[{len(rows) + 1} of {total}] {group}: {contender.label} ({contender.recipe})"
             )
             model = copy.deepcopy(trained)
-            stats = own if contender.own_samples else None
-            report = quantize_(
-                model, _recipe(contender, effort), stats=stats, workers=workers, progress=False
-            )
+            stats = own if contender.statistics else None
+            recipe = contender.to_recipe(budget=BUDGET, effort=effort)
+            report = quantize_(model, recipe, stats=stats, workers=workers, progress=False)
             images = sample(model, labels, seed=0, steps=steps)
-            row = _row(group, contender, report, measured(model, images))
+            row = _row(group, contender, report, measure(model, images))
             rows.append(row)
             pictures[f"{row.recipe} {row.label}"] = images
             layer_errors[f"{row.recipe} {row.label}"] = [
                 layer.relative_error for layer in report.layers
             ]
             n_weights = sum(math.prod(layer.shape) for layer in report.layers)
-    trained_row = Row(
-        "as trained",
-        "bf16 weights",
-        "",
-        2 * n_weights,
-        16.0,
-        0.0,
-        **measured(trained, reference),
+    trained_row = DemoRow(
+        group="as trained",
+        label="bf16 weights",
+        method="",
+        nbytes=2 * n_weights,
+        bits_per_weight=16.0,
+        weight_error=0.0,
         seconds=0.0,
+        **measure(trained, reference),
     )
     return DemoResult((trained_row, *rows), pictures, layer_errors)
 
 
 def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
-    """Return statistics of the model's inputs while it draws samples from noise that no row is judged by."""
+    """Return statistics of the layers' inputs while the model draws samples.
+
+    No row is judged by samples from the same noise.
+    """
     names = [layer.name for layer in plan_model(trained, NAMED["default"]).quantized]
-    labels = torch.arange(OWN_SAMPLES) % 10
+    labels = torch.arange(N_OWN_SAMPLES) % 10
     return collect_stats(trained, lambda: sample(trained, labels, seed=1), names)
 
 
-def _recipe(contender: Contender, effort: str) -> Recipe:
-    recipe = Recipe.named(contender.recipe)
-    return replace(
-        recipe,
-        method=contender.method,
-        effort=effort,
-        options=dict(contender.options),
-        budget=BUDGET,
-    )
-
-
-def _row(group: str, contender: Contender, report: Report, measured: dict[str, float]) -> Row:
-    return Row(
+def _row(group: str, contender: Contender, report: Report, measured: dict[str, Any]) -> DemoRow:
+    return DemoRow(
         group=group,
         label=contender.label
         + (" ★" if contender.recipe == NAMED["default"] and contender.method == "loraq" else ""),
         recipe=contender.recipe,
+        method=contender.method,
         nbytes=sum(layer.nbytes for layer in report.layers),
         bits_per_weight=report.plan.bits_per_weight,
         weight_error=report.mean_relative_error,

@@ -181,7 +181,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch width"]:
-        """Return the activations before the last nonlinearity, the space of the Fréchet distance."""
+        """Return the activations before the last nonlinearity, for a Fréchet distance."""
         features: Tensor = self.body(images)
         return features
 

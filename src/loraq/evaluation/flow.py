@@ -1,4 +1,4 @@
-"""This file runs a class-conditional rectified flow: noise an image, predict a velocity, draw a sample.
+"""A class-conditional rectified flow: noise an image, predict a velocity, draw a sample.
 
 Time 0 is the image, time 1 is noise, `x_t = (1 − t) image + t noise`, and the transformer, one of
 the PixArt family without a mask on its captions, predicts the velocity `noise − image` (Liu et al.
@@ -84,5 +84,8 @@ def sample(
 
 
 def first_weight(module: nn.Module) -> Tensor:
-    """Return the first floating-point parameter: packed weights are integers and say nothing of the dtype."""
+    """Return the first floating-point parameter.
+
+    Packed weights are integers and say nothing of the dtype.
+    """
     return next(parameter for parameter in module.parameters() if parameter.is_floating_point())

@@ -1,13 +1,19 @@
-"""This file holds the numbers we judge approximations by, as pure functions of tensors.
+"""The numbers that approximations are judged by, as pure functions of tensors.
 
 All sums run in float64, so a metric never adds an error of its own.
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from loraq.errors import LoraqError
+
+#: Wang et al. 2004: pixels and standard deviation of the window of `ssim`.
+_WINDOW, _SIGMA = 11, 1.5
 
 
 def relative_error(
@@ -70,23 +76,22 @@ def ssim(
 
     Returns:
         One float64 value for each image.
+
+    Raises:
+        LoraqError: torchmetrics is not installed.
     """
-    x, y = (images.double().flatten(0, 1).unsqueeze(1) for images in (reference, image))
-    offset = torch.arange(11, dtype=torch.float64, device=x.device) - 5
-    window = torch.exp(-offset.square() / (2 * 1.5**2))
-    window = window / window.sum()
-
-    def mean(values: Tensor) -> Tensor:
-        rows = torch.nn.functional.conv2d(values, window.view(1, 1, 1, 11))
-        return torch.nn.functional.conv2d(rows, window.view(1, 1, 11, 1))
-
-    mean_x, mean_y = mean(x), mean(y)
-    variance_x, variance_y = mean(x * x) - mean_x.square(), mean(y * y) - mean_y.square()
-    covariance = mean(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return (luminance * structure).view(reference.shape[0], -1).mean(dim=1)
+    _, places = _torchmetrics().functional.image.structural_similarity_index_measure(
+        image.double(),
+        reference.double(),
+        sigma=_SIGMA,
+        kernel_size=_WINDOW,
+        data_range=data_range,
+        reduction="none",
+        return_full_image=True,
+    )
+    border = _WINDOW // 2  # it pads images by this, and its own mean counts what it padded
+    fitting: Tensor = places[..., border:-border, border:-border]
+    return fitting.flatten(start_dim=1).mean(dim=1)
 
 
 def frechet_distance(
@@ -94,24 +99,31 @@ def frechet_distance(
 ) -> float:
     """Return the squared Fréchet distance of the Gaussians fitted to two sets of features.
 
-    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a^½ Σ_b Σ_a^½)^½), with roots through symmetric
-    eigendecompositions, so rank deficient covariances are fine. It is biased upwards for few
-    samples: compare sets of equal size only.
+    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), by torchmetrics; rank deficient covariances are
+    fine. It is biased upwards for few samples: compare sets of equal size only.
 
     Args:
         features_a: one row for each sample, at least two rows.
         features_b: the other set, at least two rows.
+
+    Raises:
+        LoraqError: torchmetrics is not installed.
     """
-    a, b = features_a.double(), features_b.double()
-    covariance_a, covariance_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
-    root_a = _symmetric_root(covariance_a)
-    cross = _symmetric_root(root_a @ covariance_b @ root_a)
-    distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    distance = distance + covariance_a.trace() + covariance_b.trace() - 2 * cross.trace()
-    return max(distance.item(), 0.0)
+    identity = nn.Identity()
+    identity.num_features = features_a.shape[1]  # type: ignore[assignment]
+    metric = _torchmetrics().image.fid.FrechetInceptionDistance(feature=identity)
+    metric.update(features_a.double(), real=True)
+    metric.update(features_b.double(), real=False)
+    return max(float(metric.compute()), 0.0)  # rounding takes that of equal sets below 0
 
 
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    """Square root of a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def _torchmetrics() -> Any:
+    try:
+        import torchmetrics.functional.image
+        import torchmetrics.image.fid
+    except ImportError as error:
+        raise LoraqError(
+            "SSIM and the Fréchet distance come with torchmetrics, which is not installed. "
+            'Install it with `pip install "loraq[evaluation]"`.'
+        ) from error
+    return torchmetrics

@@ -13,7 +13,9 @@ _SHOWN = 10
 
 
 def require_drawable(path: Path) -> None:
-    """Make the folder of a report, so that what is wrong is known before the minutes of measuring and not after.
+    """Make the folder of a report.
+
+    What is wrong is then known before the minutes of measuring and not after.
 
     Raises:
         LoraqError: matplotlib is not installed, or the file cannot be written.
@@ -67,7 +69,10 @@ def draw(result: DemoResult, path: Path) -> None:
 
 
 def _draw_errors(axis: Any, result: DemoResult) -> None:
-    """One line a contender of the weight-only group; the other groups have the same weights within noise."""
+    """Draw a line for each contender of the weight-only group.
+
+    The other groups have the same weights within noise.
+    """
     for row in result.rows:
         errors = result.layer_errors.get(f"{row.recipe} {row.label}")
         if row.group == "weight-only" and errors is not None:

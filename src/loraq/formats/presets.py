@@ -27,10 +27,10 @@ _FP8 = {4: "mxfp4", 8: "fp8_e4m3"}
 
 #: For 4-bit activations, for which a rotation lowers the velocity error of the digits model; NVFP4,
 #: whose blocks are small and whose scales are fine, loses by it. Sides from 16 to 128 do as well as
-#: each other (`benchmarks/rotation.py`).
+#: each other (`benchmarks/quality/tables.py`).
 _ROTATION = 32
 
-# The factors of each `fit` are those with the least error, measured by `benchmarks/scale_rules.py`.
+# The factors of each `fit` are those with the least error, measured by `benchmarks/quality/scale_rules.py`.
 
 # For int4 the factor 1.0 is left out of the solver's rule on purpose: alone it would help, but in
 # the solver's loop the block maximum then sets the scale again, every step moves it, and the

@@ -2,7 +2,7 @@
 
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With
 E[x xᵀ] the price of an error is exactly the output error it makes, rounding feeds errors back
-(`loraq.methods.gptq.Feedback`), and noise of rounded activations is filtered. Activation noise is
+(`loraq.methods.feedback.Feedback`), and noise of rounded activations is filtered. Activation noise is
 priced by h alone: it is about as large as its channel, and not correlated with the input.
 """
 
@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.formats import Format, QTensor
-from loraq.linalg import require_damping
-from loraq.methods.base import energy, frobenius
-from loraq.methods.gptq import Feedback
+from loraq.linalg import energy, frobenius, require_damping
+from loraq.methods.feedback import Feedback
 from loraq.stats import ActivationStats
 
 
@@ -60,9 +59,7 @@ class Inputs:
         """Return E‖x errorᵀ‖²."""
         if self.stats is None:
             return energy(error).item()
-        moment = self.stats.second_moment
-        seen = error @ moment if self.stats.is_full else error * moment
-        return max(0.0, (seen * error).sum(dtype=torch.float64).item() / self._power)
+        return self.stats.output_energy(error, torch.float32) / self._power
 
     def noise_energy(self, matrix: Float[Tensor, "out in"]) -> float:
         """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels."""

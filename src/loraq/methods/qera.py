@@ -1,40 +1,74 @@
-"""QERA: the branch that is the best answer to a rounding error, given what the inputs look like.
+"""QERA and LQER: round the weight first, and answer its rounding error with a branch.
 
 QERA, arXiv 2410.06040, theorem 1 (exact) and theorem 2 (diagonal, for uncorrelated channels; the
 scaling of L²QER, arXiv 2402.02446, with root mean squares in place of mean magnitudes). With H =
-E[x xᵀ] = C Cᵀ the expected output error of a branch P is ‖(W − Q(W) − P) C‖²; so the best P of rank
-r is SVD_r((W − Q(W)) C) C⁻¹, whatever root C is.
+E[x xᵀ] = C Cᵀ the expected output error of a branch P is ‖(W − Q(W) − P) C‖²; so the best P of
+rank r is SVD_r((W − Q(W)) C) C⁻¹, whatever root C is.
+
+LQER, arXiv 2402.02446, section 3.1, knows nothing of the inputs: H is the identity.
 """
 
-import time
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from loraq.linalg import damped_cholesky, truncated_svd
-from loraq.methods.base import (
-    full_moment,
-    output_error,
-    prepare,
-    prepare_stats,
-    quantize_branch,
-    relative_error,
-    require_branch,
-    require_stats,
-)
-from loraq.packed import LayerSolution, PackedWeight
+from loraq.methods.base import Fit, Method, output_error, quantize_branch, register
+from loraq.methods.prediction import tail_energies
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
-@dataclass(frozen=True)
-class QERA:
-    """Round the weight first, then answer its error with a branch that weighs directions by how often they occur."""
+class _ErrorSVD(Method):
+    """A branch that is the weighted SVD of the rounding error."""
 
-    use_of_stats: ClassVar[str] = "required"
+    scale_rule: str | None
+
+    @abstractmethod
+    def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
+        """Return H, a matrix or a diagonal (in), and its damping."""
+
+    def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
+        branch = self._require_branch(scheme)
+        moment, damping = self._weigh(weight, stats)
+        main = scheme.weight_format.quantize(weight, self.scale_rule)
+        error = weight - main.dequantize()
+        up, down = weighted_svd(error, moment, branch.rank, damping=damping, seed=seed)
+        fitted = quantize_branch(up, down, branch, self.scale_rule)
+        if stats is None:
+            return Fit(main, fitted)
+        return Fit(main, fitted, {"output_error": output_error(weight, main, fitted, stats)})
+
+    def _predict_shares(self, weight: Tensor, error: Tensor, scheme: Scheme) -> Tensor:
+        return tail_energies(error)
+
+
+@register
+@dataclass(frozen=True)
+class LQER(_ErrorSVD):
+    """Round the weight, then approximate the error W − Q(W) by a low-rank branch."""
+
+    name = "lqer"
+    summary = "truncated SVD of the rounding error"
+
+    #: Scale rule of weight and factors; `None` is the direct rule of each format.
+    scale_rule: str | None = "search"
+
+    def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
+        return torch.ones(weight.shape[1], device=weight.device), 0.0
+
+
+@register
+@dataclass(frozen=True)
+class QERA(_ErrorSVD):
+    """The same, with a branch that weighs directions by how often they occur."""
+
+    name = "qera"
+    summary = "the best branch for the rounding error, given statistics"
+    use_of_stats = "required"
 
     #: Whether all second moments are used, or only the mean squares.
     exact: bool = True
@@ -45,45 +79,21 @@ class QERA:
 
     @property
     def needs_full_moment(self) -> bool:
-        """Whether statistics of mean squares alone do not do: in the exact form."""
+        """Whether the method needs E[x xᵀ], not only E[x²]: in the exact form."""
         return self.exact
 
-    def solve(
-        self,
-        weight: Float[Tensor, "out in"],
-        scheme: Scheme,
-        *,
-        seed: int = 0,
-        stats: ActivationStats | None = None,
-    ) -> LayerSolution:
-        """Round the weight and fit its error; statistics of mean squares alone do for `exact=False`.
-
-        `metrics` holds "output_error"; see `output_error` and `Method.solve`.
-        """
-        begin = time.perf_counter()
-        branch = require_branch(scheme, "qera")
-        weight = prepare(weight, scheme)
-        stats = prepare_stats(require_stats(stats, "qera"), weight, scheme)
-        moment = full_moment(stats, "qera") if self.exact else stats.mean_square
-        residual = scheme.weight_format.quantize(weight, self.scale_rule)
-        up, down = weighted_svd(
-            weight - residual.dequantize(), moment, branch.rank, damping=self.damping, seed=seed
-        )
-        fitted = quantize_branch(up, down, branch, self.scale_rule)
-        return LayerSolution(
-            PackedWeight(scheme, residual, fitted),
-            relative_error(weight, residual, fitted),
-            time.perf_counter() - begin,
-            {"output_error": output_error(weight, residual, fitted, stats)},
-        )
+    def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
+        assert stats is not None
+        return stats.second_moment if self.exact else stats.mean_square, self.damping
 
 
 def weighted_svd(
     error: Float[Tensor, "out in"], moment: Tensor, rank: int, *, damping: float, seed: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """Return (up, down) of rank r that minimize ‖(E − up down) C‖ with C Cᵀ = moment + damping · its mean.
+    """Return (up, down) of rank r that minimize ‖(E − up down) C‖.
 
-    `up` is orthonormal. A moment of zeros counts as the identity, a vector is a diagonal.
+    C Cᵀ is moment + damping · its mean; `up` is orthonormal. A moment of zeros counts as the
+    identity, a vector is a diagonal.
     """
     if moment.dim() == 1:
         mean = moment.double().mean()

@@ -116,7 +116,7 @@ def share_from_files(
         CheckpointError: a weight cannot be read.
         LayerError, RecipeError: as `share_budget`.
     """
-    predict = PredictFromFile(source.reader, recipe)
+    predict = PredictFromFile(source.reader)
     return share_budget(
         source.plan, recipe, lambda jobs: run_jobs(predict, jobs, workers), progress
     )

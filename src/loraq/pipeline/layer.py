@@ -1,9 +1,8 @@
 """The job of one layer, the same for every driver: solve, name failures, report, build a module."""
 
 import hashlib
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +73,8 @@ def solve_layer(
     job: LayerJob, weight: Tensor, stats: ActivationStats | None = None
 ) -> LayerSolution:
     """Return one layer's solution: pure, and the same bytes whoever runs it."""
-    begin = time.perf_counter()
     with torch.no_grad(), one_thread() if weight.device.type == "cpu" else nullcontext():
-        solution = job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
-    return replace(solution, seconds=time.perf_counter() - begin)
+        return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
 
 
 def require_usable(name: str, layer: LinearLayer) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import RecipeError, SchemeError, unknown
 from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_layers, replace_layer
+from loraq.methods import METHODS
 from loraq.methods.prediction import Prediction
 from loraq.packed import LayerSolution
 from loraq.pipeline.layer import FinishedLayer, quantize_layer, require_usable, solve_layer
@@ -21,7 +22,7 @@ from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, hash_used_stats, open_stats
 from loraq.pipeline.sharing import predict_layer, share_budget
-from loraq.recipe import METHODS, Recipe
+from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -41,7 +42,7 @@ def quantize_weight(
         weight: full-precision weight, rows are output channels; any float dtype and device.
         recipe: a recipe, a scheme, a name such as "mxfp4-a4+w8a8-r64", or a path to a .toml or
         .json file.
-        method: overrides the recipe's method ("loraq", "svdquant", "lqer", "rtn", "gptq", "qera").
+        method: overrides the recipe's method (one of `loraq.methods.METHODS`).
         seed: overrides the recipe's seed.
         name: name of the layer: selects the recipe's rules, and goes into the seed.
         stats: of the layer's inputs, for the methods that use them.
@@ -118,9 +119,7 @@ def _share_budget(
         for job in jobs:
             require_usable(job.name, layers[job.name])
         with _pool(workers) as pool:
-            yield from pool.map(
-                lambda job: predict_layer(job, matrix_of(layers[job.name]), recipe), jobs
-            )
+            yield from pool.map(lambda job: predict_layer(job, matrix_of(layers[job.name])), jobs)
 
     return share_budget(plan, recipe, predict_all, progress)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from loraq.checkpoint.stats_file import load_stats
 from loraq.errors import CalibrationError
+from loraq.methods import METHODS
 from loraq.pipeline.plan import LayerJob, Plan
-from loraq.recipe import METHODS, Recipe
+from loraq.recipe import Recipe
 from loraq.stats import ActivationStats
 
 #: Statistics by layer, or the file they are in.
@@ -30,18 +31,20 @@ def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
     """
     if using := [job for job in plan.quantized if job.method.use_of_stats != "ignored"]:
         return using
-    able = ", ".join(name for name, method in METHODS.items() if method.use_of_stats != "ignored")
+    able = [method for method in METHODS.values() if method.use_of_stats != "ignored"]
     if not plan.quantized:
         reason = "the recipe quantizes none. `loraq plan` shows why"
     elif METHODS[recipe.method].use_of_stats == "ignored":
+        names = ", ".join(method.name for method in able)
         reason = (
             f"method '{recipe.method}' does not use them. Leave them out, or use one of the "
-            f"methods {able}"
+            f"methods {names}"
         )
     else:
+        names = ", ".join(method.name for method in able if method.branch != "required")
         reason = (
             f"none has a branch, and without one method '{recipe.method}' rounds to nearest. "
-            "Leave them out, add a branch, or use method 'gptq'"
+            f"Leave them out, add a branch, or use method {names}"
         )
     raise CalibrationError(f"No layer uses the statistics: {reason}.")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loraq.errors import LoraqError, RecipeError, layer_failure
-from loraq.methods.prediction import Prediction, predicted
+from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
@@ -79,7 +79,7 @@ def spend_budget(plan: Plan, predictions: dict[str, Prediction]) -> Plan:
     return replace(plan, layers=tuple(settled.get(layer.name, layer) for layer in plan.layers))
 
 
-def predict_layer(job: LayerJob, weight: Tensor, recipe: Recipe) -> tuple[str, Prediction]:
+def predict_layer(job: LayerJob, weight: Tensor) -> tuple[str, Prediction]:
     """Return a layer's name, and what each rank would leave of it: the same whoever runs it.
 
     Raises:
@@ -88,7 +88,7 @@ def predict_layer(job: LayerJob, weight: Tensor, recipe: Recipe) -> tuple[str, P
     most = min(_MOST * _branch(job).rank, *job.shape)
     try:
         with torch.no_grad(), one_thread():
-            return job.name, predicted(weight, job.scheme, recipe.method, most)
+            return job.name, job.method.predict(weight, job.scheme, most)
     except LoraqError as error:
         raise layer_failure(job.name, error) from error
 
@@ -98,12 +98,11 @@ class PredictFromFile:
     """`predict_layer` for worker processes: it reads the weight by itself."""
 
     reader: TensorReader
-    recipe: Recipe
 
     def __call__(self, job: LayerJob) -> tuple[str, Prediction]:
         """Return the layer's name and its prediction."""
         weight = self.reader.read(f"{job.name}.weight").view(job.shape)
-        return predict_layer(job, weight, self.recipe)
+        return predict_layer(job, weight)
 
 
 def _choices(job: LayerJob, prediction: Prediction) -> list[Choice]:

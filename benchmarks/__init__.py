@@ -1,0 +1,1 @@
+"""Measurements of what loraq promises: one question a module, `python -m benchmarks.…`."""

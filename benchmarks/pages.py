@@ -1,0 +1,33 @@
+"""What the generated pages share: tables, and the sentence that says where one comes from."""
+
+from collections.abc import Iterable
+
+from benchmarks.results import Record
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]], align: str = "") -> list[str]:
+    """Return the lines of a Markdown table, and an empty one.
+
+    Args:
+        headings: of the columns.
+        rows: the cells of each line.
+        align: a letter for each column, `l` left or `r` right; the first column to the left and
+            the others to the right if nothing is said.
+    """
+    headings = list(headings)
+    marks = {"l": "|---", "r": "|--:"}
+    rule = "".join(marks[side] for side in align or "l" + "r" * (len(headings) - 1))
+    return [_line(headings), rule + "|", *(_line(row) for row in rows), ""]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def source(record: Record) -> str:
+    """Return the sentence that says where a table's numbers come from."""
+    changed = ", **with changes that were not committed**" if record["changed"] else ""
+    return (
+        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}; torch "
+        f"{record['torch']}, {record['cpu_count']} cores."
+    )

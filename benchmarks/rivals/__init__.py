@@ -1,0 +1,1 @@
+"""The same weights in the hands of other packages."""

@@ -1,0 +1,1 @@
+"""How fast layers, blocks, the solver and whole models are."""

@@ -1,0 +1,205 @@
+"""How many seconds does the solver take for a layer, and where do they go?
+
+Reading guide: process time of `LoRaQ` on synthetic transformer weights, "s/layer" with the steps
+that the installed version takes by default, "ms/step" of each phase (1: full-precision factors, 2:
+rounded ones), "ends" for all before, between and after them (SVDs, the candidates that are stored).
+The largest shape takes a few steps only, and its s/layer is then ends + default steps × ms/step,
+which the row says in "extrapolated". "rounding" is the share of `Format.round` in the steps,
+"products" that of dense matrix products, "other" the rest: norms, updates, inverses.
+
+It takes 3 to 6 minutes. Only names that every version of the package has are used, so that an older
+one can be measured by the same script ("before" is the commit that precedes the first profile of
+the solver):
+
+    python -m benchmarks.speed.solver --label after --save
+    git worktree add old 52424a7
+    PYTHONPATH=old/src python -m benchmarks.speed.solver --label before --save
+"""
+
+import inspect
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.record import options, report
+from benchmarks.worlds.matrices import dit_like
+from loraq.formats import BlockFormat
+from loraq.methods import EFFORTS, LoRaQ
+from loraq.scheme import Branch, Scheme
+
+#: (out, in), and whether all default steps are taken.
+SHAPES = {(1152, 1152): True, (1152, 4608): True, (3072, 12288): False}
+#: Main weight, its activations, weight and activations of the branch.
+SCHEMES = {
+    "mxfp4-a8+w6a8": ("mxfp4", "mxint8", "mxfp6_e2m3", "mxint8"),
+    "int4-a8+w8a8": ("int4", "int8", "mxint8", "mxint8"),
+}
+#: Steps of both phases where not all are taken, and under the profiler.
+FEW = (10, 4)
+TOP = 6
+ROUNDING = "loraq: rounding"
+PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::baddbmm_"}
+
+
+def main() -> None:
+    """Print a table and the JSON line."""
+    chosen = options(
+        __doc__,
+        label=("after", "written in every row: before or after"),
+        quick="without the largest",
+    )
+    rows: list[dict[str, object]] = []
+    print(
+        f"{'shape':12}{'scheme':15}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}{'ends s':>8}   "
+        f"where"
+    )
+    for shape, complete in SHAPES.items():
+        if chosen.quick and not complete:
+            continue
+        weight = dit_like(*shape)
+        for name in SCHEMES:
+            scheme = scheme_of(name, shape)
+            row = {
+                "shape": list(shape),
+                "scheme": name,
+                "rank": scheme.branch.rank if scheme.branch else 0,
+            }
+            row |= {"label": chosen.label, "package_commit": commit_of_the_package()}
+            row |= seconds_of(weight, scheme, complete) | shares_of(weight, scheme)
+            rows.append(row)
+            show(row)
+    print()
+    report(rows, save=chosen.save)
+
+
+def scheme_of(name: str, shape: tuple[int, int]) -> Scheme:
+    """Return a scheme with the largest rank that takes no more bytes than 16 bits at rank 32."""
+    main, activation, weight, inner = SCHEMES[name]
+    allowed = 2 * 32 * sum(shape)
+    rank = max(r for r in range(1, 129) if Branch(r, weight).nbytes(shape) <= allowed)
+    return Scheme(main, activation, Branch(rank, weight, inner))
+
+
+def watched(
+    steps: tuple[int, int], around: Callable[[str], AbstractContextManager[object]]
+) -> LoRaQ:
+    """Return a solver each of whose phases runs inside a context that `around` makes."""
+
+    class Watched(LoRaQ):
+        def _anneal(self, *args: Any) -> Any:
+            with around("anneal"):
+                return super()._anneal(*args)
+
+        def _refine(self, *args: Any) -> Any:
+            with around("refine"):
+                return super()._refine(*args)
+
+    return Watched(steps=steps[0], refine_steps=steps[1])
+
+
+def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, object]:
+    """Return seconds for a layer and for each step of both phases."""
+    spent: dict[str, float] = {}
+
+    @contextmanager
+    def clock(name: str) -> Iterator[None]:
+        begin = time.process_time()
+        yield
+        spent[name] = time.process_time() - begin
+
+    default = EFFORTS["default"]
+    steps = default if complete else FEW
+    LoRaQ(steps=2, refine_steps=2).solve(
+        weight[:256, :512], scheme
+    )  # what is done once in a process
+    with clock("layer"):
+        watched(steps, clock).solve(weight, scheme)
+    each = [spent["anneal"] / steps[0], spent["refine"] / steps[1]]
+    ends = spent["layer"] - spent["anneal"] - spent["refine"]
+    return {
+        "seconds": ends + each[0] * default[0] + each[1] * default[1],
+        "extrapolated": not complete,
+        "default_steps": list(default),
+        "measured_steps": list(steps),
+        "seconds_per_step": each,
+        "seconds_of_ends": ends,
+    }
+
+
+def shares_of(weight: Tensor, scheme: Scheme) -> dict[str, object]:
+    """Return the shares of rounding, of matrix products and of the largest operators."""
+    profiles: list[profile] = []
+
+    def watch(name: str) -> profile:
+        profiles.append(profile(activities=[ProfilerActivity.CPU]))
+        return profiles[-1]
+
+    with rounding_marked():
+        watched(FEW, watch).solve(weight, scheme)
+    events = [event for found in profiles for event in found.key_averages()]
+    own: dict[str, float] = defaultdict(float)
+    for event in events:
+        own[event.key] += event.self_cpu_time_total
+    total = sum(own.values())
+    rounding = sum(event.cpu_time_total for event in events if event.key == ROUNDING) / total
+    products = sum(own[name] for name in PRODUCTS) / total
+    top = sorted(
+        ((own[name] / total, name) for name in own if name.startswith("aten::")), reverse=True
+    )[:TOP]
+    return {
+        "share_of_rounding": rounding,
+        "share_of_products": products,
+        "share_of_the_rest": 1 - rounding - products,
+        "top_operators": {name.removeprefix("aten::"): share for share, name in top},
+    }
+
+
+@contextmanager
+def rounding_marked() -> Iterator[None]:
+    """Give the rounding of block formats a name in profiles."""
+    plain = BlockFormat.round
+
+    def marked(*args: Any, **kwargs: Any) -> Tensor:
+        with record_function(ROUNDING):
+            return plain(*args, **kwargs)
+
+    BlockFormat.round = marked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BlockFormat.round = plain  # type: ignore[method-assign]
+
+
+def commit_of_the_package() -> str:
+    """Return the commit of the package that is measured, which need not be this script's."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    folder = Path(inspect.getfile(BlockFormat)).parent
+    return (
+        subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+        or "unknown"
+    )
+
+
+def show(row: dict) -> None:
+    """Print one line."""
+    names = (("rounding", "rounding"), ("products", "products"), ("other", "the_rest"))
+    shares = ", ".join(f"{what} {row[f'share_of_{key}']:.0%}" for what, key in names)
+    top = ", ".join(f"{name} {share:.0%}" for name, share in row["top_operators"].items())
+    first, second = (1e3 * seconds for seconds in row["seconds_per_step"])
+    shape = "×".join(map(str, row["shape"]))
+    print(
+        f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}{'*' if row['extrapolated'] else ' '}"
+        f"{first:11.1f}{second:11.1f}{row['seconds_of_ends']:8.2f}   {shares} ({top})",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

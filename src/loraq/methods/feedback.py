@@ -1,0 +1,77 @@
+"""Rounding with error feedback: channels that are left make up for the error of those before.
+
+GPTQ, arXiv 2210.17323, algorithm 1 (the same rounding as LDLQ of QuIP, arXiv 2307.13304).
+
+Scales are those of rounding to nearest, settled before the first channel, so that channels can go
+in any order. They go by falling mean square ("act order" of the authors' code): the largest are
+rounded while all others can still make up for them. Scales chosen on the way, from left to right,
+are worse (docs/log.md).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.formats import BlockFormat, FixedScales, Format, QTensor
+from loraq.linalg import damped_cholesky
+
+#: Channels after which the errors are carried to the channels that are further away, in one
+#: product.
+_LAZY = 64
+
+
+class Feedback:
+    """Rounding with error feedback through one second moment, factored once for all weights."""
+
+    def __init__(self, hessian: Float[Tensor, "in in"], *, damping: float = 0.01) -> None:
+        """Settle the order of the channels, and what an error asks of later ones.
+
+        Args:
+            hessian: H, symmetric and positive semi-definite; a zero matrix counts as the identity.
+            damping: added to the diagonal, as a share of its mean.
+        """
+        self._order = hessian.diagonal().argsort(descending=True, stable=True)
+        self._factor = _unit_factor(hessian[self._order][:, self._order], damping)
+
+    def round(
+        self, weight: Float[Tensor, "out in"], fmt: Format, rule: str | None = "search"
+    ) -> QTensor:
+        """Return a rounded weight Q that lowers tr((W − Q) H (W − Q)ᵀ).
+
+        With a diagonal H it is round to nearest.
+
+        Args:
+            weight: fp32.
+            fmt: a 16-bit format rounds to nearest, because there is nothing to gain.
+            rule: scale rule.
+        """
+        if not isinstance(fmt, BlockFormat):
+            return fmt.quantize(weight, rule)
+        scales = FixedScales(weight, fmt, rule)
+        of_values = scales.of_values.mT[self._order]  # (in, out): a channel is a row in memory
+        channels = weight.mT[self._order]
+        for start in range(0, len(channels), _LAZY):
+            stop = min(start + _LAZY, len(channels))
+            errors = torch.empty_like(channels[start:stop])
+            for j in range(start, stop):
+                rounded = scales.round(channels[j], of_values[j])
+                errors[j - start] = channels[j] - rounded
+                channels[j] = rounded
+                channels[j + 1 : stop].addr_(
+                    self._factor[j, j + 1 : stop], errors[j - start], alpha=-1
+                )
+            channels[stop:].addmm_(self._factor[start:stop, stop:].mT, errors, alpha=-1)
+        return scales.pack(channels[self._order.argsort()].mT.contiguous())
+
+
+def _unit_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Return the unit upper triangular F of the feedback.
+
+    An error e of channel i asks of channel j > i the change −e F[i, j]. With H⁻¹ = Rᵀ R and R
+    upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the Cholesky
+    factor of H taken from the last channel to the first. Everything in double precision.
+    """
+    factor = damped_cholesky(hessian.flip(0, 1), damping).flip(0, 1)
+    eye = torch.eye(len(hessian), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
+    return (inverse / inverse.diagonal()[:, None]).float()

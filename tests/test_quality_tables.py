@@ -1,0 +1,91 @@
+"""The tables of the quality benchmark: every row can be planned, and the ways to share fit a budget."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("benchmarks")
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
+from benchmarks.quality.sharing import WAYS, rank_rules, share_otherwise
+from benchmarks.quality.tables import all_tables, comparisons, round_activations
+from benchmarks.worlds.world import WORLDS
+from loraq.evaluation import digits
+from loraq.layers import quantized_layers
+from loraq.pipeline.module import plan_model, quantize_
+from loraq.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def model():
+    return digits.load_transformer(torch.float32)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_row_is_a_recipe_with_a_label_of_its_own_and_a_known_source(name):
+    world, tables = WORLDS[name], all_tables(name)
+    assert list(tables)[: len(comparisons(name))] == list(comparisons(name))
+    for title, rows in tables.items():
+        assert len({row.label for row in rows}) == len(rows), title
+        for row in rows:
+            row.to_recipe(budget=world.budget, effort="fast")
+            assert not row.statistics or row.statistics in world.sources, (title, row.label)
+
+
+def test_tables_of_own_samples_are_those_whose_title_says_so():
+    tables = comparisons("digits")
+    for title, rows in tables.items():
+        assert {bool(row.statistics) for row in rows} == {title.endswith("own samples")}, title
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_shared_otherwise_store_no_more_and_differ(model, way, monkeypatch):
+    if way == "measured":  # the solver is not what is tested here
+        monkeypatch.setattr("benchmarks.quality.sharing.solve_layer", fake_solution)
+    recipe = replace(Recipe.named("mxfp4-a8+w6a8"), budget="r16=5")
+    uniform = plan_model(model, recipe)
+    probe = partial(digits.velocity_probe, count=8)
+    shared = plan_model(model, share_otherwise(model, recipe, way=way, probe=probe))
+    assert 0.99 * uniform.nbytes < shared.nbytes <= uniform.nbytes
+    ranks = [
+        {job.name: job.scheme.branch.rank for job in plan.quantized} for plan in (uniform, shared)
+    ]
+    assert ranks[0] != ranks[1]
+    assert [job.scheme.activation for job in uniform.quantized] == [
+        job.scheme.activation for job in shared.quantized
+    ]
+
+
+def fake_solution(job, weight):
+    class Solution:
+        def reconstruct(self):
+            return weight * 0.99
+
+    return Solution()
+
+
+def test_rules_for_ranks_make_the_same_plan(model):
+    recipe = replace(Recipe.named("mxfp4+w6a8"), budget="r16=5")
+    plan = plan_model(model, recipe)
+    again = plan_model(model, replace(recipe, budget="r16=9", rules=tuple(rank_rules(plan))))
+    assert [job.scheme for job in again.quantized] == [job.scheme for job in plan.quantized]
+
+
+def test_formats_of_activations_change_and_weights_do_not(model):
+    from copy import deepcopy
+
+    few = [f"transformer_blocks.0.attn1.to_{part}" for part in "qk"]
+    rules = [{"match": name} for name in few] + [{"match": "*", "skip": True}]
+    recipe = {**Recipe.named("mxfp4-a16+w8a8-r4").to_dict(), "method": "svdquant", "rules": rules}
+    quantized = deepcopy(model)
+    quantize_(quantized, Recipe.from_dict(recipe), progress=False)
+    before = digits.velocity_probe(quantized, count=8)
+    round_activations(("mxint8", "mxfp6_e2m3", "int8"), quantized)
+    schemes = [layer.scheme for layer in quantized_layers(quantized).values()]
+    assert [(s.activation, s.branch.activation, s.branch.intermediate) for s in schemes] == [
+        ("mxint8", "mxfp6_e2m3", "int8")
+    ] * 2
+    assert not torch.equal(digits.velocity_probe(quantized, count=8), before)
