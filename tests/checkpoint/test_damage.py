@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.contents import DenseWeights, compare
 from loraq.checkpoint.folder import atomic_folder, file_sha256
+from loraq.checkpoint.inspect import DenseWeights, compare
 from loraq.checkpoint.manifest import Manifest
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
@@ -130,7 +130,7 @@ def test_a_truncated_file_is_also_found_without_its_entry(one, left):
     path = one / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     relist(one)
-    refused(one, r"'.*model\.safetensors' is truncated or no safetensors file")
+    refused(one, r"'.*model\.safetensors' is truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize("place", [-1, -1000])

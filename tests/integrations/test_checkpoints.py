@@ -14,7 +14,7 @@ from torch import nn
 import loraq
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.checkpoints import (
-    _expected,
+    _expect_tensors,
     _locate,
     _open,
     plan_checkpoint,
@@ -334,7 +334,7 @@ def test_an_interrupted_pipeline_goes_on(pipeline, expected, tmp_path):
 def test_a_module_in_two_places_is_stored_once():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared, "d": nn.Linear(4, 4)})})
-    expected, tied = _expected(
+    expected, tied = _expect_tensors(
         model, ["a.weight", "a.bias", "b.d.weight", "b.d.bias", "b.c.weight"]
     )
     assert tied == {"b.c.weight": "a.weight", "b.c.bias": "a.bias"}
@@ -361,7 +361,7 @@ def test_a_repository_of_the_hub_comes_from_its_cache(
     quantize(Path("org/pipe"), tmp_path / "b")
     assert files_of(tmp_path / "b" / "transformer") == expected
     with pytest.raises(
-        CheckpointError, match="'org/unknown' is no file or folder here, and cannot be fetched"
+        CheckpointError, match="'org/unknown' is not a file or folder here, and cannot be fetched"
     ):
         quantize("org/unknown", tmp_path / "c")
 

@@ -1,4 +1,4 @@
-"""Reading a LoRA: every way that its names and its scale are written, and everything that is no plain LoRA."""
+"""Reading a LoRA: every way that its names and its scale are written, and everything that is not a plain LoRA."""
 
 import copy
 import json
@@ -94,8 +94,8 @@ def test_other_components_are_named_and_left_out(tmp_path):
             {**plain(), "transformer.blocks.0.to_q.lora_magnitude_vector": A},
             "lora_magnitude_vector",
         ),
-        ({"transformer.blocks.0.to_q.lokr_w1": A}, "no plain LoRA"),
-        ({"lora_unet_blocks_0_to_q.diff": A}, "no plain LoRA"),
+        ({"transformer.blocks.0.to_q.lokr_w1": A}, "not of a plain LoRA"),
+        ({"lora_unet_blocks_0_to_q.diff": A}, "not of a plain LoRA"),
         ({"transformer.blocks.0.to_q.lora_A.weight": A}, "has only down"),
         ({**plain(), "transformer.blocks.0.to_q.lora_B.weight": torch.ones(4, 3)}, r"\(4, 3\)"),
         (plain("text_encoder."), "has no LoRA for a transformer"),
@@ -117,7 +117,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"0 \.safetensors files"):
         Lora.read(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="truncated or no safetensors"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors"):
         Lora.read(tmp_path)
     write(tmp_path / "y.safetensors", plain())
     with pytest.raises(CheckpointError, match=r"2 \.safetensors files"):
@@ -166,7 +166,7 @@ def edit_header(content: bytes, change) -> bytes:
 def test_a_hostile_lora_meets_the_parser_of_hostile_models(tmp_path, damage, match):
     file = write(tmp_path / "x.safetensors", plain())
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointError, match=f"truncated or no safetensors.*({match})") as lora:
+    with pytest.raises(CheckpointError, match=f"truncated or not a safetensors.*({match})") as lora:
         Lora.read(file)
     with pytest.raises(CheckpointError) as model:
         ShardReader(file)
@@ -179,7 +179,7 @@ def test_a_second_adapter_of_the_same_layer_is_refused(tmp_path):
         for name in ("one", "two")
         for part, tensor in (("A", A), ("B", B))
     }
-    with pytest.raises(CheckpointError, match=r"no plain LoRA: a\.to_q\.lora_A\.two\.weight"):
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: a\.to_q\.lora_A\.two\.weight"):
         Lora.read(write(tmp_path / "x.safetensors", {k: t.clone() for k, t in tensors.items()}))
 
 
@@ -274,7 +274,7 @@ def test_names_that_no_converter_understands(tmp_path, flux):
     with pytest.raises(CheckpointError, match="converter of LoRAs for FluxTransformer2DModel does"):
         Lora.read(file, flux)
     file = write(tmp_path / "x.safetensors", {**plain("lora_unet_"), "a.dora_scale": A})
-    with pytest.raises(CheckpointError, match=r"no plain LoRA: a\.dora_scale"):
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: a\.dora_scale"):
         Lora.read(file, flux)
 
 
@@ -290,5 +290,5 @@ def test_what_a_converter_drops_is_refused_by_name(tmp_path, flux, monkeypatch):
 
     monkeypatch.setattr(pipelines.FluxLoraLoaderMixin, "lora_state_dict", convert)
     tensors = {f"lora_unet_q.{name}": t for name, t in (("a", A), ("b", B), ("c", B + 1))}
-    with pytest.raises(CheckpointError, match=r"no plain LoRA: lora_unet_q\.c\. Only"):
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: lora_unet_q\.c\. Only"):
         Lora.read(write(tmp_path / "x.safetensors", tensors), flux)

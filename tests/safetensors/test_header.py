@@ -91,7 +91,7 @@ def test_an_absurd_header(tmp_path, header, n_data, length, match):
     path = file(tmp_path, header, n_data, length)
     with pytest.raises(
         CheckpointError,
-        match=rf"model\.safetensors' is truncated or no safetensors file: .*({match})",
+        match=rf"model\.safetensors' is truncated or not a safetensors file: .*({match})",
     ):
         read_header(path)
 

@@ -46,14 +46,12 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise CheckpointError(
                 f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow "
-                f"overwriting "
-                "(`--overwrite`)."
+                "overwriting (`--overwrite`)."
             )
         if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
             raise CheckpointError(
                 f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it "
-                f"is no model's folder. "
-                "Choose another one, or delete it yourself."
+                f"is not a model's folder. Choose another one, or delete it yourself."
             )
     parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
     if not parent.is_dir():

@@ -115,7 +115,7 @@ def resumable_folder(
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     target = target.resolve()  # a link stays, and what it points to is replaced
     partial = _partial(target)
-    with _locked(target, partial, overwrite=overwrite) as file:
+    with _open_locked(target, partial, overwrite=overwrite) as file:
         journal = Journal(file, partial / "files")
         if journal.layers and not restart:
             _require_same(journal, fingerprint, partial, n_layers)
@@ -161,7 +161,7 @@ def _partial(target: Path) -> Path:
 
 
 @contextmanager
-def _locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
+def _open_locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
     """Open the journal of a partial folder, made if need be, for this process alone."""
     require_target(target, overwrite=overwrite)
     try:
@@ -205,7 +205,7 @@ def _difference(then: Any, now: Any) -> str:
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Return the values in nested tables by dotted key; one that is no table has its own."""
+    """Return the values in nested tables by dotted key; one that is not a table has its own."""
     if not isinstance(value, dict):
         return {key: value}
     return {

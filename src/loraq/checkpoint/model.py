@@ -14,7 +14,7 @@ from loraq.kernels import DEFAULT_BACKEND, asked_backend, check_for_all
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
-from loraq.safetensors.reader import ShardReader
+from loraq.safetensors.reader import ShardReader, require_names
 
 
 def save(
@@ -113,7 +113,7 @@ def prepare(
     asked = asked_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
-    layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
+    layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
     # A refusal leaves the model as it was.
     check_for_all(asked, [layer.spec for layer in layers.values()])
@@ -145,14 +145,12 @@ def _check(
             expected[f"{name}.{key}"] = tensor
             devices[f"{name}.{key}"] = device
     tied = {name for name, source in manifest.tied.items() if source in reader.names}
-    stored = {*reader.names, *tied}
-    missing, unexpected = sorted(set(expected) - stored), sorted(stored - set(expected))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"'{folder}' does not fit {type(model).__name__}. Missing keys: "
-            f"{', '.join(missing) or 'none'}. Unexpected keys: {', '.join(unexpected) or 'none'}. "
-            f"Load it into the architecture it was made from."
-        )
+    require_names(
+        {*reader.names, *tied},
+        expected,
+        f"'{folder}' does not fit {type(model).__name__}",
+        "Load it into the architecture it was made from.",
+    )
     for key, tensor in expected.items():
         source = manifest.tied.get(key, key)
         shape, dtype = reader.shape(source), reader.dtype(source)
@@ -185,7 +183,7 @@ def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Q
     }
 
 
-def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
+def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
     stored = manifest.layers[name]
     try:
         old = model.get_submodule(name)
@@ -242,14 +240,17 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def model_config(model: nn.Module) -> dict[str, object]:
-    """Return the configuration of a diffusers model, marked as quantized so that nothing loads it as floats."""
+    """Return the configuration of a diffusers model, which says that it is quantized.
+
+    So nothing loads it as floats.
+    """
     to_json = getattr(model, "to_json_string", None)
     if to_json is None:
         return {}
-    return marked(json.loads(to_json()))
+    return add_quantization_config(json.loads(to_json()))
 
 
-def marked(config: dict[str, object]) -> dict[str, object]:
+def add_quantization_config(config: dict[str, object]) -> dict[str, object]:
     """Return a configuration that says it is quantized, in sorted order, so that all ways write the same bytes.
 
     Where the float weights were on this machine (`_name_or_path`) is left out: the same weights

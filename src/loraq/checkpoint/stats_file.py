@@ -101,7 +101,7 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(
-            f"Cannot write '{path}': '{place}' is no folder that can be written. Choose another."
+            f"Cannot write '{path}': '{place}' is not a folder that can be written. Choose another."
         )
     needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
     left = _partial(path).stat().st_size if _partial(path).is_file() else 0
@@ -147,8 +147,8 @@ def load_stats(path: str | Path) -> Mapping[str, ActivationStats]:
     """Open a file that `save_stats` wrote; a layer's statistics are read each time they are asked for.
 
     Raises:
-        CalibrationError: it is no file of statistics, or is of a newer format.
-        CheckpointError: it is missing, truncated or no safetensors file.
+        CalibrationError: it is not a file of statistics, or is of a newer format.
+        CheckpointError: it is missing, truncated or not a safetensors file.
     """
     return _StatsFile(Path(path))
 

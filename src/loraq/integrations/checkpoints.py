@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.checkpoint.model import marked, model_config
+from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, require_fit, transformer_folder
-from loraq.integrations.hub import here
+from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
 from loraq.json_files import read_json
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
@@ -149,11 +149,11 @@ def _locate(source: str | Path, config: str | Path | None) -> _Given:
         CheckpointError: there is no such source, it is quantized already, or its configuration
         cannot be read.
     """
-    path = here(source)
+    path = local_path(source)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
-                f"'{path}' is no .safetensors file. Other weight files are not read: convert it."
+                f"'{path}' is not a .safetensors file. Other weight files are not read: convert it."
             )
         root, weights, place = path, path, path
     else:
@@ -179,14 +179,14 @@ def _open(given: _Given, recipe: Recipe) -> Source:
     files = ShardReader(given.weights)
     if model is None:
         _require_floats(files, given.weights)
-        config = marked(given.config) if given.config else {}
+        config = add_quantization_config(given.config) if given.config else {}
         return Source(files, files, tuple(files.names), {}, config, _plan_tensors(files, recipe))
     assert plan is not None
     reader: TensorReader = files
-    expected, tied = _expected(model, files.names)
+    expected, tied = _expect_tensors(model, files.names)
     if given.weights.is_file() and not set(expected) <= set(files.names):
         reader = ConvertedReader(files, type(model).__name__, given.config or {})
-        expected, tied = _expected(model, reader.names)
+        expected, tied = _expect_tensors(model, reader.names)
     require_fit(reader, expected, given.weights)
     names = tuple(name for name in expected if name not in tied)
     return Source(
@@ -194,7 +194,9 @@ def _open(given: _Given, recipe: Recipe) -> Source:
     )
 
 
-def _expected(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _expect_tensors(
+    model: nn.Module, stored: list[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors a model wants stored, and the names that share one: a module may stand in two places."""
     owners = dict(model.named_modules(remove_duplicate=False))
     first: dict[tuple[int, str], str] = {}

@@ -17,7 +17,7 @@ from loraq.errors import CheckpointError, LoraqError
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
 from loraq.safetensors.header import FLOATS
-from loraq.safetensors.reader import ShardReader, TensorReader
+from loraq.safetensors.reader import ShardReader, TensorReader, require_names
 
 #: Component of a pipeline that is quantized, the first that is there.
 _COMPONENTS = ("transformer", "unet")
@@ -44,8 +44,8 @@ def transformer_folder(source: Path) -> Path:
         )
     if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
-            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no "
-            f"model's folder."
+            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is not "
+            f"a model's folder."
         )
     return source
 
@@ -167,7 +167,7 @@ def float_folder(source: Path) -> Path:
     """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
 
     Raises:
-        CheckpointError: it is quantized already, or is no such folder.
+        CheckpointError: it is quantized already, or is not such a folder.
     """
     folder = transformer_folder(source)
     if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):
@@ -193,15 +193,7 @@ def load_float(folder: Path) -> nn.Module:
 
 def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
     """Raise `CheckpointError` unless the tensors of a file are those of a model, float where the model is."""
-    missing, unexpected = (
-        sorted(set(expected) - set(reader.names)),
-        sorted(set(reader.names) - set(expected)),
-    )
-    if missing or unexpected:
-        raise CheckpointError(
-            f"The weights in '{place}' do not fit its config.json. Missing keys: "
-            f"{', '.join(missing) or 'none'}. Unexpected keys: {', '.join(unexpected) or 'none'}."
-        )
+    require_names(reader.names, expected, f"The weights in '{place}' do not fit its config.json")
     for name, tensor in expected.items():
         shape, dtype = reader.shape(name), reader.dtype(name)
         if shape != tuple(tensor.shape):

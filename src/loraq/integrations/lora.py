@@ -123,7 +123,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 def _require_plain(file: Path, strange: list[str]) -> None:
     if strange:
         raise CheckpointError(
-            f"'{file}' holds tensors that are no plain LoRA: {', '.join(strange[:6])}. Only "
+            f"'{file}' holds tensors that are not of a plain LoRA: {', '.join(strange[:6])}. Only "
             "lora_A/lora_B (or down/up) weights and alphas can be absorbed; DoRA, LoKr and LoRA "
             "biases cannot."
         )

@@ -126,7 +126,7 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"its header lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"'{path}' is truncated or no safetensors file: {reason}. Copy it again."
+            f"'{path}' is truncated or not a safetensors file: {reason}. Copy it again."
         ) from error
     places = {name: 8 + length + start for name, start in offsets.items()}
     return Header(specs, places, hashlib.sha256(text).hexdigest(), size, metadata)
