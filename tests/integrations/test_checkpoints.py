@@ -521,7 +521,7 @@ def test_a_file_of_another_kind(tmp_path):
     refused(
         tmp_path / "model.ckpt",
         tmp_path,
-        r"is no \.safetensors file\. Other weight files are not read",
+        r"is not a \.safetensors file\. Other weight files are not read",
     )
 
 

@@ -165,7 +165,7 @@ class _StatsFile(Mapping[str, ActivationStats]):
         self._reader = ShardReader(path)
         version = self._reader.files[path.name].metadata.get("loraq_stats")
         if version != FORMAT_VERSION:
-            what = "no file of statistics" if version is None else f"of format version {version}"
+            what = "not a file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
                 f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq "
                 f"stats`"
