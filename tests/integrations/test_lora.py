@@ -1,4 +1,4 @@
-"""Reading a LoRA: every way that its names and its scale are written, and everything that is not a plain LoRA."""
+"""Reading a LoRA: every way that names and scales are written, and what is not a plain LoRA."""
 
 import copy
 import json

@@ -17,7 +17,9 @@ _MODEL_MARKS = ("loraq.json", "config.json", "model_index.json")
 
 
 def require_alone(file: IO[bytes], path: Path, target: Path) -> None:
-    """Lock an open file, which stands for all work on `target` and dies with it, for this process until it is closed.
+    """Lock an open file for this process until it is closed.
+
+    The file stands for all work on `target`; the lock dies with the process.
 
     Raises:
         CheckpointError: another run has the lock, or had it and has taken the file away meanwhile.
@@ -66,7 +68,9 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its name when the block ends without an error.
+    """Yield an empty folder that takes the name of `folder` when the block ends without an error.
+
+    Until then it stands beside it.
 
     Raises:
         CheckpointError: the target exists, or the disk refuses.
@@ -91,7 +95,10 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of what may be there; on failure everything stays as it was."""
+    """Give a finished folder its name, in place of what may be there.
+
+    On failure everything stays as it was.
+    """
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)

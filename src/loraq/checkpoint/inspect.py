@@ -28,7 +28,10 @@ class LayerDifference:
 
 
 class DenseWeights:
-    """The linear weights of a folder as dense matrices, one at a time, whether the folder is quantized or not."""
+    """The linear weights of a folder, quantized or not, as dense matrices.
+
+    They are read one at a time.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Open a transformer folder; raises `CheckpointError` if it cannot be read."""

@@ -1,4 +1,4 @@
-"""Work that survives a crash: a folder that becomes whole in many steps, and the journal of the steps.
+"""Work that survives a crash: a folder that becomes whole in steps, and the journal of them.
 
 The target `NAME` is prepared in `.NAME.partial` beside it:
 
@@ -95,7 +95,9 @@ def resumable_folder(
     overwrite: bool = False,
     restart: bool = False,
 ) -> Iterator[Journal]:
-    """Yield the journal of the partial folder of a target, which takes its name when the block ends without an error.
+    """Yield the journal of the partial folder of a target.
+
+    The folder takes the target's name when the block ends without an error.
 
     On an error what is finished is kept, and the message says so; if no layer is finished, nothing
     is kept. If a run was killed right after its last rename, the journal that is yielded is `whole`
@@ -151,7 +153,10 @@ def resumable_folder(
 
 
 def require_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` if a run cannot begin at this target; one that was begun there is looked at later."""
+    """Raise `CheckpointError` if a run cannot begin at this target.
+
+    A run that was begun there is looked at later.
+    """
     if not _partial(target.resolve()).exists():
         require_free(target, overwrite=overwrite)
 
@@ -222,7 +227,10 @@ def _kept(journal: Journal, n_layers: int) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Return when every file of a folder is on the disk, so that a whole folder is whole after a power failure too."""
+    """Return when every file of a folder is on the disk.
+
+    So a folder that is whole stays whole after a power failure.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,4 +1,7 @@
-"""`loraq.json`: how a folder's tensors are read, and how they came to be. The format is docs/checkpoint-format.md."""
+"""`loraq.json`: how a folder's tensors are read, and how they came to be.
+
+The format is described in docs/checkpoint-format.md.
+"""
 
 from collections import Counter
 from dataclasses import asdict, dataclass

@@ -24,7 +24,9 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a module with quantized layers as safetensors shards, `config.json` (if it has one) and `loraq.json`.
+    """Write a module with quantized layers to a folder.
+
+    It gets safetensors shards, `loraq.json`, and `config.json` if the module has a configuration.
 
     The folder appears under its name only when it is whole.
 
@@ -102,10 +104,12 @@ def load_into(
 def prepare(
     model: nn.Module, folder: Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
 ) -> tuple[Manifest, ShardReader, dict[str, torch.device]]:
-    """Put empty quantized layers where a folder's manifest says, after checking that the whole folder fits.
+    """Put empty quantized layers where a folder's manifest says.
+
+    First the whole folder is checked against the model.
 
     Returns:
-        The manifest, the tensors of the folder, and the device of every tensor that is to be loaded.
+        The manifest, the tensors of the folder, and the device of every tensor to load.
 
     Raises:
         CheckpointError, KernelError: as `load_into`.
@@ -130,7 +134,10 @@ def _check(
     manifest: Manifest,
     folder: Path,
 ) -> dict[str, torch.device]:
-    """Return the device of every tensor to load, or raise `CheckpointError` that lists what does not fit."""
+    """Return the device of every tensor to load.
+
+    Raises `CheckpointError` that lists what does not fit.
+    """
     expected: dict[str, Tensor] = {}
     places = _places(model, layers)
     for key, tensor in model.state_dict().items():
@@ -174,7 +181,10 @@ def _check(
 
 
 def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
-    """Return the new layers by every name that the modules they replace have: one module may stand in two places."""
+    """Return the new layers by every name that the modules they replace have.
+
+    One module may stand in two places.
+    """
     new = {model.get_submodule(name): layer for name, layer in layers.items()}
     return {
         name: new[module]
@@ -211,7 +221,10 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Put a tensor into the model, and return what now stands there; a `Parameter` stays the same object."""
+    """Put a tensor into the model, and return what now stands there.
+
+    A `Parameter` stays the same object.
+    """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if leaf not in owner._parameters:
@@ -251,7 +264,9 @@ def model_config(model: nn.Module) -> dict[str, object]:
 
 
 def add_quantization_config(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration that says it is quantized, in sorted order, so that all ways write the same bytes.
+    """Return a configuration that says it is quantized.
+
+    It is sorted, so that all ways write the same bytes.
 
     Where the float weights were on this machine (`_name_or_path`) is left out: the same weights
     give the same file.

@@ -1,4 +1,6 @@
-"""A model's own `save_pretrained` writes what `save` writes: weights that nobody can read otherwise need the manifest.
+"""A model's own `save_pretrained` writes what `save` writes.
+
+Without the manifest nobody could read the weights.
 
 Nothing here knows diffusers: any module with a method of this name is served.
 """
@@ -24,7 +26,10 @@ _OURS = re.compile(
 
 
 def attach_save_pretrained(model: nn.Module) -> None:
-    """Let the `save_pretrained` of a quantized model, if it has one, write the folder that `save` writes."""
+    """Let the `save_pretrained` of a quantized model write the folder that `save` writes.
+
+    A model without that method is left as it is.
+    """
     if callable(getattr(model, "save_pretrained", None)):
         setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
 

@@ -34,7 +34,9 @@ def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayo
 def stats_file(
     path: Path, moments: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Callable[[str, ActivationStats], None]]:
-    """Yield a function that writes one layer's statistics, in any order; the file appears when all is written.
+    """Yield a function that writes one layer's statistics, in any order.
+
+    The file appears when all is written.
 
     The disk's space is taken at the beginning, so that it is not missing after hours of work, under
     the name `.NAME.partial.safetensors` beside the file; what a run that was killed has left there
@@ -126,7 +128,9 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
-    """Write the statistics of all layers to one .safetensors file, which appears, or is replaced, when it is whole.
+    """Write the statistics of all layers to one .safetensors file.
+
+    It appears, or is replaced, when it is whole.
 
     Raises:
         CalibrationError: there are no statistics.

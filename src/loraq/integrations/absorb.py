@@ -1,4 +1,4 @@
-"""`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches, and leave every other byte as it is."""
+"""`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches; all other bytes stay."""
 
 import math
 from dataclasses import dataclass
@@ -43,7 +43,9 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     overwrite: bool = False,
     progress: ProgressCallback | bool = True,
 ) -> Absorbed:
-    """Make a LoRA a permanent part of a quantized model: the layers it touches are quantized again, with it.
+    """Make a LoRA a permanent part of a quantized model.
+
+    The layers that it touches are quantized again, with it.
 
     No data is needed, so this takes seconds for each layer. Formats, ranks and seeds are those of
     the model.
@@ -137,7 +139,10 @@ def _absorb(
 
 
 def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
-    """Return the layers that a LoRA touches, all of which the model and the source have, in the LoRA's shapes."""
+    """Return the layers that a LoRA touches.
+
+    The model and the source have all of them, in the LoRA's shapes.
+    """
     if getattr(model, "peft_config", None):
         raise LayerError(
             "The model carries adapters. Unload them first: what is absorbed needs no adapter."
@@ -151,8 +156,8 @@ def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.M
     if missing:
         raise LayerError(
             f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
-            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, and in "
-            f"diffusers' or PEFT's names?"
+            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in "
+            f"names that diffusers understands?"
         )
     for name, adapter in lora.adapters.items():
         shape = source.shape(f"{name}.weight")
@@ -187,7 +192,7 @@ def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
 
 
 def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
-    """Return the float weight (out, in) that a layer was made from, in the dtype that it had then."""
+    """Return the float weight (out, in) that a layer was made from, in its dtype of then."""
     stored = source.read(f"{name}.weight")
     for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
         weight = stored.to(dtype)

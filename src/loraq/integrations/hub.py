@@ -17,7 +17,9 @@ _OTHER_VARIANTS = [
 
 
 def local_path(source: str | Path) -> Path:
-    """Return a path as it is, or the folder of a repository such as "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
+    """Return a path as it is, or the folder of a repository of the hub.
+
+    A repository is named like "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
 
     Raises:
         CheckpointError: the source was not found, neither locally nor on the hub.
@@ -46,5 +48,6 @@ def _fetch(repository: str) -> Path:
         )
     except Exception as error:  # the hub has many errors of its own
         raise CheckpointError(
-            f"'{repository}' is not a file or folder here, and cannot be fetched from the hub: {error}"
+            f"'{repository}' is not a file or folder here, and cannot be fetched from the hub: "
+            f"{error}"
         ) from error

@@ -26,8 +26,9 @@ _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
 #: Where the names of other components of a pipeline begin, kohya's too.
 _OTHER_COMPONENT = re.compile(r"(text_encoder|vae)[^.]*|lora_te\d?")
 _KEY = re.compile(
-    r"(?P<layer>.+)\.(?:(?:(?P<down>lora_A(?:\.\w+)?|lora\.down|lora_down)|(?P<up>lora_B(?:\.\w+)?|lora\.up|lora_up))"
-    r"\.weight|(?P<alpha>alpha))"
+    r"(?P<layer>.+)\.(?:"
+    r"(?:(?P<down>lora_A(?:\.\w+)?|lora[._]down)|(?P<up>lora_B(?:\.\w+)?|lora[._]up))\.weight"
+    r"|(?P<alpha>alpha))"
 )
 
 
@@ -136,7 +137,10 @@ def _strip_prefix(key: str) -> str:
 
 
 def _read_options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """Return what PEFT's configuration says, which diffusers keeps in the header and PEFT beside the file."""
+    """Return what PEFT's configuration says.
+
+    diffusers keeps it in the header, PEFT beside the file.
+    """
     beside = file.parent / "adapter_config.json"
     try:
         options = json.loads(metadata.get("lora_adapter_metadata") or "{}")

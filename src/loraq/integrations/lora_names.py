@@ -1,9 +1,9 @@
-"""Names of LoRAs that other trainers write: diffusers' own converters, and a check that they lose nothing.
+"""Names that other trainers write: diffusers' own converters, which must not lose anything.
 
 kohya, xlabs, OneTrainer, ComfyUI and others name layers as their own code calls them, and join what
 diffusers splits. diffusers has one converter for each model; it is a class method of the pipeline's
-LoRA mixin. A converter may drop with a warning what it does not know, and a LoRA that is absorbed in
-part is a wrong one: so the tensors record a graph, which tells which of them reached the result.
+LoRA mixin. A converter may drop with a warning what it does not know, and a LoRA that is absorbed
+in part is a wrong one: so the tensors record a graph, which tells which of them reached the result.
 """
 
 from collections.abc import Iterable, Mapping

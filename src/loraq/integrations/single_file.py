@@ -1,4 +1,4 @@
-"""Checkpoints in a model's original layout: diffusers' own converters, run on tensors that are not read yet.
+"""Checkpoints in a model's original layout: diffusers' converters, on tensors not read yet.
 
 A converter renames tensors, and splits and joins some of them. Here it gets stand-ins that only
 note what is done to them, and each result is computed when it is asked for. So a file of any size

@@ -82,7 +82,9 @@ class Header:
 def encode_header(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """Return the first bytes of a file that holds these tensors in this order, and each tensor's place in the file.
+    """Return the first bytes of a file with these tensors in this order, and each one's offset.
+
+    The offsets count from the beginning of the file.
 
     The header is filled with spaces to a multiple of 8, so that a tensor is aligned if those before
     it are.
@@ -135,7 +137,10 @@ def read_header(path: Path) -> Header:
 def _decode(
     text: bytes, data_bytes: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
-    """Return tensors, their starts and metadata of a header; raise `ValueError` unless they fill the data exactly."""
+    """Return tensors, their starts and metadata of a header.
+
+    Raises `ValueError` unless they fill the data exactly.
+    """
     entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     if not isinstance(entries, dict):
         raise ValueError(f"its header is a {type(entries).__name__}, not an object")

@@ -167,7 +167,10 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> list[str]:
-    """Write tensors as `<stem>.safetensors`, or as numbered shards with an index; return the file names."""
+    """Write tensors as `<stem>.safetensors`, or as numbered shards with an index.
+
+    Returns the file names.
+    """
     layout = ShardLayout.of(
         {name: spec_of(name, tensor) for name, tensor in tensors.items()}, stem, shard_bytes
     )

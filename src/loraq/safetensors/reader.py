@@ -13,7 +13,10 @@ from loraq.safetensors.header import DTYPES, Header, read_header
 
 
 class TensorReader(Protocol):
-    """Tensors by name, read one at a time; `ShardReader` is one. It can be sent to another process."""
+    """Tensors by name, read one at a time; `ShardReader` is one.
+
+    It can be sent to another process.
+    """
 
     @property
     def names(self) -> list[str]:
