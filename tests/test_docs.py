@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import click
@@ -35,11 +37,21 @@ PAGES = sorted(
 #: somebody runs something.
 TOP = ("src", "tests", "docs", "benchmarks", "experiments")
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
+
+
+def on_every_page(judge: Callable[[Path], object]) -> Callable[[], None]:
+    """Make one test of a function that returns what is wrong with a page; it lists all offenders."""
+
+    @wraps(judge)
+    def test() -> None:
+        assert not {str(page): wrong for page in PAGES if (wrong := judge(page))}
+
+    del test.__wrapped__  # pytest would look there for arguments
+    return test
 
 
 def text_of(page: Path) -> str:
@@ -79,9 +91,8 @@ def wrong_words(words: list[str]) -> list[str]:
 # --- what must be there ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", REQUIRED)
-def test_a_house_has_these(path):
-    assert (ROOT / path).exists()
+def test_a_house_has_these():
+    assert not [path for path in REQUIRED if not (ROOT / path).exists()]
 
 
 def test_there_are_decisions():
@@ -122,19 +133,20 @@ def test_the_readme_has_code():
 # --- commands and paths ---------------------------------------------------------------------------
 
 
-@each_page
+@on_every_page
 def test_every_command_of_a_page_exists(page):
-    assert not {
+    return {
         " ".join(words): wrong for words in commands(text_of(page)) if (wrong := wrong_words(words))
     }
 
 
-@pytest.mark.parametrize(
-    "path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE))
-)
-def test_every_command_that_a_message_of_the_library_names_exists(path):
-    shown = re.findall(r"`loraq ([^`\n]+)`", path.read_text(encoding="utf-8"))
-    assert not {line: wrong for line in shown if (wrong := wrong_words(line.split()))}
+def test_every_command_that_a_message_of_the_library_names_exists():
+    wrong = {}
+    for path in SOURCE.rglob("*.py"):
+        for line in re.findall(r"`loraq ([^`\n]+)`", path.read_text(encoding="utf-8")):
+            if words := wrong_words(line.split()):
+                wrong[f"{path.relative_to(SOURCE)}: {line}"] = words
+    assert not wrong
 
 
 @pytest.mark.parametrize(
@@ -154,39 +166,39 @@ def test_a_planted_command_is_judged(line, wrong):
     assert wrong_words(commands(f"```\nloraq {line}     # why\n```\n")[0]) == wrong
 
 
-@each_page
+@on_every_page
 def test_every_link_of_a_page_leads_somewhere(page):
     links = [link.split("#")[0] for link in _LINK.findall(text_of(page)) if "://" not in link]
-    assert not [link for link in links if link and not (ROOT / page.parent / link).exists()]
+    return [link for link in links if link and not (ROOT / page.parent / link).exists()]
 
 
-@each_page
+@on_every_page
 def test_every_path_of_a_page_exists(page):
     paths = [
         code.split(":")[0] for code in inline_code(text_of(page)) if re.fullmatch(r"[\w./-]+", code)
     ]
     paths = [path for path in paths if path.split("/")[0] in TOP and "/" in path]
-    assert not [path for path in paths if not (ROOT / path).exists()]
+    return [path for path in paths if not (ROOT / path).exists()]
 
 
-@each_page
+@on_every_page
 def test_every_script_of_a_page_exists(page):
     code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
     scripts = [
         script for body in code for script in re.findall(r"python3? ((?:\w+/)+\w+\.py)", body)
     ]
-    assert not [script for script in scripts if not (ROOT / script).is_file()]
+    return [script for script in scripts if not (ROOT / script).is_file()]
 
 
-@each_page
+@on_every_page
 def test_every_module_of_a_page_exists(page):
     code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
     modules = {name for body in code for name in re.findall(r"python3? -m ([\w.]+)", body)}
     paths = [name.replace(".", "/") for name in modules if name.split(".")[0] in TOP]
-    assert not [path for path in paths if not (ROOT / f"{path}.py").is_file()]
+    return [path for path in paths if not (ROOT / f"{path}.py").is_file()]
 
 
-@each_page
+@on_every_page
 def test_every_make_target_of_a_page_exists(page):
     code = [body for _, body in _FENCE.findall(text_of(page))] + inline_code(text_of(page))
     targets = {
@@ -195,10 +207,10 @@ def test_every_make_target_of_a_page_exists(page):
         for target in re.findall(r"^make ([a-z][a-z-]*)", body, re.MULTILINE)
     }
     rules = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert targets <= rules
+    return targets - rules
 
 
-@each_page
+@on_every_page
 def test_every_public_name_of_a_page_exists(page):
     import loraq
 
@@ -207,7 +219,7 @@ def test_every_public_name_of_a_page_exists(page):
     }
     files = {"json"}  # loraq.json, the manifest
     parts = {path.stem for path in SOURCE.iterdir()}
-    assert not [name for name in names - files - parts if not hasattr(loraq, name)]
+    return [name for name in names - files - parts if not hasattr(loraq, name)]
 
 
 # --- the tree -------------------------------------------------------------------------------------
@@ -252,6 +264,6 @@ def test_the_command_line_page_names_every_command_and_option():
         assert all(option.opts[0] in text for option in options)
 
 
-@each_page
+@on_every_page
 def test_a_page_names_no_place_of_somebody_s_machine(page):
-    assert not re.findall(r"(?:/home/|/root/|/Users/|C:\\)\S*", text_of(page))
+    return re.findall(r"(?:/home/|/root/|/Users/|C:\\)\S*", text_of(page))

@@ -25,7 +25,7 @@ def begin(
         for name in names:
             if name not in journal.layers:
                 (journal.folder / name).write_text(name)
-                journal.append({"name": name, "n": 1})
+                journal.note({"name": name, "n": 1})
         if error:
             raise error
     return journal
@@ -102,7 +102,7 @@ def test_of_many_changes_a_few_are_named(tmp_path):
         pytest.raises(Cut),
         resumable_folder(tmp_path / "out", {"schemes": dict.fromkeys("abcdefgh", 1)}, 4) as journal,
     ):
-        raise (journal.append({"name": "a"})) or Cut
+        raise (journal.note({"name": "a"})) or Cut
     other = {"schemes": dict.fromkeys("abcdefgh", 2)}
     with (
         pytest.raises(CheckpointError, match="c: 1 then, 2 now, and 5 more"),
@@ -114,7 +114,7 @@ def test_of_many_changes_a_few_are_named(tmp_path):
 def test_settings_are_compared_as_they_are_read_back(tmp_path):
     run = {"recipe": {"options": {"factors": (0.9, 1.1)}}}
     with pytest.raises(Cut), resumable_folder(tmp_path / "out", run, 4) as journal:
-        raise (journal.append({"name": "a"})) or Cut
+        raise (journal.note({"name": "a"})) or Cut
     with resumable_folder(tmp_path / "out", run, 4) as journal:
         assert list(journal.layers) == ["a"]
 
@@ -225,7 +225,7 @@ def test_a_line_is_written_whole_even_in_parts(tmp_path):
     with Reluctant(tmp_path / "journal.jsonl", "a+b") as file:
         journal = Journal(file, tmp_path / "files")
         journal.begin(RUN)
-        journal.append({"name": "a"})
+        journal.note({"name": "a"})
         assert list(Journal(file, tmp_path / "files").layers) == ["a"]
 
 
@@ -241,6 +241,6 @@ def test_a_line_that_the_disk_refuses_leaves_no_half_of_it(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", full)
             with pytest.raises(OSError, match="No space"):
-                journal.append({"name": "a"})
-        journal.append({"name": "b"})
+                journal.note({"name": "a"})
+        journal.note({"name": "b"})
         assert list(Journal(file, tmp_path / "files").layers) == ["b"]

@@ -14,14 +14,13 @@ from torch import nn
 import loraq
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.checkpoints import (
-    _expect_tensors,
     _locate,
-    _open,
     plan_checkpoint,
     quantize_checkpoint,
 )
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.integrations.single_file import ConvertedReader
+from loraq.pipeline.source import Source, list_tensors
 from loraq.recipe import Recipe
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
 from loraq.safetensors.layout import write_shards
@@ -193,7 +192,8 @@ def test_a_flux_file_in_the_original_layout_fits_its_class(tmp_path):
         "guidance_embeds": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    source = _open(_locate(tmp_path / "flux.safetensors", tmp_path / "config.json"), RECIPE)
+    checkpoint = _locate(tmp_path / "flux.safetensors", tmp_path / "config.json")
+    source = Source.open(checkpoint, RECIPE)
     assert source.reader.shape("single_transformer_blocks.0.proj_mlp.weight") == (mlp, width)
     assert source.reader.read("transformer_blocks.0.attn.to_k.bias").shape == (width,)
     assert "transformer_blocks.0.attn.add_v_proj" in [layer.name for layer in source.plan.quantized]
@@ -334,7 +334,7 @@ def test_an_interrupted_pipeline_goes_on(pipeline, expected, tmp_path):
 def test_a_module_in_two_places_is_stored_once():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared, "d": nn.Linear(4, 4)})})
-    expected, tied = _expect_tensors(
+    expected, tied = list_tensors(
         model, ["a.weight", "a.bias", "b.d.weight", "b.d.bias", "b.c.weight"]
     )
     assert tied == {"b.c.weight": "a.weight", "b.c.bias": "a.bias"}

@@ -56,7 +56,12 @@ class Journal:
                 self.layers[str(entry["name"])] = entry
         file.truncate(end)
 
-    def append(self, layer: dict[str, Any]) -> None:
+    @property
+    def is_published(self) -> bool:
+        """Whether a run that was killed right after its last rename has left nothing to do."""
+        return self.whole and not self.folder.exists()
+
+    def note(self, layer: dict[str, Any]) -> None:
         """Note a layer (plain data with a "name") whose bytes are on the disk."""
         self._write(layer)
         self.layers[layer["name"]] = layer

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.fit import require_names
 from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.errors import CheckpointError, KernelError, SchemeError
@@ -14,7 +15,7 @@ from loraq.kernels import DEFAULT_BACKEND, asked_backend, check_for_all
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
-from loraq.safetensors.reader import ShardReader, require_names
+from loraq.safetensors.reader import ShardReader
 
 
 def save(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loraq.formats.element import E4M3, ElementFormat, power_of_two_below
 
-_SMALLEST_NORMAL = 2.0**-126
+#: Smaller scales would be fp32 subnormals; what has one is stored as zeros.
+SMALLEST_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ScaleFormat:
             scale = E4M3.round(scale).clamp_(
                 min=2.0**-9
             )  # a block with content keeps a non-zero scale
-        return torch.where(scale >= _SMALLEST_NORMAL, scale, 0.0)
+        return torch.where(scale >= SMALLEST_SCALE, scale, 0.0)
 
     def encode(self, scale: Tensor) -> Tensor:
         """Return the bytes of storable scales, `(…, n * n_bytes)` for `(…, n)`."""

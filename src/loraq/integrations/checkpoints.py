@@ -1,16 +1,11 @@
 """`quantize_checkpoint`: from whatever a model comes as (folder, pipeline, single file, hub) to a quantized folder."""
 
-import os
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
 
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError
-from loraq.integrations.diffusers import model_of, require_fit, transformer_folder
+from loraq.integrations.diffusers import model_of, transformer_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
 from loraq.json_files import read_json
@@ -19,11 +14,10 @@ from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, open_stats
-from loraq.pipeline.source import Source
+from loraq.pipeline.source import Checkpoint, Source, plan_tensors
 from loraq.recipe import Recipe
-from loraq.safetensors.header import FLOATS
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
-from loraq.safetensors.reader import ShardReader, TensorReader
+from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 
@@ -79,10 +73,10 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe = Path(target), Recipe.of(recipe)
-    given = _locate(source, config)
-    _require_apart(given.root, target)
+    checkpoint = _locate(source, config)
+    _require_apart(checkpoint.root, target)
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
-    opened = _open(given, recipe)
+    opened = Source.open(checkpoint, recipe)
     return quantize_files(
         opened, target, recipe, settings, stats=open_stats(stats), progress=progress
     )
@@ -107,149 +101,45 @@ def plan_checkpoint(
         it.
     """
     recipe = Recipe.of(recipe)
-    given = _locate(source, config)
+    checkpoint = _locate(source, config)
     if recipe.allocation != "uniform":
-        opened = _open(given, recipe)
+        opened = Source.open(checkpoint, recipe)
         return share_from_files(opened, recipe, workers=workers, progress=progress)
-    if model := given.model():
-        return Plan.of_model(model, recipe)
-    return _plan_tensors(ShardReader(given.weights), recipe)
+    if checkpoint.model is not None:
+        return Plan.of_model(checkpoint.model, recipe)
+    return plan_tensors(ShardReader(checkpoint.weights), recipe)
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Where the parts of a source are."""
-
-    #: What goes along as a whole: a pipeline's folder, or the transformer itself.
-    root: Path
-    #: A folder of shards, or one file.
-    weights: Path
-    #: Content of the configuration, and where it stands; `None` if there is none.
-    config: dict[str, Any] | None
-    place: Path
-
-    @property
-    def component(self) -> str:
-        """Name of the transformer's folder in a pipeline, or ""."""
-        return self.weights.name if (self.root / "model_index.json").is_file() else ""
-
-    def model(self) -> nn.Module | None:
-        """Return the diffusers model on the meta device, or `None` if no configuration names one."""
-        return (
-            model_of(self.config, self.place)
-            if self.config and "_class_name" in self.config
-            else None
-        )
-
-
-def _locate(source: str | Path, config: str | Path | None) -> _Given:
-    """Find weights and configuration.
+def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
+    """Find weights and configuration, and build the model on the meta device.
 
     Raises:
         CheckpointError: there is no such source, it is quantized already, or its configuration
-        cannot be read.
+            cannot be read.
     """
-    path = local_path(source)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"'{path}' is not a .safetensors file. Other weight files are not read: convert it."
-            )
-        root, weights, place = path, path, path
-    else:
-        root, weights = path, transformer_folder(path)
-        place = weights / "config.json"
-    if config is not None:
-        place = Path(config)
-        place = transformer_folder(place) / "config.json" if place.is_dir() else place
-    content = (
-        read_json(place)
-        if config is not None or (place.name == "config.json" and place.is_file())
-        else None
-    )
-    if (weights / FILE_NAME).is_file() or "quantization_config" in (content or {}):
+    root = local_path(source)
+    weights = root if root.is_file() else transformer_folder(root)
+    if root.is_file() and root.suffix != ".safetensors":
+        raise CheckpointError(
+            f"'{root}' is not a .safetensors file. Other weight files are not read: convert it."
+        )
+    config_file = _find_config(weights, config)
+    content = {} if config_file is None else read_json(config_file)
+    if (weights / FILE_NAME).is_file() or "quantization_config" in content:
         raise CheckpointError(f"'{weights}' is quantized already. Start from the float weights.")
-    return _Given(root, weights, content, place)
+    if config_file is None or "_class_name" not in content:
+        return Checkpoint(root, weights, content)
+    convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
+    return Checkpoint(root, weights, content, model_of(content, config_file), convert)
 
 
-def _open(given: _Given, recipe: Recipe) -> Source:
-    """Check names, shapes and dtypes of all tensors against the configuration, and plan."""
-    model = given.model()
-    plan = Plan.of_model(model, recipe) if model else None
-    files = ShardReader(given.weights)
-    if model is None:
-        _require_floats(files, given.weights)
-        config = add_quantization_config(given.config) if given.config else {}
-        return Source(files, files, tuple(files.names), {}, config, _plan_tensors(files, recipe))
-    assert plan is not None
-    reader: TensorReader = files
-    expected, tied = _expect_tensors(model, files.names)
-    if given.weights.is_file() and not set(expected) <= set(files.names):
-        reader = ConvertedReader(files, type(model).__name__, given.config or {})
-        expected, tied = _expect_tensors(model, reader.names)
-    require_fit(reader, expected, given.weights)
-    names = tuple(name for name in expected if name not in tied)
-    return Source(
-        files, reader, names, tied, model_config(model), plan, _others(given), given.component
-    )
-
-
-def _expect_tensors(
-    model: nn.Module, stored: list[str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors a model wants stored, and the names that share one: a module may stand in two places."""
-    owners = dict(model.named_modules(remove_duplicate=False))
-    first: dict[tuple[int, str], str] = {}
-    expected, tied = {}, {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        source = first.setdefault((id(owners[owner]), leaf), name)
-        if source != name:
-            tied[name] = source
-        if source == name or name in stored:
-            expected[name] = tensor
-    return expected, tied
-
-
-def _plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
-    """Plan a model whose class is not known: every matrix called `….weight` is taken for a linear layer."""
-    shapes = {}
-    for name in files.names:
-        layer, _, leaf = name.rpartition(".")
-        shape = files.shape(name)
-        if (
-            layer
-            and leaf == "weight"
-            and len(shape) in (2, 4)
-            and shape[2:] in ((), (1, 1))
-            and min(shape) > 0
-        ):
-            shapes[layer] = (shape[0], shape[1])
-    return Plan.of(shapes, recipe)
-
-
-def _require_floats(files: ShardReader, place: Path) -> None:
-    for name in files.names:
-        dtype = files.dtype(name)
-        if dtype not in FLOATS and (dtype.startswith("F8") or name.endswith("weight")):
-            raise CheckpointError(
-                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
-                f"required."
-            )
-
-
-def _others(given: _Given) -> dict[str, Path]:
-    """Return the files of a pipeline's other components by their place; linked folders are followed."""
-    if not given.component:
-        return {}
-    others = {}
-    for folder, inner, files in os.walk(given.root, followlinks=True):
-        if Path(folder) == given.root:
-            inner.remove(given.component)
-        for file in files:
-            path = Path(folder) / file
-            others[str(path.relative_to(given.root))] = path
-    return others
+def _find_config(weights: Path, config: str | Path | None) -> Path | None:
+    """Return the configuration that was given, or the one beside the weights, if there is one."""
+    if config is not None:
+        given = Path(config)
+        return transformer_folder(given) / "config.json" if given.is_dir() else given
+    beside = weights / "config.json"
+    return beside if beside.is_file() else None
 
 
 def _require_apart(source: Path, target: Path) -> None:

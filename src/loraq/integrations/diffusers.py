@@ -2,22 +2,22 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from loraq.checkpoint import load_into, save
+from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CheckpointError, LoraqError
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
-from loraq.safetensors.header import FLOATS
-from loraq.safetensors.reader import ShardReader, TensorReader, require_names
+from loraq.safetensors.reader import ShardReader
 
 #: Component of a pipeline that is quantized, the first that is there.
 _COMPONENTS = ("transformer", "unet")
@@ -44,8 +44,8 @@ def transformer_folder(source: Path) -> Path:
         )
     if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
-            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is not "
-            f"a model's folder."
+            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no "
+            f"model's folder."
         )
     return source
 
@@ -173,7 +173,7 @@ def float_folder(source: Path) -> Path:
     """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
 
     Raises:
-        CheckpointError: it is quantized already, or is not such a folder.
+        CheckpointError: it is quantized already, or is no such folder.
     """
     folder = transformer_folder(source)
     if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):
@@ -197,26 +197,6 @@ def load_float(folder: Path) -> nn.Module:
     require_fit(reader, expected, folder)
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
     return model.eval()
-
-
-def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
-    """Raise `CheckpointError` unless the tensors of a file are those of a model.
-
-    They must be floats where the model has floats.
-    """
-    require_names(reader.names, expected, f"The weights in '{place}' do not fit its config.json")
-    for name, tensor in expected.items():
-        shape, dtype = reader.shape(name), reader.dtype(name)
-        if shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"'{place}': tensor '{name}' has shape {shape}, config.json wants "
-                f"{tuple(tensor.shape)}."
-            )
-        if tensor.is_floating_point() and dtype not in FLOATS:
-            raise CheckpointError(
-                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
-                f"required."
-            )
 
 
 @contextmanager

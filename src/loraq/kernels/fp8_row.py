@@ -20,7 +20,8 @@ from torch import Tensor, library
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format, get_format
 from loraq.formats.element import E4M3
-from loraq.formats.scales import view_bytes
+from loraq.formats.scale_rules import LARGEST
+from loraq.formats.scales import SMALLEST_SCALE, view_bytes
 from loraq.kernels.base import (
     Backend,
     decode_factors,
@@ -34,7 +35,6 @@ from loraq.scheme import Scheme
 
 #: Sums of more products than this are carried on in fp32: they would shrink by more than 0.3 %.
 LONGEST_FAST_SUM = 4608
-_SMALLEST = 2.0**-126
 
 
 class Fp8Operands(NamedTuple):
@@ -107,6 +107,11 @@ class Fp8Row(Backend):
         return finish(y, x, scheme, factors, bias)
 
 
+def sums_fast(n_in: int) -> bool:
+    """Whether a sum of so many products may stay in the 13 bits of Hopper's FP8 units."""
+    return n_in <= LONGEST_FAST_SUM
+
+
 def fold(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return e4m3 codes and power-of-two scales (rows, 1) of fp32 rows, the largest value in e4m3's top binade."""
     mantissa, exponent = torch.frexp(rows.abs().amax(-1, keepdim=True))
@@ -120,15 +125,9 @@ def encode_tokens(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
     """Return e4m3 codes and scales (tokens, 1) of an activation in its format."""
     if not _is_fp8_row(fmt):
         return fold(fmt.round(x))
-    scale = (
-        x.abs()
-        .amax(-1, keepdim=True)
-        .float()
-        .clamp_(max=0.99 * torch.finfo(torch.float32).max)
-        .mul_(1 / E4M3.max)
-    )
-    codes = _to_e4m3(x.float() / scale.clamp(min=_SMALLEST))
-    return codes, scale.masked_fill_(scale < _SMALLEST, 0.0)
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_(max=LARGEST).mul_(1 / E4M3.max)
+    codes = _to_e4m3(x.float() / scale.clamp(min=SMALLEST_SCALE))
+    return codes, scale.masked_fill_(scale < SMALLEST_SCALE, 0.0)
 
 
 def _to_e4m3(values: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ def _fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, activation: str) -> Ten
         scale_a=token_scale,
         scale_b=scale[None],
         out_dtype=torch.bfloat16,
-        use_fast_accum=codes.shape[1] <= LONGEST_FAST_SUM,
+        use_fast_accum=sums_fast(codes.shape[1]),
     )
 
 

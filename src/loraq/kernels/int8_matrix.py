@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from loraq.formats import BlockFormat, Format, QTensor
-from loraq.formats.scales import view_bytes
+from loraq.formats.scale_rules import LARGEST
+from loraq.formats.scales import SMALLEST_SCALE, view_bytes
 from loraq.kernels.base import decode_one
 
 #: Values encoded at a time on a CPU: in fp32 they fit the cache of one core.
 _CHUNK_VALUES = 2**18
-_LARGEST = 0.99 * torch.finfo(torch.float32).max
-#: Smaller scales would be fp32 subnormals; such a row is stored as zeros.
-SMALLEST = 2.0**-126
 TOP = 127.0
 #: Adding it rounds a small fp32 number to an integer, half to even, and leaves that integer in the
 #: low bits.
@@ -50,8 +48,8 @@ def rows_of(q: QTensor) -> tuple[Rows, float]:
     largest = dense.abs().amax(-1)
     # The finest power of two that still leaves the largest value inside INT8: exact if any power of
     # two is.
-    fine = torch.exp2(torch.ceil(torch.log2(largest / TOP))).clamp_(min=SMALLEST)
-    wide = (largest / TOP).clamp_(min=SMALLEST)
+    fine = torch.exp2(torch.ceil(torch.log2(largest / TOP))).clamp_(min=SMALLEST_SCALE)
+    wide = (largest / TOP).clamp_(min=SMALLEST_SCALE)
     codes = dense / fine[:, None]
     fits = (codes == codes.round()).all(-1)
     scale = torch.where(fits, fine, wide)
@@ -110,8 +108,8 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
     scale = torch.empty((n_tokens, 1), dtype=torch.float32, device=x.device)
     for part in parts:
         largest_magnitude(x[part], out=scale[part])
-    scale.clamp_(max=_LARGEST).mul_(1.0 / TOP)
-    scale.masked_fill_(scale < SMALLEST, 0.0)
+    scale.clamp_(max=LARGEST).mul_(1.0 / TOP)
+    scale.masked_fill_(scale < SMALLEST_SCALE, 0.0)
     divisor, rounder = scale.masked_fill(scale == 0, 1.0), scale.new_full((n,), _ROUNDER + offset)
     codes = torch.empty(x.shape, dtype=torch.uint8 if offset else torch.int8, device=x.device)
     for part in parts:

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format
+from loraq.formats.scales import SMALLEST_SCALE
 from loraq.kernels.base import (
     Backend,
     decode_factors,
@@ -34,7 +35,6 @@ from loraq.kernels.base import (
     pass_straight_through,
 )
 from loraq.kernels.int8_matrix import (
-    SMALLEST,
     TOP,
     UNSIGNED,
     Rows,
@@ -186,7 +186,7 @@ def _rounded(latent: Tensor) -> Tensor:
     """Return an intermediate that is still divided by the token's scale, hence small, on the grid of `int8`."""
     scale = latent.new_empty((len(latent), 1))
     largest_magnitude(latent, out=scale)
-    scale.mul_(1.0 / TOP).clamp_(min=SMALLEST)
+    scale.mul_(1.0 / TOP).clamp_(min=SMALLEST_SCALE)
     return latent.div_(scale).round_().mul_(scale)
 
 

@@ -71,38 +71,29 @@ def quantize_files(
     plan = share_from_files(source, recipe, workers=settings.workers, progress=progress)
     source = replace(source, plan=plan)
     target = Target.of(source, settings.shard_bytes)
+    fingerprint, n_layers = target.fingerprint(recipe, stats_hashes), len(plan.quantized)
     with resumable_folder(
-        folder,
-        target.fingerprint(recipe, stats_hashes),
-        len(plan.quantized),
-        overwrite=settings.overwrite,
-        restart=settings.restart,
+        folder, fingerprint, n_layers, overwrite=settings.overwrite, restart=settings.restart
     ) as journal:
-        if journal.whole and not journal.folder.exists():
-            return _report(recipe, plan, journal.layers, kept=len(plan.quantized))
-        hashes = source.hash_weights()
-        writer = LayerWriter(target.layout, journal.folder / source.component)
-        finished = _find_finished(journal, writer, plan, hashes)
-        n_kept = len(finished)
-        target.write_kept(journal.folder, link=settings.link)
-        works = [
-            _LayerWork(job, hashes[job.name], stats_hashes.get(job.name, ""))
-            for job in plan.quantized
-            if job.name not in finished
-        ]
-        # The longest first, so that workers end together.
-        works.sort(key=lambda work: -math.prod(work.job.shape))
-        worker = _Worker(source.reader, writer, stats)
-        with show_layers(progress, "quantize") as show:
-            # On an error all workers end first.
-            with closing(run_jobs(worker, works, settings.workers)) as entries:
-                for entry in entries:
-                    journal.append(entry)
-                    finished[entry["name"]] = entry
-                    show(len(finished), len(plan.quantized), entry["name"], entry["relative_error"])
-        report = _report(recipe, plan, finished, kept=n_kept)
-        target.write_manifest(journal.folder, report)
-        return report
+        n_kept = n_layers
+        if not journal.is_published:
+            shards = journal.folder / source.component
+            shards.mkdir(exist_ok=True)
+            target.layout.allocate(shards)
+            worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
+            works = _list_works(source, worker.writer, journal, stats_hashes)
+            n_kept -= len(works)
+            target.write_kept(journal.folder, link=settings.link)
+            with show_layers(progress, "quantize") as show:
+                # On an error all workers end first.
+                with closing(run_jobs(worker, works, settings.workers)) as entries:
+                    for done, entry in enumerate(entries, start=n_kept + 1):
+                        journal.note(entry)
+                        show(done, n_layers, entry["name"], entry["relative_error"])
+        report = _report(recipe, plan, journal.layers, kept=n_kept)
+        if not journal.is_published:
+            target.write_manifest(journal.folder, report)
+    return report
 
 
 def share_from_files(
@@ -173,26 +164,27 @@ class _Worker:
         return stats
 
 
-def _find_finished(
-    journal: Journal, writer: LayerWriter, plan: Plan, hashes: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
-    """Return the lines of the layers that need not be done again.
+def _list_works(
+    source: Source, writer: LayerWriter, journal: Journal, stats_hashes: Mapping[str, str]
+) -> list[_LayerWork]:
+    """Return the layers that are not done yet, the longest first, so that workers end together.
 
     Raises:
-        CheckpointError: a weight in the source is not what it was when its layer was done.
+        CheckpointError: a number in the source is not finite, or a weight is not what it was when
+            its layer was done.
     """
-    finished = {}
-    for job in plan.quantized:
-        if (entry := journal.layers.get(job.name)) is None:
-            continue
-        if entry["source_sha256"] != hashes[job.name]:
-            raise CheckpointError(
-                f"The weight of layer '{job.name}' is not what it was when the layer was finished. "
-                "Put the old source back to go on, or use `--restart` to begin anew."
-            )
-        if writer.hash_written(job) == entry["written_sha256"]:
-            finished[job.name] = entry
-    return finished
+    hashes, works = source.hash_weights(), []
+    for job in source.plan.quantized:
+        if entry := journal.layers.get(job.name):
+            if entry["source_sha256"] != hashes[job.name]:
+                raise CheckpointError(
+                    f"The weight of layer '{job.name}' is not what it was when the layer was "
+                    "finished. Put the old source back to go on, or use `--restart` to begin anew."
+                )
+            if writer.hash_written(job) == entry["written_sha256"]:
+                continue
+        works.append(_LayerWork(job, hashes[job.name], stats_hashes.get(job.name, "")))
+    return sorted(works, key=lambda work: -math.prod(work.job.shape))
 
 
 def _report(

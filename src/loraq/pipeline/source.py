@@ -1,15 +1,58 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from loraq.checkpoint.fit import require_fit
+from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError, RecipeError
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.plan import Plan
+from loraq.recipe import Recipe
+from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader, TensorReader
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the parts of a float checkpoint are; nothing of its weights is read yet."""
+
+    #: What goes along as a whole: a pipeline's folder, or the transformer itself.
+    root: Path
+    #: A folder of shards, or one file.
+    weights: Path
+    #: Content of the configuration; empty for none.
+    config: dict[str, Any]
+    #: The model on the meta device, or `None` if the configuration names none.
+    model: nn.Module | None = None
+    #: Reads an original layout under the names of the model.
+    convert: Callable[[ShardReader], TensorReader] | None = None
+
+    @property
+    def component(self) -> str:
+        """Name of the transformer's folder in a pipeline, or ""."""
+        return self.weights.name if (self.root / "model_index.json").is_file() else ""
+
+    def find_others(self) -> dict[str, Path]:
+        """Return the files of a pipeline's other components by their path in it.
+
+        Linked folders are followed.
+        """
+        if not self.component:
+            return {}
+        others = {}
+        for folder, inner, files in os.walk(self.root, followlinks=True):
+            if Path(folder) == self.root:
+                inner.remove(self.component)
+            for file in files:
+                path = Path(folder) / file
+                others[str(path.relative_to(self.root))] = path
+        return others
 
 
 @dataclass(frozen=True)
@@ -33,6 +76,31 @@ class Source:
     #: Where the transformer goes in the target: a folder's name, or "" for the target itself.
     component: str = ""
 
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, recipe: Recipe) -> "Source":
+        """Check names, shapes and dtypes of all tensors against the configuration, and plan.
+
+        Raises:
+            CheckpointError: the files cannot be read, or do not fit the configuration.
+            LayerError, SchemeError: a layer cannot be quantized as asked.
+        """
+        files, model = ShardReader(checkpoint.weights), checkpoint.model
+        if model is None:
+            config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
+            _require_floats(files)
+            return cls(files, files, tuple(files.names), {}, config, plan_tensors(files, recipe))
+        config = model_config(model)
+        reader: TensorReader = files
+        expected, tied = list_tensors(model, files.names)
+        in_other_layout = checkpoint.weights.is_file() and not set(expected) <= set(files.names)
+        if in_other_layout and checkpoint.convert is not None:
+            reader = checkpoint.convert(files)
+            expected, tied = list_tensors(model, reader.names)
+        require_fit(reader, expected, checkpoint.weights)
+        names = tuple(name for name in expected if name not in tied)
+        others, plan = checkpoint.find_others(), Plan.of_model(model, recipe)
+        return cls(files, reader, names, tied, config, plan, others, checkpoint.component)
+
     def require_layers(self) -> None:
         """Raise `RecipeError` if no layer is quantized."""
         if not self.plan.quantized:
@@ -55,6 +123,46 @@ class Source:
             if name in layers:
                 hashes[layers[name]] = hash_tensor(tensor)
         return hashes
+
+
+def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors a model wants stored, and the names that share one of them.
+
+    A module may stand in two places: then its second names may be stored, or not.
+    """
+    owners = dict(model.named_modules(remove_duplicate=False))
+    first: dict[tuple[int, str], str] = {}
+    expected, tied = {}, {}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        source = first.setdefault((id(owners[owner]), leaf), name)
+        if source != name:
+            tied[name] = source
+        if source == name or name in stored:
+            expected[name] = tensor
+    return expected, tied
+
+
+def plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
+    """Plan a model of an unknown class: every matrix `….weight` is taken for a linear layer."""
+    shapes = {}
+    for name in files.names:
+        layer, _, leaf = name.rpartition(".")
+        shape = files.shape(name)
+        is_matrix = len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0
+        if layer and leaf == "weight" and is_matrix:
+            shapes[layer] = (shape[0], shape[1])
+    return Plan.of(shapes, recipe)
+
+
+def _require_floats(files: ShardReader) -> None:
+    for name in files.names:
+        dtype = files.dtype(name)
+        if dtype not in FLOATS and (dtype.startswith("F8") or name.endswith("weight")):
+            raise CheckpointError(
+                f"'{files.folder}': tensor '{name}' is {dtype}. Float weights of 16 bits or more "
+                "are required."
+            )
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

@@ -116,19 +116,17 @@ class Target:
             )
 
     def write_kept(self, folder: Path, *, link: bool) -> None:
-        """Make the shards at their final size, and write all that is not quantized.
+        """Write all that is not quantized: other components, and the tensors of the model.
 
         Args:
-            folder: where the target grows.
+            folder: where the target grows; its shards are allocated.
             link: whether the other components are hard links instead of copies.
         """
-        shards = folder / self.source.component
-        shards.mkdir(exist_ok=True)
-        self.layout.allocate(shards)
         _copy_others(self.source.others, folder, link=link)
         for name in self.source.names:
             if name in self.layout.specs:
-                self.layout.write(shards, {name: self.source.reader.read(name)})
+                tensor = self.source.reader.read(name)
+                self.layout.write(folder / self.source.component, {name: tensor})
 
     def write_manifest(self, folder: Path, report: Report) -> None:
         """Write what stands beside the shards: `config.json` and `loraq.json`, as `save` does."""

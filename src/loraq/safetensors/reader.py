@@ -1,6 +1,5 @@
 """Read tensors from a folder of safetensors shards, one at a time, trusting nothing in it."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -178,22 +177,3 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def require_names(
-    found: Iterable[str], expected: Iterable[str], complaint: str, advice: str = ""
-) -> None:
-    """Raise `CheckpointError` that lists missing and unexpected names, unless there are none.
-
-    Args:
-        found: names in the files.
-        expected: names that the model has.
-        complaint: what does not fit what, the message's first sentence without its period.
-        advice: what to do, the message's last sentence.
-    """
-    missing, unexpected = sorted({*expected} - {*found}), sorted({*found} - {*expected})
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{complaint}. Missing keys: {', '.join(missing) or 'none'}. Unexpected keys: "
-            f"{', '.join(unexpected) or 'none'}. {advice}".rstrip()
-        )

@@ -2,8 +2,8 @@
 
 The codes of activation and weight are multiplied as e4m3; the scales of the row and of the column
 and the bias are applied once to the sums, and then proj_up is multiplied into the same registers in
-bf16. Programs run over the output tiles in groups, so that the weight stays in the cache. Above
-`LONGEST_FAST_SUM` products, sums are moved to fp32 after every block: Hopper's FP8 sums have 13
+bf16. Programs run over the output tiles in groups, so that the weight stays in the cache. Where they must not
+stay fast (`sums_fast`), sums are moved to fp32 after every block: Hopper's FP8 sums have 13
 bits.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraq.kernels.fp8_row import LONGEST_FAST_SUM
+from loraq.kernels.fp8_row import sums_fast
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def gemm_up(
     rank = 0 if up is None else up.shape[1]
     y = torch.empty((n_tokens, n_out), dtype=dtype, device=left[0].device)
     # Promotion needs a second set of sums, and 128 x 256 tiles would spill them.
-    promote = n_in > LONGEST_FAST_SUM
+    promote = not sums_fast(n_in)
     hopper = (
         y.is_cuda and torch.cuda.get_device_capability(y.device)[0] == 9
     )  # Blackwell would spill as well
