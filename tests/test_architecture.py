@@ -14,8 +14,8 @@ SOURCE = Path(loraq.__file__).parent
 #: Lowest first; a file imports from lower rows or from its own folder, never sideways and never up.
 ROWS = (
     "errors version",
-    "formats transforms",
-    "scheme linalg stats",
+    "formats json_files transforms",
+    "safetensors scheme linalg stats",
     "budget packed recipe_names rules",
     "families kernels",
     "methods nn",
@@ -42,6 +42,7 @@ FENCES = {
     "click": ["cli"],
     "rich": ["cli", "pipeline/progress.py"],
     "triton": [f"kernels/triton/{name}.py" for name in ("quant_down", "gemm_up", "small_m")],
+    "safetensors": [],
     "pickle": [],
     "yaml": [],
 }
@@ -166,6 +167,17 @@ def test_nothing_is_imported_with_a_star():
 def test_annotations_are_not_postponed():
     # The type check of the tests needs real objects in signatures.
     assert not offenders(lambda path: "__future__" in set(imported(tree_of(path))))
+
+
+def test_the_parser_of_safetensors_files_knows_nothing_of_what_is_in_them():
+    ours = {
+        name
+        for path in FILES
+        if part_of(path) == "safetensors"
+        for name in imported(tree_of(path))
+        if name.startswith("loraq.")
+    }
+    assert {name.split(".")[1] for name in ours} == {"errors", "json_files", "safetensors"}
 
 
 def test_a_rule_lists_its_offenders():

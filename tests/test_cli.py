@@ -314,7 +314,7 @@ def test_quantize_does_not_touch_a_target_that_is_not_empty(place, tmp_path):
 def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    assert "it is no model's folder" in fails(
+    assert "it is not a model's folder" in fails(
         "quantize", place / "float", tmp_path / "out", "--overwrite"
     )
     (tmp_path / "out" / "loraq.json").touch()

@@ -28,11 +28,11 @@ import torch
 
 from benchmarks.record import options, report
 from loraq import Recipe, Rule, plan_model
-from loraq.checkpoint.header import DTYPE_NAMES, TensorSpec
-from loraq.checkpoint.layout import ShardLayout
-from loraq.checkpoint.writer import write_json
 from loraq.integrations.diffusers import model_of
+from loraq.json_files import write_json
 from loraq.pipeline.plan import Plan
+from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
+from loraq.safetensors.layout import ShardLayout
 
 #: The published configurations, as far as they differ from the defaults of the classes.
 CONFIGS: dict[str, dict[str, object]] = {

@@ -12,7 +12,7 @@ from loraq.version import __version__ as __version__
 if TYPE_CHECKING:
     from loraq.budget import Budget
     from loraq.checkpoint import load_into, save
-    from loraq.checkpoint.stats import load_stats, save_stats
+    from loraq.checkpoint.stats_file import load_stats, save_stats
     from loraq.errors import LoraqError
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
@@ -47,13 +47,13 @@ _HOMES = {
     "get_format": "loraq.formats",
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
-    "load_stats": "loraq.checkpoint.stats",
+    "load_stats": "loraq.checkpoint.stats_file",
     "plan_model": "loraq.pipeline.module",
     "quantize_": "loraq.pipeline.module",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
     "quantize_weight": "loraq.pipeline.module",
     "save": "loraq.checkpoint",
-    "save_stats": "loraq.checkpoint.stats",
+    "save_stats": "loraq.checkpoint.stats_file",
     "set_backend": "loraq.layers",
 }
 

@@ -22,7 +22,7 @@ from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
 from loraq.version import __version__
 
-_PACKAGES = ("torch", "triton", "diffusers", "safetensors")
+_PACKAGES = ("torch", "triton", "diffusers")
 #: Layer and tokens of the self-test: PixArt's attention projection with 512 tokens.
 _SHAPE, _TOKENS = (1152, 1152), 512
 #: One scheme for each kind of activation, so that every back end has something to run.

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint import writer
-from loraq.checkpoint.contents import DenseWeights, compare
+from loraq.checkpoint.folder import atomic_folder, file_sha256
+from loraq.checkpoint.inspect import DenseWeights, compare
 from loraq.checkpoint.manifest import Manifest
-from loraq.checkpoint.writer import atomic_folder
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
@@ -101,7 +100,7 @@ def relist(folder: Path) -> None:
 
     def change(content: dict) -> None:
         content["files"] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": writer.file_sha256(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in folder.iterdir()
             if path.name != "loraq.json"
         }
@@ -131,7 +130,7 @@ def test_a_truncated_file_is_also_found_without_its_entry(one, left):
     path = one / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     relist(one)
-    refused(one, r"'.*model\.safetensors' is truncated or no safetensors file")
+    refused(one, r"'.*model\.safetensors' is truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize("place", [-1, -1000])

@@ -16,12 +16,12 @@ from torch import nn
 
 import loraq
 from loraq.checkpoint.manifest import Manifest
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError, KernelError
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.recipe import Recipe
 from loraq.rules import Rule
+from loraq.safetensors.reader import ShardReader
 
 WIDTH = 48
 

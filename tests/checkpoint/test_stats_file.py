@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.worlds.matrices import gaussian
-from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.stats import load_stats, require_room, save_stats, stats_file
+from loraq.checkpoint.stats_file import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.safetensors.reader import ShardReader
 from loraq.stats import ActivationStats
 
 
@@ -159,7 +159,7 @@ def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):
         ("deep/stats.safetensors", "the file exists"),
         ("deep/stats", r"ends with '\.safetensors'"),
         ("folder.safetensors", "a folder of this name exists"),
-        ("file/stats.safetensors", "is no folder that can be written"),
+        ("file/stats.safetensors", "is not a folder that can be written"),
     ],
 )
 def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):
@@ -189,7 +189,9 @@ def test_a_truncated_file_is_refused(path):
 
 def test_other_safetensors_files_are_refused(tmp_path):
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CalibrationError, match="is no file of statistics; version 1 is required"):
+    with pytest.raises(
+        CalibrationError, match="is not a file of statistics; version 1 is required"
+    ):
         load_stats(tmp_path / "model.safetensors")
 
 

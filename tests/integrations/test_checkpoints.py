@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.header import TensorSpec, encode_header, read_header
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.checkpoints import (
     _locate,
@@ -24,6 +22,8 @@ from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.integrations.single_file import ConvertedReader
 from loraq.pipeline.source import Source, list_tensors
 from loraq.recipe import Recipe
+from loraq.safetensors.header import TensorSpec, encode_header, read_header
+from loraq.safetensors.layout import write_shards
 
 pytest.importorskip("diffusers")
 
@@ -228,7 +228,7 @@ def test_splits_joins_and_slices_wait_until_they_are_read(tmp_path, monkeypatch)
         "FluxTransformer2DModel",
         {"checkpoint_mapping_fn": convert},
     )
-    files = loraq.checkpoint.reader.ShardReader(tmp_path / "a.safetensors")
+    files = loraq.safetensors.reader.ShardReader(tmp_path / "a.safetensors")
     reads = []
     read = type(files).read
     monkeypatch.setattr(
@@ -361,7 +361,7 @@ def test_a_repository_of_the_hub_comes_from_its_cache(
     quantize(Path("org/pipe"), tmp_path / "b")
     assert files_of(tmp_path / "b" / "transformer") == expected
     with pytest.raises(
-        CheckpointError, match="'org/unknown' is no file or folder here, and cannot be fetched"
+        CheckpointError, match="'org/unknown' is not a file or folder here, and cannot be fetched"
     ):
         quantize("org/unknown", tmp_path / "c")
 

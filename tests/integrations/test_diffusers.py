@@ -350,7 +350,7 @@ def test_weights_of_less_than_16_bits_or_integers(no_work, source, tmp_path, dty
 def test_weights_that_are_missing_or_truncated(no_work, source, tmp_path):
     weights = source / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    refused(source, tmp_path / "out", "is truncated or no safetensors file")
+    refused(source, tmp_path / "out", "is truncated or not a safetensors file")
     weights.rename(source / "diffusion_pytorch_model.bin")
     refused(
         source, tmp_path / "out", r"has no \.safetensors file\. Other weight files are not read"

@@ -1,13 +1,17 @@
-"""Reading a LoRA: every way that its names and its scale are written, and everything that is no plain LoRA."""
+"""Reading a LoRA: every way that names and scales are written, and what is not a plain LoRA."""
 
+import copy
 import json
+import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from small.models import small_model
 
 from loraq.errors import CheckpointError
 from loraq.integrations.lora import Lora
+from loraq.safetensors.reader import ShardReader
 
 A, B = torch.ones(2, 6), torch.full((4, 2), 3.0)
 
@@ -90,8 +94,8 @@ def test_other_components_are_named_and_left_out(tmp_path):
             {**plain(), "transformer.blocks.0.to_q.lora_magnitude_vector": A},
             "lora_magnitude_vector",
         ),
-        ({"transformer.blocks.0.to_q.lokr_w1": A}, "no plain LoRA"),
-        ({"lora_unet_blocks_0_to_q.diff": A}, "no plain LoRA"),
+        ({"transformer.blocks.0.to_q.lokr_w1": A}, "not of a plain LoRA"),
+        ({"lora_unet_blocks_0_to_q.diff": A}, "not of a plain LoRA"),
         ({"transformer.blocks.0.to_q.lora_A.weight": A}, "has only down"),
         ({**plain(), "transformer.blocks.0.to_q.lora_B.weight": torch.ones(4, 3)}, r"\(4, 3\)"),
         (plain("text_encoder."), "has no LoRA for a transformer"),
@@ -113,7 +117,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"0 \.safetensors files"):
         Lora.read(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="truncated or no safetensors"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors"):
         Lora.read(tmp_path)
     write(tmp_path / "y.safetensors", plain())
     with pytest.raises(CheckpointError, match=r"2 \.safetensors files"):
@@ -121,3 +125,170 @@ def test_files_that_are_none(tmp_path):
     damaged = write(tmp_path / "b" / "y.safetensors", plain(), {"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="header"):
         Lora.read(damaged)
+
+
+def with_header(content: bytes, header: bytes, length: int | None = None) -> bytes:
+    """The file with another header, of which another length may be announced."""
+    (old,) = struct.unpack("<Q", content[:8])
+    announced = len(header) if length is None else length
+    return struct.pack("<Q", announced) + header + content[8 + old :]
+
+
+def edit_header(content: bytes, change) -> bytes:
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    change(next(entry for name, entry in entries.items() if "lora_A" in name))
+    return with_header(content, json.dumps(entries).encode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda old: b"", "0 bytes and a header of 0 is announced"),
+        (lambda old: old[:4], "4 bytes and a header of 0 is announced"),
+        (lambda old: old[:100], "is announced"),
+        (lambda old: old[:-1], "bytes of tensors are announced, and it has"),
+        (lambda old: old + b"x", "bytes of tensors are announced, and it has"),
+        (lambda old: with_header(old, b"{}", 2**63), "header of 9223372036854775808 is announced"),
+        (lambda old: with_header(old, b"[1]"), "is a list, not an object"),
+        (lambda old: with_header(old, b"[" * 100_000), "recursion|Expecting"),
+        (lambda old: with_header(old, b'{"a": 1, "a": 2}'), "has the key 'a' twice"),
+        (lambda old: edit_header(old, lambda a: a.update(dtype="F99")), "the dtype 'F99'"),
+        (lambda old: edit_header(old, lambda a: a.update(shape=[2**62, 2**62])), "its place holds"),
+        (lambda old: edit_header(old, lambda a: a.update(shape=[-2, 6])), "whole numbers from 0"),
+        (
+            lambda old: edit_header(old, lambda a: a.update(data_offsets=[8, 56])),
+            "starts at byte 8",
+        ),
+        (lambda old: edit_header(old, lambda a: a.pop("data_offsets")), "lacks 'data_offsets'"),
+    ],
+)
+def test_a_hostile_lora_meets_the_parser_of_hostile_models(tmp_path, damage, match):
+    file = write(tmp_path / "x.safetensors", plain())
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"truncated or not a safetensors.*({match})") as lora:
+        Lora.read(file)
+    with pytest.raises(CheckpointError) as model:
+        ShardReader(file)
+    assert str(lora.value) == str(model.value)
+
+
+def test_a_second_adapter_of_the_same_layer_is_refused(tmp_path):
+    tensors = {
+        f"a.to_q.lora_{part}.{name}.weight": tensor
+        for name in ("one", "two")
+        for part, tensor in (("A", A), ("B", B))
+    }
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: a\.to_q\.lora_A\.two\.weight"):
+        Lora.read(write(tmp_path / "x.safetensors", {k: t.clone() for k, t in tensors.items()}))
+
+
+# --- names that diffusers converts ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux():
+    diffusers = pytest.importorskip("diffusers")
+    return small_model(diffusers.FluxTransformer2DModel)
+
+
+TO = "transformer_blocks.0.attn.to_"
+
+
+def joined(flux, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A LoRA of q, k and v joined, rank 4 and alpha 2, and what it adds."""
+    generator = torch.Generator().manual_seed(0)
+    n_out, n_in = flux.get_submodule(TO + "q").weight.shape
+    down = torch.randn(4, n_in, generator=generator)
+    up = torch.randn(3 * n_out, 4, generator=generator)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, up @ down / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    ["lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks_0_img_attn_qkv"],
+)
+def test_joined_layers_of_kohya_and_comfyui_are_split(tmp_path, flux, name, dtype):
+    tensors, delta = joined(flux, name)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    lora = Lora.read(write(tmp_path / "x.safetensors", tensors), flux)
+    assert list(lora.adapters) == [TO + part for part in "qkv"]
+    found = torch.cat([adapter.delta() for adapter in lora.adapters.values()])
+    torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5 if dtype.itemsize == 4 else 0.1)
+
+
+def test_flat_names_of_onetrainer_and_text_encoders_of_kohya(tmp_path, flux):
+    n_out, n_in = flux.get_submodule(TO + "q").weight.shape
+    down, up = torch.ones(2, n_in), torch.ones(n_out, 2)
+    tensors = {
+        f"{layer}.{part}": tensor.clone()
+        for layer in ("lora_transformer_transformer_blocks_0_attn_to_q", "lora_te1_text_q_proj")
+        for part, tensor in (
+            ("lora_down.weight", down),
+            ("lora_up.weight", up),
+            ("alpha", torch.tensor(2.0)),
+        )
+    }
+    lora = Lora.read(write(tmp_path / "x.safetensors", tensors), flux)
+    assert lora.others == ("lora_te1",)
+    assert torch.equal(lora.adapters[TO + "q"].delta(), up @ down)
+
+
+def test_what_diffusers_loads_is_what_is_read(tmp_path, flux):
+    tensors, _ = joined(flux, "lora_unet_double_blocks_0_img_attn_qkv")
+    file = write(tmp_path / "x.safetensors", tensors)
+    pipelines = pytest.importorskip("diffusers.loaders.lora_pipeline")
+    loaded = copy.deepcopy(flux)
+    weights = pipelines.FluxLoraLoaderMixin.lora_state_dict(str(file))
+    loaded.load_lora_adapter(weights, prefix="transformer")
+    loaded.fuse_lora()
+    for name, adapter in Lora.read(file, flux).adapters.items():
+        before = flux.get_submodule(name).weight
+        after = loaded.get_submodule(name).get_base_layer().weight
+        torch.testing.assert_close(after - before, adapter.delta(), rtol=1e-4, atol=1e-4)
+
+
+def test_flat_names_of_a_unet_with_an_alpha_beside(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        layers_per_block=1,
+    )
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = torch.ones(4, 64), torch.ones(64, 4)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    flat = {f"lora_unet_{layer.replace('.', '_')}.{part}": t for part, t in tensors.items()}
+    lora = Lora.read(write(tmp_path / "x.safetensors", flat), unet)
+    assert list(lora.adapters) == [layer]
+    assert torch.equal(lora.adapters[layer].delta(), up @ down / 2)
+
+
+def test_names_that_no_converter_understands(tmp_path, flux):
+    file = write(tmp_path / "x.safetensors", joined(flux, "lora_unet_no_such_layer")[0])
+    with pytest.raises(CheckpointError, match="converter of LoRAs for FluxTransformer2DModel does"):
+        Lora.read(file, flux)
+    file = write(tmp_path / "x.safetensors", {**plain("lora_unet_"), "a.dora_scale": A})
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: a\.dora_scale"):
+        Lora.read(file, flux)
+
+
+def test_what_a_converter_drops_is_refused_by_name(tmp_path, flux, monkeypatch):
+    pipelines = pytest.importorskip("diffusers.loaders.lora_pipeline")
+
+    def convert(tensors, **_):
+        down, up, *_ = tensors.values()
+        return {
+            f"transformer.{TO}q.lora_A.weight": 2 * down,
+            f"transformer.{TO}q.lora_B.weight": up,
+        }
+
+    monkeypatch.setattr(pipelines.FluxLoraLoaderMixin, "lora_state_dict", convert)
+    tensors = {f"lora_unet_q.{name}": t for name, t in (("a", A), ("b", B), ("c", B + 1))}
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: lora_unet_q\.c\. Only"):
+        Lora.read(write(tmp_path / "x.safetensors", tensors), flux)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import loraq
 import loraq.diffusers
-from loraq.checkpoint.stats import load_stats
+from loraq.checkpoint.stats_file import load_stats
 from loraq.cli import main
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.integrations.pipelines import collect_pipeline_stats, read_prompts
@@ -294,7 +294,7 @@ def test_sources_that_draw_nothing(source, tmp_path):
     target = tmp_path / "s.safetensors"
     with pytest.raises(CheckpointError, match=r"model alone.*collect_stats\(model, run, layers\)"):
         collect_pipeline_stats(source / "transformer", target, **FAST)
-    with pytest.raises(CheckpointError, match="no folder of a pipeline"):
+    with pytest.raises(CheckpointError, match="not a pipeline's folder"):
         collect_pipeline_stats(tmp_path, target, **FAST)
     other = Path(shutil.copytree(source, tmp_path / "other"))
     index = json.loads((other / "model_index.json").read_text())

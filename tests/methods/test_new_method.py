@@ -14,11 +14,11 @@ from torch import nn
 import loraq
 from benchmarks.worlds.matrices import dit_like
 from loraq import Recipe, Scheme
-from loraq.checkpoint.layout import write_shards
 from loraq.cli import main
 from loraq.errors import LoraqError, RecipeError, SchemeError
 from loraq.methods import METHODS, Method, register
 from loraq.methods.base import Fit, quantize_branch
+from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch
 
 BRANCHED = Scheme("mxfp4", branch=Branch(0, "mxint8"))

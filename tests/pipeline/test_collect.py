@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.worlds.matrices import gaussian, heavy_tailed
-from loraq.checkpoint.stats import save_stats
+from loraq.checkpoint.stats_file import save_stats
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.collect import collect_stats
 

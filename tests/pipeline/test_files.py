@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.header import read_header
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LayerError
 from loraq.recipe import Recipe
+from loraq.safetensors.header import read_header
+from loraq.safetensors.layout import write_shards
 
 RECIPE = "mxfp4+w8a8-r8"
 N_LAYERS = 4

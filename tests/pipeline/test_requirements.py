@@ -10,10 +10,10 @@ from torch import nn
 
 import loraq
 from benchmarks.worlds.matrices import heavy_tailed
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
+from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 

@@ -11,13 +11,13 @@ from torch import nn
 
 import loraq
 from benchmarks.worlds.matrices import dit_like, gaussian
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError, LayerError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint
 from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.rules import Rule
+from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
 
 GREEDY = Recipe(

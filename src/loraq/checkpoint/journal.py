@@ -1,4 +1,4 @@
-"""Work that survives a crash: a folder that becomes whole in many steps, and the journal of the steps.
+"""Work that survives a crash: a folder that becomes whole in steps, and the journal of them.
 
 The target `NAME` is prepared in `.NAME.partial` beside it:
 
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from loraq.checkpoint.writer import publish, reason_of, require_alone, require_free
+from loraq.checkpoint.folder import publish, reason_of, require_alone, require_free
 from loraq.errors import CheckpointError, LayerError
 
 _WHOLE = {"whole": True}
@@ -100,7 +100,9 @@ def resumable_folder(
     overwrite: bool = False,
     restart: bool = False,
 ) -> Iterator[Journal]:
-    """Yield the journal of the partial folder of a target, which takes its name when the block ends without an error.
+    """Yield the journal of the partial folder of a target.
+
+    The folder takes the target's name when the block ends without an error.
 
     On an error what is finished is kept, and the message says so; if no layer is finished, nothing
     is kept. If a run was killed right after its last rename, the journal that is yielded is `whole`
@@ -120,7 +122,7 @@ def resumable_folder(
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     target = target.resolve()  # a link stays, and what it points to is replaced
     partial = _partial(target)
-    with _locked(target, partial, overwrite=overwrite) as file:
+    with _open_locked(target, partial, overwrite=overwrite) as file:
         journal = Journal(file, partial / "files")
         if journal.layers and not restart:
             _require_same(journal, fingerprint, partial, n_layers)
@@ -156,7 +158,10 @@ def resumable_folder(
 
 
 def require_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` if a run cannot begin at this target; one that was begun there is looked at later."""
+    """Raise `CheckpointError` if a run cannot begin at this target.
+
+    A run that was begun there is looked at later.
+    """
     if not _partial(target.resolve()).exists():
         require_free(target, overwrite=overwrite)
 
@@ -166,7 +171,7 @@ def _partial(target: Path) -> Path:
 
 
 @contextmanager
-def _locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
+def _open_locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
     """Open the journal of a partial folder, made if need be, for this process alone."""
     require_target(target, overwrite=overwrite)
     try:
@@ -210,7 +215,7 @@ def _difference(then: Any, now: Any) -> str:
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Return the values in nested tables by dotted key; one that is no table has its own."""
+    """Return the values in nested tables by dotted key; one that is not a table has its own."""
     if not isinstance(value, dict):
         return {key: value}
     return {
@@ -227,7 +232,10 @@ def _kept(journal: Journal, n_layers: int) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Return when every file of a folder is on the disk, so that a whole folder is whole after a power failure too."""
+    """Return when every file of a folder is on the disk.
+
+    So a folder that is whole stays whole after a power failure.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

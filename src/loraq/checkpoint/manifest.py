@@ -1,4 +1,7 @@
-"""`loraq.json`: how a folder's tensors are read, and how they came to be. The format is docs/checkpoint-format.md."""
+"""`loraq.json`: how a folder's tensors are read, and how they came to be.
+
+The format is described in docs/checkpoint-format.md.
+"""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -7,9 +10,9 @@ from typing import Any
 
 import torch
 
-from loraq.checkpoint.reader import read_json
-from loraq.checkpoint.writer import file_sha256, write_json
+from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, LoraqError
+from loraq.json_files import read_json, write_json
 from loraq.scheme import Branch, Scheme
 from loraq.version import __version__
 

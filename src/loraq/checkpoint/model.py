@@ -6,14 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES, write_shards
+from loraq.checkpoint.fit import require_names
+from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import Manifest, StoredLayer
-from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import atomic_folder, write_json
 from loraq.errors import CheckpointError, KernelError, SchemeError
+from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, asked_backend, check_for_all
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
+from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
+from loraq.safetensors.reader import ShardReader
 
 
 def save(
@@ -23,7 +25,9 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a module with quantized layers as safetensors shards, `config.json` (if it has one) and `loraq.json`.
+    """Write a module with quantized layers to a folder.
+
+    It gets safetensors shards, `loraq.json`, and `config.json` if the module has a configuration.
 
     The folder appears under its name only when it is whole.
 
@@ -101,10 +105,12 @@ def load_into(
 def prepare(
     model: nn.Module, folder: Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
 ) -> tuple[Manifest, ShardReader, dict[str, torch.device]]:
-    """Put empty quantized layers where a folder's manifest says, after checking that the whole folder fits.
+    """Put empty quantized layers where a folder's manifest says.
+
+    First the whole folder is checked against the model.
 
     Returns:
-        The manifest, the tensors of the folder, and the device of every tensor that is to be loaded.
+        The manifest, the tensors of the folder, and the device of every tensor to load.
 
     Raises:
         CheckpointError, KernelError: as `load_into`.
@@ -112,7 +118,7 @@ def prepare(
     asked = asked_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
-    layers = {name: _empty_layer(model, name, manifest) for name in manifest.layers}
+    layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
     # A refusal leaves the model as it was.
     check_for_all(asked, [layer.spec for layer in layers.values()])
@@ -129,7 +135,10 @@ def _check(
     manifest: Manifest,
     folder: Path,
 ) -> dict[str, torch.device]:
-    """Return the device of every tensor to load, or raise `CheckpointError` that lists what does not fit."""
+    """Return the device of every tensor to load.
+
+    Raises `CheckpointError` that lists what does not fit.
+    """
     expected: dict[str, Tensor] = {}
     places = _places(model, layers)
     for key, tensor in model.state_dict().items():
@@ -144,14 +153,12 @@ def _check(
             expected[f"{name}.{key}"] = tensor
             devices[f"{name}.{key}"] = device
     tied = {name for name, source in manifest.tied.items() if source in reader.names}
-    stored = {*reader.names, *tied}
-    missing, unexpected = sorted(set(expected) - stored), sorted(stored - set(expected))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"'{folder}' does not fit {type(model).__name__}. Missing keys: "
-            f"{', '.join(missing) or 'none'}. Unexpected keys: {', '.join(unexpected) or 'none'}. "
-            f"Load it into the architecture it was made from."
-        )
+    require_names(
+        {*reader.names, *tied},
+        expected,
+        f"'{folder}' does not fit {type(model).__name__}",
+        "Load it into the architecture it was made from.",
+    )
     for key, tensor in expected.items():
         source = manifest.tied.get(key, key)
         shape, dtype = reader.shape(source), reader.dtype(source)
@@ -175,7 +182,10 @@ def _check(
 
 
 def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
-    """Return the new layers by every name that the modules they replace have: one module may stand in two places."""
+    """Return the new layers by every name that the modules they replace have.
+
+    One module may stand in two places.
+    """
     new = {model.get_submodule(name): layer for name, layer in layers.items()}
     return {
         name: new[module]
@@ -184,7 +194,7 @@ def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Q
     }
 
 
-def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
+def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
     stored = manifest.layers[name]
     try:
         old = model.get_submodule(name)
@@ -212,7 +222,10 @@ def _empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLi
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Put a tensor into the model, and return what now stands there; a `Parameter` stays the same object."""
+    """Put a tensor into the model, and return what now stands there.
+
+    A `Parameter` stays the same object.
+    """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if leaf not in owner._parameters:
@@ -241,15 +254,20 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def model_config(model: nn.Module) -> dict[str, object]:
-    """Return the configuration of a diffusers model, marked as quantized so that nothing loads it as floats."""
+    """Return the configuration of a diffusers model, which says that it is quantized.
+
+    So nothing loads it as floats.
+    """
     to_json = getattr(model, "to_json_string", None)
     if to_json is None:
         return {}
-    return marked(json.loads(to_json()))
+    return add_quantization_config(json.loads(to_json()))
 
 
-def marked(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration that says it is quantized, in sorted order, so that all ways write the same bytes.
+def add_quantization_config(config: dict[str, object]) -> dict[str, object]:
+    """Return a configuration that says it is quantized.
+
+    It is sorted, so that all ways write the same bytes.
 
     Where the float weights were on this machine (`_name_or_path`) is left out: the same weights
     give the same file.

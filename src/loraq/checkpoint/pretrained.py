@@ -1,4 +1,6 @@
-"""A model's own `save_pretrained` writes what `save` writes: weights that nobody can read otherwise need the manifest.
+"""A model's own `save_pretrained` writes what `save` writes.
+
+Without the manifest nobody could read the weights.
 
 Nothing here knows diffusers: any module with a method of this name is served.
 """
@@ -10,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import save
 from loraq.errors import CheckpointError
+from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -24,7 +26,10 @@ _OURS = re.compile(
 
 
 def attach_save_pretrained(model: nn.Module) -> None:
-    """Let the `save_pretrained` of a quantized model, if it has one, write the folder that `save` writes."""
+    """Let the `save_pretrained` of a quantized model write the folder that `save` writes.
+
+    A model without that method is left as it is.
+    """
     if callable(getattr(model, "save_pretrained", None)):
         setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
 

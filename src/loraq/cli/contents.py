@@ -21,12 +21,12 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
+    from loraq.checkpoint.inspect import measure_memory
     from loraq.checkpoint.manifest import Manifest
-    from loraq.checkpoint.memory import measure
     from loraq.integrations.diffusers import transformer_folder
 
     if memory:
-        found = measure(transformer_folder(path))
+        found = measure_memory(transformer_folder(path))
         if as_json:
             print_json({"memory": [asdict(each) for each in found]})
             return
@@ -97,7 +97,7 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
     \b
     Example: loraq compare PixArt-Sigma/transformer out
     """
-    from loraq.checkpoint.contents import compare as compare_folders
+    from loraq.checkpoint.inspect import compare as compare_folders
     from loraq.integrations.diffusers import transformer_folder
 
     differences = compare_folders(transformer_folder(a), transformer_folder(b))

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraq.errors import LoraqError
 from loraq.evaluation import flow
 from loraq.integrations.diffusers import load_float
+from loraq.safetensors.reader import ShardReader
 
 #: Label of the empty caption, used by classifier-free guidance; 0 to 9 are the digits.
 NULL_LABEL = 10
@@ -170,7 +170,8 @@ class Judge(nn.Module):
         """Load the trained judge that ships with the package."""
         folder = assets_folder() / "judge"
         judge = cls(**json.loads((folder / "config.json").read_text()))
-        judge.load_state_dict(load_file(folder / "model.safetensors"))
+        reader = ShardReader(folder)
+        judge.load_state_dict({name: reader.read(name) for name in reader.names})
         return judge.eval()
 
     def forward(self, images: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch classes"]:
@@ -194,7 +195,7 @@ class Judge(nn.Module):
 
 @lru_cache(maxsize=1)
 def _token_table() -> Tensor:
-    return load_file(assets_folder() / "class_tokens.safetensors")["tokens"]
+    return ShardReader(assets_folder() / "class_tokens.safetensors").read("tokens")
 
 
 def _noise(count: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches, and leave every other byte as it is."""
+"""`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches; all other bytes stay."""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import file_sha256, require_free
+from loraq.checkpoint.folder import file_sha256, require_free
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
 from loraq.integrations.lora import Adapter, Lora
@@ -19,6 +18,7 @@ from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
+from loraq.safetensors.reader import ShardReader
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,16 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     overwrite: bool = False,
     progress: ProgressCallback | bool = True,
 ) -> Absorbed:
-    """Make a LoRA a permanent part of a quantized model: the layers it touches are quantized again, with it.
+    """Make a LoRA a permanent part of a quantized model.
+
+    The layers that it touches are quantized again, with it.
 
     No data is needed, so this takes seconds for each layer. Formats, ranks and seeds are those of
     the model.
 
     Args:
         model: a quantized model, which is changed in place; or a quantized folder, with `target`.
-        lora: a safetensors file or folder with diffusers' or PEFT's names.
+        lora: a safetensors file or folder, with names that diffusers understands for this model.
         source: folder of the float weights that the model was quantized from.
         scale: strength of the LoRA.
         target: new folder, where `model` is one. Other components of a pipeline are copied.
@@ -72,7 +74,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
                 f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
             )
         return _absorb(
-            model, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress
+            model, Lora.read(lora, model), ShardReader(float_folder(Path(source))), scale, progress
         )
     if target is None:
         raise CheckpointError(
@@ -81,7 +83,11 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     require_free(Path(target), overwrite=overwrite)
     quantized = load(model)
     absorbed = _absorb(
-        quantized, Lora.read(lora), ShardReader(float_folder(Path(source))), scale, progress
+        quantized,
+        Lora.read(lora, quantized),
+        ShardReader(float_folder(Path(source))),
+        scale,
+        progress,
     )
     save_like(
         quantized, Path(model), transformer_folder(Path(model)), Path(target), overwrite=overwrite
@@ -133,7 +139,10 @@ def _absorb(
 
 
 def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
-    """Return the layers that a LoRA touches, all of which the model and the source have, in the LoRA's shapes."""
+    """Return the layers that a LoRA touches.
+
+    The model and the source have all of them, in the LoRA's shapes.
+    """
     if getattr(model, "peft_config", None):
         raise LayerError(
             "The model carries adapters. Unload them first: what is absorbed needs no adapter."
@@ -147,8 +156,8 @@ def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.M
     if missing:
         raise LayerError(
             f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
-            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, and in "
-            f"diffusers' or PEFT's names?"
+            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in "
+            f"names that diffusers understands?"
         )
     for name, adapter in lora.adapters.items():
         shape = source.shape(f"{name}.weight")
@@ -183,7 +192,7 @@ def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
 
 
 def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
-    """Return the float weight (out, in) that a layer was made from, in the dtype that it had then."""
+    """Return the float weight (out, in) that a layer was made from, in its dtype of then."""
     stored = source.read(f"{name}.weight")
     for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
         weight = stored.to(dtype)

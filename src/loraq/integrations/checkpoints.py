@@ -3,13 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.checkpoint.reader import ShardReader, read_json
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, transformer_folder
-from loraq.integrations.hub import here
+from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
+from loraq.json_files import read_json
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
@@ -17,6 +16,8 @@ from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, open_stats
 from loraq.pipeline.source import Checkpoint, Source, plan_tensors
 from loraq.recipe import Recipe
+from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 
@@ -116,7 +117,7 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
         CheckpointError: there is no such source, it is quantized already, or its configuration
             cannot be read.
     """
-    root = here(source)
+    root = local_path(source)
     weights = root if root.is_file() else transformer_folder(root)
     if root.is_file() and root.suffix != ".safetensors":
         raise CheckpointError(

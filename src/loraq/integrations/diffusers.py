@@ -11,12 +11,13 @@ from torch import nn
 
 from loraq.checkpoint import load_into, save
 from loraq.checkpoint.fit import require_fit
+from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.pretrained import attach_save_pretrained
-from loraq.checkpoint.reader import ShardReader, read_json
-from loraq.checkpoint.writer import atomic_folder
 from loraq.errors import CheckpointError, LoraqError
+from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
+from loraq.safetensors.reader import ShardReader
 
 #: Component of a pipeline that is quantized, the first that is there.
 _COMPONENTS = ("transformer", "unet")
@@ -50,7 +51,9 @@ def transformer_folder(source: Path) -> Path:
 
 
 def empty_model(folder: Path) -> nn.Module:
-    """Return the model that a transformer folder's `config.json` describes, with its parameters on the meta device.
+    """Return the model that a transformer folder's `config.json` describes.
+
+    Its parameters are on the meta device.
 
     Raises:
         CheckpointError: the configuration names no known class, or the class refuses it.
@@ -101,7 +104,9 @@ def transformer_classes() -> dict[str, type[nn.Module]]:
 def save_like(
     model: nn.Module, source: Path, folder: Path, target: Path, *, overwrite: bool
 ) -> None:
-    """Save a model that came from `folder`; if that is a component of the pipeline `source`, copy the others too.
+    """Save a model that came from `folder`.
+
+    If that is a component of the pipeline `source`, the others are copied too.
 
     Raises:
         CheckpointError: the target cannot be written.
@@ -148,7 +153,9 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
 
 
 def _cast_unsaved(model: nn.Module) -> None:
-    """Give buffers that no file holds, such as position tables, the dtype of the weights, as diffusers does.
+    """Give buffers that no file holds the dtype of the weights, as diffusers does.
+
+    Such buffers are position tables, for example.
 
     Without this the output after a round trip would not be that of the model that was saved.
     """
@@ -175,7 +182,9 @@ def float_folder(source: Path) -> Path:
 
 
 def load_float(folder: Path) -> nn.Module:
-    """Return the model of a float transformer folder on the CPU, in evaluation mode, in the dtype of its weights.
+    """Return the model of a float transformer folder on the CPU, in evaluation mode.
+
+    It has the dtype of its weights.
 
     Raises:
         CheckpointError: the weights are missing, truncated, not float, or do not fit the

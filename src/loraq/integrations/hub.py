@@ -1,4 +1,4 @@
-"""Repositories of the hub, fetched as far as they are not in its cache already."""
+"""Repositories of the hub: what is not in the local cache yet is downloaded."""
 
 import re
 from pathlib import Path
@@ -16,20 +16,22 @@ _OTHER_VARIANTS = [
 ]
 
 
-def here(source: str | Path) -> Path:
-    """Return a path as it is, or the folder of a repository such as "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
+def local_path(source: str | Path) -> Path:
+    """Return a path as it is, or the folder of a repository of the hub.
+
+    A repository is named like "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
 
     Raises:
-        CheckpointError: the source is neither here nor to be had.
+        CheckpointError: the source was not found, neither locally nor on the hub.
         LoraqError: huggingface_hub is not installed.
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        return _fetched(str(source))
+        return _fetch(str(source))
     return path
 
 
-def _fetched(repository: str) -> Path:
+def _fetch(repository: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -46,5 +48,6 @@ def _fetched(repository: str) -> Path:
         )
     except Exception as error:  # the hub has many errors of its own
         raise CheckpointError(
-            f"'{repository}' is no file or folder here, and cannot be fetched from the hub: {error}"
+            f"'{repository}' is not a file or folder here, and cannot be fetched from the hub: "
+            f"{error}"
         ) from error

@@ -1,27 +1,34 @@
-"""Read a LoRA from a safetensors file: diffusers', PEFT's and the older down/up names, with their scales."""
+"""Read a LoRA from a safetensors file, with its scales, under the names of the model's layers.
+
+diffusers', PEFT's and the dotted down/up names are read here; all others by diffusers' converters.
+"""
 
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from loraq.checkpoint.reader import read_json
 from loraq.errors import CheckpointError
+from loraq.integrations.lora_names import convert_names
+from loraq.json_files import read_json
+from loraq.safetensors.reader import ShardReader
 
 #: Names of the weights in a folder, the first that is there.
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 #: What trainers put in front of a layer's name.
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
-_OTHER_COMPONENTS = ("text_encoder", "vae")
+#: Where the names of other components of a pipeline begin, kohya's too.
+_OTHER_COMPONENT = re.compile(r"(text_encoder|vae)[^.]*|lora_te\d?")
 _KEY = re.compile(
-    r"(?P<layer>.+)\.(?:(?:(?P<down>lora_A(?:\.\w+)?|lora\.down|lora_down)|(?P<up>lora_B(?:\.\w+)?|lora\.up|lora_up))"
-    r"\.weight|(?P<alpha>alpha))"
+    r"(?P<layer>.+)\.(?:"
+    r"(?:(?P<down>lora_A(?:\.\w+)?|lora[._]down)|(?P<up>lora_B(?:\.\w+)?|lora[._]up))\.weight"
+    r"|(?P<alpha>alpha))"
 )
 
 
@@ -53,46 +60,41 @@ class Lora:
     others: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: str | Path) -> "Lora":
+    def read(cls, path: str | Path, model: nn.Module | None = None) -> "Lora":
         """Read a safetensors file, or a folder with one in it.
 
+        Args:
+            path: the file or folder.
+            model: what the LoRA is for. Names that are not those of its layers go through
+                diffusers' converter for its class.
+
         Raises:
-            CheckpointError: no such file, not safetensors, or tensors that are no LoRA; the message
-            lists them.
+            CheckpointError: no such file, not safetensors, or tensors that are not a plain LoRA's;
+                the message lists them.
         """
-        file = _find(Path(path))
-        try:
-            with safe_open(file, framework="pt", device="cpu") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-                metadata = handle.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"'{file}' is truncated or no safetensors file: {error}. Copy it again."
-            ) from error
-        parts: dict[str, dict[str, Tensor]] = {}
-        others, strange = set(), []
-        for key, tensor in tensors.items():
-            if key.startswith(_OTHER_COMPONENTS):
-                others.add(key.split(".")[0])
-            elif match := _KEY.fullmatch(_plain(key)):
-                kind = next(kind for kind in ("down", "up", "alpha") if match[kind])
-                parts.setdefault(match["layer"], {})[kind] = tensor
-            else:
-                strange.append(key)
-        if strange:
-            raise CheckpointError(
-                f"'{file}' holds tensors that are no plain LoRA: {', '.join(strange[:6])}. Only "
-                f"lora_A/lora_B (or "
-                "down/up) weights and alphas can be absorbed; DoRA, LoKr and LoRA biases cannot."
-            )
+        file = _find_file(Path(path))
+        reader = ShardReader(file)
+        tensors = {name: reader.read(name) for name in reader.names}
+        others = {match[0] for name in tensors if (match := _OTHER_COMPONENT.match(name))}
+        tensors = {name: t for name, t in tensors.items() if not _OTHER_COMPONENT.match(name)}
+        parts, strange = _sort(tensors)
+        known = dict(model.named_modules()) if model is not None else parts
+        if model is not None and tensors and (strange or not parts.keys() <= known.keys()):
+            _require_plain(file, [name for name in tensors if "dora_scale" in name])
+            tensors, left_out = convert_names(tensors, model, file)
+            parts, strange = _sort(tensors)
+            strange += left_out
+        _require_plain(file, strange)
         if not parts:
             raise CheckpointError(f"'{file}' has no LoRA for a transformer.")
-        options = _options(file, metadata)
-        adapters = {layer: _adapter(file, layer, found, options) for layer, found in parts.items()}
+        options = _read_options(file, reader.files[file.name].metadata)
+        adapters = {
+            layer: _build_adapter(file, layer, found, options) for layer, found in parts.items()
+        }
         return cls(file, adapters, tuple(sorted(others)))
 
 
-def _find(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
     files = [path / name for name in _FILES if (path / name).is_file()] or sorted(
@@ -100,19 +102,45 @@ def _find(path: Path) -> Path:
     )
     if len(files) != 1 and not (files and files[0].name in _FILES):
         raise CheckpointError(
-            f"'{path}' is no LoRA: {len(files)} .safetensors files there. Give the file itself."
+            f"'{path}' is not a LoRA: {len(files)} .safetensors files there. Give the file itself."
         )
     return files[0]
 
 
-def _plain(key: str) -> str:
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Return factors and alphas by layer, and the names that are neither."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(_strip_prefix(key))
+        kind = match and next(kind for kind in ("down", "up", "alpha") if match[kind])
+        if match and kind and kind not in (part := parts.setdefault(match["layer"], {})):
+            part[kind] = tensor
+        else:  # also a second adapter of the same layer
+            strange.append(key)
+    return parts, strange
+
+
+def _require_plain(file: Path, strange: list[str]) -> None:
+    if strange:
+        raise CheckpointError(
+            f"'{file}' holds tensors that are not of a plain LoRA: {', '.join(strange[:6])}. Only "
+            "lora_A/lora_B (or down/up) weights and alphas can be absorbed; DoRA, LoKr and LoRA "
+            "biases cannot."
+        )
+
+
+def _strip_prefix(key: str) -> str:
     for prefix in _PREFIXES:
         key = key.removeprefix(prefix)
     return key
 
 
-def _options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """Return what PEFT's configuration says, which diffusers keeps in the header and PEFT beside the file."""
+def _read_options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Return what PEFT's configuration says.
+
+    diffusers keeps it in the header, PEFT beside the file.
+    """
     beside = file.parent / "adapter_config.json"
     try:
         options = json.loads(metadata.get("lora_adapter_metadata") or "{}")
@@ -123,13 +151,15 @@ def _options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if not options and beside.is_file():
         options = read_json(beside)
     return {
-        _plain(key): value
+        _strip_prefix(key): value
         for key, value in options.items()
-        if not key.startswith(_OTHER_COMPONENTS)
+        if not _OTHER_COMPONENT.match(key)
     }
 
 
-def _adapter(file: Path, layer: str, found: dict[str, Tensor], options: dict[str, Any]) -> Adapter:
+def _build_adapter(
+    file: Path, layer: str, found: dict[str, Tensor], options: dict[str, Any]
+) -> Adapter:
     if "down" not in found or "up" not in found:
         raise CheckpointError(
             f"'{file}': layer '{layer}' has only {', '.join(found)}. Both factors are required."

@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
-from loraq.checkpoint.header import DTYPES
-from loraq.checkpoint.reader import ShardReader, read_json
-from loraq.checkpoint.stats import require_room
+from loraq.checkpoint.stats_file import require_room
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
-from loraq.integrations.hub import here
+from loraq.integrations.hub import local_path
+from loraq.json_files import read_json
 from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
 from loraq.pipeline.requirements import find_users, require_enough
 from loraq.recipe import Recipe
+from loraq.safetensors.header import DTYPES
+from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 #: Images that are drawn unless the caller says otherwise.
@@ -101,11 +102,11 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics,
             mean squares do not do for the recipe's method, a layer was never called, or one alone
             takes more than `memory_bytes`.
-        CheckpointError: the source is no float pipeline, or the target cannot be written.
+        CheckpointError: the source is not a float pipeline, or the target cannot be written.
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
-    folder = _pipeline_folder(here(source))
+    folder = _pipeline_folder(local_path(source))
     component, target = float_folder(folder), Path(target)
     if folder.resolve() in target.resolve().parents:
         raise CheckpointError(
@@ -148,7 +149,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     with torch.random.fork_rng(
         [device] if device.type == "cuda" else []
     ):  # loading draws random numbers too
-        pipeline = _loaded(folder, dtype, device)
+        pipeline = _load_pipeline(folder, dtype, device)
         show(0, images, f"drawing on {device} in {dtype}")
         collect_stats(
             getattr(pipeline, component.name),
@@ -167,7 +168,7 @@ def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a text file, one a line; blank lines count as none.
 
     Raises:
-        CalibrationError: there is no such file, it is no text, or it holds no prompt.
+        CalibrationError: there is no such file, it is not a text, or it holds no prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -284,7 +285,7 @@ def _pipeline_folder(path: Path) -> Path:
             "`loraq.save_stats(loraq.collect_stats(model, run, layers), path)`, where `run` calls "
             "it."
         )
-    raise CheckpointError(f"'{path}' is no folder of a pipeline: it has no 'model_index.json'.")
+    raise CheckpointError(f"'{path}' is not a pipeline's folder: it has no 'model_index.json'.")
 
 
 def _pipeline_class(folder: Path) -> type:
@@ -300,7 +301,7 @@ def _pipeline_class(folder: Path) -> type:
         return kind
 
 
-def _loaded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the pipeline on a device; only safetensors are read, and no code of the folder is run."""
     with _quiet_diffusers() as diffusers:
         try:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import prepare
 from loraq.checkpoint.pretrained import attach_save_pretrained
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
 from loraq.layers import is_linear, matrix_of, replace_layer
 from loraq.pipeline.layer import quantize_layer, require_usable
@@ -29,6 +28,7 @@ from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
+from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 #: The minors of diffusers that this was tested with. The two dictionaries it registers in are not a

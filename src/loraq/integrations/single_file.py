@@ -1,4 +1,4 @@
-"""Checkpoints in a model's original layout: diffusers' own converters, run on tensors that are not read yet.
+"""Checkpoints in a model's original layout: diffusers' converters, on tensors not read yet.
 
 A converter renames tensors, and splits and joins some of them. Here it gets stand-ins that only
 note what is done to them, and each result is computed when it is asked for. So a file of any size
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.header import DTYPE_NAMES, DTYPES
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import _quiet_diffusers
+from loraq.safetensors.header import DTYPE_NAMES, DTYPES
+from loraq.safetensors.reader import ShardReader
 
 
 class ConvertedReader:
@@ -78,7 +78,16 @@ class ConvertedReader:
 
 
 class Deferred:
-    """A tensor that is not computed yet: its shape and dtype, and how to get it."""
+    """A tensor that is not computed yet: its shape and dtype, and how to get it.
+
+    A converter may do anything to it that torch does to a tensor: `torch.cat([a, b])` arrives at
+    `__torch_function__`, `a.chunk(2)` and `a.T` at `__getattr__`, `a[:n]` at `__getitem__`. Each
+    is done at once to `meta`, a tensor of the meta device, so shapes are right and mistakes are
+    found while the converter runs; and each notes a closure that does the same to the numbers.
+    What the converter returns is the end of a chain of closures whose other end reads the file.
+    Nothing is cached: a tensor that is split in three is read three times, and memory stays that
+    of one. A converter that asks for a number (`if tensor.any()`) cannot be served, and is told.
+    """
 
     def __init__(self, meta: Tensor, compute: Callable[[], Tensor]) -> None:
         """Note how to compute a tensor that looks like `meta`."""
@@ -114,10 +123,10 @@ def _stand_in(files: ShardReader, name: str) -> Deferred:
 
 def _note(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Apply a function to the shapes now, and to the numbers when a result is computed."""
-    meta = function(*_swapped(args, lambda deferred: deferred.meta), **kwargs)
+    meta = function(*_replace_stand_ins(args, lambda deferred: deferred.meta), **kwargs)
 
     def compute() -> Any:
-        return function(*_swapped(args, lambda deferred: deferred.compute()), **kwargs)
+        return function(*_replace_stand_ins(args, lambda deferred: deferred.compute()), **kwargs)
 
     if isinstance(meta, Tensor):
         return Deferred(meta, compute)
@@ -126,10 +135,10 @@ def _note(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
     return meta
 
 
-def _swapped(values: Any, swap: Callable[[Deferred], Tensor]) -> Any:
+def _replace_stand_ins(values: Any, swap: Callable[[Deferred], Tensor]) -> Any:
     """Replace every stand-in in nested tuples and lists."""
     if isinstance(values, Deferred):
         return swap(values)
     if isinstance(values, tuple | list):
-        return type(values)(_swapped(value, swap) for value in values)
+        return type(values)(_replace_stand_ins(value, swap) for value in values)
     return values

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.stats import load_stats, require_room, stats_file
+from loraq.checkpoint.stats_file import load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, is_linear, matrix_of
 from loraq.stats import ActivationStats

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from loraq.checkpoint.journal import Journal, require_target, resumable_folder
-from loraq.checkpoint.layout import DEFAULT_SHARD_BYTES
-from loraq.checkpoint.reader import TensorReader
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.layer import quantize_layer
 from loraq.pipeline.plan import LayerJob, Plan
@@ -26,6 +24,8 @@ from loraq.pipeline.source import Source
 from loraq.pipeline.target import LayerWriter, Target
 from loraq.pipeline.workers import run_jobs
 from loraq.recipe import Recipe
+from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.safetensors.reader import TensorReader
 from loraq.stats import ActivationStats
 
 

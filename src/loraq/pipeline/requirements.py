@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loraq.checkpoint.stats import load_stats
+from loraq.checkpoint.stats_file import load_stats
 from loraq.errors import CalibrationError
 from loraq.methods import METHODS
 from loraq.pipeline.plan import LayerJob, Plan

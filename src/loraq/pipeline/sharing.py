@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.reader import TensorReader
 from loraq.errors import LoraqError, RecipeError, layer_failure
 from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
@@ -22,6 +21,7 @@ from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
 from loraq.pipeline.workers import one_thread
 from loraq.recipe import Recipe
+from loraq.safetensors.reader import TensorReader
 from loraq.scheme import Branch, Scheme
 
 #: No layer gets more than this many times the rank that it would have alone: predictions were tried

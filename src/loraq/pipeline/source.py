@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraq.checkpoint.fit import require_fit
-from loraq.checkpoint.header import FLOATS
-from loraq.checkpoint.model import marked, model_config
-from loraq.checkpoint.reader import ShardReader, TensorReader
+from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError, RecipeError
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
+from loraq.safetensors.header import FLOATS
+from loraq.safetensors.reader import ShardReader, TensorReader
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Source:
         """
         files, model = ShardReader(checkpoint.weights), checkpoint.model
         if model is None:
-            config = marked(checkpoint.config) if checkpoint.config else {}
+            config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(files)
             return cls(files, files, tuple(files.names), {}, config, plan_tensors(files, recipe))
         config = model_config(model)

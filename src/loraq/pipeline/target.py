@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from loraq.checkpoint.header import TensorSpec
-from loraq.checkpoint.layout import ShardLayout, tensor_bytes
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
-from loraq.checkpoint.writer import write_json
 from loraq.errors import CheckpointError
+from loraq.json_files import write_json
 from loraq.packed import PackedWeight
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import Report
 from loraq.pipeline.source import Source
 from loraq.recipe import Recipe
+from loraq.safetensors.header import TensorSpec
+from loraq.safetensors.layout import ShardLayout, tensor_bytes
 from loraq.version import __version__
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from loraq.checkpoint.header import TensorSpec
-from loraq.checkpoint.layout import ShardLayout
-from loraq.checkpoint.reader import ShardReader
-from loraq.checkpoint.writer import reason_of, require_alone
+from loraq.checkpoint.folder import reason_of, require_alone
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.safetensors.header import TensorSpec
+from loraq.safetensors.layout import ShardLayout
+from loraq.safetensors.reader import ShardReader
 from loraq.stats import ActivationStats
 
 #: In the file's metadata, under "loraq_stats".
@@ -34,7 +34,9 @@ def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayo
 def stats_file(
     path: Path, moments: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Callable[[str, ActivationStats], None]]:
-    """Yield a function that writes one layer's statistics, in any order; the file appears when all is written.
+    """Yield a function that writes one layer's statistics, in any order.
+
+    The file appears when all is written.
 
     The disk's space is taken at the beginning, so that it is not missing after hours of work, under
     the name `.NAME.partial.safetensors` beside the file; what a run that was killed has left there
@@ -101,7 +103,7 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(
-            f"Cannot write '{path}': '{place}' is no folder that can be written. Choose another."
+            f"Cannot write '{path}': '{place}' is not a folder that can be written. Choose another."
         )
     needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
     left = _partial(path).stat().st_size if _partial(path).is_file() else 0
@@ -126,7 +128,9 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
-    """Write the statistics of all layers to one .safetensors file, which appears, or is replaced, when it is whole.
+    """Write the statistics of all layers to one .safetensors file.
+
+    It appears, or is replaced, when it is whole.
 
     Raises:
         CalibrationError: there are no statistics.
@@ -147,8 +151,8 @@ def load_stats(path: str | Path) -> Mapping[str, ActivationStats]:
     """Open a file that `save_stats` wrote; a layer's statistics are read each time they are asked for.
 
     Raises:
-        CalibrationError: it is no file of statistics, or is of a newer format.
-        CheckpointError: it is missing, truncated or no safetensors file.
+        CalibrationError: it is not a file of statistics, or is of a newer format.
+        CheckpointError: it is missing, truncated or not a safetensors file.
     """
     return _StatsFile(Path(path))
 
@@ -165,7 +169,7 @@ class _StatsFile(Mapping[str, ActivationStats]):
         self._reader = ShardReader(path)
         version = self._reader.files[path.name].metadata.get("loraq_stats")
         if version != FORMAT_VERSION:
-            what = "no file of statistics" if version is None else f"of format version {version}"
+            what = "not a file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
                 f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq "
                 f"stats`"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraq.checkpoint.header import TensorSpec, read_header
-from loraq.checkpoint.layout import ShardLayout, spec_of, write_shards
-from loraq.checkpoint.reader import ShardReader
 from loraq.errors import CheckpointError
+from loraq.safetensors.header import TensorSpec, read_header
+from loraq.safetensors.layout import ShardLayout, spec_of, write_shards
+from loraq.safetensors.reader import ShardReader
 
 DTYPES = (
     torch.uint8,

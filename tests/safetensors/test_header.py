@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraq.checkpoint.header import TensorSpec, encode_header, read_header
 from loraq.errors import CheckpointError
+from loraq.safetensors.header import TensorSpec, encode_header, read_header
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -91,7 +91,7 @@ def test_an_absurd_header(tmp_path, header, n_data, length, match):
     path = file(tmp_path, header, n_data, length)
     with pytest.raises(
         CheckpointError,
-        match=rf"model\.safetensors' is truncated or no safetensors file: .*({match})",
+        match=rf"model\.safetensors' is truncated or not a safetensors file: .*({match})",
     ):
         read_header(path)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.header import DTYPE_NAMES, TensorSpec, encode_header
-from loraq.checkpoint.writer import write_json
 from loraq.errors import CheckpointError
+from loraq.json_files import write_json
+from loraq.safetensors.header import DTYPE_NAMES, TensorSpec, encode_header
 
 #: Bytes of one shard unless the caller says otherwise.
 DEFAULT_SHARD_BYTES = 2_000_000_000
@@ -167,7 +167,10 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> list[str]:
-    """Write tensors as `<stem>.safetensors`, or as numbered shards with an index; return the file names."""
+    """Write tensors as `<stem>.safetensors`, or as numbered shards with an index.
+
+    Returns the file names.
+    """
     layout = ShardLayout.of(
         {name: spec_of(name, tensor) for name, tensor in tensors.items()}, stem, shard_bytes
     )

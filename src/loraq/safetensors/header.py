@@ -82,7 +82,9 @@ class Header:
 def encode_header(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """Return the first bytes of a file that holds these tensors in this order, and each tensor's place in the file.
+    """Return the first bytes of a file with these tensors in this order, and each one's offset.
+
+    The offsets count from the beginning of the file.
 
     The header is filled with spaces to a multiple of 8, so that a tensor is aligned if those before
     it are.
@@ -126,7 +128,7 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"its header lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"'{path}' is truncated or no safetensors file: {reason}. Copy it again."
+            f"'{path}' is truncated or not a safetensors file: {reason}. Copy it again."
         ) from error
     places = {name: 8 + length + start for name, start in offsets.items()}
     return Header(specs, places, hashlib.sha256(text).hexdigest(), size, metadata)
@@ -135,7 +137,10 @@ def read_header(path: Path) -> Header:
 def _decode(
     text: bytes, data_bytes: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
-    """Return tensors, their starts and metadata of a header; raise `ValueError` unless they fill the data exactly."""
+    """Return tensors, their starts and metadata of a header.
+
+    Raises `ValueError` unless they fill the data exactly.
+    """
     entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     if not isinstance(entries, dict):
         raise ValueError(f"its header is a {type(entries).__name__}, not an object")

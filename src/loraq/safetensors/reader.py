@@ -1,18 +1,21 @@
 """Read tensors from a folder of safetensors shards, one at a time, trusting nothing in it."""
 
-import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.header import DTYPES, Header, read_header
 from loraq.errors import CheckpointError
+from loraq.json_files import read_json
+from loraq.safetensors.header import DTYPES, Header, read_header
 
 
 class TensorReader(Protocol):
-    """Tensors by name, read one at a time; `ShardReader` is one. It can be sent to another process."""
+    """Tensors by name, read one at a time; `ShardReader` is one.
+
+    It can be sent to another process.
+    """
 
     @property
     def names(self) -> list[str]:
@@ -153,25 +156,6 @@ class ShardReader:
                 f"tensors: {_some(wrong)}. "
                 "Download the folder again."
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or is not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"'{path}' is missing.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"Cannot read '{path}': {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"'{path}' holds a {type(content).__name__}. A JSON object is required."
-        )
-    return content
 
 
 def _weight_map(index: Path) -> dict[str, str]:

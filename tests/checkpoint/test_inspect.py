@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.contents import DenseWeights, compare
+from loraq.checkpoint.inspect import DenseWeights, compare
 from loraq.errors import CheckpointError
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe

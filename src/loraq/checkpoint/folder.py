@@ -1,15 +1,14 @@
-"""Write folders that are whole or not there: shards, an index, and one rename at the end."""
+"""Write folders that are whole or not there: a partial folder, and one rename at the end."""
 
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from loraq.errors import CheckpointError
 
@@ -18,7 +17,9 @@ _MODEL_MARKS = ("loraq.json", "config.json", "model_index.json")
 
 
 def require_alone(file: IO[bytes], path: Path, target: Path) -> None:
-    """Lock an open file, which stands for all work on `target` and dies with it, for this process until it is closed.
+    """Lock an open file for this process until it is closed.
+
+    The file stands for all work on `target`; the lock dies with the process.
 
     Raises:
         CheckpointError: another run has the lock, or had it and has taken the file away meanwhile.
@@ -47,14 +48,12 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise CheckpointError(
                 f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow "
-                f"overwriting "
-                "(`--overwrite`)."
+                "overwriting (`--overwrite`)."
             )
         if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
             raise CheckpointError(
                 f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it "
-                f"is no model's folder. "
-                "Choose another one, or delete it yourself."
+                f"is not a model's folder. Choose another one, or delete it yourself."
             )
     parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
     if not parent.is_dir():
@@ -69,7 +68,9 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its name when the block ends without an error.
+    """Yield an empty folder that takes the name of `folder` when the block ends without an error.
+
+    Until then it stands beside it.
 
     Raises:
         CheckpointError: the target exists, or the disk refuses.
@@ -94,7 +95,10 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of what may be there; on failure everything stays as it was."""
+    """Give a finished folder its name, in place of what may be there.
+
+    On failure everything stays as it was.
+    """
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -114,11 +118,6 @@ def reason_of(error: OSError) -> str:
     """Say why the disk refused."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
     return "the disk is full" if full else str(error)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in the order of the content, with two spaces and a newline at the end."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

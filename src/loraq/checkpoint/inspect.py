@@ -1,0 +1,157 @@
+"""Look into a checkpoint without building its model, one layer at a time.
+
+What each layer is, how two folders differ, and how much memory a folder takes once it runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraq.checkpoint.manifest import FILE_NAME, Manifest
+from loraq.errors import CheckpointError, FormatError, KernelError
+from loraq.kernels import BACKENDS, prepare
+from loraq.packed import PackedWeight
+from loraq.safetensors.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far a layer of one folder is from the same layer of another."""
+
+    name: str
+    #: (out, in).
+    shape: tuple[int, int]
+    #: ‖A − B‖_F / ‖A‖_F.
+    relative_error: float
+
+
+class DenseWeights:
+    """The linear weights of a folder, quantized or not, as dense matrices.
+
+    They are read one at a time.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a transformer folder; raises `CheckpointError` if it cannot be read."""
+        self.folder = Path(folder)
+        self.manifest = (
+            Manifest.read(self.folder, verify=False)
+            if (self.folder / FILE_NAME).is_file()
+            else None
+        )
+        self.reader = ShardReader(self.folder)
+
+    @property
+    def quantized(self) -> list[str]:
+        """Names of the quantized layers."""
+        return list(self.manifest.layers) if self.manifest else []
+
+    def read(self, layer: str) -> Tensor:
+        """Return the effective weight of a layer, (out, in) in fp32.
+
+        Raises:
+            CheckpointError: the folder has no such layer, or its bytes do not fit its scheme.
+        """
+        if self.manifest is None or layer not in self.manifest.layers:
+            # A 1×1 convolution's is (out, in, 1, 1).
+            return self.reader.read(f"{layer}.weight").float().flatten(1)
+        return _read_packed(self.reader, self.manifest, layer).reconstruct()
+
+
+def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
+    """Return the difference of every layer that is quantized in either of two transformer folders.
+
+    Raises:
+        CheckpointError: a folder cannot be read, both are float, or a layer is missing or has
+        another shape.
+    """
+    first, second = DenseWeights(a), DenseWeights(b)
+    names = list(dict.fromkeys([*first.quantized, *second.quantized]))
+    if not names:
+        raise CheckpointError(f"Neither '{a}' nor '{b}' is quantized: there is nothing to compare.")
+    differences = []
+    for name in names:
+        x, y = first.read(name), second.read(name)
+        if x.shape != y.shape:
+            raise CheckpointError(
+                f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'."
+            )
+        norm = torch.linalg.vector_norm(x).item()
+        error = torch.linalg.vector_norm(x - y).item() / (norm or 1.0)
+        differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), error))
+    return differences
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a loaded model on one back end."""
+
+    backend: str
+    #: Packed weights of the quantized layers.
+    packed: int
+    #: What the back end keeps beside them.
+    kept: int
+    #: Everything that is not quantized.
+    others: int
+    #: Layers that the back end refuses; they are counted on `resident`.
+    refused: int
+
+    @property
+    def parts(self) -> tuple[int, int, int, int]:
+        """Packed, kept, others, and their sum."""
+        return self.packed, self.kept, self.others, self.packed + self.kept + self.others
+
+    @property
+    def multiple(self) -> float:
+        """All bytes for each byte that is stored."""
+        return self.parts[-1] / (self.packed + self.others)
+
+
+def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Memory]:
+    """Return the memory of a quantized folder on every back end, for activations of `dtype`.
+
+    One layer is in memory at a time. Memory of activations is not counted.
+
+    Raises:
+        CheckpointError: the folder is not a quantized folder, or a tensor cannot be read.
+    """
+    manifest, reader = Manifest.read(folder), ShardReader(folder)
+    nbytes, kept, refused = 0, dict.fromkeys(BACKENDS, 0), dict.fromkeys(BACKENDS, 0)
+    counted: set[str] = set()
+    for layer in manifest.layers:
+        packed = _read_packed(reader, manifest, layer)
+        counted |= set(_find_stored(manifest, layer).values())
+        nbytes += packed.nbytes
+        for name in BACKENDS:
+            try:
+                prepared = prepare(name, packed, dtype)
+            except KernelError:
+                refused[name] += 1
+                prepared = prepare("resident", packed, dtype)
+            kept[name] += prepared.backend.kept_nbytes(prepared.operands, packed)
+    others = sum(
+        spec.nbytes
+        for header in reader.files.values()
+        for name, spec in header.specs.items()
+        if name not in counted
+    )
+    return [Memory(name, nbytes, kept[name], others, refused[name]) for name in BACKENDS]
+
+
+def _read_packed(reader: ShardReader, manifest: Manifest, layer: str) -> PackedWeight:
+    stored = manifest.layers[layer]
+    names = _find_stored(manifest, layer)
+    tensors = {part: reader.read(name) for part, name in names.items()}
+    try:
+        return PackedWeight.from_tensors(tensors, stored.scheme, stored.shape)
+    except FormatError as error:
+        raise CheckpointError(f"'{reader.folder}': layer '{layer}': {error}") from error
+
+
+def _find_stored(manifest: Manifest, layer: str) -> dict[str, str]:
+    """Return the name in the files of each part of a layer; a part may be another layer's too."""
+    stored = manifest.layers[layer]
+    names = {part: f"{layer}.{part}" for part in stored.scheme.storage(stored.shape)}
+    return {part: manifest.tied.get(name, name) for part, name in names.items()}

@@ -1,0 +1,1 @@
+"""The safetensors files that loraq reads and writes: one parser for models, statistics and LoRAs."""
