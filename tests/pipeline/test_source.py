@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from loraq.checkpoint.layout import write_shards
 from loraq.errors import CheckpointError
 from loraq.pipeline.source import Checkpoint, Source
 from loraq.recipe import Recipe
+from loraq.safetensors.layout import write_shards
 
 
 def write_model(folder, name: str, value: float) -> None:
