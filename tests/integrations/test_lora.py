@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import struct
 
 import pytest
@@ -174,6 +175,44 @@ def test_a_hostile_lora_meets_the_parser_of_hostile_models(tmp_path, damage, mat
     assert str(lora.value) == str(model.value)
 
 
+KEY = "transformer.blocks.0.to_q"
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"alpha": torch.ones(2)}, "an alpha of shape (2,)"),
+        ({"alpha": torch.tensor(float("nan"))}, "the alpha nan"),
+        ({"lora_A.weight": torch.ones(6)}, "has factors (4, 2) and (6,)"),
+        ({"lora_B.weight": torch.ones(4)}, "has factors (4,) and (2, 6)"),
+        ({"lora_A.weight": torch.ones(0, 6), "lora_B.weight": torch.ones(4, 0)}, "(0, 6)"),
+    ],
+)
+def test_numbers_that_are_absurd(tmp_path, changed, match):
+    tensors = plain() | {f"{KEY}.{part}": tensor for part, tensor in changed.items()}
+    with pytest.raises(CheckpointError, match=re.escape(match)):
+        Lora.read(write(tmp_path / "x.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [1],
+        {"lora_alpha": "8"},
+        {"lora_alpha": float("inf")},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"to_q": None}},
+    ],
+)
+def test_options_that_are_absurd(tmp_path, options):
+    metadata = {"lora_adapter_metadata": json.dumps(options)}
+    with pytest.raises(
+        CheckpointError, match=r"The configuration of '.*x\.safetensors' is damaged"
+    ):
+        Lora.read(write(tmp_path / "x.safetensors", plain(), metadata))
+
+
 def test_a_second_adapter_of_the_same_layer_is_refused(tmp_path):
     tensors = {
         f"a.to_q.lora_{part}.{name}.weight": tensor
@@ -218,6 +257,14 @@ def test_joined_layers_of_kohya_and_comfyui_are_split(tmp_path, flux, name, dtyp
     assert list(lora.adapters) == [TO + part for part in "qkv"]
     found = torch.cat([adapter.delta() for adapter in lora.adapters.values()])
     torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5 if dtype.itemsize == 4 else 0.1)
+
+
+def test_an_alpha_may_be_a_tensor_of_one_number(tmp_path, flux):
+    tensors, delta = joined(flux, name := "lora_unet_double_blocks_0_img_attn_qkv")
+    tensors[f"{name}.alpha"] = torch.tensor([2.0])
+    adapters = Lora.read(write(tmp_path / "x.safetensors", tensors), flux).adapters
+    found = torch.cat([adapter.delta() for adapter in adapters.values()])
+    torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5)
 
 
 def test_flat_names_of_onetrainer_and_text_encoders_of_kohya(tmp_path, flux):

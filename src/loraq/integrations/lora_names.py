@@ -52,9 +52,12 @@ def convert_names(
         mixin = find_mixin(vars(lora_pipeline), type(model).__name__)
         if mixin is None:
             return dict(tensors), []
-        # fp32, because converters multiply, and 8-bit floats cannot. An alpha is read as a number.
+        # fp32, because converters multiply, and 8-bit floats cannot. An alpha is read as a number,
+        # which leaves the graph.
         marked = {
-            name: tensor.detach().float().requires_grad_(tensor.ndim > 0)
+            name: tensor.detach()
+            .float()
+            .requires_grad_(tensor.ndim > 0 and not name.endswith(".alpha"))
             for name, tensor in tensors.items()
         }
         try:
