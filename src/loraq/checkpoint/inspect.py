@@ -66,7 +66,7 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
 
     Raises:
         CheckpointError: a folder cannot be read, both are float, or a layer is missing or has
-        another shape.
+            another shape.
     """
     first, second = DenseWeights(a), DenseWeights(b)
     names = list(dict.fromkeys([*first.quantized, *second.quantized]))
