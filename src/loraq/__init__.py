@@ -1,4 +1,4 @@
-"""Data-free 4-bit quantization of diffusion transformers with an optimized, quantized low-rank branch (LoRaQ).
+"""Data-free 4-bit quantization of diffusion transformers: an optimized, quantized branch (LoRaQ).
 
 The public names below are imported on first use, so that `import loraq` and `loraq --help` stay
 light.

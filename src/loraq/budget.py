@@ -13,7 +13,7 @@ _R16 = re.compile(r"r16=(\d+)")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a layer may store: bits for each weight, or the bytes of a 16-bit branch of some rank."""
+    """What a layer may store: bits a weight, or the bytes of a 16-bit branch of some rank."""
 
     #: Total bits for each weight, main weight and branch and all scales; or `None`.
     bits_per_weight: float | None = None
@@ -22,7 +22,9 @@ class Budget:
 
     @classmethod
     def parse(cls, text: "str | float | Budget") -> "Budget":
-        """Return the budget that "5.25" (bits per weight) or "r16=32" (bytes of a 16-bit rank-32 branch) stands for.
+        """Return the budget that a text stands for.
+
+        "5.25" are bits per weight, "r16=32" the bytes of a 16-bit rank-32 branch.
 
         Raises:
             SchemeError: the text is neither.
@@ -40,8 +42,7 @@ class Budget:
                 pass
         raise SchemeError(
             f"Cannot read the budget '{text}'. It is either bits per weight, such as '5.25', or "
-            f"the bytes of a 16-bit "
-            "branch, such as 'r16=32'."
+            "the bytes of a 16-bit branch, such as 'r16=32'."
         )
 
     def __str__(self) -> str:
@@ -62,7 +63,7 @@ DEFAULT_BUDGET = Budget(rank_16bit=32)
 
 @lru_cache(maxsize=1024)  # a model has few shapes and many layers
 def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_BUDGET) -> Scheme:
-    """Return the scheme with a rank left open (0) set to the largest one the budget pays for, scales counted.
+    """Return the scheme with an open rank (0) set to the largest one the budget pays for.
 
     The rank is at most min(out, in). A scheme with a rank, or without a branch, is returned as it
     is.
@@ -89,7 +90,6 @@ def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_B
         raise SchemeError(
             f"A budget of {budget} leaves {max(0, int(allowed))} bytes for the branch of a "
             f"{n_out}×{n_in} weight in '{scheme.weight}'; with rank 1 in '{branch.weight}' it "
-            f"takes {least:.2f} bits per weight. Raise "
-            "the budget, or use a smaller main format."
+            f"takes {least:.2f} bits per weight. Raise the budget, or use a smaller main format."
         )
     return replace(scheme, branch=replace(branch, rank=low))

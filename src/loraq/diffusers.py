@@ -1,4 +1,4 @@
-"""`import loraq.diffusers` makes quantized folders load with diffusers' own `from_pretrained`, and LoRA work on them.
+"""`import loraq.diffusers` teaches diffusers to load quantized folders, and PEFT to adapt them.
 
 Nothing else of loraq touches diffusers: `import loraq` alone leaves it as it is.
 """

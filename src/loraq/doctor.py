@@ -1,4 +1,4 @@
-"""What this machine can do: devices, versions, the back end of every named format, and a short self-test."""
+"""What this machine can do: devices, versions, back ends of the formats, a short self-test."""
 
 import importlib.metadata
 import os
@@ -90,7 +90,8 @@ class Report:
             )
             for t in self.trials
         ]
-        title = f"Self-test: {_SHAPE[0]}×{_SHAPE[1]}, {_TOKENS} tokens, against the reference and bf16 F.linear"
+        size = f"{_SHAPE[0]}×{_SHAPE[1]}, {_TOKENS} tokens"
+        title = f"Self-test: {size}, against the reference and bf16 F.linear"
         return [
             ("This machine", ("", ""), [*self.devices.items(), *self.versions.items()]),
             (
@@ -133,7 +134,7 @@ def _choice(asked: str, scheme: Scheme, device: torch.device) -> Choice:
 
 
 def self_test(device: torch.device) -> list[Trial]:
-    """Run one layer on every back end that takes it, against the reference and against bf16 `F.linear`."""
+    """Run a layer on every back end that takes it, against the reference and bf16 `F.linear`."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn((_TOKENS, _SHAPE[1]), generator=random).bfloat16().to(device)
     w = torch.randn(_SHAPE, generator=random) / _SHAPE[1] ** 0.5
@@ -207,8 +208,8 @@ def _versions() -> dict[str, str]:
 
 def _devices() -> dict[str, str]:
     devices = {
-        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads"
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     }
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -226,6 +227,5 @@ def require_healthy(report: Report) -> None:
     if broken:
         raise LoraqError(
             f"The self-test failed for {', '.join(broken)}. Use the back end 'reference' "
-            f"(LORAQ_BACKEND=reference) and "
-            "report the output of `loraq doctor --json`."
+            "(LORAQ_BACKEND=reference) and report the output of `loraq doctor --json`."
         )

@@ -28,7 +28,7 @@ class LayerError(LoraqError, RuntimeError):
 
 
 class CalibrationError(LoraqError, ValueError):
-    """Activation statistics are missing, do not fit the layer, are no statistics, or cannot be collected."""
+    """Activation statistics are missing, do not fit, are not valid, or cannot be collected."""
 
 
 class CheckpointError(LoraqError, OSError):

@@ -24,7 +24,7 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[LinearLayer]:
-    """Return whether a module multiplies its input with one matrix, adds a bias, and does nothing else."""
+    """Return whether a module multiplies with one matrix, adds a bias, and does nothing else."""
     if type(module) is nn.Conv2d:
         steps = (module.kernel_size, module.stride, module.padding, module.groups)
         return steps == ((1, 1), (1, 1), (0, 0), 1)
@@ -43,8 +43,9 @@ def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and kind of every float parameter with two or more axes that no linear layer holds, by its name.
+    """Return shape and kind of every float weight that no linear layer holds, by its name.
 
+    A weight has two or more axes.
     These cannot be quantized: embeddings, larger convolutions, experts stacked in one tensor,
     subclasses of `nn.Linear`. The kind is the class of the module that holds the parameter.
     """
@@ -62,7 +63,7 @@ def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def quantized_class(layer: nn.Module) -> type[QuantizedLinear]:
-    """Return the class that stands for a linear layer after quantization; a quantized layer keeps its own."""
+    """Return the class that a linear layer becomes; a quantized layer keeps its own."""
     return QuantizedConv1x1 if isinstance(layer, nn.Conv2d | QuantizedConv1x1) else QuantizedLinear
 
 
@@ -76,7 +77,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put another module in place of the one called `name`, at every place where that one stands."""
+    """Replace the module called `name` by another one, wherever it stands."""
     old = model.get_submodule(name)
     for parent, child in list(_places(model)):
         if getattr(parent, child) is old:
@@ -85,7 +86,7 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Run every quantized layer of a model on the back end called `name`; "auto" chooses for each layer.
+    """Run every quantized layer of a model on a back end; "auto" chooses for each layer.
 
     Layers that it refuses, such as weight-only ones, run on the automatic choice; a warning of the
     logger `loraq.kernels` counts them.

@@ -76,7 +76,7 @@ def svd_of_product(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
 
 
 def frobenius(matrix: Tensor) -> Tensor:
-    """Return the Frobenius norm in double precision, in which squares of fp32 numbers always fit."""
+    """Return the Frobenius norm in double precision, which holds squares of fp32 numbers."""
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
 
 
@@ -95,7 +95,7 @@ def energy(matrix: Tensor) -> Tensor:
 
 
 def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:
-    """Return an orthogonal matrix whose entries are all of about one magnitude: a DCT-II with random signs.
+    """Return an orthogonal matrix with entries of about one size: a DCT-II with random signs.
 
     It is a Hadamard matrix for sizes that have none: applied to a vector with one large entry, it
     spreads it evenly.
@@ -109,7 +109,7 @@ def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:
 
 
 def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """Return the lower Cholesky factor of moment + damping · the mean of its diagonal · I, in double precision.
+    """Return the lower Cholesky factor of a moment + damping · the mean of its diagonal · I.
 
     Zeros count as the identity. A moment that was summed or stored in fp32 may miss being positive
     by more than a small damping: then ten times as much is added until it is.

@@ -1,4 +1,4 @@
-"""`QuantizedLinear` and `QuantizedConv1x1`: layers that hold packed bytes and run their scheme; no solver code."""
+"""`QuantizedLinear`, `QuantizedConv1x1`: layers that hold packed bytes and run their scheme."""
 
 from typing import Any, Self
 
@@ -166,8 +166,9 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
         scheme, branch = self.scheme, self.scheme.branch
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-        text += f"weight={scheme.weight}, activation={scheme.activation}, "
+        text = f"in_features={self.in_features}, out_features={self.out_features}, "
+        text += f"bias={self.bias is not None}, weight={scheme.weight}, "
+        text += f"activation={scheme.activation}, "
         if scheme.rotation:
             text += f"rotation={scheme.rotation}, "
         if branch is not None:
@@ -195,7 +196,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedConv1x1(QuantizedLinear):
-    """Drop-in for a 1×1 `nn.Conv2d`: the same linear layer, applied to the channels (…, in, height, width).
+    """Drop-in for a 1×1 `nn.Conv2d`: the same linear layer, on channels (…, in, height, width).
 
     Its weight is stored as the matrix (out, in), under the same names as that of any linear layer.
     """
@@ -211,7 +212,7 @@ class QuantizedConv1x1(QuantizedLinear):
         return self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (…, out, height, width) in the dtype of x (…, in, height, width), laid out in memory as x is."""
+        """Return y (…, out, height, width) in the dtype and memory layout of x (…, in, …)."""
         pixels = x.movedim(
             -3, -1
         ).contiguous()  # free in SANA; and the sums do not depend on the layout

@@ -46,12 +46,15 @@ class LoraqColwise(ParallelStyle):
         self.fused, self.gather_output = fused, gather_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer, n_ranks, rank = _quantized(module), device_mesh.size(), device_mesh.get_local_rank()
+        layer, n_ranks, rank = (
+            _require_quantized(module),
+            device_mesh.size(),
+            device_mesh.get_local_rank(),
+        )
         if layer.out_features % (n_ranks * self.fused):
             raise KernelError(
                 f"{layer.out_features} output channels ({self.fused} fused projections) cannot be "
-                f"split over {n_ranks} "
-                "ranks evenly. Use fewer ranks, or leave this layer whole."
+                f"split over {n_ranks} ranks evenly. Use fewer ranks, or leave this layer whole."
             )
         rows = torch.arange(layer.out_features).view(self.fused, n_ranks, -1)[:, rank].flatten()
         for name, parameter in list(layer.named_parameters(recurse=False)):
@@ -76,7 +79,7 @@ class LoraqColwise(ParallelStyle):
 
 
 class LoraqRowwise(ParallelStyle):
-    """Splits the input channels of a quantized linear layer; the output is summed over the ranks."""
+    """Splits the input channels of a quantized linear layer; the ranks sum the output."""
 
     def __init__(self, *, exact_branch: bool = False, split_input: bool = False) -> None:
         """Describe the split.
@@ -92,7 +95,11 @@ class LoraqRowwise(ParallelStyle):
         self.exact_branch, self.split_input = exact_branch, split_input
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer, n_ranks, rank = _quantized(module), device_mesh.size(), device_mesh.get_local_rank()
+        layer, n_ranks, rank = (
+            _require_quantized(module),
+            device_mesh.size(),
+            device_mesh.get_local_rank(),
+        )
         branch, group = layer.scheme.branch, device_mesh.get_group()
         _require_whole_blocks(layer, n_ranks)
         split = {"weight": layer.scheme.weight_format} | (
@@ -110,7 +117,7 @@ class LoraqRowwise(ParallelStyle):
         if self.split_input:
             layer.register_forward_pre_hook(lambda _, args: (args[0].chunk(n_ranks, -1)[rank],))
         if branch is None or not self.exact_branch:
-            layer.register_forward_hook(lambda _, __, y: _summed(y, group))
+            layer.register_forward_hook(lambda _, __, y: _sum_over_ranks(y, group))
             return layer
         side = _Side(layer, branch)
         layer.scheme = replace(layer.scheme, branch=None)
@@ -122,15 +129,15 @@ class LoraqRowwise(ParallelStyle):
         layer.add_module("side", side)
 
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            inner = _summed(side.down(rotate(args[0], layer.scheme.rotation)), group)
-            return (_summed(y.float(), group) + side.up(inner)).to(y.dtype)
+            inner = _sum_over_ranks(side.down(rotate(args[0], layer.scheme.rotation)), group)
+            return (_sum_over_ranks(y.float(), group) + side.up(inner)).to(y.dtype)
 
         layer.register_forward_hook(add_branch)
         return layer
 
 
 class _Side(nn.Module):
-    """The branch of a layer split by rows: its part of proj_down, and the whole of proj_up, decoded."""
+    """The branch of a layer split by rows: a part of proj_down, all of proj_up, decoded."""
 
     def __init__(self, layer: QuantizedLinear, branch: Branch) -> None:
         super().__init__()
@@ -153,24 +160,24 @@ class _Side(nn.Module):
         )
 
 
-def _summed(y: Tensor, group: Any) -> Tensor:
+def _sum_over_ranks(y: Tensor, group: Any) -> Tensor:
     y = y.contiguous()
     dist.all_reduce(y, group=group)
     return y
 
 
-def _quantized(module: nn.Module) -> QuantizedLinear:
+def _require_quantized(module: nn.Module) -> QuantizedLinear:
     if not isinstance(module, QuantizedLinear):
         raise KernelError(
             f"A loraq parallel style was given a {type(module).__name__}. It splits "
-            f"QuantizedLinear layers only: use "
-            "torch's own styles for the layers that are not quantized."
+            "QuantizedLinear layers only: use torch's own styles for the layers that are not "
+            "quantized."
         )
     return module
 
 
 def _require_whole_blocks(layer: QuantizedLinear, n_ranks: int) -> None:
-    """Raise `KernelError` if a rank's input channels would cut a byte, or a block of a number format or a rotation."""
+    """Raise `KernelError` if a rank's input channels would cut a byte, a block or a rotation."""
     scheme, branch = layer.scheme, layer.scheme.branch
     formats: list[Format] = [scheme.weight_format, scheme.activation_format]
     formats += [branch.weight_format, branch.activation_format] if branch else []
@@ -183,8 +190,7 @@ def _require_whole_blocks(layer: QuantizedLinear, n_ranks: int) -> None:
         if layer.in_features % (n_ranks * unit):
             raise KernelError(
                 f"{layer.in_features} input channels over {n_ranks} ranks cut a block of {of_what} "
-                f"({unit} values). "
-                "Use fewer ranks, or split this layer by columns."
+                f"({unit} values). Use fewer ranks, or split this layer by columns."
             )
 
 

@@ -46,7 +46,7 @@ class Recipe:
         if not isinstance(self.scheme, Scheme):
             raise RecipeError(
                 f"The recipe's scheme is {self.scheme!r}. Use a `Scheme`, or `Recipe.named` for a "
-                f"name."
+                "name."
             )
         if self.method not in METHODS:
             raise RecipeError(unknown("method", self.method, METHODS))
@@ -68,7 +68,7 @@ class Recipe:
             ):
                 raise RecipeError(
                     f"Rule '{rule.match}' is weight-only and names a format of activations. Leave "
-                    f"one of them out."
+                    "one of them out."
                 )
             rule.apply(self.scheme)  # unknown formats are found now, not at the layer
 

@@ -30,7 +30,7 @@ NAMED = {"default": "mxfp4-a8+w8a8"}
 SHOWCASE = {
     "default": (
         f"{NAMED['default']}: the best 8-bit-activation recipe without any 16-bit part "
-        f"(docs/quality.md)"
+        "(docs/quality.md)"
     ),
     "mxfp4+w8a8": (
         "W4A4 with an 8-bit branch; mxfp4-a8+w8a8 and mxfp4-a16+w8a8 for wider activations"
@@ -88,7 +88,7 @@ def parse_scheme(name: str) -> Scheme:
     if not 4 <= main.bits <= 8:
         raise RecipeError(
             f"Recipe name '{name}': MAIN '{main.name}' has {main.bits} bits. Use a format of 4 to "
-            f"8 bits."
+            "8 bits."
         )
     activation = _parse_activation(name, main, parts["bits"])
     branch = None
@@ -116,11 +116,11 @@ def _parse_activation(name: str, main: Format, bits: str | None) -> str:
         raise RecipeError(
             f"Recipe name '{name}': '{main.name}' has no default activations of {bits} bits. Name "
             f"their format, as in '{main.name}-amxint8', or write '{main.name}-a16' to leave them "
-            f"as they are."
+            "as they are."
         )
     raise RecipeError(
         f"Recipe name '{name}': activations 'a{bits}'. Use -a4, -a8, -a16, or -a and a format's "
-        f"name."
+        "name."
     )
 
 

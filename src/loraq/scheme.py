@@ -12,7 +12,10 @@ from loraq.formats import Format, get_format
 
 @dataclass(frozen=True)
 class Branch:
-    """The low-rank side path of one layer: `Qp(Qb(x) Dᵀ) Uᵀ` with U = proj_up (out, rank), D = proj_down (rank, in)."""
+    """The low-rank side path of one layer: `Qp(Qb(x) Dᵀ) Uᵀ`.
+
+    U = proj_up is (out, rank), D = proj_down is (rank, in).
+    """
 
     #: Inner size of the branch; 0 leaves it to a budget (`loraq.budget.with_rank`) and cannot be
     #: solved as it is.
@@ -28,7 +31,7 @@ class Branch:
         if self.rank < 0:
             raise SchemeError(
                 f"Branch rank is {self.rank}. It must be at least 1. For no branch, leave the "
-                f"branch out."
+                "branch out."
             )
         for name in (self.weight, self.activation, self.intermediate_format.name):
             get_format(name)
@@ -49,7 +52,7 @@ class Branch:
         return get_format(self.intermediate or self.activation).for_rows()
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Return the exact bytes of both factors for a weight of shape (out, in), scales counted."""
+        """Return the bytes of both factors for a weight of shape (out, in), scales counted."""
         n_out, n_in = shape
         return self.weight_format.nbytes((n_out, self.rank)) + self.weight_format.nbytes(
             (self.rank, n_in)
@@ -58,7 +61,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is asked of one layer: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ`, with x and W rotated first."""
+    """What is asked of one layer: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ`.
+
+    x and W are rotated first.
+    """
 
     #: Format of the main weight.
     weight: str
@@ -78,8 +84,8 @@ class Scheme:
             self.rotation & (self.rotation - 1) or not 2 <= self.rotation <= 1024
         ):
             raise SchemeError(
-                f"Rotation {self.rotation} is no side of a Hadamard block. Use a power of two from "
-                f"2 to 1024, or 0."
+                f"Rotation {self.rotation} is not the side of a Hadamard block. Use a power of two "
+                "from 2 to 1024, or 0."
             )
 
     @property
@@ -93,12 +99,12 @@ class Scheme:
         return get_format(self.activation).for_rows()
 
     def weight_only(self) -> "Scheme":
-        """Return the scheme with the same formats of weights that leaves all activations as they are."""
+        """Return the scheme with the same weights that leaves all activations as they are."""
         branch = self.branch and replace(self.branch, activation="bf16", intermediate=None)
         return replace(self, activation="bf16", branch=branch, rotation=0)
 
     def parts(self, shape: tuple[int, int]) -> dict[str, tuple[Format, tuple[int, int]]]:
-        """Return format and shape of each matrix that stores a weight (out, in), by its name on disk."""
+        """Return format and shape of each matrix that stores a weight (out, in), by disk name."""
         n_out, n_in = shape
         parts = {"weight": (self.weight_format, (n_out, n_in))}
         if branch := self.branch:
@@ -107,7 +113,7 @@ class Scheme:
         return parts
 
     def storage(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that store a weight (out, in), by their names on disk."""
+        """Return the shapes of the `uint8` tensors that store a weight (out, in), by disk name."""
         return {
             f"{part}_{name}": stored
             for part, (fmt, matrix) in self.parts(shape).items()
@@ -115,7 +121,7 @@ class Scheme:
         }
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Return the exact bytes that a weight of shape (out, in) takes, all scales counted, bias not."""
+        """Return the bytes that a weight of shape (out, in) takes, scales counted, bias not."""
         return self.weight_format.nbytes(shape) + (self.branch.nbytes(shape) if self.branch else 0)
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a linear layer's inputs look like: `ActivationStats`, all that a data-aware method knows of the data."""
+"""What a linear layer's inputs look like: `ActivationStats`, all that methods know of data."""
 
 import hashlib
 from dataclasses import dataclass
@@ -32,8 +32,7 @@ class ActivationStats:
         if len(shape) not in (1, 2) or shape[0] != shape[-1]:
             raise CalibrationError(
                 f"Statistics have a second moment of shape {shape}. A shape (in, in) or (in) is "
-                f"required. Collect them "
-                "again."
+                "required. Collect them again."
             )
         if not self.second_moment.isfinite().all():
             raise CalibrationError(
@@ -83,7 +82,7 @@ class ActivationStats:
         return ActivationStats(self.tokens, self.second_moment.to(device, torch.float32))
 
     def rotated(self, side: int) -> "ActivationStats":
-        """Return the statistics of rotated inputs: what the main weight sees after the same rewrite of the layer.
+        """Return the statistics of rotated inputs, as the rotated main weight sees them.
 
         Full moments are exact up to rounding, which must not make a mean square negative where
         inputs never go. Mean squares alone are rotated as if channels were uncorrelated: all

@@ -37,13 +37,13 @@ def unrotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]
 
 
 def block_side(n: int, side: int) -> int:
-    """Return the side of the Hadamard blocks for an axis of n: the largest power of two that divides both."""
+    """Return the side of the blocks on an axis of n: the largest power of two in both."""
     return math.gcd(n, side) if side else 1
 
 
 @lru_cache(maxsize=32)
 def signed_hadamard(side: int) -> Float[Tensor, "side side"]:
-    """Return diag(signs) H / √side, orthogonal, on the CPU; H is Sylvester's, `side` a power of two."""
+    """Return diag(signs) H / √side, orthogonal, on the CPU; H is Sylvester's."""
     index = torch.arange(side)
     # The entry (i, j) of Sylvester's matrix is −1 to the number of bits that i and j share; the
     # sign of row i is −1 to the number of neighbouring pairs of ones in i.

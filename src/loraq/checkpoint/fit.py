@@ -32,7 +32,7 @@ def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Pat
         if tensor.is_floating_point() and dtype not in FLOATS:
             raise CheckpointError(
                 f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
-                f"required."
+                "required."
             )
 
 

@@ -29,7 +29,7 @@ def require_alone(file: IO[bytes], path: Path, target: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"'{target}' is being written by another run. Wait until it has ended, or choose "
-            f"another target."
+            "another target."
         ) from error
     if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
         raise CheckpointError(
@@ -53,7 +53,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
             raise CheckpointError(
                 f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it "
-                f"is not a model's folder. Choose another one, or delete it yourself."
+                "is not a model's folder. Choose another one, or delete it yourself."
             )
     parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
     if not parent.is_dir():
@@ -88,7 +88,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(
             f"Cannot write '{folder}': {reason_of(error)}. Nothing was left there. Free space, and "
-            f"try again."
+            "try again."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

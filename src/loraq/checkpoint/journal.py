@@ -198,7 +198,7 @@ def _require_same(
         raise CheckpointError(
             f"'{partial}' holds {len(journal.layers)} of {n_layers} layers of a run with other "
             f"settings. Changed: {'; '.join(changed)}. Use the old settings to go on, `--restart` "
-            f"to begin anew, or another target."
+            "to begin anew, or another target."
         )
 
 

@@ -86,14 +86,14 @@ class Manifest:
         if not path.is_file():
             raise CheckpointError(
                 f"'{folder}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize "
-                f"SRC DST` makes one."
+                "SRC DST` makes one."
             )
         content = read_json(path)
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"'{path}' has format version {version!r}; this loraq reads {FORMAT_VERSION}. "
-                f"Update loraq."
+                "Update loraq."
             )
         try:
             layers = {name: _parse_layer(dict(entry)) for name, entry in content["layers"].items()}

@@ -75,7 +75,7 @@ def _save_pretrained(
     if others_there:
         raise CheckpointError(
             f"Will not replace '{folder}': it also holds {', '.join(others_there[:4])}. Choose an "
-            f"empty folder."
+            "empty folder."
         )
     save(model, folder, overwrite=True, shard_bytes=_parse_size(max_shard_size))
 

@@ -98,7 +98,7 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     if path.exists() and not overwrite:
         raise CheckpointError(
             f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting "
-            f"(`--overwrite`)."
+            "(`--overwrite`)."
         )
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -173,8 +173,8 @@ class _StatsFile(Mapping[str, ActivationStats]):
         if version != FORMAT_VERSION:
             what = "not a file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
-                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with "
-                "`loraq stats` or `loraq.save_stats`."
+                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq "
+                "stats` or `loraq.save_stats`."
             )
         names = self._reader.names
         self._layers = [name.removesuffix(".tokens") for name in names if name.endswith(".tokens")]

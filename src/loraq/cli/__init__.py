@@ -1,4 +1,6 @@
-"""The command line: parse, call the library, print. Results go to stdout, progress and errors to stderr.
+"""The command line: parse, call the library, print.
+
+Results go to stdout, progress and errors to stderr.
 
 Everything that needs torch is imported inside the commands, so that help does not wait for it.
 """

@@ -1,4 +1,4 @@
-"""What every command has: its place in the group, `--json` and `--debug`, errors as one message, exit codes."""
+"""What every command has: `--json` and `--debug`, errors as one message, exit codes."""
 
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def command(function: Callable[..., None]) -> click.Command:
-    """Register a command: `--json` and `--debug` for all, errors as one message, exit codes as documented."""
+    """Register a command: `--json`, `--debug`, errors as one message, documented exit codes."""
 
     @wraps(function)
     def run(*, debug: bool, **kwargs: Any) -> None:

@@ -78,12 +78,12 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     click.echo(
         f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits "
-        f"per weight."
+        "per weight."
     )
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
             f"{with_stats} of them were made with activation statistics: their error counts "
-            f"weights, not outputs."
+            "weights, not outputs."
         )
     click.echo("All files are as they were written.")
 
@@ -92,7 +92,9 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 def compare(a: Path, b: Path, as_json: bool) -> None:
-    """Show the relative weight error between the folders A and B, layer by layer; either may be quantized.
+    """Show the relative weight error between the folders A and B, layer by layer.
+
+    Either may be quantized.
 
     \b
     Example: loraq compare PixArt-Sigma/transformer out

@@ -8,7 +8,9 @@ from loraq.cli.output import print_json, print_table
 
 @command
 def doctor(as_json: bool) -> None:
-    """Show devices, versions, which back end each number format uses here and why, and test them for some seconds.
+    """Show devices, versions and the back end of each number format, and test them.
+
+    The test takes some seconds.
 
     \b
     Example: loraq doctor

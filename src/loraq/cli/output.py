@@ -26,7 +26,10 @@ def _finite(document: Any) -> Any:
 
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Plain columns; numbers to the right. No cell is cut, so that the output can be searched and copied."""
+    """Print plain columns, numbers to the right.
+
+    No cell is cut, so that the output can be searched and copied.
+    """
     table = [tuple(headings), *(tuple(row) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(table[0]))]

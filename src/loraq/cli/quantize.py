@@ -32,7 +32,8 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             "--allocate",
             "allocation",
             flag_value="greedy",
-            help="Share the budget among the layers: the same bytes in all, ranks where they help most.",
+            help="Share the budget among the layers: the same bytes in all, ranks where they help "
+            "most.",
         ),
         click.option("--method", help="Method instead of the recipe's (`loraq methods`)."),
         click.option(
@@ -64,7 +65,7 @@ def size_option_value(_context: click.Context, _parameter: click.Parameter, text
     )
     if not size:
         raise click.BadParameter(
-            f"'{text}' is no size. Write a number and a unit, such as 2GB or 500MB."
+            f"'{text}' is not a size. Write a number and a unit, such as 2GB or 500MB."
         )
     return size
 
@@ -135,7 +136,9 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 )
 @recipe_options
 def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Quantize the transformer in SOURCE into the new folder TARGET, one tensor in memory at a time.
+    """Quantize the transformer in SOURCE into the new folder TARGET.
+
+    One tensor is in memory at a time.
 
     SOURCE is a diffusers transformer folder (config.json and safetensors), a pipeline folder, whose
     other components go along, one .safetensors file, or a repository of the hub. If the run is
@@ -184,7 +187,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @config_option
 @recipe_options
 def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> None:
-    """Show what `quantize` would do with SOURCE: format, rank, bytes of every layer; what is kept, and why.
+    """Show what `quantize` would do with SOURCE, layer by layer; what is kept, and why.
 
     Only the configuration is read, or the names and shapes of the tensors if there is none; with
     --allocate every weight, once.

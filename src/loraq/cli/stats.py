@@ -1,4 +1,4 @@
-"""`loraq stats`: a pipeline draws samples of its own, and what its layers see is written to a file."""
+"""`loraq stats`: a pipeline draws samples of its own, what its layers see goes to a file."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,8 @@ def _settings(
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help="Text file, one prompt a line, instead of the empty prompt. Quantizing is data-aware then.",
+    help="Text file, one prompt a line, instead of the empty prompt. Quantizing is data-aware "
+    "then.",
 )
 @click.option(
     "--samples",
@@ -66,8 +67,8 @@ def _settings(
     default="8GB",
     show_default=True,
     callback=size_option_value,
-    help="What counting may take beside the pipeline. If it is too little for all layers at once, all images are drawn "
-    "several times.",
+    help="What counting may take beside the pipeline. If it is too little for all layers at once, "
+    "all images are drawn several times.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")
 @click.option(
@@ -85,7 +86,7 @@ def _settings(
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file that is at TARGET.")
 def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Let the pipeline SOURCE draw images from noise, and write what its layers see to the file TARGET.
+    """Let the pipeline SOURCE draw images from noise, and write what its layers see to TARGET.
 
     SOURCE is the folder of a float diffusers pipeline (model_index.json) or a repository of the
     hub. No data is needed. `loraq quantize --stats TARGET` uses the file, whose name ends with

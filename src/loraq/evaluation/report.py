@@ -31,7 +31,7 @@ def require_drawable(path: Path) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise LoraqError(
             f"Cannot write '{path}': it is a folder, or its folder is read-only. Choose another "
-            f"folder."
+            "folder."
         )
 
 

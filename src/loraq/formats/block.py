@@ -346,7 +346,7 @@ def require_finite(x: Tensor, what: str) -> None:
     raise FormatError(
         f"Cannot quantize to '{what}': the value at {place} is {x[place].item()}, and "
         f"{int((~finite).sum())} of {x.numel()} values are not finite. Every value must be a "
-        f"finite number. Repair the source file."
+        "finite number. Repair the source file."
     )
 
 

@@ -30,7 +30,8 @@ _FP8 = {4: "mxfp4", 8: "fp8_e4m3"}
 #: each other (`benchmarks/quality/tables.py`).
 _ROTATION = 32
 
-# The factors of each `fit` are those with the least error, measured by `benchmarks/quality/scale_rules.py`.
+# The factors of each `fit` are those with the least error, measured by
+# `benchmarks/quality/scale_rules.py`.
 
 # For int4 the factor 1.0 is left out of the solver's rule on purpose: alone it would help, but in
 # the solver's loop the block maximum then sets the scale again, every step moves it, and the

@@ -156,8 +156,8 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
     if missing:
         raise LayerError(
             f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
-            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in "
-            "names that diffusers understands?"
+            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in names "
+            "that diffusers understands?"
         )
     for name, adapter in lora.adapters.items():
         shape = source.shape(f"{name}.weight")
@@ -166,7 +166,7 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
             raise LayerError(
                 f"Layer '{name}' has the shape {wide}; the LoRA has factors "
                 f"{tuple(adapter.up.shape)} and {tuple(adapter.down.shape)}. It is for another "
-                f"model."
+                "model."
             )
     return {name: present[name] for name in lora.adapters}
 
@@ -175,12 +175,12 @@ def _require_recipe(name: str, layer: QuantizedLinear) -> Recipe:
     if layer.record.get("recipe") is None or "source_sha256" not in layer.record:
         raise LayerError(
             f"Layer '{name}' does not say how it was made. Quantize the model again with "
-            f"`loraq.quantize_`."
+            "`loraq.quantize_`."
         )
     if "absorbed" in layer.record:
         raise LayerError(
             f"Layer '{name}' has absorbed a LoRA before. Start from the folder without it: sums of "
-            f"LoRAs are not kept."
+            "LoRAs are not kept."
         )
     if "stats_sha256" in layer.record:
         raise LayerError(
@@ -205,7 +205,7 @@ def _read_original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
             return weight.flatten(1)
     raise LayerError(
         f"Layer '{name}' was not made from the weights in '{source.folder}', or has absorbed a "
-        f"LoRA before. Give the float folder that this model was quantized from."
+        "LoRA before. Give the float folder that this model was quantized from."
     )
 
 

@@ -25,13 +25,12 @@ class AdaptedLinear(Linear):
         if type(base_layer) is not QuantizedLinear:
             raise LayerError(
                 f"Adapters work on quantized linear layers, not on {type(base_layer).__name__}. "
-                f"Use "
-                "`loraq.absorb_lora`, which makes the LoRA a part of the weights."
+                "Use `loraq.absorb_lora`, which makes the LoRA a part of the weights."
             )
         if "config" not in kwargs:
             raise LayerError(
                 f"PEFT {peft.__version__} is too old for adapters on quantized layers. Install "
-                f"0.21 or newer."
+                "0.21 or newer."
             )
         if kwargs["config"].use_dora:
             raise LayerError(
@@ -53,7 +52,10 @@ class AdaptedLinear(Linear):
     def _get_base_layer_device_and_dtype(
         self, base_layer: Any
     ) -> tuple[torch.device, torch.dtype | None]:
-        """The bias is the only float of the layer; without one, adapters keep the dtype of their file."""
+        """Tell where the layer is, and the dtype of its only float, the bias.
+
+        Without a bias, adapters keep the dtype of their file.
+        """
         return (
             base_layer.weight_packed.device,
             None if base_layer.bias is None else base_layer.bias.dtype,

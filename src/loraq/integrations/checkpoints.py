@@ -1,4 +1,4 @@
-"""`quantize_checkpoint`: from whatever a model comes as (folder, pipeline, single file, hub) to a quantized folder."""
+"""`quantize_checkpoint`: from a folder, pipeline, single file or the hub to a quantized folder."""
 
 from functools import partial
 from pathlib import Path
@@ -151,5 +151,5 @@ def _require_apart(source: Path, target: Path) -> None:
         inner, outer = (target, source) if a in b.parents else (source, target)
         raise CheckpointError(
             f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another "
-            f"target."
+            "target."
         )

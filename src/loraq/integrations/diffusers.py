@@ -32,7 +32,7 @@ def transformer_folder(source: Path) -> Path:
     if not source.is_dir():
         raise CheckpointError(
             f"'{source}' is not a folder. Give a transformer's folder (config.json) or a "
-            f"pipeline's."
+            "pipeline's."
         )
     if (source / "model_index.json").is_file():
         for component in _COMPONENTS:
@@ -40,12 +40,12 @@ def transformer_folder(source: Path) -> Path:
                 return source / component
         raise CheckpointError(
             f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize "
-            f"itself."
+            "itself."
         )
     if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
             f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no "
-            f"model's folder."
+            "model's folder."
         )
     return source
 
@@ -120,7 +120,7 @@ def save_like(
 
 
 def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
-    """Build the model of a folder written by `loraq.save` or `loraq quantize`, and load it on the CPU.
+    """Build the model of a folder that loraq wrote, and load it on the CPU.
 
     Args:
         folder: a quantized transformer folder, or a pipeline folder with one in it.
@@ -138,12 +138,12 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     if not (place / FILE_NAME).is_file():
         raise CheckpointError(
             f"'{place}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
-            f"one."
+            "one."
         )
     if not (place / "config.json").is_file():
         raise CheckpointError(
             f"'{place}' has no 'config.json' that says what to build. Build the model, and use "
-            f"`loraq.load_into`."
+            "`loraq.load_into`."
         )
     model = empty_model(place)
     load_into(model, place, backend=backend, verify=verify)
@@ -173,7 +173,7 @@ def float_folder(source: Path) -> Path:
     """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
 
     Raises:
-        CheckpointError: it is quantized already, or is no such folder.
+        CheckpointError: it is quantized already, or is not such a folder.
     """
     folder = transformer_folder(source)
     if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):

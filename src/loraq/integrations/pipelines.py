@@ -1,4 +1,4 @@
-"""`collect_pipeline_stats`: a float pipeline draws samples of its own, and what goes into its layers is counted.
+"""`collect_pipeline_stats`: statistics of the samples that a float pipeline draws by itself.
 
 Nothing but the pipeline is needed. It starts from noise, on empty prompts unless others are given,
 and runs all its timesteps; so its layers see what they will see later, as far as the prompts are
@@ -133,7 +133,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         images,
         f"{len(using)} layers, {nbytes / 1e9:.3g} GB on the disk. To count in "
         f"{memory_bytes / 1e9:.3g} GB, runs of {sampling.samples} images: {len(groups)}. Loading "
-        f"the pipeline.",
+        "the pipeline.",
     )
     dtype = dtype or DTYPES[ShardReader(component).dtype(f"{using[0].name}.weight")]
     done = 0
@@ -168,7 +168,7 @@ def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a text file, one a line; blank lines count as none.
 
     Raises:
-        CalibrationError: there is no such file, it is not a text, or it holds no prompt.
+        CalibrationError: there is no such file, it is not text, or it holds no prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -180,7 +180,7 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise CalibrationError(
             f"'{path}' holds no prompt. One prompt a line is required; without a file the empty "
-            f"prompt is used."
+            "prompt is used."
         )
     return prompts
 
@@ -228,16 +228,15 @@ class _Sampling:
         if missing or "generator" not in takes:
             raise CalibrationError(
                 f"{kind.__name__} cannot be run on a prompt alone: it needs "
-                f"{', '.join(sorted(missing)) or 'more'}. "
-                "Give it (`--set`, `call`), or run the pipeline yourself with "
-                "`loraq.collect_stats`."
+                f"{', '.join(sorted(missing)) or 'more'}. Give it (`--set`, `call`), or run the "
+                "pipeline yourself with `loraq.collect_stats`."
             )
         if "output_type" in takes:
-            call = {"output_type": "latent", **call}  # what a VAE would make of it is of no account
+            call = {"output_type": "latent", **call}  # what a VAE would make of it does not matter
         return cls(kind, tuple(prompts) or ("",) if "prompt" in takes else (), samples, seed, call)
 
     def share(self, max_tokens: int) -> int:
-        """Return how many inputs of each call of the model a layer counts, so that they are `max_tokens` in all."""
+        """Return how many inputs of each call a layer counts, so that all are `max_tokens`."""
         parameter = inspect.signature(self.kind.__call__).parameters.get("num_inference_steps")
         steps = self.call.get("num_inference_steps", parameter and parameter.default)
         if not isinstance(steps, int):
@@ -249,7 +248,7 @@ class _Sampling:
             raise CalibrationError(
                 f"max_tokens is {max_tokens}, and {self.samples} images of {steps} steps call the "
                 f"model {calls} times. At least {calls} are required, one of each call; or draw "
-                f"fewer images."
+                "fewer images."
             )
         return max_tokens // calls
 
@@ -269,8 +268,7 @@ class _Sampling:
         except Exception as error:  # pipelines raise what they like
             raise CalibrationError(
                 f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be "
-                f"set: `--set`, or "
-                "`call`."
+                "set: `--set`, or `call`."
             ) from error
 
 
@@ -280,8 +278,7 @@ def _pipeline_folder(path: Path) -> Path:
     if path.is_file() or (path / "config.json").is_file():
         raise CheckpointError(
             f"'{path}' is a model alone, and cannot draw images by itself. A pipeline's folder "
-            f"(model_index.json) is "
-            "required. With a model alone, run it yourself: "
+            "(model_index.json) is required. With a model alone, run it yourself: "
             "`loraq.save_stats(loraq.collect_stats(model, run, layers), path)`, where `run` calls "
             "it."
         )
@@ -295,14 +292,14 @@ def _pipeline_class(folder: Path) -> type:
         if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
             raise CheckpointError(
                 f"'{folder}' names the pipeline {name!r}, which diffusers {diffusers.__version__} "
-                f"does not have. Code "
-                "of a folder is not run: install the diffusers version that has it."
+                "does not have. Code of a folder is not run: install the diffusers version that "
+                "has it."
             )
         return kind
 
 
 def _load_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return the pipeline on a device; only safetensors are read, and no code of the folder is run."""
+    """Load the pipeline on a device; only safetensors are read, no code of the folder is run."""
     with _quiet_diffusers() as diffusers:
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(

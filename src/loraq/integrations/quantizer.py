@@ -47,7 +47,7 @@ class LoraqMethod(StrEnum):
 
 
 class LoraqConfig(QuantizationConfigMixin):
-    """How diffusers is asked to quantize a model while it loads: `from_pretrained(…, quantization_config=…)`.
+    """Asks diffusers to quantize while it loads: `from_pretrained(…, quantization_config=…)`.
 
     A folder that is quantized already says by itself what it is, and needs none; its model has the
     stored recipe in `model.config.quantization_config`.
@@ -76,8 +76,7 @@ class LoraqConfig(QuantizationConfigMixin):
         if others or method != LoraqMethod.LORAQ.value:
             raise LoraqError(
                 f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes "
-                f"`recipe`; everything "
-                "else is a field of a `loraq.Recipe`."
+                "`recipe`; everything else is a field of a `loraq.Recipe`."
             )
         self.quant_method: Any = LoraqMethod.LORAQ
         self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
@@ -95,7 +94,7 @@ class LoraqConfig(QuantizationConfigMixin):
 
 
 class LoraqQuantizer(DiffusersQuantizer):
-    """Loads a quantized folder into packed layers, or quantizes float weights one by one as they are read."""
+    """Loads a quantized folder into packed layers, or quantizes float weights as they are read."""
 
     # As without a quantizer: what a class keeps in fp32 stays in fp32.
     use_keep_in_fp32_modules = True
@@ -136,9 +135,8 @@ class LoraqQuantizer(DiffusersQuantizer):
         if not self.pre_quantized and self.recipe.allocation != "uniform":
             raise LoraqError(
                 f"Allocation '{self.recipe.allocation}' looks at all weights before it quantizes "
-                f"the first, and "
-                "loading shows one at a time. Run `loraq quantize` once and load that, or use "
-                "allocation 'uniform'."
+                "the first, and loading shows one at a time. Run `loraq quantize` once and load "
+                "that, or use allocation 'uniform'."
             )
 
     def maybe_update_loaded_keys(
@@ -152,8 +150,8 @@ class LoraqQuantizer(DiffusersQuantizer):
         if self._folder is None:  # `from_single_file` does not say where the weights are
             raise LoraqError(
                 f"{type(model).__name__} is loaded by another way than `from_pretrained`, which "
-                f"does not quantize. "
-                "Load it in floats, save it with `save_pretrained`, and start from that folder."
+                "does not quantize. Load it in floats, save it with `save_pretrained`, and start "
+                "from that folder."
             )
         if self.pre_quantized:
             _fetch_manifest(self._folder)
@@ -175,20 +173,19 @@ class LoraqQuantizer(DiffusersQuantizer):
         except CalibrationError as error:
             raise CalibrationError(
                 f"Method '{self.recipe.method}' needs activation statistics, which loading does "
-                f"not take. Run "
-                "`loraq quantize --stats` once and load that."
+                "not take. Run `loraq quantize --stats` once and load that."
             ) from error
         self._jobs = {job.name: job for job in plan.quantized}
         if not self._jobs:
             raise LoraqError(
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
-                f"`loraq plan` shows why."
+                "`loraq plan` shows why."
             )
         if any(self._folder.glob("*.safetensors")):
             _take_dtypes(model, ShardReader(self._folder))
 
     def _tell_recipe(self, stored: dict[str, Any] | None) -> None:
-        """Put the stored recipe into the model's configuration, and say so if another one was passed."""
+        """Put the stored recipe into the model's configuration; warn if another was passed."""
         config = self.quantization_config
         assert isinstance(config, LoraqConfig)
         try:
@@ -200,8 +197,7 @@ class LoraqQuantizer(DiffusersQuantizer):
             warnings.warn(
                 f"'{self._folder}' is quantized already and loads as it is stored: "
                 f"{_named(config, passed)}. The `quantization_config` that was passed is not used: "
-                f"{_named(passed, config)}. To quantize with it, "
-                "start from the float weights.",
+                f"{_named(passed, config)}. To quantize with it, start from the float weights.",
                 stacklevel=2,
             )
 
@@ -264,8 +260,8 @@ def require_supported(version: str) -> None:
     if ".".join(version.split(".")[:2]) not in SUPPORTED:
         raise LoraqError(
             f"diffusers {version} is installed; loraq.diffusers knows {', '.join(SUPPORTED)}. "
-            f"Install one of these, or "
-            "use `loraq quantize` and `loraq.load`, which do not depend on its loader."
+            "Install one of these, or use `loraq quantize` and `loraq.load`, which do not depend "
+            "on its loader."
         )
 
 
@@ -274,7 +270,7 @@ _MERGE = DiffusersAutoQuantizer.merge_quantization_configs
 
 
 def _merged(stored: Any, passed: Any) -> Any:
-    """Do as diffusers does; for our folders, keep what was passed, so that a warning can name it beside the stored."""
+    """Do as diffusers does; for our folders, keep what was passed for a warning that names both."""
     method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
     if method != LoraqMethod.LORAQ.value:
         return _MERGE(stored, passed)
@@ -284,13 +280,14 @@ def _merged(stored: Any, passed: Any) -> Any:
 
 
 def _named(config: Any, other: Any) -> str:
-    """Return in what a configuration differs from another one; either may be another quantizer's."""
+    """Say how a configuration differs from another; either may be another quantizer's."""
     recipe, theirs = getattr(config, "recipe", None), getattr(other, "recipe", None)
     if not isinstance(recipe, Recipe):
         return type(config).__name__
     names = [field.name for field in fields(recipe)]
     differing = [name for name in names if getattr(recipe, name) != getattr(theirs, name, None)]
-    return f"{type(config).__name__} with {', '.join(f'{name}={getattr(recipe, name)!r}' for name in differing)}"
+    settings = ", ".join(f"{name}={getattr(recipe, name)!r}" for name in differing)
+    return f"{type(config).__name__} with {settings}"
 
 
 def register() -> None:
@@ -317,7 +314,10 @@ def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
 
 
 def _fetch_manifest(folder: Path) -> None:
-    """Download the manifest into a snapshot of the hub's cache: diffusers fetches only the files it knows."""
+    """Download the manifest into a snapshot of the hub's cache.
+
+    diffusers fetches only the files it knows.
+    """
     places = folder.parts
     if (folder / FILE_NAME).is_file() or "snapshots" not in places:
         return

@@ -47,7 +47,7 @@ class ConvertedReader:
                 raise CheckpointError(
                     f"diffusers' converter for {class_name} does not understand the tensors in "
                     f"'{files.folder}' ({type(error).__name__}: {error}). Check that `--config` is "
-                    f"of the same model."
+                    "of the same model."
                 ) from error
         self._results = {
             name: result for name, result in results.items() if isinstance(result, Deferred)

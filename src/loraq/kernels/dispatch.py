@@ -1,4 +1,4 @@
-"""Picks the back end of a layer: the one that is asked for, or the first that suits the device and the formats.
+"""Picks the back end of a layer: the one that is asked for, or the first that suits it.
 
 The choice is made when the layer prepares its operands, for (device, scheme, shape) and, where
 exactness depends on them, the values. It is logged once for each such triple, at level INFO of the
@@ -62,7 +62,7 @@ def get_backend(name: str) -> Backend:
 
 
 def asked_backend(name: str) -> str:
-    """Return the name of a back end, or "auto": what is given, or what `LORAQ_BACKEND` says in place of "auto".
+    """Return the name of a back end, or "auto", in whose place `LORAQ_BACKEND` may put a name.
 
     Raises:
         KernelError: there is no such back end.

@@ -1,4 +1,4 @@
-"""FP8 rows: block scales folded into e4m3 codes with one scale a row, one row-wise scaled matrix product.
+"""FP8 rows: block scales folded into e4m3 codes, one row-wise scaled matrix product.
 
 A block scale of an MX format is a power of two, so a 4-bit value times its scale is an e4m3 number
 as long as the scales of a row lie within about 15 binades: e4m3 has 2^-9 to 448. The layer is then
@@ -55,7 +55,7 @@ class Fp8Row(Backend):
     keeps_operands = True
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
-        """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
+        """Return why a layer (out, in) cannot run here, judged without its values, or `None`."""
         for kind, fmt in (
             ("weight", scheme.weight_format),
             ("activation", scheme.activation_format),
@@ -67,7 +67,8 @@ class Fp8Row(Backend):
         if device.type != "cuda" or torch.version.hip is not None:
             return "row-wise e4m3 products are known on NVIDIA GPUs (and, emulated, on the CPU)"
         if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-            return f"FP8 needs compute capability 8.9 or more, this GPU has {capability[0]}.{capability[1]}"
+            major, minor = capability
+            return f"FP8 needs compute capability 8.9 or more, this GPU has {major}.{minor}"
         return (
             f"its sizes {shape} are not all multiples of 16"
             if any(size % 16 for size in shape)
@@ -113,7 +114,10 @@ def sums_fast(n_in: int) -> bool:
 
 
 def fold(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e4m3 codes and power-of-two scales (rows, 1) of fp32 rows, the largest value in e4m3's top binade."""
+    """Return e4m3 codes and power-of-two scales (rows, 1) of fp32 rows.
+
+    The largest value of a row is in e4m3's top binade.
+    """
     mantissa, exponent = torch.frexp(rows.abs().amax(-1, keepdim=True))
     # largest = mantissa 2^exponent, and 448 = 0.875 2^9.
     exponent = (exponent - 9 + (mantissa > 0.875)).clamp_(-126, 118)
@@ -139,7 +143,7 @@ def _is_fp8_row(fmt: Format) -> bool:
 
 
 def _may_fit(fmt: Format) -> bool:
-    """Whether an element has at most e4m3's 4 significant bits, and its scale is a power of two or that of the row."""
+    """Whether e4m3 can hold the values: 4 significant bits, scales of powers of two or of rows."""
     if not isinstance(fmt, BlockFormat):
         return False
     significant = fmt.element.mantissa_bits + 1 if fmt.element.is_float else fmt.bits - 1

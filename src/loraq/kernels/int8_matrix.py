@@ -1,4 +1,4 @@
-"""Matrices in INT8 with one scale a row: how they are encoded, and the integer product of packed ones.
+"""Matrices in INT8 with one scale a row: their encoding, and the product of packed ones.
 
 On a CPU with AVX-512 VNNI a weight is packed: laid out once as oneDNN multiplies it. That product
 is up to twice as fast as `torch._int_mm`, as exact, and writes the sums times the channel's scale
@@ -55,7 +55,7 @@ def rows_of(q: QTensor) -> tuple[Rows, float]:
     fits = (codes == codes.round()).all(-1)
     scale = torch.where(fits, fine, wide)
     codes = (dense / scale[:, None]).round_().clamp_(-TOP, TOP)
-    # In double precision: squares of small weights leave fp32, and then a loss would look like none.
+    # In double precision: squares of small weights leave fp32, and a loss would look like none.
     lost = relative_error(dense, codes * scale[:, None])
     return Rows(codes.to(torch.int8), scale), lost
 
@@ -72,7 +72,10 @@ def is_int8_row(fmt: Format) -> bool:
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN multiplies packed INT8 fast and exactly: without VNNI it is slow, or saturates sums."""
+    """Whether oneDNN multiplies packed INT8 fast and exactly.
+
+    Without VNNI it is slow, or saturates sums.
+    """
     has_operator = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.onednn, "qlinear_prepack"
     )
@@ -86,7 +89,10 @@ def has_vnni() -> bool:
 
 
 def saturates(device: torch.device) -> bool:
-    """Whether `torch._int_mm` adds products of bytes in 16 bits, as oneDNN has it do on x86 CPUs without VNNI."""
+    """Whether `torch._int_mm` adds products of bytes in 16 bits.
+
+    oneDNN has it do so on x86 CPUs without VNNI.
+    """
     return (
         device.type == "cpu"
         and platform.machine().lower() in ("x86_64", "amd64")
@@ -100,7 +106,7 @@ def pack_rows(rows: Rows) -> Rows:
 
 
 def encode_rows(x: Tensor, offset: int = 0) -> Rows:
-    """Return the codes and scales of the format `int8`, bit for bit, in fewer passes than the format takes.
+    """Return codes and scales of the format `int8`, bit for bit, in fewer passes.
 
     With the offset 128 the codes are unsigned.
     """
@@ -141,7 +147,10 @@ def parts_of(n_tokens: int, step: int) -> list[slice]:
 def packed_product(
     tokens: Tensor, rows: Rows, dtype: torch.dtype, added_to: Tensor | None = None
 ) -> Tensor:
-    """Return the product with unsigned codes (tokens, n) times the rows' scales, or add it to a tensor in place."""
+    """Return the product with unsigned codes (tokens, n) times the rows' scales.
+
+    Or add it to a tensor in place, and return that.
+    """
     given = (
         tokens,
         1.0,

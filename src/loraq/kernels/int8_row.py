@@ -1,4 +1,4 @@
-"""INT8 rows: one scale for each output channel and each token, products in exact integer arithmetic.
+"""INT8 rows: one scale for each output channel and each token, exact integer products.
 
 For layers whose activations are plain INT8 (`int8`, one scale a token). The activation's codes are
 then the operand itself, and `torch._int_mm` multiplies and adds without any rounding. A main weight
@@ -82,9 +82,10 @@ class Int8Row(Backend):
     keeps_operands = True
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
-        """Return why a layer (out, in) cannot run here, judged without its values; `None` if it can."""
+        """Return why a layer (out, in) cannot run here, judged without its values, or `None`."""
         if not is_int8_row(scheme.activation_format):
-            return f"its activations are '{scheme.activation}', not INT8 with one scale a token ('int8')"
+            kind = "INT8 with one scale a token ('int8')"
+            return f"its activations are '{scheme.activation}', not {kind}"
         if not self.weight_error and not _may_fit(scheme.weight_format):
             return f"'{scheme.weight}' does not fit INT8 rows exactly"
         if device.type not in ("cpu", "cuda", "meta"):
@@ -156,7 +157,10 @@ def _in_integers(scheme: Scheme) -> bool:
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that packed products are written in; fp16 would overflow before the token's scale is applied."""
+    """Return the dtype that packed products are written in.
+
+    fp16 would overflow before the token's scale is applied.
+    """
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
@@ -176,14 +180,17 @@ def _packed_linear(
         if down is None or up is None:
             sums = packed_product(tokens[part], weight, dtype)
         else:
-            latent = _rounded(packed_product(tokens[part], down, torch.float32))
+            latent = _round_latent(packed_product(tokens[part], down, torch.float32))
             sums = packed_product(tokens[part], weight, dtype, added_to=latent.to(dtype) @ up.t())
         torch.addcmul(shift, sums, scale[part], out=y[part])
     return y
 
 
-def _rounded(latent: Tensor) -> Tensor:
-    """Return an intermediate that is still divided by the token's scale, hence small, on the grid of `int8`."""
+def _round_latent(latent: Tensor) -> Tensor:
+    """Put an intermediate on the grid of `int8`, in place.
+
+    It is still divided by the token's scale, hence small.
+    """
     scale = latent.new_empty((len(latent), 1))
     largest_magnitude(latent, out=scale)
     scale.mul_(1.0 / TOP).clamp_(min=SMALLEST_SCALE)
@@ -214,7 +221,7 @@ def _int8_linear(
         scale = token_scale[part, None]
         y[part] = (torch._int_mm(tokens[part], codes[0].t()) * scales[0]).mul_(scale).add_(shift)
         if up is not None:
-            inner[part] = _rounded(torch._int_mm(tokens[part], codes[1].t()) * scales[1]).mul_(
+            inner[part] = _round_latent(torch._int_mm(tokens[part], codes[1].t()) * scales[1]).mul_(
                 scale
             )
     return y if up is None else y.addmm_(inner, up.t())

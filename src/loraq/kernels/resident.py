@@ -1,4 +1,4 @@
-"""Plain matrix products on decoded weights: `resident` keeps them, `low_memory` decodes them at each call.
+"""Plain matrix products on decoded weights: kept (`resident`) or not (`low_memory`).
 
 `resident` takes the memory of the decoded weight (2 bytes a value for bf16 inputs, 4 for the
 others) on top of the packed bytes and runs everywhere. `low_memory` keeps nothing but the packed
@@ -27,7 +27,7 @@ _CHUNK_VALUES = 1 << 18
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return bf16 for bf16 inputs, else fp32: fp16 inputs compute in fp32, which CPUs do far faster."""
+    """Return bf16 for bf16 inputs, else fp32, which CPUs do far faster than fp16."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 

@@ -1,9 +1,9 @@
-"""What a solver knows of a layer's inputs: nothing, their mean squares, or all their second moments.
+"""What a solver knows of a layer's inputs: nothing, mean squares, or all second moments.
 
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With
 E[x xᵀ] the price of an error is exactly the output error it makes, rounding feeds errors back
-(`loraq.methods.feedback.Feedback`), and noise of rounded activations is filtered. Activation noise is
-priced by h alone: it is about as large as its channel, and not correlated with the input.
+(`loraq.methods.feedback.Feedback`), and noise of rounded activations is filtered. Activation noise
+is priced by h alone: it is about as large as its channel, and not correlated with the input.
 """
 
 import math
@@ -22,7 +22,10 @@ from loraq.stats import ActivationStats
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of one layer; energies are in units of the mean power of a channel, so that white inputs count as 1."""
+    """Inputs of one layer.
+
+    Energies are in units of the mean power of a channel, so that white inputs count as 1.
+    """
 
     #: As the prepared weight sees them, or `None` for white inputs.
     stats: ActivationStats | None = None
@@ -43,8 +46,9 @@ class Inputs:
         return weights / weights.mean()
 
     def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None) -> QTensor:
-        """Return the rounded matrix that answers inputs as the target T does, best if all second moments are known.
+        """Return the rounded matrix that answers inputs as the target T does.
 
+        With all second moments it is better than rounding to nearest.
         With second moments H, and activation rounding that adds noise of power Σ, the expected
         squared error of a matrix M is tr((T − M) H (T − M)ᵀ) + tr(M Σ Mᵀ): up to a constant that of
         rounding T H (H + Σ)⁻¹ for inputs of moment H + Σ. Where inputs are correlated, that filters
@@ -82,7 +86,10 @@ class Inputs:
 
     @cached_property
     def _answer(self) -> tuple[Float[Tensor, "in in"] | None, Feedback]:
-        """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ; H damped for what it has not seen."""
+        """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ.
+
+        H is damped for what it has not seen.
+        """
         assert self.stats is not None
         moment = self.stats.second_moment
         if not self.activation_noise:

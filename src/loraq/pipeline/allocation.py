@@ -19,7 +19,7 @@ class Choice(NamedTuple):
 
 
 def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
-    """Return one choice for each layer that together store at most `nbytes`, with little total loss.
+    """Return one choice for each layer, together of at most `nbytes` and of little loss.
 
     From the smallest choices on, the step that lowers the loss most for each byte is taken next;
     only choices on the lower convex hull of a layer are looked at. While every step fits, what
@@ -37,8 +37,7 @@ def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
     if left < 0:
         raise SchemeError(
             f"A budget of {nbytes} bytes is too small for {len(layers)} layers, which take "
-            f"{nbytes - left} bytes at "
-            "least. Raise the budget, or use a smaller main format."
+            f"{nbytes - left} bytes at least. Raise the budget, or use a smaller main format."
         )
     steps = [(i, *step) for i, hull in enumerate(hulls) for step in pairwise(hull)]
     steps.sort(
@@ -55,7 +54,7 @@ def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
 
 
 def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """Return the choices on the lower convex hull of loss over bytes, from the smallest to the best."""
+    """Return the choices on the lower convex hull of loss over bytes, the smallest first."""
     hull: list[Choice] = []
     for choice in sorted(choices):
         if hull and choice.loss >= hull[-1].loss:

@@ -60,8 +60,8 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
         Statistics by layer; with a `target` they are read from it each time they are asked for.
 
     Raises:
-        CalibrationError: a name is no linear layer, a layer was never called, its input was not
-            finite, or it alone takes more than `memory_bytes`.
+        CalibrationError: a name is not that of a linear layer, a layer was never called, its input
+            was not finite, or it alone takes more than `memory_bytes`.
         CheckpointError: the target cannot be written.
     """
     for name, limit in {"max_tokens": max_tokens, "tokens_per_call": tokens_per_call}.items():
@@ -76,7 +76,7 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     widths = {name: matrix_of(layer).shape[1] for name, layer in found.items()}
     groups = group_layers(widths, memory_bytes, second_moment=second_moment)
     amount = _Amount(second_moment, max_tokens or math.inf, tokens_per_call)
-    counted = _counted(found, run, groups, amount)
+    counted = _count_layers(found, run, groups, amount)
     if target is None:
         stats = dict(counted)
         return {name: stats[name] for name in found}
@@ -122,8 +122,8 @@ def group_layers(
             raise CalibrationError(
                 f"Counting layer '{name}' with its {width} inputs takes "
                 f"{(needed + scratch) / 1e9:.3g} GB, and {memory_bytes / 1e9:.3g} GB are allowed. "
-                f"Allow as much (`--memory`, `memory_bytes`), or "
-                "collect mean squares only (`--mean-squares`, `second_moment=False`)."
+                "Allow as much (`--memory`, `memory_bytes`), or collect mean squares only "
+                "(`--mean-squares`, `second_moment=False`)."
             )
         group = next((i for i, room in enumerate(left) if needed <= room), len(groups))
         if group == len(groups):
@@ -143,13 +143,13 @@ class _Amount:
     per_call: int | None
 
 
-def _counted(
+def _count_layers(
     layers: Mapping[str, LinearLayer],
     run: Callable[[], object],
     groups: list[list[str]],
     amount: _Amount,
 ) -> Iterator[tuple[str, ActivationStats]]:
-    """Yield the statistics of one layer after the other; each gives its memory back before the next one is made."""
+    """Yield the statistics of one layer after the other, each freed before the next is made."""
     for i, group in enumerate(groups):
         # The first run looks for layers that are never called among all, not hours later in their
         # own group.
@@ -167,8 +167,8 @@ def _counted(
         if idle := [name for name in watched if name not in called]:
             raise CalibrationError(
                 f"{len(idle)} of {len(watched)} layers were never called: {', '.join(idle[:4])}. "
-                f"Let the run use all "
-                "of the model, or leave them out (`skip = true` in a rule of the recipe)."
+                "Let the run use all of the model, or leave them out (`skip = true` in a rule of "
+                "the recipe)."
             )
         for name in group:
             yield name, counts.pop(name).stats()
@@ -213,12 +213,11 @@ class _Count:
 
     def _add(self, x: Tensor) -> None:
         x = x.movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else x
-        x = self._chosen(x.reshape(-1, x.shape[-1]))
+        x = self._choose(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(
                 f"Layer '{self.name}' got an input that is not a finite number. Run the model in a "
-                f"wider dtype, or look "
-                "for the layer before it that overflows."
+                "wider dtype, or look for the layer before it that overflows."
             )
         width, full = x.shape[1], self.amount.full
         if self._sum is None:  # a model may be offloaded: only its inputs tell where it runs
@@ -233,7 +232,7 @@ class _Count:
         self.tokens += len(x)
         self.left -= len(x)
 
-    def _chosen(self, x: Tensor) -> Tensor:
+    def _choose(self, x: Tensor) -> Tensor:
         """The inputs of one call that are counted."""
         most = self.amount.per_call
         if most is not None and most < len(x):
@@ -268,6 +267,6 @@ def _linear(modules: Mapping[str, nn.Module], name: str) -> LinearLayer:
     if not is_linear(layer := modules[name]):
         raise CalibrationError(
             f"'{name}' is a {type(layer).__name__}. Statistics are for `nn.Linear` and 1×1 "
-            f"`nn.Conv2d`."
+            "`nn.Conv2d`."
         )
     return layer

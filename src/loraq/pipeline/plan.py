@@ -154,7 +154,7 @@ class Plan:
 
     @classmethod
     def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
-        """Settle the scheme of every layer of a module, and find the large weights that are in no linear layer.
+        """Settle the scheme of every layer of a module, and find large weights outside of them.
 
         The module may be on the meta device. Raises `SchemeError` as `of`, and `LayerError` for a
         module that is itself a linear layer.
@@ -162,8 +162,7 @@ class Plan:
         if is_linear(model):
             raise LayerError(
                 f"The module is itself a linear layer ({type(model).__name__}), which cannot be "
-                f"replaced in place. "
-                "Wrap it, as in `torch.nn.Sequential(layer)`, or use "
+                "replaced in place. Wrap it, as in `torch.nn.Sequential(layer)`, or use "
                 "`loraq.quantize_weight(layer.weight, recipe)`."
             )
         found = other_weights(model)

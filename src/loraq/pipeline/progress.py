@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: layer i of n and its error, or image i of n, and the time left."""
+"""Progress of long work on stderr: layer or image i of n, its error, the time left."""
 
 import sys
 import time

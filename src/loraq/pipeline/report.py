@@ -32,7 +32,7 @@ class LayerReport:
     output_error: float | None = None
 
     def record(self) -> dict[str, float | int | str]:
-        """Return what a checkpoint keeps besides shape and scheme: plain data, equal in every run."""
+        """Return what a checkpoint keeps besides shape and scheme, equal in every run."""
         names = (
             "relative_error",
             "output_error",

@@ -43,8 +43,8 @@ def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
     else:
         names = ", ".join(method.name for method in able if method.branch != "required")
         reason = (
-            f"none has a branch, and without one method '{recipe.method}' rounds to nearest. "
-            f"Leave them out, add a branch, or use method {names}"
+            f"none has a branch, and without one method '{recipe.method}' rounds to nearest. Leave "
+            f"them out, add a branch, or use method {names}"
         )
     raise CalibrationError(f"No layer uses the statistics: {reason}.")
 

@@ -1,4 +1,4 @@
-"""One budget for all layers: ranks go where they lower the summed squared error of the weights most.
+"""One budget for all layers: ranks go where they lower the summed squared error most.
 
 The layers whose rank a budget settles share the bytes that they would take one by one. One pass
 over their weights predicts what each rank would leave of ‖W − Ŵ‖²; nothing is solved, and no data
@@ -53,8 +53,8 @@ def share_budget(
     if not jobs:
         raise RecipeError(
             f"Allocation '{recipe.allocation}' shares bytes among layers whose rank a budget "
-            "settles, and there are none: all ranks are fixed, or no layer has a branch. Leave "
-            "the rank out of the recipe, or do not allocate."
+            "settles, and there are none: all ranks are fixed, or no layer has a branch. Leave the "
+            "rank out of the recipe, or do not allocate."
         )
     predictions: dict[str, Prediction] = {}
     ranks = {job.name: _branch(job).rank for job in jobs}

@@ -155,7 +155,7 @@ class Target:
 
 
 def _copy_others(others: Mapping[str, Path], folder: Path, *, link: bool) -> None:
-    """Copy or link files; a copy that has the time of its original was finished by an earlier run."""
+    """Copy or link files, except copies that an earlier run finished: they have its time."""
     for name, path in others.items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)

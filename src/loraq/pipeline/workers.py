@@ -101,7 +101,7 @@ def _in_processes(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Ge
 
 
 def _start(work: Callable[[Any], Any]) -> tuple[BaseProcess, Connection]:
-    """Start a worker that never sees SIGINT: it inherits a mask that blocks it from its first instruction on."""
+    """Start a worker that never sees SIGINT: it inherits a mask that blocks it from the start."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     resource_tracker.ensure_running()  # would unblock SIGINT if the first process had to start it
@@ -146,7 +146,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process at once when its parent has ended, so that nothing writes behind the back of a next run."""
+    """End this process when its parent has ended, so that it cannot disturb a next run."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -159,7 +159,7 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             f"Tensor '{name}' is {tensor.dtype}, which safetensors files cannot hold. Cast it "
-            f"first."
+            "first."
         )
     return TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 

@@ -68,7 +68,7 @@ class ShardReader:
         if len(indexes) > 1:
             raise CheckpointError(
                 f"'{folder}' has {len(indexes)} index files: {', '.join(p.name for p in indexes)}. "
-                f"Keep one."
+                "Keep one."
             )
         if indexes:
             files = sorted(set(_read_weight_map(indexes[0]).values()))
@@ -79,7 +79,7 @@ class ShardReader:
         if len(files) > 1 and not indexes:
             raise CheckpointError(
                 f"'{folder}' has {len(files)} weight files and no index: {', '.join(files[:4])}. "
-                f"Keep one variant, or add the missing '.safetensors.index.json'."
+                "Keep one variant, or add the missing '.safetensors.index.json'."
             )
         self._open(files)
         if indexes:
@@ -131,7 +131,7 @@ class ShardReader:
         except OSError as error:
             raise CheckpointError(
                 f"Cannot read '{name}' from '{path}': {error}. Put the file back as it was, and "
-                f"try again."
+                "try again."
             ) from error
         return raw.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
@@ -142,7 +142,7 @@ class ShardReader:
             if twice := sorted(self._home.keys() & header.specs.keys()):
                 raise CheckpointError(
                     f"'{self.folder}' has {len(twice)} tensors in two shards: {_list_some(twice)}. "
-                    f"Download it again."
+                    "Download it again."
                 )
             self._home |= dict.fromkeys(header.specs, file)
 
@@ -168,7 +168,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"'{index}' names the file '{file}'. Only .safetensors files beside the index are "
-                f"read."
+                "read."
             )
     return weight_map
 

@@ -47,8 +47,8 @@ class TritonRow(Backend):
             return 'triton is not installed (pip install "loraq[triton]")'
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return (
-                "Triton compiles for GPUs; on a CPU it needs its interpreter "
-                "(TRITON_INTERPRET=1), which is for tests"
+                "Triton compiles for GPUs; on a CPU it needs its interpreter (TRITON_INTERPRET=1), "
+                "which is for tests"
             )
         if _is_weight_only(scheme):
             if scheme.weight in _PACKED and shape[1] % 32 == 0:

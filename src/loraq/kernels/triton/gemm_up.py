@@ -2,9 +2,8 @@
 
 The codes of activation and weight are multiplied as e4m3; the scales of the row and of the column
 and the bias are applied once to the sums, and then proj_up is multiplied into the same registers in
-bf16. Programs run over the output tiles in groups, so that the weight stays in the cache. Where they must not
-stay fast (`sums_fast`), sums are moved to fp32 after every block: Hopper's FP8 sums have 13
-bits.
+bf16. Programs run over the output tiles in groups, so that the weight stays in the cache. Long sums
+(`sums_fast` says which) are moved to fp32 after every block: Hopper's FP8 sums have 13 bits.
 """
 
 import torch
@@ -40,7 +39,7 @@ def gemm_up_kernel(
     PROMOTE: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """Codes (tokens, in) x weight (out, in) + inner (tokens, rank) x up (out, rank) -> y (tokens, out)."""
+    """Codes (tokens, in) x weight (out, in) + inner (tokens, rank) x up (out, rank) -> y."""
     tiles_m, tiles_n = tl.cdiv(n_tokens, BLOCK_M), tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0)
     first = tile // (GROUP * tiles_n) * GROUP

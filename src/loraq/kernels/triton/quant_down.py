@@ -53,7 +53,7 @@ def quant_down_kernel(
     BLOCK_K: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """X (tokens, in), proj_down (rank, in) in bf16 -> codes (tokens, in), scale (tokens,), inner (tokens, rank)."""
+    """X (tokens, in), proj_down (rank, in) -> codes (tokens, in), scale (tokens), inner."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, RANK)
     place = rows.to(tl.int64)[:, None] * n_in
@@ -98,7 +98,7 @@ def quant_down_kernel(
 
 
 def quant_down(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return e4m3 codes (tokens, in), fp32 scales (tokens,) and the rounded intermediate (tokens, rank) in bf16."""
+    """Return e4m3 codes (tokens, in), fp32 scales (tokens) and the intermediate (tokens, rank)."""
     (n_tokens, n_in), rank = x.shape, 0 if down is None else len(down)
     codes = torch.empty((n_tokens, n_in), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((n_tokens,), dtype=torch.float32, device=x.device)
