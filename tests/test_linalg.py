@@ -43,7 +43,7 @@ def assert_orthonormal(columns: torch.Tensor) -> None:
 def test_truncation_leaves_hardly_more_than_the_best_matrix_of_its_rank(matrix, shape, rank):
     weight = matrix(*shape)
     svd = truncated_svd(weight, rank, seed=0)
-    assert remaining(weight, *svd.canonical()) < 1.005 * least(weight, rank)
+    assert remaining(weight, *svd.to_canonical()) < 1.005 * least(weight, rank)
     assert_orthonormal(svd.left)
     assert_orthonormal(svd.right.T)
     assert (svd.values.diff() <= 0).all()
@@ -52,7 +52,7 @@ def test_truncation_leaves_hardly_more_than_the_best_matrix_of_its_rank(matrix, 
 def test_more_iterations_are_better():
     weight = gaussian(256, 256)  # no gap in the spectrum: the hardest case
     errors = [
-        remaining(weight, *truncated_svd(weight, 16, seed=0, iterations=n).canonical())
+        remaining(weight, *truncated_svd(weight, 16, seed=0, iterations=n).to_canonical())
         for n in (0, 1, 8)
     ]
     assert errors[2] < errors[1] < errors[0]
@@ -63,8 +63,8 @@ def test_directions_of_an_earlier_call_save_iterations():
     start = truncated_svd(weight, 16, seed=0).right.mT
     cold = truncated_svd(weight, 16, seed=1, iterations=1)
     warm = truncated_svd(weight, 16, seed=1, iterations=1, start=start)
-    assert remaining(weight, *warm.canonical()) < remaining(weight, *cold.canonical())
-    assert remaining(weight, *warm.canonical()) < 1.005 * least(weight, 16)
+    assert remaining(weight, *warm.to_canonical()) < remaining(weight, *cold.to_canonical())
+    assert remaining(weight, *warm.to_canonical()) < 1.005 * least(weight, 16)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_directions_of_an_earlier_call_save_iterations():
 def test_a_small_matrix_is_decomposed_exactly(shape, rank):
     weight = gaussian(*shape)
     assert (
-        remaining(weight, *truncated_svd(weight, rank, seed=0).canonical())
+        remaining(weight, *truncated_svd(weight, rank, seed=0).to_canonical())
         <= 1e-5 + least(weight, rank) * 1.00001
     )
 
@@ -82,7 +82,7 @@ def test_a_matrix_of_low_rank_is_recovered():
     weight = low_rank(200, 300, 6)
     for rank in (6, 12):  # twelve: half of the directions lead nowhere
         svd = truncated_svd(weight, rank, seed=0)
-        assert remaining(weight, *svd.canonical()) < 1e-5 * torch.linalg.vector_norm(weight)
+        assert remaining(weight, *svd.to_canonical()) < 1e-5 * torch.linalg.vector_norm(weight)
         assert all(part.isfinite().all() for part in (svd.left, svd.values, svd.right))
 
 
@@ -90,7 +90,7 @@ def test_a_matrix_of_low_rank_is_recovered():
 def test_a_zero_matrix_has_finite_factors(shape):
     svd = truncated_svd(zeros(*shape), 4, seed=0)
     assert not svd.values.any()
-    assert all(factor.isfinite().all() for factor in (*svd.balanced(), *svd.canonical()))
+    assert all(factor.isfinite().all() for factor in (*svd.to_balanced(), *svd.to_canonical()))
 
 
 def test_the_seed_decides_every_bit():
@@ -110,7 +110,7 @@ def test_the_global_random_state_is_left_alone():
 
 def test_both_factored_forms_have_one_product():
     svd = truncated_svd(dit_like(96, 128), 8, seed=0)
-    balanced, canonical = svd.balanced(), svd.canonical()
+    balanced, canonical = svd.to_balanced(), svd.to_canonical()
     torch.testing.assert_close(balanced[0] @ balanced[1], canonical[0] @ canonical[1])
     torch.testing.assert_close(balanced[0].norm(dim=0), balanced[1].norm(dim=1))
     assert_orthonormal(canonical[0])

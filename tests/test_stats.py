@@ -17,14 +17,14 @@ def stats_of(x: torch.Tensor, *, full: bool = True) -> ActivationStats:
 @pytest.mark.parametrize("rotation", [0, 4, 32])
 def test_rotated_statistics_are_those_of_rotated_inputs(rotation):
     x = outlier_columns(200, 96)
-    found, direct = stats_of(x).rotated(rotation), stats_of(rotate(x, rotation))
+    found, direct = stats_of(x).rotate(rotation), stats_of(rotate(x, rotation))
     largest = direct.second_moment.abs().max()
     assert (found.second_moment - direct.second_moment).abs().max() < 1e-5 * largest
 
 
 def test_mean_squares_are_rotated_as_those_of_uncorrelated_channels():
     squares = torch.tensor([16.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    found = ActivationStats(5, squares).rotated(4)
+    found = ActivationStats(5, squares).rotate(4)
     assert torch.allclose(found.second_moment, torch.tensor([4.0] * 4 + [1.0] * 4))
 
 
@@ -33,7 +33,7 @@ def test_inputs_that_never_change_can_be_rotated(seed):
     # In a rotated basis their moment has zeros, which rounding turns into small numbers of either
     # sign.
     x = gaussian(1, 64, seed) if seed else torch.ones(1, 64)
-    found = stats_of(x).rotated(32)
+    found = stats_of(x).rotate(32)
     assert (found.mean_square >= 0).all()
     assert found.mean_square.sum() == pytest.approx(float(x.square().sum()), rel=1e-5)
 

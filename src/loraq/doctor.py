@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from loraq.errors import KernelError, LoraqError
 from loraq.formats import FORMATS
-from loraq.kernels import BACKENDS, DEFAULT_BACKEND, asked_backend
+from loraq.kernels import BACKENDS, DEFAULT_BACKEND, resolve_backend
 from loraq.kernels.base import Backend
 from loraq.kernels.dispatch import candidates
 from loraq.linalg import relative_error
@@ -115,7 +115,7 @@ def examine() -> Report:
 
 def choices(device: torch.device) -> list[Choice]:
     """Return the back end of every named main format with 4-, 8- and 16-bit activations."""
-    asked, found = asked_backend(DEFAULT_BACKEND), {}
+    asked, found = resolve_backend(DEFAULT_BACKEND), {}
     for name in (fmt.name for fmt in FORMATS.values() if fmt.bits <= 8):
         for width in (4, 8, 16):
             scheme = parse_scheme(f"{name}-a{width}")

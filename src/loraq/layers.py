@@ -5,7 +5,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from loraq.kernels import asked_backend, check_for_all
+from loraq.kernels import check_for_all, resolve_backend
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 
 #: What `linear_layers` finds: a matrix times every token, or times every pixel.
@@ -96,7 +96,7 @@ def set_backend(model: nn.Module, name: str) -> None:
         then.
     """
     layers = list(quantized_layers(model).values())
-    check_for_all(asked_backend(name), [layer.spec for layer in layers])
+    check_for_all(resolve_backend(name), [layer.spec for layer in layers])
     for layer in layers:
         layer.ask_backend(name, strict=False)
 

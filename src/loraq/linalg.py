@@ -20,12 +20,12 @@ class TruncatedSVD:
     #: Orthonormal rows.
     right: Float[Tensor, "rank in"]
 
-    def balanced(self) -> tuple[Tensor, Tensor]:
+    def to_balanced(self) -> tuple[Tensor, Tensor]:
         """Return (up, down) that share the singular values equally."""
         root = self.values.sqrt()
         return self.left * root, root[:, None] * self.right
 
-    def canonical(self) -> tuple[Tensor, Tensor]:
+    def to_canonical(self) -> tuple[Tensor, Tensor]:
         """Return (up, down) with an orthonormal `up`: all singular values are in `down`."""
         return self.left, self.values[:, None] * self.right
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.errors import KernelError
-from loraq.kernels import DEFAULT_BACKEND, LayerSpec, Prepared, asked_backend, choose, prepare
+from loraq.kernels import DEFAULT_BACKEND, LayerSpec, Prepared, choose, prepare, resolve_backend
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 from loraq.transforms import rotate
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
 
     @backend.setter
     def backend(self, name: str) -> None:
-        choose(asked_backend(name), *self.spec, strict=name != DEFAULT_BACKEND)
+        choose(resolve_backend(name), *self.spec, strict=name != DEFAULT_BACKEND)
         self.ask_backend(name, strict=name != DEFAULT_BACKEND)
 
     def ask_backend(self, name: str, *, strict: bool) -> None:
@@ -101,7 +101,7 @@ class QuantizedLinear(nn.Module):
         Raises:
             KernelError: there is no such back end.
         """
-        self._asked, self._strict, self._prepared = asked_backend(name), strict, None
+        self._asked, self._strict, self._prepared = resolve_backend(name), strict, None
 
     @property
     def spec(self) -> LayerSpec:

@@ -81,7 +81,7 @@ class ActivationStats:
         """Return the same statistics on a device, in fp32 whatever they were computed in."""
         return ActivationStats(self.tokens, self.second_moment.to(device, torch.float32))
 
-    def rotated(self, side: int) -> "ActivationStats":
+    def rotate(self, side: int) -> "ActivationStats":
         """Return the statistics of rotated inputs, as the rotated main weight sees them.
 
         Full moments are exact up to rounding, which must not make a mean square negative where

@@ -56,7 +56,7 @@ def test_rows_and_columns_of_high_leverage_move_less():
 @pytest.mark.parametrize("name", ["int8", "mxint8", "mxfp4"])
 def test_the_rotation_keeps_the_product_and_lowers_the_noise_of_the_intermediate(name):
     svd = truncated_svd(dit_like(192, 256), 32, seed=0)
-    plain = Factors.of(*svd.canonical())  # singular values all in D: its first rows stand out
+    plain = Factors.of(*svd.to_canonical())  # singular values all in D: its first rows stand out
     spreaded = spread(plain, seed=3)
     torch.testing.assert_close(
         spreaded.up @ spreaded.down, plain.up @ plain.down, atol=1e-5, rtol=0

@@ -105,8 +105,8 @@ def test_shards_are_filled_in_order_and_not_over_the_limit():
         "m",
         10,
     )
-    assert [place[0][5:6] for place in layout.places.values()] == ["0"] * 4
-    assert [layout.places[name][0] for name in "abcd"] == [
+    assert [place[0][5:6] for place in layout.locations.values()] == ["0"] * 4
+    assert [layout.locations[name][0] for name in "abcd"] == [
         f"m-0000{i}-of-00003.safetensors" for i in (1, 2, 2, 3)
     ]
 

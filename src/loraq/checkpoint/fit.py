@@ -10,28 +10,28 @@ from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import TensorReader
 
 
-def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
+def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], weights: Path) -> None:
     """Require that a file has the tensors of a model, floats where the model has floats.
 
     Args:
         reader: the file's tensors.
         expected: the model's tensors by name; only their shapes and dtypes matter.
-        place: where the file is from, for messages.
+        weights: where the file is from, for messages.
 
     Raises:
         CheckpointError: names, shapes or dtypes differ.
     """
-    require_names(reader.names, expected, f"The weights in '{place}' do not fit its config.json")
+    require_names(reader.names, expected, f"The weights in '{weights}' do not fit its config.json")
     for name, tensor in expected.items():
         shape, dtype = reader.shape(name), reader.dtype(name)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"'{place}': tensor '{name}' has shape {shape}, config.json wants "
+                f"'{weights}': tensor '{name}' has shape {shape}, config.json wants "
                 f"{tuple(tensor.shape)}."
             )
         if tensor.is_floating_point() and dtype not in FLOATS:
             raise CheckpointError(
-                f"'{place}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
+                f"'{weights}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
                 "required."
             )
 

@@ -80,14 +80,14 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._file.seek(0, os.SEEK_END)
-        place = self._file.tell()
+        end = self._file.tell()
         try:
             left = json.dumps(entry).encode() + b"\n"
             while left:  # a disk that is almost full takes a part
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError:
-            self._file.truncate(place)  # half a line would hide the next ones
+            self._file.truncate(end)  # half a line would hide the next ones
             raise
 
 

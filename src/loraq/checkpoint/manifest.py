@@ -27,7 +27,7 @@ class StoredLayer:
     #: (out, in).
     shape: tuple[int, int]
     scheme: Scheme
-    #: What `quantize_` noted: errors, seconds, source hash, and the recipe's place in
+    #: What `quantize_` noted: errors, seconds, source hash, and the recipe's index in
     #: `Manifest.recipes`.
     record: dict[str, Any]
 
@@ -46,7 +46,7 @@ class Manifest:
     def recipe(self) -> dict[str, Any] | None:
         """The recipe that made most layers, as plain data; `None` if none was noted."""
         noted = (layer.record.get("recipe") for layer in self.layers.values())
-        counted = Counter(place for place in noted if place is not None).most_common(1)
+        counted = Counter(index for index in noted if index is not None).most_common(1)
         return self.recipes[counted[0][0]] if counted else None
 
     def write(self, folder: Path, files: list[str]) -> None:
@@ -125,7 +125,7 @@ class Manifest:
         return manifest
 
     def record(self, layer: str) -> dict[str, Any]:
-        """Return what `quantize_` noted of a layer, with the recipe itself instead of its place."""
+        """Return what `quantize_` noted of a layer, with the recipe itself instead of its index."""
         record = dict(self.layers[layer].record)
         if record.get("recipe") is not None:
             record["recipe"] = self.recipes[record["recipe"]]
@@ -145,9 +145,9 @@ class Manifest:
             ):
                 raise ValueError(f"layer '{name}' has the scheme {scheme}")
             scheme.check(layer.shape)
-            place = layer.record.get("recipe")
-            if place is not None and place not in range(len(self.recipes)):
-                raise ValueError(f"layer '{name}' has recipe {place!r} of {len(self.recipes)}")
+            index = layer.record.get("recipe")
+            if index is not None and index not in range(len(self.recipes)):
+                raise ValueError(f"layer '{name}' has recipe {index!r} of {len(self.recipes)}")
         if not all(isinstance(name, str) for name in self.tied.values()):
             raise ValueError("'tied' does not map names to names")
 

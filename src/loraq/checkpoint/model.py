@@ -11,7 +11,7 @@ from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.json_files import write_json
-from loraq.kernels import DEFAULT_BACKEND, asked_backend, check_for_all
+from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
 from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
@@ -91,7 +91,9 @@ def load_into(
             keys are listed.
         KernelError: there is no such back end, or it refuses every layer.
     """
-    manifest, reader, devices = prepare(model, Path(folder), backend=backend, verify=verify)
+    manifest, reader, devices = insert_empty_layers(
+        model, Path(folder), backend=backend, verify=verify
+    )
     read: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, device in devices.items():
@@ -102,7 +104,7 @@ def load_into(
                 read[source] = new
 
 
-def prepare(
+def insert_empty_layers(
     model: nn.Module, folder: Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
 ) -> tuple[Manifest, ShardReader, dict[str, torch.device]]:
     """Put empty quantized layers where a folder's manifest says.
@@ -116,7 +118,7 @@ def prepare(
         CheckpointError: the folder does not fit the model, as for `load_into`.
         KernelError: there is no such back end, or it refuses every layer.
     """
-    asked = asked_backend(backend)
+    asked = resolve_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
     layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}

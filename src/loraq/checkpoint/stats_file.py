@@ -100,16 +100,16 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
             f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting "
             "(`--overwrite`)."
         )
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(
-            f"Cannot write '{path}': '{place}' is not a folder that can be written. Choose another."
+            f"Cannot write '{path}': '{parent}' is not a folder that can be written. Choose another."
         )
-    needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(place).free
+    needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(parent).free
     left = _name_partial(path).stat().st_size if _name_partial(path).is_file() else 0
     if needed > free + left:
         raise CheckpointError(
-            f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} "
+            f"'{parent}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} "
             "GB. Free space, choose another target, or collect mean squares only "
             "(`--mean-squares`)."
         )

@@ -227,7 +227,7 @@ class BlockFormat:
         """Return the packed tensor; `dequantize` gives exactly what `round` gives.
 
         Raises:
-            FormatError: a value is NaN or infinite (the message names the place), or the rule does
+            FormatError: a value is NaN or infinite (the message names the index), or the rule does
             not exist.
         """
         chosen = self.scale_rule(rule)
@@ -342,9 +342,9 @@ def require_finite(x: Tensor, what: str) -> None:
     finite = x.isfinite()
     if finite.all():
         return
-    place = tuple(int(i) for i in (~finite).nonzero()[0])
+    index = tuple(int(i) for i in (~finite).nonzero()[0])
     raise FormatError(
-        f"Cannot quantize to '{what}': the value at {place} is {x[place].item()}, and "
+        f"Cannot quantize to '{what}': the value at {index} is {x[index].item()}, and "
         f"{int((~finite).sum())} of {x.numel()} values are not finite. Every value must be a "
         "finite number. Repair the source file."
     )

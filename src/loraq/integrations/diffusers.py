@@ -62,8 +62,8 @@ def empty_model(folder: Path) -> nn.Module:
     return model_of(read_json(folder / "config.json"), folder / "config.json")
 
 
-def model_of(config: dict[str, Any], place: Path) -> nn.Module:
-    """Return the model that a configuration, read from `place`, describes; see `empty_model`."""
+def model_of(config: dict[str, Any], config_file: Path) -> nn.Module:
+    """Return the model that a configuration, read from `config_file`, describes; see `empty_model`."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     with _quiet_diffusers() as diffusers:
         from accelerate import init_empty_weights
@@ -72,14 +72,15 @@ def model_of(config: dict[str, Any], place: Path) -> nn.Module:
         kind = getattr(diffusers, str(name), None)
         if not isinstance(kind, type) or not issubclass(kind, nn.Module):
             raise CheckpointError(
-                f"'{place}' names the class {name!r}, which diffusers {diffusers.__version__} does "
-                "not have. Check the file, or install the diffusers version that wrote it."
+                f"'{config_file}' names the class {name!r}, which diffusers "
+                f"{diffusers.__version__} does not have. Check the file, or install the diffusers "
+                "version that wrote it."
             )
         try:
             with init_empty_weights(include_buffers=False):
                 return kind.from_config(config)  # type: ignore[attr-defined]
         except Exception as error:  # constructors of diffusers raise what they like
-            raise CheckpointError(f"{name} refuses '{place}': {error}") from error
+            raise CheckpointError(f"{name} refuses '{config_file}': {error}") from error
 
 
 def transformer_classes() -> dict[str, type[nn.Module]]:
@@ -134,19 +135,19 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
         CheckpointError: truncated, foreign, changed or mismatched files.
         LoraqError: diffusers is not installed. `loraq.load_into` works without it.
     """
-    place = transformer_folder(Path(folder))
-    if not (place / FILE_NAME).is_file():
+    home = transformer_folder(Path(folder))
+    if not (home / FILE_NAME).is_file():
         raise CheckpointError(
-            f"'{place}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
+            f"'{home}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
             "one."
         )
-    if not (place / "config.json").is_file():
+    if not (home / "config.json").is_file():
         raise CheckpointError(
-            f"'{place}' has no 'config.json' that says what to build. Build the model, and use "
+            f"'{home}' has no 'config.json' that says what to build. Build the model, and use "
             "`loraq.load_into`."
         )
-    model = empty_model(place)
-    load_into(model, place, backend=backend, verify=verify)
+    model = empty_model(home)
+    load_into(model, home, backend=backend, verify=verify)
     _cast_unsaved(model)
     attach_save_pretrained(model)
     return model.eval()
@@ -218,4 +219,6 @@ def _quiet_diffusers() -> Iterator[Any]:
 
 def _only_not(source: Path, component: str) -> Any:
     """An `ignore` for `copytree` that leaves out one folder of the top level."""
-    return lambda place, names: [component] if Path(place) == source and component in names else []
+    return lambda folder, names: (
+        [component] if Path(folder) == source and component in names else []
+    )

@@ -110,7 +110,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     component, target = float_folder(folder), Path(target)
     if folder.resolve() in target.resolve().parents:
         raise CheckpointError(
-            f"'{target}' lies inside '{folder}'. Choose a place outside of the pipeline's folder."
+            f"'{target}' lies inside '{folder}'. Choose a path outside of the pipeline's folder."
         )
     recipe = Recipe.of(recipe)
     using = find_users(Plan.of_model(empty_model(component), recipe), recipe)

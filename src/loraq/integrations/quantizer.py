@@ -19,7 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.checkpoint.model import prepare
+from loraq.checkpoint.model import insert_empty_layers
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
 from loraq.layers import is_linear, matrix_of, replace_layer
@@ -56,7 +56,7 @@ class LoraqConfig(QuantizationConfigMixin):
     #: How layers are, or were, quantized; `None` for a folder that does not say.
     recipe: Recipe | None
     #: What `from_pretrained` was given for a folder that is quantized already; it is not used.
-    passed_in_vain: Any = None
+    ignored_config: Any = None
 
     def __init__(
         self, recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default", **others: Any
@@ -156,7 +156,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             _fetch_manifest(self._folder)
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
-            manifest, reader, _ = prepare(model, self._folder, verify=verify)
+            manifest, reader, _ = insert_empty_layers(model, self._folder, verify=verify)
             self._tied = {
                 name: source for name, source in manifest.tied.items() if name not in reader.names
             }
@@ -192,12 +192,13 @@ class LoraqQuantizer(DiffusersQuantizer):
             config.recipe = Recipe.from_dict(stored) if stored else None
         except RecipeError:  # of another version; the layers say by themselves what they are
             config.recipe = None
-        passed, config.passed_in_vain = config.passed_in_vain, None
+        passed, config.ignored_config = config.ignored_config, None
         if passed is not None and passed.to_dict() != config.to_dict():
             warnings.warn(
                 f"'{self._folder}' is quantized already and loads as it is stored: "
-                f"{_named(config, passed)}. The `quantization_config` that was passed is not used: "
-                f"{_named(passed, config)}. To quantize with it, start from the float weights.",
+                f"{_describe_difference(config, passed)}. The `quantization_config` that was "
+                f"passed is not used: {_describe_difference(passed, config)}. To quantize with it, "
+                "start from the float weights.",
                 stacklevel=2,
             )
 
@@ -269,17 +270,17 @@ def require_supported(version: str) -> None:
 _MERGE = DiffusersAutoQuantizer.merge_quantization_configs
 
 
-def _merged(stored: Any, passed: Any) -> Any:
+def _merge_configs(stored: Any, passed: Any) -> Any:
     """Do as diffusers does; for our folders, keep what was passed for a warning that names both."""
     method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
     if method != LoraqMethod.LORAQ.value:
         return _MERGE(stored, passed)
     config = _MERGE(stored, None)
-    config.passed_in_vain = passed
+    config.ignored_config = passed
     return config
 
 
-def _named(config: Any, other: Any) -> str:
+def _describe_difference(config: Any, other: Any) -> str:
     """Say how a configuration differs from another; either may be another quantizer's."""
     recipe, theirs = getattr(config, "recipe", None), getattr(other, "recipe", None)
     if not isinstance(recipe, Recipe):
@@ -294,7 +295,7 @@ def register() -> None:
     """Make `quant_method: "loraq"` known to diffusers."""
     require_supported(diffusers.__version__)
     merge = "merge_quantization_configs"
-    setattr(DiffusersAutoQuantizer, merge, staticmethod(_merged))
+    setattr(DiffusersAutoQuantizer, merge, staticmethod(_merge_configs))
     AUTO_QUANTIZER_MAPPING[LoraqMethod.LORAQ.value] = LoraqQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[LoraqMethod.LORAQ.value] = LoraqConfig
 

@@ -4,11 +4,11 @@ from loraq.kernels.base import Backend, LayerSpec, Prepared
 from loraq.kernels.dispatch import (
     BACKENDS,
     DEFAULT_BACKEND,
-    asked_backend,
     check_for_all,
     choose,
     get_backend,
     prepare,
+    resolve_backend,
 )
 
 __all__ = [
@@ -17,9 +17,9 @@ __all__ = [
     "Backend",
     "LayerSpec",
     "Prepared",
-    "asked_backend",
     "check_for_all",
     "choose",
     "get_backend",
     "prepare",
+    "resolve_backend",
 ]

@@ -61,7 +61,7 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def asked_backend(name: str) -> str:
+def resolve_backend(name: str) -> str:
     """Return the name of a back end, or "auto", in whose place `LORAQ_BACKEND` may put a name.
 
     Raises:

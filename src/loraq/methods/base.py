@@ -203,7 +203,7 @@ class Method(ABC):
                 "squares only. Collect them with `second_moment=True` (`loraq stats` without "
                 "`--mean-squares`)."
             )
-        return stats.to(weight.device).rotated(scheme.rotation)
+        return stats.to(weight.device).rotate(scheme.rotation)
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -43,7 +43,7 @@ class GPTQ(Method):
         fitted, target = None, weight
         if scheme.branch is not None:
             svd = truncated_svd(weight, scheme.branch.rank, seed=seed)
-            fitted = quantize_branch(*svd.canonical(), scheme.branch, self.scale_rule)
+            fitted = quantize_branch(*svd.to_canonical(), scheme.branch, self.scale_rule)
             target = weight - fitted.reconstruct()
         feedback = Feedback(stats.second_moment, damping=self.damping)
         main = feedback.round(target, scheme.weight_format, self.scale_rule)

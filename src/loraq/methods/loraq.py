@@ -118,10 +118,10 @@ class LoRaQ(Method):
             inputs.importance(self.importance_damping),
         )
         svd = truncated_svd(weight, branch.rank, seed=seed)
-        refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.balanced())), seed)
-        start = Factors(*svd.canonical())
+        refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.to_balanced())), seed)
+        start = Factors(*svd.to_canonical())
         if noise.intermediate and self.rotate:  # it must not have outstanding rank directions
-            start = spread(Factors(*svd.balanced()), seed)
+            start = spread(Factors(*svd.to_balanced()), seed)
         return self._choose_best(weight, scheme, noise, inputs, refined, start)
 
     def _anneal(self, problem: Problem, factors: Factors) -> Factors:
@@ -148,7 +148,7 @@ class LoRaQ(Method):
 
     def _refine(self, problem: Problem, factors: Factors, seed: int) -> Factors:
         """Phase 2: the same step through the branch's rounding, from `final_step` to zero."""
-        factors = Factors(*svd_of_product(*factors).balanced())
+        factors = Factors(*svd_of_product(*factors).to_balanced())
         factors = Factors.of(*(spread(factors, seed) if self.rotate else factors))
         best = iterate = problem.evaluate(factors, rounded=True)
         for t in range(self.refine_steps):

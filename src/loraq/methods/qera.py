@@ -98,8 +98,8 @@ def weighted_svd(
     if moment.dim() == 1:
         mean = moment.double().mean()
         root = (moment.double() + (damping * mean if mean > 0 else 1.0)).sqrt()
-        up, down = truncated_svd((error.double() * root).float(), rank, seed=seed).canonical()
+        up, down = truncated_svd((error.double() * root).float(), rank, seed=seed).to_canonical()
         return up, (down / root).float()
     root = damped_cholesky(moment, damping)
-    up, down = truncated_svd((error.double() @ root).float(), rank, seed=seed).canonical()
+    up, down = truncated_svd((error.double() @ root).float(), rank, seed=seed).to_canonical()
     return up, torch.linalg.solve_triangular(root, down.double(), upper=False, left=False).float()

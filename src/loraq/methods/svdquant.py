@@ -44,7 +44,7 @@ class SVDQuant(Method):
             iterations = 2 if t else 8  # later rounds begin with the directions of the last one
             svd = truncated_svd(target, branch.rank, seed=seed, iterations=iterations, start=start)
             start = svd.right.mT
-            up, down = svd.canonical()
+            up, down = svd.to_canonical()
             rest = weight - factor.round(up, self.scale_rule) @ factor.round(down, self.scale_rule)
             rounded = main.round(rest, self.scale_rule)
             error = frobenius(rest - rounded).item()

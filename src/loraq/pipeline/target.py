@@ -45,7 +45,7 @@ class LayerWriter:
         digest = hashlib.sha256()
         for part in job.scheme.storage(job.shape):
             name = f"{job.name}.{part}"
-            file, offset = self.layout.places[name]
+            file, offset = self.layout.locations[name]
             if not (self.folder / file).is_file():
                 return ""
             with (self.folder / file).open("rb") as shard:

@@ -159,7 +159,7 @@ def _decode(
         if stop - start != specs[name].nbytes:
             raise ValueError(
                 f"tensor '{name}', {entry['dtype']} of shape {shape}, is {specs[name].nbytes} "
-                f"bytes, and its place holds {stop - start}"
+                f"bytes, and its range holds {stop - start}"
             )
         if start != end:
             raise ValueError(

@@ -24,15 +24,15 @@ DEFAULT_SHARD_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Tensors by file, and each tensor's place in it."""
+    """Tensors by file, and where each tensor stands in it."""
 
     specs: dict[str, TensorSpec]
     #: First bytes (the header) of each file by its name, in the order of the shards.
     headers: dict[str, bytes]
     #: Final size of each file.
     sizes: dict[str, int]
-    #: File of each tensor, and the place of its first byte there.
-    places: dict[str, tuple[str, int]]
+    #: File of each tensor, and the offset of its first byte there.
+    locations: dict[str, tuple[str, int]]
     #: Name of the index, or `None` for a single file.
     index: str | None
 
@@ -65,17 +65,17 @@ class ShardLayout:
             else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
         )
         headers, sizes = {}, {}
-        places: dict[str, tuple[str, int]] = {}
+        locations: dict[str, tuple[str, int]] = {}
         for file, shard in zip(files, shards, strict=True):
             ordered = dict(sorted(shard.items(), key=lambda item: -item[1].itemsize))
             headers[file], offsets = encode_header(ordered, metadata)
             sizes[file] = len(headers[file]) + sum(spec.nbytes for spec in shard.values())
-            places |= {name: (file, offset) for name, offset in offsets.items()}
+            locations |= {name: (file, offset) for name, offset in offsets.items()}
         return cls(
             dict(specs),
             headers,
             sizes,
-            places,
+            locations,
             None if n == 1 else f"{stem}.safetensors.index.json",
         )
 
@@ -105,7 +105,7 @@ class ShardLayout:
                 _reserve(shard.fileno(), self.sizes[file])
                 _write_at(shard.fileno(), memoryview(header), 0)
         if self.index:
-            weight_map = {name: self.places[name][0] for name in self.specs}
+            weight_map = {name: self.locations[name][0] for name in self.specs}
             total = sum(spec.nbytes for spec in self.specs.values())
             write_json(
                 folder / self.index, {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -125,13 +125,13 @@ class ShardLayout:
         """
         by_file: dict[str, list[str]] = {}
         for name in tensors:
-            by_file.setdefault(self.places[name][0], []).append(name)
+            by_file.setdefault(self.locations[name][0], []).append(name)
         for file, names in by_file.items():
             descriptor = os.open(folder / file, os.O_WRONLY)
             try:
                 for name in names:
                     self._require(name, tensors[name])
-                    _write_at(descriptor, tensor_bytes(tensors[name]), self.places[name][1])
+                    _write_at(descriptor, tensor_bytes(tensors[name]), self.locations[name][1])
                 if sync:
                     os.fsync(descriptor)
             finally:
@@ -145,7 +145,7 @@ class ShardLayout:
             )
         if spec_of(name, tensor) != self.specs[name]:
             raise CheckpointError(
-                f"Tensor '{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}, and the place "
+                f"Tensor '{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}, and the room "
                 f"for it is {self.specs[name]}."
             )
 
@@ -195,7 +195,7 @@ def _reserve(descriptor: int, size: int) -> None:
         os.truncate(descriptor, size)
 
 
-def _write_at(descriptor: int, raw: memoryview, place: int) -> None:
+def _write_at(descriptor: int, raw: memoryview, offset: int) -> None:
     while raw:
-        n = os.pwrite(descriptor, raw, place)
-        raw, place = raw[n:], place + n
+        n = os.pwrite(descriptor, raw, offset)
+        raw, offset = raw[n:], offset + n

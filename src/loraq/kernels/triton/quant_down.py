@@ -56,12 +56,12 @@ def quant_down_kernel(
     """X (tokens, in), proj_down (rank, in) -> codes (tokens, in), scale (tokens), inner."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, RANK)
-    place = rows.to(tl.int64)[:, None] * n_in
+    row_start = rows.to(tl.int64)[:, None] * n_in
     largest = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, n_in, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         there = (rows < n_tokens)[:, None] & (k < n_in)[None, :]
-        x = tl.load(x_ptr + place + k[None, :], there, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + row_start + k[None, :], there, 0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
     token_scale = _mx_scale(largest)
     inverse = _inverse(token_scale)
@@ -69,13 +69,13 @@ def quant_down_kernel(
     for start in range(0, n_in, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         there = (rows < n_tokens)[:, None] & (k < n_in)[None, :]
-        x = tl.load(x_ptr + place + k[None, :], there, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + row_start + k[None, :], there, 0.0).to(tl.float32)
         blocks = tl.reshape(x, (BLOCK_M, BLOCK_K // 32, 32))
         scale = _mx_scale(tl.max(tl.abs(blocks), 2))
         values = _round_e4m3(blocks * _inverse(scale)[:, :, None]) * scale[:, :, None]
         values = tl.reshape(values, (BLOCK_M, BLOCK_K))
         tl.store(
-            codes_ptr + place + k[None, :], (values * inverse[:, None]).to(tl.float8e4nv), there
+            codes_ptr + row_start + k[None, :], (values * inverse[:, None]).to(tl.float8e4nv), there
         )
         if HAS_BRANCH:
             down = tl.load(
