@@ -6,10 +6,10 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 #: Modules whose annotations are checked at every call in the tests: those of the mathematics that
-#: state shapes. Not the layers and what they run (packed, transforms, kernels): torch.compile traces them,
-#: and the check breaks the graph. Not what has to do with files and processes, whose protocols and
-#: postponed imports cannot be checked at run time. And not the formats, where no shape is written
-#: and the check doubled the time of tests/methods.
+#: state shapes. Not the layers and what they run (packed, transforms, kernels): torch.compile
+#: traces them, and the check breaks the graph. Not what has to do with files and processes, whose
+#: protocols and postponed imports cannot be checked at run time. And not the formats, where no
+#: shape is written and the check is dear.
 CHECKED = [
     "loraq.linalg",
     "loraq.stats",
