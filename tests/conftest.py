@@ -3,8 +3,26 @@
 import pytest
 import torch
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
-from loraq.kernels.int8_matrix import saturates
+#: Modules whose annotations are checked at every call in the tests: those of the mathematics that
+#: state shapes. Not the layers and what they run (packed, transforms, kernels): torch.compile
+#: traces them, and the check breaks the graph. Not what has to do with files and processes, whose
+#: protocols and postponed imports cannot be checked at run time. And not the formats, where no
+#: shape is written and the check is dear.
+CHECKED = [
+    "loraq.linalg",
+    "loraq.stats",
+    "loraq.methods.base",
+    "loraq.methods.feedback",
+    "loraq.methods.inputs",
+    "loraq.methods.prediction",
+    "loraq.methods.qera",
+]
+# Before anything of loraq is imported.
+install_import_hook(CHECKED, "beartype.beartype")
+
+from loraq.kernels.int8_matrix import saturates  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from small.pixart import small_pixart
 from torch import nn
 
 import loraq
@@ -70,22 +71,8 @@ def fails(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with a small float transformer, a pipeline around it, and what `quantize` made of both."""
-    from loraq.integrations.diffusers import _quiet_diffusers
-
     place = tmp_path_factory.mktemp("place")
-    with _quiet_diffusers() as diffusers:
-        torch.manual_seed(0)
-        model = diffusers.PixArtTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            cross_attention_dim=32,
-            num_layers=1,
-            sample_size=4,
-            in_channels=1,
-            out_channels=1,
-            caption_channels=16,
-            use_additional_conditions=False,
-        )
+    model = small_pixart(torch.float32, num_layers=1)
     model.save_pretrained(place / "float")
     model.save_pretrained(place / "pipeline" / "transformer")
     (place / "pipeline" / "model_index.json").write_text("{}")

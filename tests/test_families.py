@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small.pixart import PIXART, SANA
 from torch import nn
 
 from loraq.families import families, family_rules
@@ -82,13 +83,7 @@ def test_of_pixart_sigma_xl_the_same_224_layers_are_quantized_as_by_svdquant(dif
 def test_the_layers_of_a_small_pixart_that_stay(diffusers):
     model = on_meta(
         diffusers.PixArtTransformer2DModel,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        cross_attention_dim=64,
-        num_layers=1,
-        sample_size=64,
-        use_additional_conditions=True,
-        caption_channels=32,
+        **PIXART | {"num_layers": 1, "use_additional_conditions": True},
     )
     embedders = ("timestep_embedder", "resolution_embedder", "aspect_ratio_embedder")
     assert kept_and_quantized(model)[0] == {
@@ -103,19 +98,7 @@ def test_the_layers_of_a_small_pixart_that_stay(diffusers):
 
 
 def test_the_layers_of_a_small_sana_that_stay(diffusers):
-    model = on_meta(
-        diffusers.SanaTransformer2DModel,
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=32,
-        cross_attention_dim=64,
-        caption_channels=32,
-        sample_size=8,
-    )
+    model = on_meta(diffusers.SanaTransformer2DModel, **SANA)
     kept, quantized = kept_and_quantized(model)
     assert kept == {
         "time_embed.emb.timestep_embedder.linear_1": "embedding",

@@ -1,6 +1,6 @@
 """`QuantizedLinear`, `QuantizedConv1x1`: layers that hold packed bytes and run their scheme."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -183,7 +183,7 @@ class QuantizedLinear(nn.Module):
 
     # The operands follow from the parameters: whatever may change those drops them.
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+    def _apply(self, *args: Any, **kwargs: Any) -> "QuantizedLinear":
         self._prepared = None
         return super()._apply(*args, **kwargs)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small.pixart import small_pixart, velocity
 from torch import nn
 
 import loraq
@@ -457,33 +458,8 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 @pytest.fixture(scope="module")
 def pixart():
     pytest.importorskip("diffusers")
-    from loraq.integrations.diffusers import _quiet_diffusers
-
-    with _quiet_diffusers() as diffusers:
-        torch.manual_seed(0)
-        model = diffusers.PixArtTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            cross_attention_dim=32,
-            num_layers=1,
-            sample_size=4,
-            in_channels=1,
-            out_channels=1,
-            caption_channels=16,
-            use_additional_conditions=False,
-        )
-    return quantized("mxfp4+w8a8-r8", model.eval(), rules=())
-
-
-def velocity(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(
-            torch.linspace(-1, 1, 32).view(2, 1, 4, 4),
-            encoder_hidden_states=torch.linspace(-1, 1, 96).view(2, 3, 16),
-            timestep=torch.tensor([10.0, 500.0]),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0]
+    model = small_pixart(torch.float32, num_layers=1)
+    return quantized("mxfp4+w8a8-r8", model, rules=())
 
 
 @pytest.mark.parametrize("shard_bytes", [2_000_000_000, 10_000])

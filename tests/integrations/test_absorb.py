@@ -10,7 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_diffusers import OTHERS, RECIPE, files_of, quantize, small_pixart, velocity
+from small.pixart import small_pixart, velocity
+from test_diffusers import OTHERS, RECIPE, files_of, quantize
 from torch import nn
 
 import loraq

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_diffusers import quantize, small_pixart, velocity
+from small.pixart import small_pixart, small_sana, velocity
+from test_diffusers import quantize
 from torch import nn
 
 import loraq
@@ -20,23 +21,6 @@ from loraq.integrations.adapters import AdaptedLinear, register_adapters  # noqa
 
 #: Quantized layers, and text-side projections that are kept in floats.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-def small_sana(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    model = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=16,
-        sample_size=8,
-    )
-    return nn.Module.to(model.eval(), dtype)
 
 
 def output(model: nn.Module) -> torch.Tensor:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small.pixart import small_pixart, velocity
 from torch import nn
 
 import loraq
@@ -18,7 +19,6 @@ from loraq.checkpoint.manifest import Manifest
 from loraq.errors import CheckpointError, LoraqError, RecipeError, SchemeError
 from loraq.integrations.checkpoints import plan_checkpoint, quantize_checkpoint
 from loraq.integrations.diffusers import (
-    _quiet_diffusers,
     empty_model,
     load_float,
     transformer_folder,
@@ -39,35 +39,6 @@ OTHERS = {
     "tokenizer/vocab.txt": "größe\r\n".encode(),
     "README.md": b"# model",
 }
-
-
-def small_pixart(dtype: torch.dtype = torch.bfloat16, **changes) -> nn.Module:
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "cross_attention_dim": 32,
-        "num_layers": 2,
-        "sample_size": 4,
-        "in_channels": 1,
-        "out_channels": 1,
-        "caption_channels": 16,
-        "use_additional_conditions": False,
-    }
-    with _quiet_diffusers() as diffusers:
-        torch.manual_seed(0)
-        return nn.Module.to(diffusers.PixArtTransformer2DModel(**(config | changes)).eval(), dtype)
-
-
-def velocity(model: nn.Module) -> torch.Tensor:
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    with torch.no_grad():
-        return model(
-            torch.linspace(-1, 1, 32).view(2, 1, 4, 4).to(dtype),
-            encoder_hidden_states=torch.linspace(-1, 1, 96).view(2, 3, 16).to(dtype),
-            timestep=torch.tensor([10.0, 500.0]),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0]
 
 
 def quantize(source: Path, target: Path, recipe: Recipe = RECIPE, **options):

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small.pixart import small_pixart, velocity
 from test_diffusers import (
     RECIPE,
     edit_json,
     edit_weights,
     files_of,
     quantize,
-    small_pixart,
-    velocity,
 )
 
 import loraq

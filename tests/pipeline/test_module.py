@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small.pixart import small_pixart
 from torch import Tensor, nn
 
 from benchmarks.worlds.matrices import dit_like, gaussian
@@ -158,30 +159,11 @@ def test_weights_of_any_float_dtype(dtype):
     )
 
 
-@pytest.fixture(scope="module")
-def pixart() -> type[nn.Module]:
+def test_a_pixart_transformer_is_quantized_and_runs():
     pytest.importorskip("diffusers")
-    from loraq.integrations.diffusers import _quiet_diffusers
-
-    with _quiet_diffusers() as diffusers:
-        return diffusers.PixArtTransformer2DModel
-
-
-def test_a_pixart_transformer_is_quantized_and_runs(pixart):
-    torch.manual_seed(0)
-    size = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "cross_attention_dim": 32,
-        "num_layers": 2,
-    }
-    model = pixart(
-        **size,
-        sample_size=8,
-        caption_channels=24,
-        use_additional_conditions=False,
-        norm_num_groups=4,
-    ).eval()
+    model = small_pixart(
+        torch.float32, sample_size=8, in_channels=4, out_channels=8, caption_channels=24
+    )
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": torch.randn(2, 3, 24),

@@ -87,7 +87,7 @@ class Method(ABC):
 
     def solve(
         self,
-        weight: Float[Tensor, "out in"],
+        weight: Tensor,
         scheme: Scheme,
         *,
         seed: int = 0,
