@@ -1,4 +1,4 @@
-"""Train the digits world that ships with the package: can a diffusion transformer learn digits in minutes on a CPU?
+"""Train the digits world that ships with the package, in minutes on a CPU.
 
     python experiments/train_digits.py
 
@@ -65,7 +65,7 @@ def say(line: str) -> None:
 
 
 def write_class_tokens(seed: int, folder: Path) -> None:
-    """Draw the caption tokens, 4 of 64 channels for each class and the empty caption, each of unit variance."""
+    """Draw the caption tokens, 4 of 64 channels for each class and the empty caption."""
     tokens = torch.randn(
         digits.NULL_LABEL + 1, 4, 64, generator=torch.Generator().manual_seed(seed)
     )
@@ -98,7 +98,7 @@ def train_judge(images: Tensor, labels: Tensor, *, steps: int = 1500) -> digits.
 
 
 def build_transformer(config: dict[str, object]) -> nn.Module:
-    """Build the transformer and let every residual branch start at zero, which diffusers does not do."""
+    """Build the transformer, every residual branch zero at first, unlike in diffusers."""
     from diffusers import PixArtTransformer2DModel
 
     transformer = PixArtTransformer2DModel(**config)
@@ -113,7 +113,7 @@ def build_transformer(config: dict[str, object]) -> nn.Module:
 def train_transformer(
     images: Tensor, labels: Tensor, args: argparse.Namespace
 ) -> tuple[nn.Module, float]:
-    """Train the rectified flow and return the averaged weights with the mean loss of the last 100 steps."""
+    """Train the rectified flow; return averaged weights, and the loss of the last 100 steps."""
     model = build_transformer(TRANSFORMER).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -153,7 +153,7 @@ def train_transformer(
 
 
 def nearest_distance(images: Tensor, others: Tensor) -> float:
-    """Return the median distance of an image to its nearest other image: memorized samples would give about 0."""
+    """Return the median distance of an image to its nearest other: 0 for memorized samples."""
     distances = torch.cdist(images.flatten(1), others.flatten(1))
     return distances.masked_fill(distances < 1e-4, math.inf).min(dim=1).values.median().item()
 

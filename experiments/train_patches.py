@@ -1,4 +1,4 @@
-"""Train the patches world of `benchmarks/worlds/patches.py`: a larger test-bed than the digits, on real photographs.
+"""Train the patches world of `benchmarks/worlds/patches.py`, on real photographs.
 
     PYTHONPATH=. python experiments/train_patches.py
 
@@ -56,7 +56,7 @@ WARMUP_STEPS = 100
 
 
 class Training:
-    """The state of a training run: weights, their average, the optimizer and the number of finished steps."""
+    """The state of a training run: weights, their average, the optimizer, finished steps."""
 
     def __init__(self, settings: dict[str, float]) -> None:
         torch.manual_seed(int(settings["seed"]))
@@ -102,8 +102,7 @@ class Training:
             if json.loads(metadata["settings"]) != self.settings:
                 raise SystemExit(
                     f"'{file}' is a checkpoint of {metadata['settings']}, not of "
-                    f"{json.dumps(self.settings)}. "
-                    "Give the same settings, or another --out."
+                    f"{json.dumps(self.settings)}. Give the same settings, or another --out."
                 )
             for name, tensor in self.tensors().items():
                 tensor.copy_(stored.get_tensor(name))
@@ -165,7 +164,7 @@ class Training:
 
 
 def write_assets(model: nn.Module) -> None:
-    """Write the averaged weights in bf16, compressed without loss: every second byte is an exponent and compresses."""
+    """Write the averaged weights in bf16, compressed without loss: exponents compress well."""
     tensors = {name: tensor.bfloat16().contiguous() for name, tensor in model.named_parameters()}
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 1, "pb": 1}]
     patches.ASSETS.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ def write_assets(model: nn.Module) -> None:
 
 @torch.no_grad()
 def measure() -> dict[str, float]:
-    """Return the held-out loss, and how far activations stand out, here and in the digits transformer."""
+    """Return the held-out loss, and how far activations stand out, here and in the digits."""
     model = patches.load_transformer(torch.float32)
     generator = torch.Generator().manual_seed(1)
     images, labels = patches.cut_patches(patches.photographs(heldout=True), 512, generator)
@@ -196,7 +195,7 @@ def measure() -> dict[str, float]:
 
 
 def outliers(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[str, float]:
-    """Return medians and maxima over the linear layers of the blocks: how heavy the tails of their inputs are."""
+    """Return how heavy the tails of the layers' inputs are: medians and maxima over layers."""
     found: dict[str, list[float]] = {
         "largest value / rms": [],
         "largest channel rms / median": [],

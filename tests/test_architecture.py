@@ -1,4 +1,6 @@
-"""The rules of the house that a machine can check: who imports whom, how long a file is, what it is called."""
+"""The rules of the house that a machine can check: who imports
+whom, how long a file is, what it is called.
+"""
 
 import ast
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +69,9 @@ def part_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of everything that is imported anywhere in a file; `from a import b` gives both a and a.b."""
+    """Dotted names of everything that is imported anywhere in a file; `from a import b` gives
+    both a and a.b.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

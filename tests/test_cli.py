@@ -1,4 +1,6 @@
-"""The command line: every command succeeds, fails with one message, and prints one JSON document when asked to."""
+"""The command line: every command succeeds, fails with one message, and prints one JSON document
+when asked to.
+"""
 
 import json
 import subprocess
@@ -70,7 +72,9 @@ def fails(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a small float transformer, a pipeline around it, and what `quantize` made of both."""
+    """A folder with a small float transformer, a pipeline around
+    it, and what `quantize` made of both.
+    """
     place = tmp_path_factory.mktemp("place")
     model = small_pixart(torch.float32, num_layers=1)
     model.save_pretrained(place / "float")
@@ -110,7 +114,8 @@ import sys
 from loraq.cli import main
 for arguments in (["--help"], *([name, "--help"] for name in main.commands)):
     main(arguments, standalone_mode=False)
-heavy = {"torch", "numpy", "safetensors", "diffusers", "transformers", "matplotlib", "sklearn", "rich"}
+heavy = {"torch", "numpy", "safetensors", "diffusers", "transformers", "matplotlib"}
+heavy |= {"sklearn", "rich"}
 sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
 """
 

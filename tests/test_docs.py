@@ -44,7 +44,9 @@ _CODE = re.compile(r"`([^`\n]+)`")
 
 
 def on_every_page(judge: Callable[[Path], object]) -> Callable[[], None]:
-    """Make one test of a function that returns what is wrong with a page; it lists all offenders."""
+    """Make one test of a function that returns what is wrong
+    with a page; it lists all offenders.
+    """
 
     @wraps(judge)
     def test() -> None:
@@ -68,7 +70,9 @@ def inline_code(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words after `loraq` wherever a command is shown, in a block of its own or inside a sentence."""
+    """The words after `loraq` wherever a command is shown, in a
+    block of its own or inside a sentence.
+    """
     lines = [line for _, body in _FENCE.findall(text) for line in body.splitlines()]
     lines = [
         line.split(" #")[0].strip().removeprefix("$ ").removeprefix(".venv/bin/") for line in lines

@@ -1,4 +1,6 @@
-"""The studies of the paper's models run from end to end on pipelines of their classes that are built here."""
+"""The studies of the paper's models run from end to end on
+pipelines of their classes that are built here.
+"""
 
 import importlib
 import json

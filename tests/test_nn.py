@@ -1,4 +1,6 @@
-"""`QuantizedLinear` and `QuantizedConv1x1`: the equation, what is accepted, and that nothing changes packed bytes."""
+"""`QuantizedLinear` and `QuantizedConv1x1`: the equation, what is accepted, and that nothing
+changes packed bytes.
+"""
 
 import copy
 import shutil

@@ -1,4 +1,6 @@
-"""The tables of the quality benchmark: every row can be planned, and the ways to share fit a budget."""
+"""The tables of the quality benchmark: every row can be
+planned, and the ways to share fit a budget.
+"""
 
 from dataclasses import replace
 from functools import partial

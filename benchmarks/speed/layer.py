@@ -183,9 +183,8 @@ def show(n_tokens: int, rows: list[dict[str, object]]) -> None:
         cost = row.get("branch_cost")
         branch = "" if cost is None else f"{100 * cost:+.1f} %"
         print(
-            f"  "
-            f"{row['contender']:16}{row['ms']:9.2f}{quartiles:>18}{row['times_bf16']:9.2f}"
-            f"{error:>10}{branch:>9}"
+            "  "
+            f"{row['contender']:16}{row['ms']:9.2f}{quartiles:>18}{row['times_bf16']:9.2f}{error:>10}{branch:>9}"
         )
 
 

@@ -58,7 +58,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     print(
         f"{'shape':12}{'scheme':15}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}{'ends s':>8}   "
-        f"where"
+        "where"
     )
     for shape, complete in SHAPES.items():
         if chosen.quick and not complete:
@@ -195,8 +195,10 @@ def show(row: dict) -> None:
     first, second = (1e3 * seconds for seconds in row["seconds_per_step"])
     shape = "×".join(map(str, row["shape"]))
     print(
-        f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}{'*' if row['extrapolated'] else ' '}"
-        f"{first:11.1f}{second:11.1f}{row['seconds_of_ends']:8.2f}   {shares} ({top})",
+        f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}"
+        f"{'*' if row['extrapolated'] else ' '}{first:11.1f}{second:11.1f}"
+        f"{row['seconds_of_ends']:8.2f} "
+        f"  {shares} ({top})",
         flush=True,
     )
 

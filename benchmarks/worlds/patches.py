@@ -129,7 +129,7 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     if not file.exists():
         raise LoraqError(
             f"The trained weights '{file}' are missing. Make them with "
-            f"`experiments/train_patches.py`."
+            "`experiments/train_patches.py`."
         )
     model = PixArtTransformer2DModel(**json.loads((ASSETS / "config.json").read_text()))
     model.load_state_dict(load(lzma.decompress(file.read_bytes())))

@@ -159,7 +159,7 @@ def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):
         ("deep/stats.safetensors", "the file exists"),
         ("deep/stats", r"ends with '\.safetensors'"),
         ("folder.safetensors", "a folder of this name exists"),
-        ("file/stats.safetensors", "is not a folder that can be written"),
+        ("file/stats.safetensors", "is not a writable folder"),
     ],
 )
 def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):

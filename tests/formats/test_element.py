@@ -84,7 +84,9 @@ GFLOAT = {
 
 
 def difficult_values(element: ElementFormat) -> torch.Tensor:
-    """Where rounding can go wrong: grid, midpoints, neighbours, under- and overflow, random bits."""
+    """Where rounding can go wrong: grid, midpoints, neighbours,
+    under- and overflow, random bits.
+    """
     grid = np.unique(decode_ndarray(GFLOAT[element.name], np.arange(2**element.bits)))
     grid = grid[np.isfinite(grid)]
     midpoints = (grid[1:] + grid[:-1]) / 2

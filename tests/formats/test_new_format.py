@@ -1,4 +1,6 @@
-"""A new format is one entry of `FORMATS`: names of recipes, scale rules and solvers follow from it."""
+"""A new format is one entry of `FORMATS`: names of recipes,
+scale rules and solvers follow from it.
+"""
 
 import re
 from dataclasses import replace

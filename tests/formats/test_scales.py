@@ -316,8 +316,8 @@ def test_fitted_comes_close_to_search_and_is_not_worse_than_the_direct_rule(name
     ("name", "gain"), [("int4", 0.96), ("mxint4", 0.94), ("mxfp4", 0.98), ("nvfp4", 0.90)]
 )
 def test_fitted_and_search_are_worth_their_time_at_four_bits(name, gain):
-    # Measured on 1152 x 1152 by `benchmarks/quality/scale_rules.py`; the factors here leave a margin of a
-    # few per mille.
+    # Measured on 1152 x 1152 by `benchmarks/quality/scale_rules.py`; the factors here leave
+    # a margin of a few per mille.
     x = MATRICES["gaussian"]
     direct = relative_error(x, name, get_format(name).default_rule)
     assert relative_error(x, name, "fitted") <= gain * direct

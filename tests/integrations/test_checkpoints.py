@@ -1,4 +1,6 @@
-"""Everything a source may be: sharded folders, pipelines, single files in either layout, the hub; and bad ones."""
+"""Everything a source may be: sharded folders, pipelines, single files in either layout, the
+hub; and bad ones.
+"""
 
 import json
 import os
@@ -58,8 +60,8 @@ def written(tmp_path_factory) -> Path:
     with _quiet_diffusers() as diffusers:
         torch.manual_seed(0)
         model = diffusers.ZImageTransformer2DModel(
-            dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, in_channels=4, cap_feat_dim=32,
-            axes_dims=[8, 12, 12], axes_lens=[16, 16, 16],
+            dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, in_channels=4,
+            cap_feat_dim=32, axes_dims=[8, 12, 12], axes_lens=[16, 16, 16],
         )  # fmt: skip
         nn.Module.to(model, torch.bfloat16).save_pretrained(folder)
     return folder
@@ -90,7 +92,9 @@ def pipeline(folder, tmp_path) -> Path:
 def in_original_layout(
     tensors: dict[str, torch.Tensor], prefix: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Undo what diffusers does to a Z-Image checkpoint: written from its names, not with its code."""
+    """Undo what diffusers does to a Z-Image checkpoint: written
+    from its names, not with its code.
+    """
     renamed = {}
     for name, tensor in tensors.items():
         for ours, theirs in Z_IMAGE_NAMES.items():
@@ -153,7 +157,9 @@ def test_a_file_in_the_original_layout_is_converted(folder, expected, tmp_path, 
 
 
 def test_a_flux_file_in_the_original_layout_fits_its_class(tmp_path):
-    """One block of each kind at full width, which the converter demands; the file is a hole, its numbers unread."""
+    """One block of each kind at full width, which the converter
+    demands; the file is a hole, its numbers unread.
+    """
     width, mlp = 3072, 12288
     shapes = {"img_in": (width, 64), "txt_in": (width, 4096), "final_layer.linear": (64, width)}
     shapes |= {"final_layer.adaLN_modulation.1": (2 * width, width)}
@@ -212,8 +218,8 @@ def test_splits_joins_and_slices_wait_until_they_are_read(tmp_path, monkeypatch)
         q, *_ = torch.split(checkpoint.pop("fused"), (2, 3, 1), dim=0)
         row = checkpoint.pop("row")
         assert row.shape == (1, 4)
-        return {"swapped": torch.cat([scale, shift], dim=0), "q": torch.cat([q]), "row": row[0], "t": row.T,
-                "wide": row.unsqueeze(0).to(torch.float64), "none": None}  # fmt: skip
+        return {"swapped": torch.cat([scale, shift], dim=0), "q": torch.cat([q]), "row": row[0],
+                "t": row.T, "wide": row.unsqueeze(0).to(torch.float64), "none": None}  # fmt: skip
 
     tensors = {
         "mod": torch.arange(8.0).view(4, 2),

@@ -1,4 +1,6 @@
-"""Folders of diffusers: a transformer's and a pipeline's, from float to quantized, and everything that is refused."""
+"""Folders of diffusers: a transformer's and a pipeline's, from float to quantized, and
+everything that is refused.
+"""
 
 import copy
 import json
@@ -31,7 +33,8 @@ pytest.importorskip("diffusers")
 RECIPE = replace(Recipe.named("mxfp4+w8a8-r8"), method="lqer")
 #: Files of the other components, some of them in deeper folders.
 OTHERS = {
-    "model_index.json": b'{"_class_name": "PixArtSigmaPipeline", "transformer": ["diffusers", "PixArt"]}',
+    "model_index.json": b'{"_class_name": "PixArtSigmaPipeline",'
+    b' "transformer": ["diffusers", "PixArt"]}',
     "scheduler/scheduler_config.json": b'{"steps": 20}\n',
     "vae/config.json": b"{}",
     "vae/diffusion_pytorch_model.safetensors": bytes(range(256)),
@@ -369,7 +372,7 @@ def test_a_target_that_cannot_be_made(no_work, source, tmp_path):
 def test_a_disk_without_space(no_work, request, tmp_path, monkeypatch, place):
     folder = request.getfixturevalue(place)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    match = r"has 0\.00 GB free and about \d+\.\d\d GB are needed\. Free space, or choose another target"
+    match = r"has 0\.00 GB free and about \d+\.\d\d GB are needed\. Free space, or choose another"
     refused(folder, tmp_path / "deep" / "out", match)
 
 

@@ -1,4 +1,6 @@
-"""Real processes and real kills: the command goes on where it was, and the bytes are those of a run left alone."""
+"""Real processes and real kills: the command goes on where it was, and the bytes are those of a
+run left alone.
+"""
 
 import json
 import os
@@ -28,7 +30,9 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A source whose layers take a noticeable time each, and what an uninterrupted run makes of it."""
+    """A source whose layers take a noticeable time each, and
+    what an uninterrupted run makes of it.
+    """
     place = tmp_path_factory.mktemp("kills")
     rng = torch.Generator().manual_seed(0)
     weights = {

@@ -1,4 +1,6 @@
-"""A pipeline draws its own samples: from noise to a file of statistics to a quantized pipeline; and what is refused."""
+"""A pipeline draws its own samples: from noise to a file of statistics to a quantized pipeline;
+and what is refused.
+"""
 
 import json
 import shutil

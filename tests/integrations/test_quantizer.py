@@ -1,4 +1,6 @@
-"""After `import loraq.diffusers`, diffusers' own `from_pretrained` and `save_pretrained` serve quantized models."""
+"""After `import loraq.diffusers`, diffusers' own `from_pretrained`
+and `save_pretrained` serve quantized models.
+"""
 
 import copy
 import json
@@ -177,9 +179,8 @@ def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder
         loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig(other))
     assert [str(warning.message) for warning in caught] == [
         f"'{folder}' is quantized already and loads as it is stored: LoraqConfig with "
-        f"seed={RECIPE.seed}. The "
-        "`quantization_config` that was passed is not used: LoraqConfig with seed=5. To quantize "
-        "with it, start from the float weights."
+        f"seed={RECIPE.seed}. The `quantization_config` that was passed is not used: LoraqConfig "
+        "with seed=5. To quantize with it, start from the float weights."
     ]
     assert same(loaded, loraq.load(folder))
     assert loaded.config.quantization_config.recipe == RECIPE
@@ -368,7 +369,8 @@ def test_without_loraq_nothing_is_loaded(folder):
 
 
 def test_importing_loraq_alone_leaves_diffusers_as_it_is():
-    program = "import loraq, sys\nloraq.quantize_weight, loraq.save\nassert 'diffusers' not in sys.modules\n"
+    program = "import loraq, sys\nloraq.quantize_weight, loraq.save\n"
+    program += "assert 'diffusers' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -1,4 +1,5 @@
-"""Compile every Triton kernel ahead of time for GPUs that are not here; print what came out, as JSON.
+"""Compile every Triton kernel ahead of time for GPUs that are
+not here; print what came out, as JSON.
 
 A program of its own, because the tests of numbers run the same kernels in Triton's interpreter, and
 a process can only do one of the two. Registers and local memory are read by the tools inside the

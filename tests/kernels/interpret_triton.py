@@ -1,4 +1,5 @@
-"""Run every Triton kernel in Triton's interpreter on a CPU, and print how far it is from the reference, as JSON.
+"""Run every Triton kernel in Triton's interpreter on a CPU, and print how far it is from the
+reference, as JSON.
 
 A program of its own: see `compile_triton.py`. It must be started with TRITON_INTERPRET=1.
 """
@@ -128,7 +129,9 @@ def layer(name: str, n_tokens: int) -> float:
 
 
 def compiled(name: str) -> float:
-    """Largest difference between the compiled layer and the layer; two graphs must do for any number of tokens."""
+    """Largest difference between the compiled layer and the layer; two graphs must do for any
+    number of tokens.
+    """
     made, counter = layer_of(name), CompileCounterWithBackend("aot_eager")
     made.prepare(torch.float32)
     run = torch.compile(made, backend=counter, fullgraph=True)

@@ -1,4 +1,6 @@
-"""Every back end under `torch.compile`, one graph that is not made anew needlessly; and in a CUDA graph."""
+"""Every back end under `torch.compile`, one graph that is not
+made anew needlessly; and in a CUDA graph.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,6 @@
-"""`int8_row`: its codes are those of the format, its sums are exact, and it refuses what it cannot keep."""
+"""`int8_row`: its codes are those of the format, its sums are
+exact, and it refuses what it cannot keep.
+"""
 
 import copy
 import logging

@@ -1,4 +1,6 @@
-"""The Triton kernels without a GPU: numbers from the interpreter, instructions from compiling ahead of time."""
+"""The Triton kernels without a GPU: numbers from the interpreter, instructions from compiling
+ahead of time.
+"""
 
 import json
 import os

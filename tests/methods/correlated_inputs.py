@@ -8,7 +8,9 @@ from loraq.stats import ActivationStats
 
 
 def correlated(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Inputs with a decaying spectrum, a mean that is not zero, and channels of different power, as in transformers."""
+    """Inputs with a decaying spectrum, a mean that is not zero, and channels of different power,
+    as in transformers.
+    """
     mixing = gaussian(width, width, seed + 1) * torch.arange(1, width + 1)[:, None] ** -0.7
     x = gaussian(tokens, width, seed) @ mixing + gaussian(1, width, seed + 2)
     return x * torch.exp(0.7 * gaussian(1, width, seed + 3))

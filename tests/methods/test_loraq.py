@@ -60,7 +60,9 @@ SETTINGS = {
 
 
 def objective(solution: LayerSolution) -> float:
-    """J of a solution for a weight of norm 1, from what is stored: the main rounding error is the whole error."""
+    """J of a solution for a weight of norm 1, from what is stored: the main rounding error is
+    the whole error.
+    """
     assert solution.packed.branch is not None
     scheme = solution.packed.scheme
     assert scheme.branch is not None

@@ -1,4 +1,6 @@
-"""LoRaQ with statistics: less output error, an objective that is the output error, and nothing new for white inputs."""
+"""LoRaQ with statistics: less output error, an objective that is the output error, and nothing
+new for white inputs.
+"""
 
 from dataclasses import replace
 

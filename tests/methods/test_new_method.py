@@ -1,4 +1,5 @@
-"""A new method is one class: recipes, plans, budgets and the command line learn of it by `register`.
+"""A new method is one class: recipes, plans, budgets and the
+command line learn of it by `register`.
 
 The toy scales the weight before it rounds, which is no good; it touches nothing but this file.
 """

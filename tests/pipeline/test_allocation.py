@@ -1,4 +1,6 @@
-"""Greedy choice by marginal gain: never above the budget, and as good as trying everything where that can be tried."""
+"""Greedy choice by marginal gain: never above the budget, and as good as trying everything where
+that can be tried.
+"""
 
 from itertools import product
 
@@ -56,7 +58,9 @@ def test_nothing_that_stores_as_much_is_better(layers, extra):
     st.integers(0, 16),
 )
 def test_it_is_the_best_where_steps_are_alike_and_gains_fall(gains, extra):
-    """With convex losses and steps of one size, taking the largest gain next is optimal: brute force agrees."""
+    """With convex losses and steps of one size, taking the largest
+    gain next is optimal: brute force agrees.
+    """
     layers = []
     for falling in (sorted(gain, reverse=True) for gain in gains):
         losses = [sum(falling[rank:]) for rank in range(len(falling) + 1)]

@@ -1,4 +1,6 @@
-"""Streaming without diffusers: the bytes that `quantize_` and `save` give, resumed runs, and disks that refuse."""
+"""Streaming without diffusers: the bytes that `quantize_` and `save` give, resumed runs, and
+disks that refuse.
+"""
 
 import math
 import os
@@ -297,7 +299,8 @@ def test_a_limit_on_the_size_of_files_in_the_middle(source, expected, tmp_path):
             CheckpointError, match=r"Cannot write '.*out': .*File too large.* of 4 layers are kept"
         ):
             quantize(source, tmp_path / "out",
-                     progress=At(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (place, hard))))  # fmt: skip
+                     progress=At(1, lambda: resource.setrlimit(
+                         resource.RLIMIT_FSIZE, (place, hard))))  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "out").exists()

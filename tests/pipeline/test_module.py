@@ -1,4 +1,6 @@
-"""`quantize_weight` and `quantize_`: the same bytes whoever does the work, and nothing lost on a bad day."""
+"""`quantize_weight` and `quantize_`: the same bytes whoever does
+the work, and nothing lost on a bad day.
+"""
 
 import copy
 import hashlib

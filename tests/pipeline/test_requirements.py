@@ -1,4 +1,6 @@
-"""Statistics beside a plan: who uses them, what is refused before any work, the same bytes from memory and files."""
+"""Statistics beside a plan: who uses them, what is refused before any work, the same bytes from
+memory and files.
+"""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""One budget for all layers, in memory and from files: the same plan everywhere, and never a byte more."""
+"""One budget for all layers, in memory and from files: the same
+plan everywhere, and never a byte more.
+"""
 
 import copy
 from dataclasses import replace
@@ -77,7 +79,9 @@ def test_the_layers_store_no_more_than_they_would_alone(method, budget):
 
 
 def test_the_summed_squared_error_falls():
-    """LQER is the truncated SVD of the rounding error: its prediction is all but exact, so this must hold."""
+    """LQER is the truncated SVD of the rounding error: its
+    prediction is all but exact, so this must hold.
+    """
     total = {}
     for recipe in (UNIFORM, GREEDY):
         model = net()

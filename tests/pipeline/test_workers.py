@@ -1,4 +1,6 @@
-"""Jobs in this process and in several: results, errors with names, killed workers, and parents that go away."""
+"""Jobs in this process and in several: results, errors with names, killed workers, and parents
+that go away.
+"""
 
 import os
 import signal

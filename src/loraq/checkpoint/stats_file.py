@@ -103,7 +103,7 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(
-            f"Cannot write '{path}': '{parent}' is not a folder that can be written. Choose another."
+            f"Cannot write '{path}': '{parent}' is not a writable folder. Choose another."
         )
     needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(parent).free
     left = _name_partial(path).stat().st_size if _name_partial(path).is_file() else 0

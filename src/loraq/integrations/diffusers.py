@@ -63,7 +63,7 @@ def empty_model(folder: Path) -> nn.Module:
 
 
 def model_of(config: dict[str, Any], config_file: Path) -> nn.Module:
-    """Return the model that a configuration, read from `config_file`, describes; see `empty_model`."""
+    """Return the model of a configuration that was read from `config_file`; see `empty_model`."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     with _quiet_diffusers() as diffusers:
         from accelerate import init_empty_weights

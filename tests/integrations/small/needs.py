@@ -1,4 +1,6 @@
-"""What one class needs besides the general rules of `models`: the form of the entries, and what they share."""
+"""What one class needs besides the general rules of `models`: the
+form of the entries, and what they share.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
