@@ -239,7 +239,7 @@ def test_quantize_writes_files_of_the_size_that_is_asked_for(place, tmp_path):
 def test_a_size_that_is_none_is_wrong_usage(place, tmp_path, size):
     result = run("quantize", place / "float", tmp_path / "out", "--shard-size", size)
     assert result.exit_code == 2
-    assert "is no size. Write a number and a unit, such as 2GB or 500MB" in result.stderr
+    assert "is not a size. Write a number and a unit, such as 2GB or 500MB" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_two_runs_cannot_make_the_same_file(path):
 
 def test_a_layer_that_was_not_announced_is_refused_and_nothing_is_left(tmp_path):
     with (
-        pytest.raises(CheckpointError, match="the place for it is"),
+        pytest.raises(CheckpointError, match="the room for it is"),
         stats_file(tmp_path / "s.safetensors", {"a": (4, 4)}) as write,
     ):
         write("a", full(8))

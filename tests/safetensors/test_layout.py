@@ -115,7 +115,7 @@ def test_a_tensor_that_does_not_fit_its_place_is_refused(tmp_path):
     layout = ShardLayout.of({"a": TensorSpec("F32", (2,))}, "model")
     layout.allocate(tmp_path)
     for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.float16)):
-        with pytest.raises(CheckpointError, match=r"Tensor 'a' is .*, and the place for it is"):
+        with pytest.raises(CheckpointError, match=r"Tensor 'a' is .*, and the room for it is"):
             layout.write(tmp_path, {"a": wrong})
     with pytest.raises(CheckpointError, match="meta device: they hold no numbers"):
         layout.write(tmp_path, {"a": torch.zeros(2, device="meta")})
