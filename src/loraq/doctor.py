@@ -17,6 +17,7 @@ from loraq.formats import FORMATS
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, asked_backend
 from loraq.kernels.base import Backend
 from loraq.kernels.dispatch import candidates
+from loraq.linalg import relative_error
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
@@ -172,7 +173,7 @@ def _try_backend(
     scheme = packed.scheme
     operands = backend.prepare(packed, x.dtype)
     y = backend.linear(x, operands, scheme, None).double()
-    error = (torch.linalg.vector_norm(y - expected) / torch.linalg.vector_norm(expected)).item()
+    error = relative_error(expected, y)
     ours, plain = [], []
     for _ in range(3):  # in turn, so that both see the same machine
         plain.append(_seconds(lambda: linear(x, dense)))

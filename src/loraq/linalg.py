@@ -80,6 +80,11 @@ def frobenius(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
 
 
+def relative_error(exact: Tensor, approximation: Tensor) -> float:
+    """Return ‖exact − approximation‖_F / ‖exact‖_F; the absolute error if `exact` is zero."""
+    return frobenius(exact - approximation).item() / (frobenius(exact).item() or 1.0)
+
+
 def energy(matrix: Tensor) -> Tensor:
     """Return the squared Frobenius norm in double precision.
 

@@ -1,4 +1,4 @@
-"""Damaged, foreign and mismatched folders, and disks that refuse: one clear error, and nothing half done."""
+"""Damaged, foreign and mismatched folders, and disks that refuse: one clear error each."""
 
 import copy
 import errno
@@ -96,7 +96,7 @@ def edit_weights(path: Path, change: Callable[[dict], None]) -> None:
 
 
 def relist(folder: Path) -> None:
-    """Make the manifest agree with the files that are there, as somebody who edits a folder on purpose would."""
+    """Make the manifest agree with the files, as somebody who edits a folder on purpose would."""
 
     def change(content: dict) -> None:
         content["files"] = {

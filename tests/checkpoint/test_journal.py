@@ -87,10 +87,13 @@ def test_other_settings_are_refused_and_named(tmp_path):
         begin(tmp_path / "out", error=Cut())
     other = {"recipe": {"seed": 7, "method": "loraq"}, "versions": {"loraq": "1"}}
     with (
-        pytest.raises(CheckpointError, match=r"2 of 4 layers of a run with other settings\. Changed: recipe \(seed: 0 "
-                      r"then, 7 now\)\. Use the old settings to go on, `--restart` to begin anew") as raised,
+        pytest.raises(
+            CheckpointError,
+            match=r"2 of 4 layers of a run with other settings\. Changed: recipe \(seed: 0 then, "
+            r"7 now\)\. Use the old settings to go on, `--restart` to begin anew",
+        ) as raised,
         resumable_folder(tmp_path / "out", other, 4),
-    ):  # fmt: skip
+    ):
         raise AssertionError
     assert "method" not in str(raised.value)
     assert "run the same command" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a quantized model writes what `save` writes, and refuses what this format does not have."""
+"""`save_pretrained` of a quantized model writes what `save` writes, and refuses the rest."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import loraq
-from loraq.checkpoint.pretrained import _bytes
+from loraq.checkpoint.pretrained import _parse_size
 from loraq.errors import CheckpointError
 
 
@@ -96,4 +96,4 @@ def test_only_the_main_process_writes(model, tmp_path):
     ("size", "nbytes"), [("5GB", 5 * 10**9), ("200 MB", 2 * 10**8), ("1KiB", 1024), (77, 77)]
 )
 def test_sizes(size, nbytes):
-    assert _bytes(size) == nbytes
+    assert _parse_size(size) == nbytes

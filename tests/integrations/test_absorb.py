@@ -1,4 +1,4 @@
-"""`absorb_lora`: the touched layers become what quantizing W + ΔW gives, and nothing else changes by a byte."""
+"""`absorb_lora`: touched layers become what quantizing W + ΔW gives, all else stays as it was."""
 
 import copy
 import json

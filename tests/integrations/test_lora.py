@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import struct
 
 import pytest
@@ -11,6 +12,7 @@ from small.models import small_model
 
 from loraq.errors import CheckpointError
 from loraq.integrations.lora import Lora
+from loraq.integrations.lora_names import find_mixin
 from loraq.safetensors.reader import ShardReader
 
 A, B = torch.ones(2, 6), torch.full((4, 2), 3.0)
@@ -173,6 +175,44 @@ def test_a_hostile_lora_meets_the_parser_of_hostile_models(tmp_path, damage, mat
     assert str(lora.value) == str(model.value)
 
 
+KEY = "transformer.blocks.0.to_q"
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"alpha": torch.ones(2)}, "an alpha of shape (2,)"),
+        ({"alpha": torch.tensor(float("nan"))}, "the alpha nan"),
+        ({"lora_A.weight": torch.ones(6)}, "has factors (4, 2) and (6,)"),
+        ({"lora_B.weight": torch.ones(4)}, "has factors (4,) and (2, 6)"),
+        ({"lora_A.weight": torch.ones(0, 6), "lora_B.weight": torch.ones(4, 0)}, "(0, 6)"),
+    ],
+)
+def test_numbers_that_are_absurd(tmp_path, changed, match):
+    tensors = plain() | {f"{KEY}.{part}": tensor for part, tensor in changed.items()}
+    with pytest.raises(CheckpointError, match=re.escape(match)):
+        Lora.read(write(tmp_path / "x.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [1],
+        {"lora_alpha": "8"},
+        {"lora_alpha": float("inf")},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"to_q": None}},
+    ],
+)
+def test_options_that_are_absurd(tmp_path, options):
+    metadata = {"lora_adapter_metadata": json.dumps(options)}
+    with pytest.raises(
+        CheckpointError, match=r"The configuration of '.*x\.safetensors' is damaged"
+    ):
+        Lora.read(write(tmp_path / "x.safetensors", plain(), metadata))
+
+
 def test_a_second_adapter_of_the_same_layer_is_refused(tmp_path):
     tensors = {
         f"a.to_q.lora_{part}.{name}.weight": tensor
@@ -195,10 +235,10 @@ def flux():
 TO = "transformer_blocks.0.attn.to_"
 
 
-def joined(flux, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def joined(model, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A LoRA of q, k and v joined, rank 4 and alpha 2, and what it adds."""
     generator = torch.Generator().manual_seed(0)
-    n_out, n_in = flux.get_submodule(TO + "q").weight.shape
+    n_out, n_in = model.get_submodule(TO + "q").weight.shape
     down = torch.randn(4, n_in, generator=generator)
     up = torch.randn(3 * n_out, 4, generator=generator)
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
@@ -219,6 +259,14 @@ def test_joined_layers_of_kohya_and_comfyui_are_split(tmp_path, flux, name, dtyp
     torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5 if dtype.itemsize == 4 else 0.1)
 
 
+def test_an_alpha_may_be_a_tensor_of_one_number(tmp_path, flux):
+    tensors, delta = joined(flux, name := "lora_unet_double_blocks_0_img_attn_qkv")
+    tensors[f"{name}.alpha"] = torch.tensor([2.0])
+    adapters = Lora.read(write(tmp_path / "x.safetensors", tensors), flux).adapters
+    found = torch.cat([adapter.delta() for adapter in adapters.values()])
+    torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5)
+
+
 def test_flat_names_of_onetrainer_and_text_encoders_of_kohya(tmp_path, flux):
     n_out, n_in = flux.get_submodule(TO + "q").weight.shape
     down, up = torch.ones(2, n_in), torch.ones(n_out, 2)
@@ -234,6 +282,46 @@ def test_flat_names_of_onetrainer_and_text_encoders_of_kohya(tmp_path, flux):
     lora = Lora.read(write(tmp_path / "x.safetensors", tensors), flux)
     assert lora.others == ("lora_te1",)
     assert torch.equal(lora.adapters[TO + "q"].delta(), up @ down)
+
+
+@pytest.mark.parametrize(
+    ("model", "pipeline"),
+    [
+        ("ChromaTransformer2DModel", "ChromaPipeline"),
+        ("ChronoEditTransformer3DModel", "ChronoEditPipeline"),
+        ("Flux2Transformer2DModel", "Flux2Pipeline"),
+        ("FluxTransformer2DModel", "FluxPipeline"),
+        ("MochiTransformer3DModel", "MochiPipeline"),
+        ("QwenImageTransformer2DModel", "QwenImagePipeline"),
+        ("SD3Transformer2DModel", "StableDiffusion3Pipeline"),
+        ("SkyReelsV2Transformer3DModel", "SkyReelsV2Pipeline"),
+        ("UNet2DConditionModel", "StableDiffusionXLPipeline"),
+        ("UNetMotionModel", "AnimateDiffSDXLPipeline"),
+        ("WanVACETransformer3DModel", "WanVACEPipeline"),
+    ],
+)
+def test_a_model_has_the_converter_of_its_pipeline(model, pipeline):
+    diffusers = pytest.importorskip("diffusers")
+    mixin = find_mixin(vars(diffusers.loaders.lora_pipeline), model)
+    assert mixin in getattr(diffusers, pipeline).__mro__
+
+
+def test_a_model_that_diffusers_has_no_converter_for():
+    diffusers = pytest.importorskip("diffusers")
+    names = vars(diffusers.loaders.lora_pipeline)
+    assert find_mixin(names, "PixArtTransformer2DModel") is None
+    assert find_mixin(names, "Linear") is None
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # in Chroma's own code
+def test_joined_layers_of_a_model_whose_converter_has_another_name(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    chroma = small_model(diffusers.ChromaTransformer2DModel)
+    tensors, delta = joined(chroma, "lora_unet_double_blocks_0_img_attn_qkv")
+    lora = Lora.read(write(tmp_path / "x.safetensors", tensors), chroma)
+    assert list(lora.adapters) == [TO + part for part in "qkv"]
+    found = torch.cat([adapter.delta() for adapter in lora.adapters.values()])
+    torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5)
 
 
 def test_what_diffusers_loads_is_what_is_read(tmp_path, flux):

@@ -1,4 +1,4 @@
-"""Layouts of shards: readable by safetensors itself, and the same bytes in whatever order they are written."""
+"""Layouts of shards: safetensors itself reads them, and the order of writing changes no byte."""
 
 import json
 import random

@@ -11,7 +11,16 @@ from loraq.safetensors.reader import TensorReader
 
 
 def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Path) -> None:
-    """Raise `CheckpointError` unless a file has the tensors of a model, floats where it has floats."""
+    """Require that a file has the tensors of a model, floats where the model has floats.
+
+    Args:
+        reader: the file's tensors.
+        expected: the model's tensors by name; only their shapes and dtypes matter.
+        place: where the file is from, for messages.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ.
+    """
     require_names(reader.names, expected, f"The weights in '{place}' do not fit its config.json")
     for name, tensor in expected.items():
         shape, dtype = reader.shape(name), reader.dtype(name)
@@ -30,13 +39,16 @@ def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], place: Pat
 def require_names(
     found: Iterable[str], expected: Iterable[str], complaint: str, advice: str = ""
 ) -> None:
-    """Raise `CheckpointError` that lists missing and unexpected names, unless there are none.
+    """Require that the names in files are those of a model.
 
     Args:
         found: names in the files.
         expected: names that the model has.
         complaint: what does not fit what, the message's first sentence without its period.
         advice: what to do, the message's last sentence.
+
+    Raises:
+        CheckpointError: names are missing or unexpected; the message lists them.
     """
     missing, unexpected = sorted({*expected} - {*found}), sorted({*found} - {*expected})
     if missing or unexpected:

@@ -109,9 +109,8 @@ def publish(partial: Path, folder: Path) -> None:
         if replaced.exists():
             replaced.rename(folder)
         raise
-    shutil.rmtree(
-        replaced, ignore_errors=True
-    )  # also what a run left that was killed between the two renames
+    # Also what a run left that was killed between the two renames.
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def reason_of(error: OSError) -> str:

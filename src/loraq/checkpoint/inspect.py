@@ -12,6 +12,7 @@ from torch import Tensor
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.errors import CheckpointError, FormatError, KernelError
 from loraq.kernels import BACKENDS, prepare
+from loraq.linalg import relative_error
 from loraq.packed import PackedWeight
 from loraq.safetensors.reader import ShardReader
 
@@ -65,7 +66,7 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
 
     Raises:
         CheckpointError: a folder cannot be read, both are float, or a layer is missing or has
-        another shape.
+            another shape.
     """
     first, second = DenseWeights(a), DenseWeights(b)
     names = list(dict.fromkeys([*first.quantized, *second.quantized]))
@@ -78,9 +79,7 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
             raise CheckpointError(
                 f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'."
             )
-        norm = torch.linalg.vector_norm(x).item()
-        error = torch.linalg.vector_norm(x - y).item() / (norm or 1.0)
-        differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), error))
+        differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), relative_error(x, y)))
     return differences
 
 

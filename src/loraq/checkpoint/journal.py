@@ -2,7 +2,7 @@
 
 The target `NAME` is prepared in `.NAME.partial` beside it:
 
-    .NAME.partial/journal.jsonl   first a fingerprint of the run, then one line for each finished layer
+    .NAME.partial/journal.jsonl   a fingerprint of the run, then a line for each finished layer
     .NAME.partial/files/          what becomes `NAME` by one rename at the end
 
 A line is written after what it tells is on the disk, and a torn last line does not count. So at any
@@ -142,15 +142,15 @@ def resumable_folder(
                 publish(journal.folder, target)
             journal.layers = {}
         except (CheckpointError, LayerError) as error:
-            raise type(error)(f"{error}{_kept(journal, n_layers)}") from error
+            raise type(error)(f"{error}{_say_what_is_kept(journal, n_layers)}") from error
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write '{target}': {reason_of(error)}. Free space, and try "
-                f"again.{_kept(journal, n_layers)}"
+                f"again.{_say_what_is_kept(journal, n_layers)}"
             ) from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"Interrupted.{_kept(journal, n_layers) or ' Nothing was left.'}"
+                f"Interrupted.{_say_what_is_kept(journal, n_layers) or ' Nothing was left.'}"
             ) from None
         finally:
             if not journal.layers:  # nothing that is worth keeping, or everything is in its place
@@ -193,7 +193,7 @@ def _require_same(
     topics = [topic for topic in fingerprint if then.get(topic) != fingerprint[topic]]
     if topics:
         changed = (
-            f"{topic} ({_difference(then.get(topic), fingerprint[topic])})" for topic in topics
+            f"{topic} ({_describe_change(then.get(topic), fingerprint[topic])})" for topic in topics
         )
         raise CheckpointError(
             f"'{partial}' holds {len(journal.layers)} of {n_layers} layers of a run with other "
@@ -202,9 +202,9 @@ def _require_same(
         )
 
 
-def _difference(then: Any, now: Any) -> str:
+def _describe_change(then: Any, now: Any) -> str:
     """Say what changed, by dotted key if there are keys; a few of them are enough."""
-    before, after = _leaves(then), _leaves(now)
+    before, after = _flatten(then), _flatten(now)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     keys.sort(key=lambda key: key.count("."))  # a recipe's method before its scheme's formats
     some = ", ".join(
@@ -214,18 +214,18 @@ def _difference(then: Any, now: Any) -> str:
     return some + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Return the values in nested tables by dotted key; one that is not a table has its own."""
     if not isinstance(value, dict):
         return {key: value}
     return {
         k: v
         for name, inner in value.items()
-        for k, v in _leaves(inner, f"{key}.{name}" if key else name).items()
+        for k, v in _flatten(inner, f"{key}.{name}" if key else name).items()
     }
 
 
-def _kept(journal: Journal, n_layers: int) -> str:
+def _say_what_is_kept(journal: Journal, n_layers: int) -> str:
     if not journal.layers:
         return ""
     return f" {len(journal.layers)} of {n_layers} layers are kept; run the same command to go on."

@@ -80,7 +80,7 @@ class Manifest:
 
         Raises:
             CheckpointError: not such a folder, a newer format, or files that are missing, truncated
-            or changed.
+                or changed.
         """
         path = folder / FILE_NAME
         if not path.is_file():
@@ -96,7 +96,7 @@ class Manifest:
                 f"Update loraq."
             )
         try:
-            layers = {name: _stored_layer(dict(entry)) for name, entry in content["layers"].items()}
+            layers = {name: _parse_layer(dict(entry)) for name, entry in content["layers"].items()}
             manifest = cls(layers, list(content["recipes"]), dict(content["tied"]))
             files = {
                 str(name): (int(entry["bytes"]), str(entry["sha256"]))
@@ -152,7 +152,7 @@ class Manifest:
             raise ValueError("'tied' does not map names to names")
 
 
-def _stored_layer(entry: dict[str, Any]) -> StoredLayer:
+def _parse_layer(entry: dict[str, Any]) -> StoredLayer:
     n_out, n_in = entry.pop("shape")
     scheme = dict(entry.pop("scheme"))
     branch = scheme.pop("branch")

@@ -39,7 +39,7 @@ def save(
 
     Raises:
         CheckpointError: the module has no quantized layer, the folder is not empty, or the disk
-        refuses.
+            refuses.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -50,7 +50,7 @@ def save(
         raise CheckpointError(
             "A bare QuantizedLinear has no name to save it under. Save the module that holds it."
         )
-    tensors, tied = _unique(model.state_dict())
+    tensors, tied = _split_tied(model.state_dict())
     recipes: list[dict[str, object]] = []
     stored = {}
     for name, layer in layers.items():
@@ -83,12 +83,12 @@ def load_into(
         model: the float architecture, on any device, its weights do not matter; or a quantized one.
         folder: what `save` or `loraq quantize` wrote.
         backend: back end of the quantized layers; those that it refuses run on the automatic
-        choice.
+            choice.
         verify: whether the files' hashes are checked.
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files; missing and unexpected
-        keys are listed.
+            keys are listed.
         KernelError: there is no such back end, or it refuses every layer.
     """
     manifest, reader, devices = prepare(model, Path(folder), backend=backend, verify=verify)
@@ -113,7 +113,8 @@ def prepare(
         The manifest, the tensors of the folder, and the device of every tensor to load.
 
     Raises:
-        CheckpointError, KernelError: as `load_into`.
+        CheckpointError: the folder does not fit the model, as for `load_into`.
+        KernelError: there is no such back end, or it refuses every layer.
     """
     asked = asked_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
@@ -140,7 +141,7 @@ def _check(
     Raises `CheckpointError` that lists what does not fit.
     """
     expected: dict[str, Tensor] = {}
-    places = _places(model, layers)
+    places = _find_places(model, layers)
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
         if owner not in places or leaf == "bias":
@@ -181,7 +182,9 @@ def _check(
     }
 
 
-def _places(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
+def _find_places(
+    model: nn.Module, layers: dict[str, QuantizedLinear]
+) -> dict[str, QuantizedLinear]:
     """Return the new layers by every name that the modules they replace have.
 
     One module may stand in two places.
@@ -239,7 +242,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split a state dict into distinct tensors and the names that share one of them."""
     seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
     tensors, tied = {}, {}

@@ -60,10 +60,9 @@ def _save_pretrained(
     adapters: Any = getattr(model, "peft_config", None)
     if adapters:
         raise CheckpointError(
-            f"The model carries adapters ({', '.join(adapters)}), which are no part of its "
-            f"checkpoint. "
-            "Save them with `save_lora_adapter` and unload them, or make them permanent with "
-            "`loraq.absorb_lora`."
+            f"The model carries adapters ({', '.join(adapters)}), which are not part of its "
+            "checkpoint. Save them with `save_lora_adapter` and unload them, or make them "
+            "permanent with `loraq.absorb_lora`."
         )
     if not is_main_process:
         return
@@ -78,10 +77,10 @@ def _save_pretrained(
             f"Will not replace '{folder}': it also holds {', '.join(others_there[:4])}. Choose an "
             f"empty folder."
         )
-    save(model, folder, overwrite=True, shard_bytes=_bytes(max_shard_size))
+    save(model, folder, overwrite=True, shard_bytes=_parse_size(max_shard_size))
 
 
-def _bytes(size: int | str | None) -> int:
+def _parse_size(size: int | str | None) -> int:
     """Return the bytes that a size such as 5_000_000_000 or "5GB" means."""
     if size is None:
         return DEFAULT_SHARD_BYTES

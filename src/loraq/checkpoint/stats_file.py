@@ -1,4 +1,4 @@
-"""Statistics on the disk: one safetensors file with `<layer>.second_moment` and `<layer>.tokens`."""
+"""Statistics on the disk: a safetensors file of `<layer>.second_moment` and `<layer>.tokens`."""
 
 import math
 import os
@@ -21,8 +21,8 @@ FORMAT_VERSION = "1"
 _PARTS = ("second_moment", "tokens")
 
 
-def stats_layout(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayout:
-    """Return where everything will stand in one file, by the shape of each layer's second moment."""
+def lay_out_stats(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayout:
+    """Lay out one file, given the shape of each layer's second moment."""
     specs: dict[str, TensorSpec] = {}
     for layer, shape in moments.items():
         parts = (TensorSpec("F32", shape), TensorSpec("I64", (1,)))
@@ -48,36 +48,36 @@ def stats_file(
 
     Raises:
         CheckpointError: the disk refuses, another run makes the same file, or a layer is not what
-        was announced.
+            was announced.
     """
-    partial = _partial(path)
-    layout = stats_layout(moments, partial.stem)
+    partial = _name_partial(path)
+    layout = lay_out_stats(moments, partial.stem)
 
     def write(layer: str, stats: ActivationStats) -> None:
         parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
-        with _disk(path):
+        with _explain_refusals(path):
             layout.write(
                 path.parent,
                 {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)},
             )
 
-    with _disk(path):
+    with _explain_refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = partial.open("ab")
     with lock:
         require_alone(lock, partial, path)
         try:
-            with _disk(path):
+            with _explain_refusals(path):
                 layout.allocate(path.parent)
             yield write
-            with _disk(path):
+            with _explain_refusals(path):
                 partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
 
-def _partial(path: Path) -> Path:
+def _name_partial(path: Path) -> Path:
     return path.with_name(f".{path.stem}.partial.safetensors")
 
 
@@ -105,20 +105,20 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
         raise CheckpointError(
             f"Cannot write '{path}': '{place}' is not a folder that can be written. Choose another."
         )
-    needed, free = stats_layout(moments, path.stem).nbytes, shutil.disk_usage(place).free
-    left = _partial(path).stat().st_size if _partial(path).is_file() else 0
+    needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(place).free
+    left = _name_partial(path).stat().st_size if _name_partial(path).is_file() else 0
     if needed > free + left:
         raise CheckpointError(
             f"'{place}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} "
-            f"GB. Free space, choose "
-            "another target, or collect mean squares only (`--mean-squares`)."
+            "GB. Free space, choose another target, or collect mean squares only "
+            "(`--mean-squares`)."
         )
     return needed
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Say in one message that the disk refuses, and why."""
+def _explain_refusals(path: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into one message that says why."""
     try:
         yield
     except CheckpointError:
@@ -148,7 +148,9 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
 
 
 def load_stats(path: str | Path) -> Mapping[str, ActivationStats]:
-    """Open a file that `save_stats` wrote; a layer's statistics are read each time they are asked for.
+    """Open a file that `save_stats` wrote.
+
+    A layer's statistics are read each time they are asked for.
 
     Raises:
         CalibrationError: it is not a file of statistics, or is of a newer format.
@@ -171,9 +173,8 @@ class _StatsFile(Mapping[str, ActivationStats]):
         if version != FORMAT_VERSION:
             what = "not a file of statistics" if version is None else f"of format version {version}"
             raise CalibrationError(
-                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq "
-                f"stats`"
-                " or `loraq.save_stats`."
+                f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with "
+                "`loraq stats` or `loraq.save_stats`."
             )
         names = self._reader.names
         self._layers = [name.removesuffix(".tokens") for name in names if name.endswith(".tokens")]

@@ -58,7 +58,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
         target: new folder, where `model` is one. Other components of a pipeline are copied.
         overwrite: whether a target that is not empty may be replaced.
         progress: False for silence, True for a display on stderr, or a function to call after each
-        layer.
+            layer.
 
     Returns:
         The layers that changed.
@@ -66,7 +66,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     Raises:
         CheckpointError: the LoRA, the source or a folder cannot be used. Nothing was changed.
         LayerError: layers that the model does not have, or that were not made from this source.
-        Nothing was changed.
+            Nothing was changed.
     """
     if isinstance(model, nn.Module):
         if target is not None:
@@ -104,19 +104,19 @@ def _absorb(
 ) -> Absorbed:
     if not math.isfinite(scale):
         raise CheckpointError(f"The LoRA's scale is {scale}. A finite number is required.")
-    layers = _layers(model, lora, source)
+    layers = _find_layers(model, lora, source)
     quantized = {
         name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)
     }
-    recipes = {name: _recipe(name, layer) for name, layer in quantized.items()}
+    recipes = {name: _require_recipe(name, layer) for name, layer in quantized.items()}
     for name, layer in layers.items():  # everything that can be wrong, before long work
-        _original(name, layer, source)
+        _read_original(name, layer, source)
     reports, new = [], {}
     mark = {"sha256": file_sha256(lora.file), "scale": scale}
     with show_layers(progress, "quantize") as show, torch.no_grad():
         for name, layer in quantized.items():
             device = next(layer.parameters()).device
-            weight = _sum(name, layer, source, lora.adapters[name], scale, device)
+            weight = _add_lora(name, layer, source, lora.adapters[name], scale, device)
             shape = layer.out_features, layer.in_features
             job = LayerJob.of(name, shape, layer.scheme, recipes[name])
             finished = quantize_layer(job, weight)
@@ -131,14 +131,14 @@ def _absorb(
             else:
                 kept = layer.get_parameter("weight")
                 kept.copy_(
-                    _sum(name, layer, source, lora.adapters[name], scale, kept.device).view(
+                    _add_lora(name, layer, source, lora.adapters[name], scale, kept.device).view(
                         kept.shape
                     )
                 )
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
 
 
-def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
+def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
     """Return the layers that a LoRA touches.
 
     The model and the source have all of them, in the LoRA's shapes.
@@ -157,7 +157,7 @@ def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.M
         raise LayerError(
             f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
             f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in "
-            f"names that diffusers understands?"
+            "names that diffusers understands?"
         )
     for name, adapter in lora.adapters.items():
         shape = source.shape(f"{name}.weight")
@@ -171,7 +171,7 @@ def _layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.M
     return {name: present[name] for name in lora.adapters}
 
 
-def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
+def _require_recipe(name: str, layer: QuantizedLinear) -> Recipe:
     if layer.record.get("recipe") is None or "source_sha256" not in layer.record:
         raise LayerError(
             f"Layer '{name}' does not say how it was made. Quantize the model again with "
@@ -185,14 +185,14 @@ def _recipe(name: str, layer: QuantizedLinear) -> Recipe:
     if "stats_sha256" in layer.record:
         raise LayerError(
             f"Layer '{name}' was quantized with activation statistics, which are not kept and do "
-            f"not know the LoRA. "
-            "Add the LoRA to the float weights, collect statistics of that, and quantize it."
+            "not know the LoRA. Add the LoRA to the float weights, collect statistics of that, and "
+            "quantize it."
         )
     return Recipe.from_dict(layer.record["recipe"])
 
 
-def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
-    """Return the float weight (out, in) that a layer was made from, in its dtype of then."""
+def _read_original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
+    """Return the float weight (out, in) that a layer was made from, in the dtype it had then."""
     stored = source.read(f"{name}.weight")
     for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
         weight = stored.to(dtype)
@@ -205,12 +205,11 @@ def _original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
             return weight.flatten(1)
     raise LayerError(
         f"Layer '{name}' was not made from the weights in '{source.folder}', or has absorbed a "
-        f"LoRA before. Give the "
-        "float folder that this model was quantized from."
+        f"LoRA before. Give the float folder that this model was quantized from."
     )
 
 
-def _sum(
+def _add_lora(
     name: str,
     layer: nn.Module,
     source: ShardReader,
@@ -219,4 +218,4 @@ def _sum(
     device: torch.device,
 ) -> Tensor:
     """Return W + scale · ΔW (out, in) in fp32."""
-    return _original(name, layer, source).to(device).float() + scale * adapter.delta(device)
+    return _read_original(name, layer, source).to(device).float() + scale * adapter.delta(device)

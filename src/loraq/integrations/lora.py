@@ -144,17 +144,23 @@ def _read_options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     beside = file.parent / "adapter_config.json"
     try:
         options = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"The header of '{file}' is damaged: {error}. Copy it again."
         ) from error
     if not options and beside.is_file():
         options = read_json(beside)
+    if not isinstance(options, dict):
+        raise _build_options_error(file, f"it is {options!r}, not an object")
     return {
         _strip_prefix(key): value
         for key, value in options.items()
         if not _OTHER_COMPONENT.match(key)
     }
+
+
+def _build_options_error(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"The configuration of '{file}' is damaged: {reason}. Copy it again.")
 
 
 def _build_adapter(
@@ -167,22 +173,50 @@ def _build_adapter(
     if options.get("use_dora"):
         raise CheckpointError(f"'{file}' is a DoRA. Only a plain LoRA can be absorbed.")
     down, up = found["down"], found["up"]
-    rank = down.shape[0]
-    if up.shape[1] != rank:
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
         raise CheckpointError(
-            f"'{file}': layer '{layer}' has factors {tuple(up.shape)} and {tuple(down.shape)}."
+            f"'{file}': layer '{layer}' has factors {tuple(up.shape)} and {tuple(down.shape)}. "
+            "(out, rank) and (rank, in) are required."
         )
     if not all(factor.float().isfinite().all() for factor in (down, up)):
         raise CheckpointError(
             f"'{file}': layer '{layer}' has factors with NaN or infinity. Download the LoRA again."
         )
-    patterns = options.get("alpha_pattern") or {}
-    matching = (
-        alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer)
-    )
+    rank = down.shape[0]
     alpha = (
-        found["alpha"].item()
+        _read_alpha(file, layer, found["alpha"])
         if "alpha" in found
-        else next(matching, options.get("lora_alpha", rank))
+        else _choose_alpha(file, layer, options, rank)
     )
     return Adapter(down, up, alpha / (math.sqrt(rank) if options.get("use_rslora") else rank))
+
+
+def _read_alpha(file: Path, layer: str, stored: Tensor) -> float:
+    if stored.numel() != 1:
+        raise CheckpointError(
+            f"'{file}': layer '{layer}' has an alpha of shape {tuple(stored.shape)}. One number is "
+            "required."
+        )
+    alpha: float = stored.item()
+    if not math.isfinite(alpha):
+        raise CheckpointError(
+            f"'{file}': layer '{layer}' has the alpha {alpha}. A finite number is required."
+        )
+    return alpha
+
+
+def _choose_alpha(file: Path, layer: str, options: dict[str, Any], rank: int) -> float:
+    """Return the alpha that PEFT's configuration has for a layer: the first pattern's, or all's."""
+    try:
+        matching = (
+            alpha
+            for name, alpha in dict(options.get("alpha_pattern") or {}).items()
+            if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer)
+        )
+        alpha = next(matching, options.get("lora_alpha", rank))
+        finite = math.isfinite(alpha)
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise _build_options_error(file, str(error)) from error
+    if not finite:
+        raise _build_options_error(file, f"layer '{layer}' has the alpha {alpha}")
+    return float(alpha)

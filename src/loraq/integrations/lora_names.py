@@ -17,6 +17,14 @@ from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import _quiet_diffusers
 
 _MIXIN = "LoraLoaderMixin"
+#: What the mixin is called after, for models whose own name does not begin so.
+_CALLED_AFTER = {
+    "ChromaTransformer2DModel": "Flux",
+    "ChronoEditTransformer3DModel": "Wan",
+    "MochiTransformer3DModel": "Mochi1",
+    "UNet2DConditionModel": "StableDiffusionXL",  # it also reads all that StableDiffusion's does
+    "UNetMotionModel": "StableDiffusionXL",
+}
 
 
 def convert_names(
@@ -41,12 +49,15 @@ def convert_names(
         from diffusers.loaders import lora_pipeline
         from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-        mixin = _find_mixin(vars(lora_pipeline), type(model).__name__)
+        mixin = find_mixin(vars(lora_pipeline), type(model).__name__)
         if mixin is None:
             return dict(tensors), []
-        # fp32, because converters multiply, and 8-bit floats cannot. An alpha is read as a number.
+        # fp32, because converters multiply, and 8-bit floats cannot. An alpha is read as a number,
+        # which leaves the graph.
         marked = {
-            name: tensor.detach().float().requires_grad_(tensor.ndim > 0)
+            name: tensor.detach()
+            .float()
+            .requires_grad_(tensor.ndim > 0 and not name.endswith(".alpha"))
             for name, tensor in tensors.items()
         }
         try:
@@ -73,14 +84,21 @@ def convert_names(
     return converted, left_out
 
 
-def _find_mixin(names: Mapping[str, Any], model: str) -> Any:
+def find_mixin(names: Mapping[str, Any], model: str) -> Any:
     """Return the LoRA mixin of a model's class: that of the longest name which its own begins with.
 
     diffusers has no table of them; its names agree: `Flux2LoraLoaderMixin` is for
-    `Flux2Transformer2DModel`.
+    `Flux2Transformer2DModel`. The few that do not are in a table here.
+
+    Args:
+        names: what `diffusers.loaders.lora_pipeline` has.
+        model: name of the class.
+
+    Returns:
+        The mixin, or `None` if there is none for the class.
     """
-    if model == "UNet2DConditionModel":
-        return names["StableDiffusionXLLoraLoaderMixin"]
+    if model in _CALLED_AFTER:
+        return names[_CALLED_AFTER[model] + _MIXIN]
     stems = [name.removesuffix(_MIXIN) for name in names if name.endswith(_MIXIN)]
     fitting = [stem for stem in stems if stem and model.startswith(stem)]
     return names[max(fitting, key=len) + _MIXIN] if fitting else None

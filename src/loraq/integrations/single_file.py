@@ -25,7 +25,7 @@ class ConvertedReader:
 
         Raises:
             CheckpointError: diffusers has no converter for the class, or it does not understand the
-            file.
+                file.
         """
         self._origin = (files, class_name, config)
         with _quiet_diffusers():
@@ -36,8 +36,8 @@ class ConvertedReader:
             if convert is None:
                 raise CheckpointError(
                     f"The tensors in '{files.folder}' do not have the names of {class_name}, and "
-                    f"diffusers has no "
-                    "converter for this class. Give a folder that `save_pretrained` wrote."
+                    "diffusers has no converter for this class. Give a folder that "
+                    "`save_pretrained` wrote."
                 )
             try:
                 results = convert(
@@ -54,10 +54,8 @@ class ConvertedReader:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            ConvertedReader,
-            self._origin,
-        )  # another process runs the converter again: it takes no time
+        # Another process runs the converter again: it takes no time.
+        return ConvertedReader, self._origin
 
     @property
     def names(self) -> list[str]:
@@ -131,7 +129,11 @@ def _note(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
     if isinstance(meta, Tensor):
         return Deferred(meta, compute)
     if isinstance(meta, tuple | list) and all(isinstance(part, Tensor) for part in meta):
-        return [Deferred(part, lambda i=i: compute()[i]) for i, part in enumerate(meta)]  # type: ignore[misc]
+        # i=i, because a closure would see the last i.
+        return [
+            Deferred(part, lambda i=i: compute()[i])  # type: ignore[misc]
+            for i, part in enumerate(meta)
+        ]
     return meta
 
 

@@ -1,1 +1,1 @@
-"""The safetensors files that loraq reads and writes: one parser for models, statistics and LoRAs."""
+"""Safetensors files, written and read: one parser for models, statistics and LoRAs."""

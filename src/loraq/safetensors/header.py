@@ -110,7 +110,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         CheckpointError: the file is missing, truncated, or its header is absurd; the message says
-        in what.
+            in what.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -141,7 +141,7 @@ def _decode(
 
     Raises `ValueError` unless they fill the data exactly.
     """
-    entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    entries = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
     if not isinstance(entries, dict):
         raise ValueError(f"its header is a {type(entries).__name__}, not an object")
     metadata = {
@@ -149,10 +149,10 @@ def _decode(
     }
     specs, starts, end = {}, {}, 0
     for name, entry in sorted(
-        entries.items(), key=lambda item: tuple(_integers(item[1]["data_offsets"]))
+        entries.items(), key=lambda item: tuple(_require_integers(item[1]["data_offsets"]))
     ):
-        start, stop = _integers(entry["data_offsets"])
-        shape = tuple(_integers(entry["shape"]))
+        start, stop = _require_integers(entry["data_offsets"])
+        shape = tuple(_require_integers(entry["shape"]))
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"tensor '{name}' has the dtype {entry['dtype']!r}, which is not read")
         specs[name], starts[name] = TensorSpec(entry["dtype"], shape), start
@@ -171,7 +171,7 @@ def _decode(
     return specs, starts, metadata
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -180,7 +180,7 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integers(values: Any) -> list[int]:
+def _require_integers(values: Any) -> list[int]:
     if not isinstance(values, list) or not all(
         type(value) is int and 0 <= value < 2**63 for value in values
     ):

@@ -48,7 +48,7 @@ class ShardReader:
 
         Args:
             folder: with one safetensors file, or with shards and their index; or a safetensors
-            file.
+                file.
 
         Raises:
             CheckpointError: no weights, a missing or truncated shard, an absurd header, a tensor in
@@ -71,7 +71,7 @@ class ShardReader:
                 f"Keep one."
             )
         if indexes:
-            files = sorted(set(_weight_map(indexes[0]).values()))
+            files = sorted(set(_read_weight_map(indexes[0]).values()))
         if not files:
             raise CheckpointError(
                 f"'{folder}' has no .safetensors file. Other weight files are not read."
@@ -79,12 +79,11 @@ class ShardReader:
         if len(files) > 1 and not indexes:
             raise CheckpointError(
                 f"'{folder}' has {len(files)} weight files and no index: {', '.join(files[:4])}. "
-                f"Keep one variant, or "
-                "add the missing '.safetensors.index.json'."
+                f"Keep one variant, or add the missing '.safetensors.index.json'."
             )
         self._open(files)
         if indexes:
-            self._check_index(_weight_map(indexes[0]), indexes[0])
+            self._check_index(_read_weight_map(indexes[0]), indexes[0])
 
     @property
     def names(self) -> list[str]:
@@ -112,7 +111,7 @@ class ShardReader:
         """Return a tensor on the CPU.
 
         Raises:
-            CheckpointError: there is none of this name, or it cannot be read.
+            CheckpointError: there is no tensor of this name, or it cannot be read.
         """
         if name not in self._home:
             raise CheckpointError(f"'{self.folder}' has no tensor '{name}'.")
@@ -142,7 +141,7 @@ class ShardReader:
         for file, header in self._shards.items():
             if twice := sorted(self._home.keys() & header.specs.keys()):
                 raise CheckpointError(
-                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_some(twice)}. "
+                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_list_some(twice)}. "
                     f"Download it again."
                 )
             self._home |= dict.fromkeys(header.specs, file)
@@ -153,12 +152,11 @@ class ShardReader:
         if wrong:
             raise CheckpointError(
                 f"'{index.name}' contradicts the shards in '{self.folder}' on {len(wrong)} "
-                f"tensors: {_some(wrong)}. "
-                "Download the folder again."
+                f"tensors: {_list_some(wrong)}. Download the folder again."
             )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
@@ -175,5 +173,5 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _some(names: list[str], most: int = 6) -> str:
+def _list_some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
