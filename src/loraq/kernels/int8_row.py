@@ -167,12 +167,13 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _packed_linear(
     x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The layer on packed operands.
+    """Return the layer's output on packed operands, y = (main + branch) · token's scale + bias.
 
-    The token's scale comes last: until then all is divided by it.
+    The token's scale comes last: until then all is divided by it, which keeps the branch small
+    enough for the dtype of the sums, and leaves one pass over y in place of three.
     """
     dtype = _sum_dtype(x.dtype)
-    tokens, scale = encode_rows(x, UNSIGNED)
+    tokens, scale = encode_rows(x, UNSIGNED)  # (tokens, in), (tokens)
     y = x.new_empty((len(x), len(weight.scale)))
     shift = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
     scale = scale.to(dtype)[:, None]
@@ -180,6 +181,7 @@ def _packed_linear(
         if down is None or up is None:
             sums = packed_product(tokens[part], weight, dtype)
         else:
+            # The branch comes first, so that oneDNN adds the main product to it as it writes.
             latent = _round_latent(packed_product(tokens[part], down, torch.float32))
             sums = packed_product(tokens[part], weight, dtype, added_to=latent.to(dtype) @ up.t())
         torch.addcmul(shift, sums, scale[part], out=y[part])
@@ -213,17 +215,18 @@ def _int8_linear(
     if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
         padded = pad(x, (0, 0, 0, 32 - n_tokens))
         return _int8_linear(padded, codes, scales, up, bias)[:n_tokens].clone()
-    tokens, token_scale = encode_rows(x)
+    tokens, token_scale = encode_rows(x)  # (tokens, in), (tokens)
     y = x.new_empty((n_tokens, len(scales[0])))
-    inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))
+    inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))  # (tokens, rank)
     shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
+    # A part's int32 sums are scaled while they are in the cache; the up-projection is one product
+    # for all tokens, added to y in place.
     for part in parts_of(n_tokens, _CHUNK_TOKENS if x.device.type == "cpu" else n_tokens):
         scale = token_scale[part, None]
         y[part] = (torch._int_mm(tokens[part], codes[0].t()) * scales[0]).mul_(scale).add_(shift)
         if up is not None:
-            inner[part] = _round_latent(torch._int_mm(tokens[part], codes[1].t()) * scales[1]).mul_(
-                scale
-            )
+            latent = torch._int_mm(tokens[part], codes[1].t()) * scales[1]
+            inner[part] = _round_latent(latent).mul_(scale)
     return y if up is None else y.addmm_(inner, up.t())
 
 
