@@ -100,8 +100,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
 
     Raises:
         CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics,
-            mean squares are not enough for the recipe's method, a layer was never called, or one alone
-            takes more than `memory_bytes`.
+            mean squares are not enough for the recipe's method, a layer was never called, or one
+            alone takes more than `memory_bytes`.
         CheckpointError: the source is not a float pipeline, or the target cannot be written.
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
