@@ -28,7 +28,7 @@ from contract import Quantized, Variant, rank_of, run
 def halves(weight, rank):
     return Quantized(weight / 2, 100, weight / 4)
 
-def rotate(weight, rank):
+def rotated(weight, rank):
     return Quantized(weight, weight.numel() * 5 // 8, splits=False)
 
 def broken(weight, rank):

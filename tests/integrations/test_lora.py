@@ -156,7 +156,7 @@ def edit_header(content: bytes, change) -> bytes:
         (lambda old: with_header(old, b"[" * 100_000), "recursion|Expecting"),
         (lambda old: with_header(old, b'{"a": 1, "a": 2}'), "has the key 'a' twice"),
         (lambda old: edit_header(old, lambda a: a.update(dtype="F99")), "the dtype 'F99'"),
-        (lambda old: edit_header(old, lambda a: a.update(shape=[2**62, 2**62])), "its place holds"),
+        (lambda old: edit_header(old, lambda a: a.update(shape=[2**62, 2**62])), "its range holds"),
         (lambda old: edit_header(old, lambda a: a.update(shape=[-2, 6])), "whole numbers from 0"),
         (
             lambda old: edit_header(old, lambda a: a.update(data_offsets=[8, 56])),
