@@ -93,7 +93,7 @@ def set_backend(model: nn.Module, name: str) -> None:
 
     Raises:
         KernelError: there is no such back end, or it refuses every layer; no layer is switched
-        then.
+            then.
     """
     layers = list(quantized_layers(model).values())
     check_for_all(resolve_backend(name), [layer.spec for layer in layers])

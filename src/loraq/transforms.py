@@ -26,7 +26,7 @@ def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
     Args:
         x: any float dtype; the product is taken in fp32.
         side: power of two; the blocks of R are as large as it and the width n allow (`block_side`).
-        0 changes nothing.
+            0 changes nothing.
     """
     return _rotate(x, side, False) if side else x
 

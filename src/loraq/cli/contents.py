@@ -21,34 +21,12 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from loraq.checkpoint.inspect import measure_memory
     from loraq.checkpoint.manifest import Manifest
     from loraq.integrations.diffusers import transformer_folder
 
     if memory:
-        found = measure_memory(transformer_folder(path))
-        if as_json:
-            print_json({"memory": [asdict(each) for each in found]})
-            return
-        headings = (
-            "back end",
-            "packed",
-            "kept",
-            "not quantized",
-            "total",
-            "× stored",
-            "layers refused",
-        )
-        table = (
-            (m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found
-        )
-        print_table(headings, table)
-        click.echo(
-            "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
-            "'resident'."
-        )
+        _show_memory(transformer_folder(path), as_json=as_json)
         return
-
     manifest = Manifest.read(transformer_folder(path))
     if as_json:
         layers = {
@@ -59,33 +37,39 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         return
     rows, nbytes, weights = [], 0, 0
     for name, layer in manifest.layers.items():
-        branch, size = layer.scheme.branch, layer.scheme.nbytes(layer.shape)
+        scheme, branch, size = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
-        shape = f"{layer.shape[0]}×{layer.shape[1]}"
-        rows.append(
-            (
-                name,
-                shape,
-                layer.scheme.weight,
-                activation_of(layer.scheme),
-                side,
-                size_of(size),
-                error,
-            )
-        )
+        shape, seen = f"{layer.shape[0]}×{layer.shape[1]}", activation_of(scheme)
+        rows.append((name, shape, scheme.weight, seen, side, size_of(size), error))
         nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
-    click.echo(
-        f"{len(rows)} quantized layers, {size_of(nbytes)}, {8 * nbytes / max(1, weights):.3f} bits "
-        "per weight."
-    )
+    bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
+    click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
             f"{with_stats} of them were made with activation statistics: their error counts "
             "weights, not outputs."
         )
     click.echo("All files are as they were written.")
+
+
+def _show_memory(folder: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from loraq.checkpoint.inspect import measure_memory
+
+    found = measure_memory(folder)
+    if as_json:
+        print_json({"memory": [asdict(each) for each in found]})
+        return
+    headings = ("back end", "packed", "kept", "not quantized", "total", "× stored")
+    rows = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
+    print_table((*headings, "layers refused"), rows)
+    click.echo(
+        "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
+        "'resident'."
+    )
 
 
 @command

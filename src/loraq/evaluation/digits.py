@@ -135,7 +135,7 @@ def velocity_probe(
     Args:
         transformer: the digits model, quantized or not.
         count: number of real images, at most 1797; times are stratified, one in each of `count`
-        equal intervals.
+            equal intervals.
         seed: of the choice of images, the times and the noise.
     """
     images, labels = real_digits()

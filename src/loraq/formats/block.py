@@ -228,7 +228,7 @@ class BlockFormat:
 
         Raises:
             FormatError: a value is NaN or infinite (the message names the index), or the rule does
-            not exist.
+                not exist.
         """
         chosen = self.scale_rule(rule)
         element = chosen.extend(self.element)

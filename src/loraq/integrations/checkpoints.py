@@ -51,7 +51,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             is in; without one, layers are found by their tensors, and the target is for
             `loraq.load_into`.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
-        needs no data.
+            needs no data.
         workers: processes that solve layers at a time, on one thread each. A script that asks for
             more than one needs the usual `if __name__ == "__main__":`, because they import it.
         shard_bytes: largest output file, unless one tensor alone is larger.
@@ -59,7 +59,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         restart: whether to forget what an interrupted run has finished.
         link: whether a pipeline's other components are hard links instead of copies.
         progress: False for silence, True for a display on stderr, or a function to call after each
-        layer.
+            layer.
 
     Returns:
         The plan and what became of each layer.
@@ -67,9 +67,9 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the target cannot be written, or was begun with
-        other settings.
+            other settings.
         LayerError: a layer failed; the message names it. What is finished is kept for the next
-        call.
+            call.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe = Path(target), Recipe.of(recipe)
@@ -98,7 +98,7 @@ def plan_checkpoint(
     Raises:
         CheckpointError, RecipeError, SchemeError: the source or the recipe cannot be used.
         LayerError: the recipe allocates, and a layer's weights cannot be used; the message names
-        it.
+            it.
     """
     recipe = Recipe.of(recipe)
     checkpoint = _locate(source, config)

@@ -189,7 +189,7 @@ def load_float(folder: Path) -> nn.Module:
 
     Raises:
         CheckpointError: the weights are missing, truncated, not float, or do not fit the
-        configuration.
+            configuration.
         LoraqError: diffusers is not installed.
     """
     reader = ShardReader(folder)

@@ -75,17 +75,17 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
 
     Args:
         source: folder of a diffusers pipeline (model_index.json, safetensors), or a repository of
-        the hub.
+            the hub.
         target: the safetensors file to make, for `stats` of `quantize_checkpoint` and `quantize_`.
         recipe: says which layers are quantized, and by which method; the others are left out.
         prompts: one image after the other gets the next of them; empty for images of the empty
             prompt. With prompts quantization becomes data-aware: choose such as will be used.
         samples: images to draw; `None` takes one for each prompt, or `DEFAULT_SAMPLES` of the empty
-        one.
+            one.
         steps: of each image; `None` takes the pipeline's own default.
         seed: image i starts from the noise of seed + i.
         second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand
-        times smaller.
+            times smaller.
         max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None`
             counts all. A pipeline that calls its model twice a step counts twice as many.
         memory_bytes: what the counts of layers may take together beside the pipeline. Where all are
@@ -93,10 +93,10 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         device: such as "cuda"; `None` takes a GPU if there is one.
         dtype: of the whole pipeline; `None` takes that of the stored transformer.
         call: further arguments of the pipeline's call but its generator, such as `{"height": 512,
-        "width": 512}`.
+            "width": 512}`.
         overwrite: whether a file that is there may be replaced.
         progress: False for silence, True for lines on stderr, or a function to call after each
-        image.
+            image.
 
     Raises:
         CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics,
@@ -146,9 +146,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             show(done, images, f"run {(done - 1) // sampling.samples + 1} of {len(groups)}")
 
     begin = time.perf_counter()
-    with torch.random.fork_rng(
-        [device] if device.type == "cuda" else []
-    ):  # loading draws random numbers too
+    # Loading draws random numbers too.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         pipeline = _load_pipeline(folder, dtype, device)
         show(0, images, f"drawing on {device} in {dtype}")
         collect_stats(

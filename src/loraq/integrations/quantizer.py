@@ -65,7 +65,7 @@ class LoraqConfig(QuantizationConfigMixin):
 
         Args:
             recipe: a recipe, a scheme, a name such as "mxfp4+w8a8", a path to a .toml or .json
-            file, or plain data.
+                file, or plain data.
             others: only `quant_method`, which diffusers hands back.
 
         Raises:

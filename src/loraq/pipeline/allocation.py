@@ -29,7 +29,7 @@ def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
 
     Raises:
         SchemeError: the smallest choices together are more than the budget; the message says how
-        much they are.
+            much they are.
     """
     hulls = [_hull(choices) for choices in layers]
     chosen = [hull[0] for hull in hulls]

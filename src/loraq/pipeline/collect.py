@@ -46,13 +46,13 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
             is called more than once: seed its noise, so that all layers are counted on the same
             inputs.
         layers: dotted names of `nn.Linear` and 1×1 `nn.Conv2d`, such as those of `plan_model(model,
-        recipe).quantized`.
+            recipe).quantized`.
         second_moment: whether all of E[x xᵀ] is collected, which "gptq" needs; else only E[x²].
         max_tokens: a layer counts no more than its first so many inputs; `None` counts all.
         tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread;
-        `None` counts all.
+            `None` counts all.
         memory_bytes: what the counts of layers may take together; `None` counts all layers in one
-        run.
+            run.
         target: the .safetensors file to make or to replace, as `save_stats` does, group by group;
             `None` keeps all in memory.
 

@@ -41,7 +41,7 @@ def quantize_weight(
     Args:
         weight: full-precision weight, rows are output channels; any float dtype and device.
         recipe: a recipe, a scheme, a name such as "mxfp4-a4+w8a8-r64", or a path to a .toml or
-        .json file.
+            .json file.
         method: overrides the recipe's method (one of `loraq.methods.METHODS`).
         seed: overrides the recipe's seed.
         name: name of the layer: selects the recipe's rules, and goes into the seed.
@@ -91,7 +91,7 @@ def plan_model(
         model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         workers: layers looked at at a time, if the recipe allocates; the plan does not depend on
-        it.
+            it.
         progress: as for `quantize_`; a function is not called here.
 
     Raises:
@@ -142,11 +142,11 @@ def quantize_(
         model: any module; its class name selects the rules of its families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
-        needs no data.
+            needs no data.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
-        use cores.
+            use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each
-        layer.
+            layer.
 
     Returns:
         The plan and what became of each layer.

@@ -42,7 +42,7 @@ def run_jobs(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Generat
 
     Raises:
         LayerError: a job failed with an error that is not loraq's own, or its worker was killed;
-        the message names it.
+            the message names it.
         LoraqError, OSError: what a job raised.
     """
     if workers == 1:
