@@ -175,9 +175,8 @@ class QuantizedLinear(nn.Module):
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         try:
             backend = self.backend
-        except (
-            KernelError
-        ):  # the layer was moved to where its back end refuses it; showing it must not raise
+        except KernelError:
+            # The layer was moved to where its back end refuses it; showing it must not raise.
             backend = f"{self._asked} (refused)"
         return text + f"{self.bits_per_weight:.2f} bits per weight, backend={backend}"
 

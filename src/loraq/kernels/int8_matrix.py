@@ -131,9 +131,8 @@ def encode_rows(x: Tensor, offset: int = 0) -> Rows:
 
 def largest_magnitude(x: Tensor, out: Tensor) -> None:
     """Write the largest magnitude of every row, NaN if there is one in it."""
-    if (
-        x.dtype.itemsize == 2
-    ):  # without the sign, the bits of floats are in the order of their values, NaN last
+    if x.dtype.itemsize == 2:
+        # Without the sign, the bits of floats are in the order of their values, NaN last.
         out.copy_(x.view(torch.int16).bitwise_and(0x7FFF).amax(-1, keepdim=True).view(x.dtype))
     else:
         out.copy_(x.abs().amax(-1, keepdim=True))
