@@ -132,10 +132,11 @@ def train_transformer(
         noise = torch.randn(args.batch, 1, 8, 8)
         noised = torch.lerp(images[chosen], noise, times.view(-1, 1, 1, 1))
         captions = torch.where(torch.rand(args.batch) < 0.1, digits.NULL_LABEL, labels[chosen])
+        # The other back ends train slower.
         with (
             torch.autocast("cpu", torch.bfloat16),
             sdpa_kernel(SDPBackend.MATH),
-        ):  # the other back ends train slower
+        ):
             velocity = digits.predict_velocity(model, noised, times, captions)
         loss = F.mse_loss(velocity, noise - images[chosen])
         optimizer.zero_grad()
@@ -165,9 +166,8 @@ def measure(judge: digits.Judge, images: Tensor, labels: Tensor, seed: int) -> d
     samples = digits.sample(transformer, wanted, seed=seed)
     unguided = digits.sample(transformer, wanted, seed=seed, guidance=1.0)
     _, heldout = split_halves(len(images), seed)
-    mixed_a, mixed_b = split_halves(
-        len(images), seed + 1
-    )  # each holds images that the judge has and has not seen
+    # Each holds images that the judge has and has not seen.
+    mixed_a, mixed_b = split_halves(len(images), seed + 1)
     features = judge.features(images)
     noise = judge.features(torch.randn(1000, 1, 8, 8).clamp(-1, 1))
     return {

@@ -67,9 +67,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings["learning_rate"], weight_decay=0.01, fused=True
         )
-        for parameter in (
-            self.model.parameters()
-        ):  # what the first step would create, so that a checkpoint can fill it
+        # What the first step would create, so that a checkpoint can fill it.
+        for parameter in self.model.parameters():
             moments = {
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
@@ -126,10 +125,11 @@ class Training:
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done / steps))
         rate = self.settings["learning_rate"] * min(1, (self.done + 1) / WARMUP_STEPS) * cosine
         self.optimizer.param_groups[0]["lr"] = rate
+        # The other back ends train slower.
         with (
             torch.autocast("cpu", torch.bfloat16),
             sdpa_kernel(SDPBackend.MATH),
-        ):  # the other back ends train slower
+        ):
             velocity = predict_velocity(
                 self.model, interpolate(images, noise, times), times, patches.class_tokens(labels)
             )

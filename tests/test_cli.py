@@ -643,9 +643,8 @@ def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
     assert "[1 of 2]" in result.stderr
     assert "[1 of 2]" not in result.stdout
     assert "weight-only" in result.stdout
-    assert (
-        "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout
-    )  # also when LoRaQ does not win
+    # Also when LoRaQ does not win.
+    assert "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -159,9 +159,8 @@ def test_the_factor_of_zeros_is_the_identity():
 @pytest.mark.parametrize("damping", [0.0, 1e-9, 1e-4])
 def test_a_moment_that_rounding_made_indefinite_has_a_factor(damping):
     least = -1e-3 / 8
-    moment = torch.diag(
-        torch.tensor([1.0, *[0.0] * 6, least])
-    )  # its mean square is about an eighth
+    # Its mean square is about an eighth.
+    moment = torch.diag(torch.tensor([1.0, *[0.0] * 6, least]))
     factor = damped_cholesky(moment, damping)
     assert factor.isfinite().all()
     added = (factor @ factor.mT - moment.double()).diagonal()

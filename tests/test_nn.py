@@ -265,9 +265,8 @@ def test_every_tensor_but_the_bias_is_raw_bytes_that_take_no_gradient(name, part
     assert {name for name, p in parameters.items() if p.dtype != torch.uint8} == {"bias"}
     assert not any(p.requires_grad for name, p in parameters.items() if name != "bias")
     layer(tokens(2))
-    assert (
-        dict(layer.named_parameters()).keys() == parameters.keys()
-    )  # kept operands are not part of the state
+    # Kept operands are not part of the state.
+    assert dict(layer.named_parameters()).keys() == parameters.keys()
     assert layer.state_dict().keys() == parameters.keys()
 
 
@@ -522,10 +521,11 @@ def test_compiled_it_is_one_graph_with_the_same_output(name):
     expected, before = layer_of(name)(x), packed_bytes(layer)
     compiled = torch.compile(layer, fullgraph=True)
     with torch.no_grad():
+        # The first call decodes the operands, the second finds them.
         first, second = (
             compiled(x),
             compiled(x),
-        )  # the first call decodes the operands, the second finds them
+        )
     assert error(first, expected.detach().double()) < 1e-5
     assert error(second, expected.detach().double()) < 1e-5
     assert_same_bytes(layer, before)

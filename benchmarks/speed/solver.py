@@ -116,9 +116,8 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
 
     default = EFFORTS["default"]
     steps = default if complete else FEW
-    LoRaQ(steps=2, refine_steps=2).solve(
-        weight[:256, :512], scheme
-    )  # what is done once in a process
+    # What is done once in a process.
+    LoRaQ(steps=2, refine_steps=2).solve(weight[:256, :512], scheme)
     with clock("layer"):
         watched(steps, clock).solve(weight, scheme)
     each = [spent["anneal"] / steps[0], spent["refine"] / steps[1]]

@@ -468,9 +468,8 @@ def test_a_manifest_that_names_files_elsewhere(one, file):
 def test_a_manifest_that_contradicts_the_tensors(one, change, match):
     edit(one / "loraq.json", change)
     if match == "does not fit|is damaged":
-        loraq.load_into(
-            net(1), one
-        )  # a tie that nobody asks for, of nothing to nothing, is no tensor
+        # A tie that nobody asks for, of nothing to nothing, is no tensor.
+        loraq.load_into(net(1), one)
         return
     refused(one, match)
 

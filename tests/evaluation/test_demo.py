@@ -91,10 +91,11 @@ def result() -> DemoResult:
         name: (group[0], next(c for c in group if "+bf16" in c.recipe))
         for name, group in CONTENDERS.items()
     }
+    # The default must also be drawn where lines are.
     few["weight-only"] = (
         CONTENDERS["weight-only"][0],
         star,
-    )  # the default must also be drawn where lines are
+    )
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONTENDERS", few)

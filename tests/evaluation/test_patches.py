@@ -61,9 +61,8 @@ def test_the_trained_weights_predict_velocities_of_patches_they_never_saw():
     velocity = patches.velocity_probe(model, count=32)
     assert velocity.shape == (32, 3, patches.SIZE, patches.SIZE)
     assert torch.equal(velocity, patches.velocity_probe(model, count=32))
-    generator = torch.Generator().manual_seed(
-        0
-    )  # the probe's own choice of patches, times and noise
+    # The probe's own choice of patches, times and noise.
+    generator = torch.Generator().manual_seed(0)
     images, _ = patches.cut_patches(patches.photographs(heldout=True), 32, generator)
     torch.rand(32, generator=generator)
     target = torch.randn(images.shape, generator=generator) - images

@@ -429,10 +429,11 @@ def test_round_keeps_nan_and_saturates_infinities(name, rule):
 )
 def test_the_most_negative_integer_is_stored_only_where_scales_are_signed(name):
     fmt = get_format(name)
+    # With signed scales a block of one sign takes the longer half of the range.
     for sign in (
         -1,
         1,
-    ):  # with signed scales a block of one sign takes the longer half of the range
+    ):
         x = sign * heavy_tailed(64, 256).abs()
         for rule in rules_of(name):
             q = fmt.quantize(x, rule)

@@ -104,9 +104,8 @@ def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
     target, chance, done = tmp_path / "out", random.Random(workers), set()
     for moment in moments:
         with start(place, target, workers) as process:
-            first = (
-                until_a_layer_is_done(process) if moment else ""
-            )  # once before any layer, wherever that may be
+            # Once before any layer, wherever that may be.
+            first = until_a_layer_is_done(process) if moment else ""
             time.sleep(chance.uniform(0, 0.15) if moment else chance.uniform(0.5, 2))
             os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
             shown = solved(first + process.stderr.read())

@@ -94,9 +94,8 @@ def test_the_report_says_what_was_made(source, once, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_any_number_of_runs(source, once, tmp_path):
-    for i, memory in enumerate(
-        (8_000_000_000, 12 * 512**2 + 4 * 512)
-    ):  # all at once; the widest layer alone
+    # All at once; the widest layer alone.
+    for i, memory in enumerate((8_000_000_000, 12 * 512**2 + 4 * 512)):
         target = tmp_path / f"{i}.safetensors"
         report = collect_pipeline_stats(source, target, memory_bytes=memory, **FAST)
         assert (report.passes == 1) is (i == 0)

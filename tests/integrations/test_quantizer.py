@@ -188,9 +188,8 @@ def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder
 
 
 def test_passing_what_is_stored_is_no_reason_to_warn(folder):
-    PixArt.from_pretrained(
-        folder, quantization_config=LoraqConfig(RECIPE)
-    )  # warnings are errors here
+    # Warnings are errors here.
+    PixArt.from_pretrained(folder, quantization_config=LoraqConfig(RECIPE))
 
 
 def test_the_configuration_of_another_quantizer_is_named_too(folder):

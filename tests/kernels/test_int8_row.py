@@ -209,10 +209,11 @@ def test_the_packed_product_is_exact_and_its_codes_come_back(shape):
     codes = torch.randint(
         -127, 128, (n_out + 3, n_in), generator=torch.Generator().manual_seed(0), dtype=torch.int8
     )
+    # The largest sum there is, which VNNI's predecessors would saturate.
     codes[0], codes[n_out] = (
         127,
         127,
-    )  # the largest sum there is, which VNNI's predecessors would saturate
+    )
     weight, tokens = codes[:n_out], codes[n_out:]
     scale = torch.rand(n_out) + 0.5
     rows = pack_rows(Rows(weight.contiguous(), scale))

@@ -54,9 +54,8 @@ def test_with_correlation_the_output_error_is_far_smaller(name):
 def test_what_is_stored_is_what_the_feedback_reckoned_with(name):
     fmt, weight = get_format(name), dit_like(24, 85)
     scales = FixedScales(weight, fmt, "search")
-    moved = (
-        weight + 0.3 * gaussian(24, 85) * weight.std()
-    )  # as feedback moves channels; some saturate
+    # As feedback moves channels; some saturate.
+    moved = weight + 0.3 * gaussian(24, 85) * weight.std()
     rounded = scales.round(moved, scales.of_values)
     stored = scales.pack(rounded)
     assert torch.equal(stored.dequantize(), rounded)

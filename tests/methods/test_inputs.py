@@ -73,10 +73,11 @@ def test_several_roundings_share_one_factor(monkeypatch):
 
 
 def test_noise_that_inputs_cannot_make_is_filtered():
+    # Fine enough that its own error is no matter.
     weight, fmt = (
         dit_like(24, 96),
         get_format("int8"),
-    )  # fine enough that its own error is no matter
+    )
     noise = 0.02
     plain, filtered = (
         Inputs(stats_of(X), activation_noise=power).round(weight, fmt, "search").dequantize()

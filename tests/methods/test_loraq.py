@@ -283,9 +283,8 @@ def test_awareness_shrinks_the_4_bit_part_and_the_output_error(branch, activatio
     sizes = [
         torch.linalg.vector_norm(solution.packed.main.dequantize()) for solution in (aware, unaware)
     ]
-    if (
-        activations[1] != "mxfp4"
-    ):  # with A4 in the branch the branch shrinks, and the 4-bit part grows
+    # With A4 in the branch the branch shrinks, and the 4-bit part grows.
+    if activations[1] != "mxfp4":
         assert sizes[0] < sizes[1]
     for x in (gaussian(256, 256, seed=1), heavy_tailed(256, 256, seed=1)):
         assert output_error(weight, aware, x) <= output_error(weight, unaware, x) * 1.002

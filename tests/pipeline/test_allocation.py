@@ -45,9 +45,8 @@ def test_the_budget_is_kept_and_each_layer_gets_one_of_its_own(layers, extra):
 def test_nothing_that_stores_as_much_is_better(layers, extra):
     chosen = allocate(layers, smallest(layers) + extra)
     stored = sum(choice.nbytes for choice in chosen)
-    skipped = (
-        stored < smallest(layers) + extra
-    )  # a step that did not fit may have been followed by smaller ones
+    # A step that did not fit may have been followed by smaller ones.
+    skipped = stored < smallest(layers) + extra
     if not skipped:
         largest = max(abs(a.loss - b.loss) for layer in layers for a in layer for b in layer)
         assert loss_of(chosen) <= best(layers, stored) + largest + 1e-9

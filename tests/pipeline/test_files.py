@@ -98,9 +98,8 @@ def interrupt() -> None:
 @pytest.mark.parametrize("recipe", ["mxfp4+w8a8-r8", "nvfp4-a16+bf16-r5", "int4", "mxint4+bf16-r3"])
 def test_the_bytes_are_those_of_quantizing_in_memory(tmp_path, recipe, shard_bytes):
     model = net()
-    write_shards(
-        model.state_dict(), tmp_path, "model"
-    )  # in the order of the model, as `save_pretrained` does
+    # In the order of the model, as `save_pretrained` does.
+    write_shards(model.state_dict(), tmp_path, "model")
     chosen = Recipe.from_dict({**Recipe.named(recipe).to_dict(), "method": "lqer"})
     quantize(tmp_path / "model.safetensors", tmp_path / "a", chosen, shard_bytes=shard_bytes)
     loraq.quantize_(model, chosen, progress=False)
@@ -335,9 +334,8 @@ def test_a_disk_that_fills_up_in_the_middle(source, expected, small_disk):
     with pytest.raises(
         CheckpointError, match=r"the disk is full\. Free space.* 4 of 4 layers are kept"
     ):
-        quantize(
-            source, small_disk / "out", progress=At(1, fill)
-        )  # the place of every layer was reserved
+        # The place of every layer was reserved.
+        quantize(source, small_disk / "out", progress=At(1, fill))
     assert sorted(path.name for path in small_disk.iterdir()) == [".out.partial", "filler"]
     (small_disk / "filler").unlink()
     assert quantize(source, small_disk / "out").kept == 4

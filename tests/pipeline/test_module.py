@@ -259,9 +259,8 @@ def test_the_threads_of_torch_are_those_from_before(model):
         assert torch.get_num_threads() == 2
         quantize_(model, FAST, workers=4, progress=False)
         assert torch.get_num_threads() == 2
-        with (
-            ThreadPoolExecutor() as pool
-        ):  # a new thread starts with what the process was left with
+        # A new thread starts with what the process was left with.
+        with ThreadPoolExecutor() as pool:
             assert pool.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
@@ -414,9 +413,8 @@ def test_a_bare_layer_is_told_what_to_do(layer, entry):
         LayerError, match=r"itself a linear layer .*torch\.nn\.Sequential\(layer\).*quantize_weight"
     ):
         entry(layer)
-    assert (
-        len(quantize_(nn.Sequential(layer), FAST, progress=False).layers) == 1
-    )  # the advice works
+    # The advice works.
+    assert len(quantize_(nn.Sequential(layer), FAST, progress=False).layers) == 1
 
 
 @pytest.mark.parametrize(

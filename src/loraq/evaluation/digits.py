@@ -45,9 +45,8 @@ def real_digits() -> tuple[Float[Tensor, "count 1 8 8"], Int[Tensor, " count"]]:
             'Install it with `pip install "loraq[demo]"`.'
         ) from error
     digits = load_digits()
-    images = (
-        torch.from_numpy(digits.images).float().div(8).sub(1).unsqueeze(1)
-    )  # pixels are stored as 0 to 16
+    # Pixels are stored as 0 to 16.
+    images = torch.from_numpy(digits.images).float().div(8).sub(1).unsqueeze(1)
     return images, torch.from_numpy(digits.target).long()
 
 

@@ -63,9 +63,8 @@ class ScaleFormat:
         if self.name == "bf16":
             scale = scale.bfloat16().float()
         elif self.name == "e4m3":
-            scale = E4M3.round(scale).clamp_(
-                min=2.0**-9
-            )  # a block with content keeps a non-zero scale
+            # A block with content keeps a non-zero scale.
+            scale = E4M3.round(scale).clamp_(min=2.0**-9)
         return torch.where(scale >= SMALLEST_SCALE, scale, 0.0)
 
     def encode(self, scale: Tensor) -> Tensor:
@@ -141,6 +140,5 @@ def view_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent for int32 exponents from -127 to 127, from the bits because exp2 may round."""
-    return (
-        ((exponent + 127) << 23).clamp_(min=1 << 22).view(torch.float32)
-    )  # 2^-127 is the subnormal 1 << 22
+    # 2^-127 is the subnormal 1 << 22.
+    return ((exponent + 127) << 23).clamp_(min=1 << 22).view(torch.float32)

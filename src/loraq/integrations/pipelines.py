@@ -257,9 +257,8 @@ class _Sampling:
         if self.prompts:
             call.setdefault("prompt", self.prompts[index % len(self.prompts)])
         torch.manual_seed(self.seed + index)  # for what a pipeline draws beside its generator
-        generator = torch.Generator().manual_seed(
-            self.seed + index
-        )  # of the CPU: the same noise on all devices
+        # Of the CPU: the same noise on all devices.
+        generator = torch.Generator().manual_seed(self.seed + index)
         try:
             pipeline(generator=generator, **call)
         except LoraqError:

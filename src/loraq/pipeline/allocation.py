@@ -40,9 +40,8 @@ def allocate(layers: Sequence[Sequence[Choice]], nbytes: int) -> list[Choice]:
             f"{nbytes - left} bytes at least. Raise the budget, or use a smaller main format."
         )
     steps = [(i, *step) for i, hull in enumerate(hulls) for step in pairwise(hull)]
-    steps.sort(
-        key=lambda step: -_gain(*step[1:])
-    )  # stable, and gains fall along a hull: no layer's steps change order
+    # Stable, and gains fall along a hull: no layer's steps change order.
+    steps.sort(key=lambda step: -_gain(*step[1:]))
     full: set[int] = set()
     for i, smaller, larger in steps:
         if i in full or larger.nbytes - smaller.nbytes > left:

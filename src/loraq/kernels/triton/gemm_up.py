@@ -112,9 +112,8 @@ def gemm_up(
     y = torch.empty((n_tokens, n_out), dtype=dtype, device=left[0].device)
     # Promotion needs a second set of sums, and 128 x 256 tiles would spill them.
     promote = not sums_fast(n_in)
-    hopper = (
-        y.is_cuda and torch.cuda.get_device_capability(y.device)[0] == 9
-    )  # Blackwell would spill as well
+    # Blackwell would spill as well.
+    hopper = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] == 9
     wide = hopper and not promote and n_out >= 2048 and n_tokens >= 1024
     block_m, block_n = (128, 256) if wide else (128, 128)
     gemm_up_kernel[(triton.cdiv(n_tokens, block_m) * triton.cdiv(n_out, block_n),)](
