@@ -244,8 +244,12 @@ def test_a_target_belongs_to_a_folder_and_not_to_a_model(no_work, source, folder
         loraq.absorb_lora(folder, lora, source)
     with pytest.raises(CheckpointError, match="changed in place"):
         loraq.absorb_lora(loraq.load(folder), lora, source, target=tmp_path / "out")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match="Source and target are both"):
         loraq.absorb_lora(folder, lora, source, target=folder)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").touch()
+    with pytest.raises(CheckpointError, match="not empty"):
+        loraq.absorb_lora(folder, lora, source, target=tmp_path / "out")
 
 
 def test_a_layer_without_its_history_is_refused(no_work, source, folder, lora):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.folder import file_sha256, require_free
+from loraq.checkpoint.folder import file_sha256, require_apart, require_free
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
 from loraq.integrations.lora import Adapter, Lora
@@ -80,6 +80,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
         raise CheckpointError(
             f"'{model}' is not changed in place. Give the new folder as `target`."
         )
+    require_apart(Path(target), model, lora, source)
     require_free(Path(target), overwrite=overwrite)
     quantized = load(model)
     absorbed = _absorb(

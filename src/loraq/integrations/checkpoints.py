@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from loraq.checkpoint.folder import require_apart
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, transformer_folder
@@ -74,7 +75,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     """
     target, recipe = Path(target), Recipe.of(recipe)
     checkpoint = _locate(source, config)
-    _require_apart(checkpoint.root, target)
+    files = [given for given in (config, stats) if isinstance(given, str | Path)]
+    require_apart(target, checkpoint.root, *files)
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
     opened = Source.open(checkpoint, recipe)
     return quantize_files(
@@ -140,16 +142,3 @@ def _find_config(weights: Path, config: str | Path | None) -> Path | None:
         return transformer_folder(given) / "config.json" if given.is_dir() else given
     beside = weights / "config.json"
     return beside if beside.is_file() else None
-
-
-def _require_apart(source: Path, target: Path) -> None:
-    """Raise `CheckpointError` if writing the target could touch the source."""
-    a, b = source.resolve(), target.resolve()
-    if a == b:
-        raise CheckpointError(f"Source and target are both '{source}'. Choose another target.")
-    if a in b.parents or b in a.parents:
-        inner, outer = (target, source) if a in b.parents else (source, target)
-        raise CheckpointError(
-            f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another "
-            "target."
-        )

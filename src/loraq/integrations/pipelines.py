@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from loraq.checkpoint.folder import require_apart
 from loraq.checkpoint.stats_file import require_room
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
@@ -108,10 +109,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     """
     folder = _pipeline_folder(local_path(source))
     component, target = float_folder(folder), Path(target)
-    if folder.resolve() in target.resolve().parents:
-        raise CheckpointError(
-            f"'{target}' lies inside '{folder}'. Choose a path outside of the pipeline's folder."
-        )
+    require_apart(target, folder)
     recipe = Recipe.of(recipe)
     using = find_users(Plan.of_model(empty_model(component), recipe), recipe)
     if not second_moment:
