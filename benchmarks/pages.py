@@ -27,7 +27,9 @@ def _line(cells: Iterable[str]) -> str:
 def source(record: Record) -> str:
     """Return the sentence that says where a table's numbers come from."""
     changed = ", **with changes that were not committed**" if record["changed"] else ""
+    command, now = record["command"], f"benchmarks.{record['benchmark']}"
+    renamed = "" if now in command else f" (`{now}` now)"
     return (
-        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}{changed}; torch "
+        f"`{command}`{renamed}, {record['date'][:10]}, commit {record['commit']}{changed}; torch "
         f"{record['torch']}, {record['cpu_count']} cores."
     )

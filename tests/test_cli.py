@@ -165,7 +165,6 @@ def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_
         ("quantize", "a", "b", "c"),
         ("quantize", "a", "b", "--workers", "0"),
         ("quantize", "a", "b", "--workers", "many"),
-        ("quantize", "a", "b", "--effort", "huge"),
         ("quantize", "a", "b", "--effort", "best", "--method", "svdquant"),
         ("plan", "a", "--effort", "default", "--method", "rtn"),
         ("quantize", "a", "b", "--seed", "x"),

@@ -172,6 +172,11 @@ def test_the_grammar_explains_its_own_words():
         ("mxfp4-amxfp5", r"activations 'amxfp5'\. Use -a4, -a8, -a16"),
         ("mxfp4+bf16-r0", r"rank 0\. Use a rank of at least 1"),
         ("mxfp4-a8+w8a8-r0", "rank 0"),
+        pytest.param(
+            "mxfp4+w8a8-r" + "9" * 5000, "Cannot read the recipe", id="a rank of 5000 digits"
+        ),
+        pytest.param("int4_b" + "9" * 5000, "Unknown number format", id="a block of 5000 digits"),
+        ("mxfp4+w8a8-r3２", "Cannot read the recipe"),
     ],
 )
 def test_a_name_outside_the_grammar_is_refused(name, message):

@@ -8,7 +8,7 @@ from functools import lru_cache
 from loraq.errors import SchemeError
 from loraq.scheme import Scheme
 
-_R16 = re.compile(r"r16=(\d+)")
+_R16 = re.compile(r"r16=([0-9]{1,9})")
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,8 @@ class QuantizedLinear(nn.Module):
         """Return y (…, out) in the dtype of x (…, in)."""
         prepared = self._prepared
         # Offloading hooks move parameters silently, so the device is compared at every call.
-        if prepared is None or prepared[2:] != (x.dtype, self.weight_packed.device):
+        wanted = x.dtype, self.weight_packed.device
+        if prepared is None or (prepared.dtype, prepared.device) != wanted:
             self.prepare(x.dtype)
             prepared = self._prepared
             assert prepared is not None
@@ -212,8 +213,7 @@ class QuantizedConv1x1(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out, height, width) in the dtype and memory layout of x (…, in, …)."""
-        pixels = x.movedim(
-            -3, -1
-        ).contiguous()  # free in SANA; and the sums do not depend on the layout
+        # Free in SANA; and the sums do not depend on the layout.
+        pixels = x.movedim(-3, -1).contiguous()
         y = super().forward(pixels).movedim(-1, -3)
         return y.contiguous() if x.is_contiguous() else y

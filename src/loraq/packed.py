@@ -55,7 +55,7 @@ class PackedWeight:
             shape: (out, in).
 
         Raises:
-            FormatError: a tensor is missing, or is not of the bytes that the scheme wants.
+            FormatError: a tensor is missing, or does not have the shape that the scheme requires.
         """
         parts = {
             part: _read(tensors, part, fmt, matrix)

@@ -26,7 +26,8 @@ class Recipe:
     #: One of `loraq.methods.METHODS`; a layer without a branch is rounded to nearest by a method
     #: that needs one.
     method: str = "loraq"
-    #: How long a method with levels of effort works: "fast", "default" or "best".
+    #: How long a method with levels of effort works, for `loraq` "fast", "default" or
+    #: "best"; without effect on a method that has none.
     effort: str = "default"
     #: Other fields of the method's dataclass.
     options: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +51,9 @@ class Recipe:
             )
         if self.method not in METHODS:
             raise RecipeError(unknown("method", self.method, METHODS))
-        efforts = {effort for method in METHODS.values() for effort in method.efforts}
+        efforts = METHODS[self.method].efforts or {
+            effort for method in METHODS.values() for effort in method.efforts
+        }
         if self.effort not in efforts:
             raise RecipeError(unknown("effort", self.effort, efforts))
         if self.allocation not in ALLOCATIONS:

@@ -59,13 +59,13 @@ BRANCHES = {
 
 _NAME = re.compile(
     r"(?P<main>[a-z0-9_]+)(?:-a(?P<bits>[a-z0-9_]+))?"
-    r"(?:\+(?P<branch>[a-z0-9_]+)(?:-r(?P<rank>\d+))?)?(?:-h(?P<rotation>\d+))?"
+    r"(?:\+(?P<branch>[a-z0-9_]+)(?:-r(?P<rank>[0-9]{1,9}))?)?(?:-h(?P<rotation>[0-9]{1,9}))?"
 )
 #: The grammar before this one, in which a name looked like that of a layer with the branch's
 #: precision.
 _OLD_NAME = re.compile(
-    r"(?P<main>[a-z0-9_]+)(?:-(?P<branch>(?![rha]\d)[a-z][a-z0-9_]*))??(?:-r(?P<rank>\d+))?"
-    r"(?:-h(?P<rotation>\d+))?(?:-a(?P<bits>[a-z0-9_]+))?"
+    r"(?P<main>[a-z0-9_]+)(?:-(?P<branch>(?![rha]\d)[a-z][a-z0-9_]*))??(?:-r(?P<rank>[0-9]{1,9}))?"
+    r"(?:-h(?P<rotation>[0-9]{1,9}))?(?:-a(?P<bits>[a-z0-9_]+))?"
 )
 
 

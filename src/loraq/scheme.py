@@ -30,8 +30,8 @@ class Branch:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise SchemeError(
-                f"Branch rank is {self.rank}. It must be at least 1. For no branch, leave the "
-                "branch out."
+                f"Branch rank is {self.rank}. It must be at least 1, or 0 for a rank that a budget "
+                "settles. For no branch, leave the branch out."
             )
         for name in (self.weight, self.activation, self.intermediate_format.name):
             get_format(name)

@@ -22,6 +22,7 @@ from loraq.methods.base import Fit, quantize_branch
 from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch
 
+MAIN = Scheme("mxfp4")
 BRANCHED = Scheme("mxfp4", branch=Branch(0, "mxint8"))
 
 
@@ -77,8 +78,8 @@ def test_a_recipe_takes_it_with_its_options_and_efforts():
         Recipe(BRANCHED, method="toy", options={"shrnk": 0.7})
     with pytest.raises(RecipeError, match="'shrink' in options is 'x'"):
         Recipe(BRANCHED, method="toy", options={"shrink": "x"})
-    with pytest.raises(SchemeError, match=r"Unknown effort 'best'.*Known: default, fast"):
-        Recipe(BRANCHED, method="toy", effort="best").solver(BRANCHED)
+    with pytest.raises(RecipeError, match=r"Unknown effort 'best'.*Known: default, fast"):
+        Recipe(BRANCHED, method="toy", effort="best")
 
 
 def test_a_weight_and_a_module_are_quantized_by_it():
@@ -126,3 +127,30 @@ def test_a_name_that_is_taken_is_refused():
 
     with pytest.raises(SchemeError, match="There is a method 'toy' already"):
         register(Other)
+
+
+def test_a_class_that_recipes_could_not_use_is_not_registered():
+    with pytest.raises(SchemeError, match="Nameless has no `name`"):
+        register(dataclass(frozen=True)(type("Nameless", (Method,), {})))
+    with pytest.raises(SchemeError, match="One of them must be 'default'"):
+        register(type("Slow", (Toy,), {"name": "slow", "efforts": ("slow", "slower")}))
+    assert "slow" not in METHODS
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Scheme("mxfp4", branch=Branch(2, "mxint8")), "returned no branch, and the scheme has one"),
+        (Scheme("mxfp4"), "returned a branch, and the scheme has none"),
+    ],
+)
+def test_a_fit_that_is_not_of_the_scheme_is_refused(scheme, message):
+    class Wrong(Toy):
+        """Does the opposite of what is asked for."""
+
+        def _fit(self, weight, asked, seed, stats):
+            other = Scheme("mxfp4", branch=Branch(2, "mxint8")) if asked.branch is None else MAIN
+            return super()._fit(weight, other, seed, stats)
+
+    with pytest.raises(SchemeError, match=message):
+        Wrong().solve(dit_like(32, 64), scheme)

@@ -17,8 +17,8 @@ def main() -> None:
     """Quantize diffusion transformers to 4 bits without any data.
 
     \b
-    loraq plan MODEL                  what would happen, layer by layer
-    loraq quantize MODEL OUT          do it
+    loraq plan SOURCE                 what would happen, layer by layer
+    loraq quantize SOURCE TARGET      do it
     loraq demo                        see it on a small trained transformer
     """
 

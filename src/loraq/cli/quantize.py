@@ -38,8 +38,8 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--method", help="Method instead of the recipe's (`loraq methods`)."),
         click.option(
             "--effort",
-            type=click.Choice(["fast", "default", "best"]),
-            help="How long a method with levels of effort works (`loraq methods`).",
+            metavar="LEVEL",
+            help="Level of effort; for method loraq: fast, default or best.",
         ),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )

@@ -109,7 +109,7 @@ FORMATS: dict[str, Format] = {
     fmt.name: fmt for fmt in (*_INT_FORMATS, *_MX_FORMATS, *_FP_FORMATS, *_CAST_FORMATS)
 }
 
-_BLOCK_SUFFIX = re.compile(r"(?P<base>.+)_b(?P<size>\d+)")
+_BLOCK_SUFFIX = re.compile(r"(?P<base>.+)_b(?P<size>[0-9]{1,9})")
 
 
 def get_format(name: str | Format) -> Format:

@@ -1,6 +1,6 @@
 """One weight in, one `LayerSolution` out: the methods and their names."""
 
-from loraq.methods.base import METHODS, Method, layer_seed, register
+from loraq.methods.base import METHODS, Fit, Method, layer_seed, register
 from loraq.methods.gptq import GPTQ
 from loraq.methods.loraq import EFFORTS, LoRaQ
 from loraq.methods.qera import LQER, QERA
@@ -14,6 +14,7 @@ __all__ = [
     "METHODS",
     "QERA",
     "RTN",
+    "Fit",
     "LoRaQ",
     "Method",
     "SVDQuant",

@@ -1,9 +1,10 @@
 """The contract of all methods, their registry, and the steps that every one of them shares.
 
-A method is a frozen dataclass: its fields are its settings, `solve` is its only job. It sees one
-matrix, never a module, a file or a model's name. Name, help text, need of a branch, use of
-statistics, levels of effort and the prediction for a budget live on the class, so that a new method
-is one class: recipes, plans and the command line derive from the registry.
+A method is a frozen dataclass: its fields are its settings, `solve` is its only job, and `_fit` the
+part of it that differs. It sees one matrix, never a module, a file or a model's name. Name, help
+text, need of a branch, use of statistics, levels of effort and the prediction for a budget live on
+the class, so that a new method is one class: recipes, plans and the command line derive from the
+registry.
 """
 
 import hashlib
@@ -37,8 +38,16 @@ def register(method: M) -> M:
     """Make a class known under its `name`, as a decorator.
 
     Raises:
-        SchemeError: another method has this name.
+        SchemeError: it has no name, another method has this name, or its levels of effort lack
+            "default", which recipes take unless they say otherwise.
     """
+    if not hasattr(method, "name"):
+        raise SchemeError(f"Method class {method.__name__} has no `name`. Give it one.")
+    if method.efforts and "default" not in method.efforts:
+        raise SchemeError(
+            f"Method '{method.name}' has the levels of effort {', '.join(method.efforts)}. One of "
+            "them must be 'default'."
+        )
     if METHODS.setdefault(method.name, method) is not method:
         raise SchemeError(f"There is a method '{method.name}' already. Choose another name.")
     return method
@@ -56,17 +65,20 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One weight in, one `LayerSolution` out."""
+    """One weight in, one `LayerSolution` out.
+
+    Fields are plain, as recipes write them: bool, int, float or str, or one of these or `None`.
+    """
 
     #: What recipes and the command line call it.
     name: ClassVar[str]
     #: One line of help.
     summary: ClassVar[str]
-    #: Whether it fits a branch. Without one, a method that requires it stands for round to nearest.
+    #: Whether it fits a branch. Without one, a method that requires it falls back to `rtn`.
     branch: ClassVar[Literal["required", "optional", "none"]] = "required"
     #: What becomes of statistics that are given.
     use_of_stats: ClassVar[Literal["required", "optional", "ignored"]] = "ignored"
-    #: Names of its levels of effort; none if it has just one.
+    #: Its levels of effort, "default" among them; none if it has just one.
     efforts: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -113,6 +125,11 @@ class Method(ABC):
         weight = prepare_weight(weight, scheme)
         stats = self._prepare_stats(stats, weight, scheme)
         main, branch, metrics = self._fit(weight, scheme, seed, stats)
+        if (branch is None) is not (scheme.branch is None):
+            raise SchemeError(
+                f"Method '{self.name}' returned {'no' if branch is None else 'a'} branch, and the "
+                f"scheme has {'none' if scheme.branch is None else 'one'}. Correct its `_fit`."
+            )
         # As the prepared weight is rotated, so is what is compared with it.
         error = weight - main.dequantize()
         if branch is not None:

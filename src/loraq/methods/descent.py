@@ -75,7 +75,7 @@ class Problem:
             main: format of the main weight.
             factor: format of both factors.
             noise: prices of activation rounding.
-            importance: what an error of each channel counts, (in), or `None` for all alike.
+            importance: weight of an error in each channel, (in), or `None` for all alike.
         """
         self.weight, self.main, self.factor, self.noise = weight, main, factor, noise
         self.importance, self._root = importance, None if importance is None else importance.sqrt()

@@ -24,7 +24,7 @@ class GPTQ(Method):
     """
 
     name = "gptq"
-    summary = "rounding with error feedback, given statistics; a branch is SVDQuant's"
+    summary = "rounding with error feedback, given statistics; the branch, if any, is SVDQuant's"
     branch = "optional"
     use_of_stats = "required"
 

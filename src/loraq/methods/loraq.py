@@ -80,11 +80,11 @@ class LoRaQ(Method):
     #: Largest move of a row or column relative to its own error; keeps outlier channels from
     #: running away.
     leverage_cap: float = 1.0
-    #: Extra weight of ‖Qw(R)‖² at the first step, gone at the end of phase 1; keeps Qw(R) and the
+    #: Least weight of ‖Qw(R)‖² at the first step, 0 at the end of phase 1; keeps Qw(R) and the
     #: branch small.
     pull: float = 0.02
-    #: Extra shrinking of the branch in phase 1; `None` takes 0.01 for 6-bit factors, 0.005 for
-    #: 4-bit ones, else 0: less signal in a low-bit branch is less rounding noise.
+    #: Least shrinking of the branch in phase 1; `None` takes 0.01 for 5- and 6-bit factors, 0.005
+    #: for 4-bit ones, else 0: less signal in a low-bit branch is less rounding noise.
     decay: float | None = None
     #: Whether J has the activation-noise terms α and β of the scheme's activation formats.
     activation_aware: bool = True

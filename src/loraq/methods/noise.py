@@ -34,11 +34,12 @@ class ActivationNoise(NamedTuple):
     @classmethod
     def of(cls, scheme: Scheme, branch: Branch) -> "ActivationNoise":
         """Return the noise powers of a scheme's activation formats."""
-        intermediate = branch.intermediate or branch.activation
         return cls(
             main=rounding_noise(scheme.activation, rotation=scheme.rotation),
             input=rounding_noise(branch.activation, rotation=scheme.rotation),
-            intermediate=rounding_noise(intermediate, width=branch.rank, degrees=None),
+            intermediate=rounding_noise(
+                branch.intermediate_format.name, width=branch.rank, degrees=None
+            ),
         )
 
     def price(

@@ -81,12 +81,12 @@ def quantize_files(
             shards.mkdir(exist_ok=True)
             target.layout.allocate(shards)
             worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
-            works = _list_works(source, worker.writer, journal, stats_hashes)
-            n_kept -= len(works)
+            jobs = _list_open_jobs(source, worker.writer, journal, stats_hashes)
+            n_kept -= len(jobs)
             target.write_kept(journal.folder, link=settings.link)
             with show_layers(progress, "quantize") as show:
                 # On an error all workers end first.
-                with closing(run_jobs(worker, works, settings.workers)) as entries:
+                with closing(run_jobs(worker, jobs, settings.workers)) as entries:
                     for done, entry in enumerate(entries, start=n_kept + 1):
                         journal.note(entry)
                         show(done, n_layers, entry["name"], entry["relative_error"])
@@ -114,8 +114,8 @@ def share_from_files(
 
 
 @dataclass(frozen=True)
-class _LayerWork:
-    """One layer to do, and what its inputs must still be when it is done."""
+class _CheckedJob:
+    """A job, and what its inputs must still be when it is done."""
 
     job: LayerJob
     #: Hash of the weight when it was checked.
@@ -136,14 +136,14 @@ class _Worker:
     writer: LayerWriter
     stats: Mapping[str, ActivationStats] | None
 
-    def __call__(self, work: _LayerWork) -> dict[str, Any]:
+    def __call__(self, checked: _CheckedJob) -> dict[str, Any]:
         """Do a layer, and return its line for the journal once its bytes are on the disk."""
-        job = work.job
+        job = checked.job
         # A 1×1 convolution is a matrix too.
         weight = self.reader.read(f"{job.name}.weight").view(job.shape)
-        stats = self._read_stats(work)
-        finished = quantize_layer(job, weight, stats, stats_sha256=work.stats_sha256)
-        if finished.report.source_sha256 != work.source_sha256:
+        stats = self._read_stats(checked)
+        finished = quantize_layer(job, weight, stats, stats_sha256=checked.stats_sha256)
+        if finished.report.source_sha256 != checked.source_sha256:
             raise CheckpointError(
                 f"The weight of layer '{job.name}' changed while it was read. Do not modify the "
                 "source during a run."
@@ -152,28 +152,28 @@ class _Worker:
         del entry["shape"], entry["scheme"]  # the plan has them
         return {**entry, "written_sha256": self.writer.write(job.name, finished.packed)}
 
-    def _read_stats(self, work: _LayerWork) -> ActivationStats | None:
-        if self.stats is None or not work.stats_sha256:
+    def _read_stats(self, checked: _CheckedJob) -> ActivationStats | None:
+        if self.stats is None or not checked.stats_sha256:
             return None
-        stats = self.stats[work.name]
-        if stats.sha256 != work.stats_sha256:
+        stats = self.stats[checked.name]
+        if stats.sha256 != checked.stats_sha256:
             raise CalibrationError(
-                f"The statistics of layer '{work.name}' changed meanwhile. Do not modify their "
+                f"The statistics of layer '{checked.name}' changed meanwhile. Do not modify their "
                 "file during a run."
             )
         return stats
 
 
-def _list_works(
+def _list_open_jobs(
     source: Source, writer: LayerWriter, journal: Journal, stats_hashes: Mapping[str, str]
-) -> list[_LayerWork]:
+) -> list[_CheckedJob]:
     """Return the layers that are not done yet, the longest first, so that workers end together.
 
     Raises:
         CheckpointError: a number in the source is not finite, or a weight is not what it was when
             its layer was done.
     """
-    hashes, works = source.hash_weights(), []
+    hashes, jobs = source.hash_weights(), []
     for job in source.plan.quantized:
         if entry := journal.layers.get(job.name):
             if entry["source_sha256"] != hashes[job.name]:
@@ -183,8 +183,8 @@ def _list_works(
                 )
             if writer.hash_written(job) == entry["written_sha256"]:
                 continue
-        works.append(_LayerWork(job, hashes[job.name], stats_hashes.get(job.name, "")))
-    return sorted(works, key=lambda work: -math.prod(work.job.shape))
+        jobs.append(_CheckedJob(job, hashes[job.name], stats_hashes.get(job.name, "")))
+    return sorted(jobs, key=lambda checked: -math.prod(checked.job.shape))
 
 
 def _report(

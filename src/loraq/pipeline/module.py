@@ -213,9 +213,9 @@ def _quantize_layers(
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads that leave nothing behind.
+    """Give threads, and restore torch's thread count afterwards.
 
-    With several, `one_thread` races for what new threads of torch start with.
+    With several workers, calls of `one_thread` race on it.
     """
     threads = torch.get_num_threads()
     try:

@@ -36,7 +36,7 @@ def run_jobs(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Generat
     """Yield what `work` returns for each job, as it is ready.
 
     Args:
-        work: the job; with several workers it must be picklable, and so must what it returns.
+        work: does one job; with several workers it must be picklable, and so must what it returns.
         jobs: in the order in which they begin.
         workers: jobs in flight; with 1 this process does them itself.
 
