@@ -27,6 +27,17 @@ INT8_BLOCK = tuple(
     Rule(f"*blocks.0.{layer}", weight="int8")
     for layer in ("attn1.*", "attn2.to_q", "attn2.to_out.0", "ff.*")
 )
+#: Ours with the bytes of a plain INT5 weight.
+AT_INT5_BYTES = (
+    Contender("LoRaQ, 6-bit branch, 5.25 bits", "int4-a16+w6a6", budget="5.25", same_bytes=False),
+    Contender("LoRaQ, 8-bit branch, 5.25 bits", "int4-a16+w8a8", budget="5.25", same_bytes=False),
+    Contender(
+        "LoRaQ, INT5 main, 8-bit branch, 5.25 bits",
+        "int5_b256-a16+w8a8",
+        budget="5.25",
+        same_bytes=False,
+    ),
+)
 CONTENDERS: dict[str, Table] = {
     f"W4A16, {WITHOUT}": (
         Contender("round to nearest", "mxfp4-a16", "rtn"),
@@ -48,18 +59,7 @@ CONTENDERS: dict[str, Table] = {
             same_bytes=False,
         ),
         Contender("plain INT5 (5.25 bits)", "int5-a16", "rtn", same_bytes=False),
-        Contender(
-            "LoRaQ, 6-bit branch, 5.25 bits", "int4-a16+w6a6", budget="5.25", same_bytes=False
-        ),
-        Contender(
-            "LoRaQ, 8-bit branch, 5.25 bits", "int4-a16+w8a8", budget="5.25", same_bytes=False
-        ),
-        Contender(
-            "LoRaQ, INT5 main, 8-bit branch, 5.25 bits",
-            "int5_b256-a16+w8a8",
-            budget="5.25",
-            same_bytes=False,
-        ),
+        *AT_INT5_BYTES,
     ),
     f"W4A16, {WITH}": with_statistics(
         Contender("GPTQ, INT4", "int4-a16", "gptq"),
@@ -70,18 +70,7 @@ CONTENDERS: dict[str, Table] = {
         Contender("LoRaQ, 6-bit branch", "int4-a16+w6a6"),
         Contender("LoRaQ, MXFP4 main, 6-bit branch", "mxfp4-a16+w6a6"),
         Contender("GPTQ, INT5 (5.25 bits)", "int5-a16", "gptq", same_bytes=False),
-        Contender(
-            "LoRaQ, 6-bit branch, 5.25 bits", "int4-a16+w6a6", budget="5.25", same_bytes=False
-        ),
-        Contender(
-            "LoRaQ, 8-bit branch, 5.25 bits", "int4-a16+w8a8", budget="5.25", same_bytes=False
-        ),
-        Contender(
-            "LoRaQ, INT5 main, 8-bit branch, 5.25 bits",
-            "int5_b256-a16+w8a8",
-            budget="5.25",
-            same_bytes=False,
-        ),
+        *AT_INT5_BYTES,
         Contender(
             "LoRaQ, INT5 main, 4-bit branch, 5.25 bits",
             "int5_b256-a16+w4a8",

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loraq
 from loraq.checkpoint.folder import require_apart
@@ -67,9 +68,20 @@ def test_absorbing_never_writes_over_what_it_reads(tmp_path, target):
     for name in places.values():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / places["lora"] / "adapter_model.safetensors").touch()
     before = sorted(tmp_path.rglob("*"))
     model, lora, source = (tmp_path / places[name] for name in ("model", "lora", "source"))
     into = tmp_path / places.get(target, "models")
     with pytest.raises(CheckpointError, match=r"Source and target|lies inside"):
         loraq.absorb_lora(model, lora, source, target=into, overwrite=True, progress=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_target_beside_a_configuration_or_an_adapter_is_no_danger(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"block.linear.weight": torch.randn(32, 64)}, file)
+    (tmp_path / "config.json").write_text("{}")
+    loraq.quantize_checkpoint(file, tmp_path / "out", "mxfp4-a16", config=tmp_path, progress=False)
+    assert (tmp_path / "out/loraq.json").is_file()
+    with pytest.raises(CheckpointError, match="lies inside"):
+        loraq.quantize_checkpoint(file, tmp_path / "config.json/out", "mxfp4-a16", config=tmp_path)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loraq.checkpoint.folder import file_sha256, require_apart, require_free
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
-from loraq.integrations.lora import Adapter, Lora
+from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.layer import hash_tensor, quantize_layer
@@ -80,7 +80,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
         raise CheckpointError(
             f"'{model}' is not changed in place. Give the new folder as `target`."
         )
-    require_apart(Path(target), model, lora, source)
+    require_apart(Path(target), model, find_lora_file(Path(lora)), source)
     require_free(Path(target), overwrite=overwrite)
     quantized = load(model)
     absorbed = _absorb(
@@ -131,11 +131,8 @@ def _absorb(
                 replace_layer(model, name, new[name])
             else:
                 kept = layer.get_parameter("weight")
-                kept.copy_(
-                    _add_lora(name, layer, source, lora.adapters[name], scale, kept.device).view(
-                        kept.shape
-                    )
-                )
+                weight = _add_lora(name, layer, source, lora.adapters[name], scale, kept.device)
+                kept.copy_(weight.view(kept.shape))
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
 
 
@@ -198,11 +195,11 @@ def _read_original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
     for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
         weight = stored.to(dtype)
         if isinstance(layer, QuantizedLinear):
-            if hash_tensor(weight) == layer.record["source_sha256"]:
-                return weight.flatten(1)
-        elif weight.dtype == (
-            kept := layer.get_parameter("weight").detach().cpu()
-        ).dtype and torch.equal(weight, kept):
+            same = hash_tensor(weight) == layer.record["source_sha256"]
+        else:
+            kept = layer.get_parameter("weight").detach().cpu()
+            same = weight.dtype == kept.dtype and torch.equal(weight, kept)
+        if same:
             return weight.flatten(1)
     raise LayerError(
         f"Layer '{name}' was not made from the weights in '{source.folder}', or has absorbed a "

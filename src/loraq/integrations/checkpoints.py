@@ -75,8 +75,9 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     """
     target, recipe = Path(target), Recipe.of(recipe)
     checkpoint = _locate(source, config)
-    files = [given for given in (config, stats) if isinstance(given, str | Path)]
-    require_apart(target, checkpoint.root, *files)
+    # Of the folder that a configuration is in, nothing else is read.
+    files = _find_config(checkpoint.weights, config), stats
+    require_apart(target, checkpoint.root, *(f for f in files if isinstance(f, str | Path)))
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
     opened = Source.open(checkpoint, recipe)
     return quantize_files(

@@ -72,7 +72,7 @@ class Lora:
             CheckpointError: no such file, not safetensors, or tensors that are not a plain LoRA's;
                 the message lists them.
         """
-        file = _find_file(Path(path))
+        file = find_lora_file(Path(path))
         reader = ShardReader(file)
         tensors = {name: reader.read(name) for name in reader.names}
         others = {match[0] for name in tensors if (match := _OTHER_COMPONENT.match(name))}
@@ -94,7 +94,12 @@ class Lora:
         return cls(file, adapters, tuple(sorted(others)))
 
 
-def _find_file(path: Path) -> Path:
+def find_lora_file(path: Path) -> Path:
+    """Return the safetensors file that a path to a LoRA stands for: itself, or the one in a folder.
+
+    Raises:
+        CheckpointError: there is none, or more than one.
+    """
     if path.is_file():
         return path
     files = [path / name for name in _FILES if (path / name).is_file()] or sorted(

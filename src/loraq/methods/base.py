@@ -131,9 +131,7 @@ class Method(ABC):
                 f"scheme has {'none' if scheme.branch is None else 'one'}. Correct its `_fit`."
             )
         # As the prepared weight is rotated, so is what is compared with it.
-        error = weight - main.dequantize()
-        if branch is not None:
-            error -= branch.reconstruct()
+        error = _error_of(weight, main, branch)
         relative_error = frobenius(error).item() / (frobenius(weight).item() or 1.0)
         packed, seconds = PackedWeight(scheme, main, branch), time.perf_counter() - begin
         return LayerSolution(packed, relative_error, seconds, dict(metrics))
@@ -263,10 +261,13 @@ def output_error(
 
     With mean squares alone it is that of uncorrelated channels.
     """
-    error = weight - main.dequantize()
-    if branch is not None:
-        error -= branch.reconstruct()
-    double = torch.float64
+    error, double = _error_of(weight, main, branch), torch.float64
     return (
         stats.output_energy(error, double) / (stats.output_energy(weight, double) or 1.0)
     ) ** 0.5
+
+
+def _error_of(weight: Tensor, main: QTensor, branch: LowRankBranch | None) -> Tensor:
+    """Return what main weight and branch leave of a prepared weight, (out, in)."""
+    error = weight - main.dequantize()
+    return error if branch is None else error.sub_(branch.reconstruct())
