@@ -590,3 +590,14 @@ def test_a_convolution_sends_a_gradient_to_its_input():
     conv_of("mxfp4-a16+bf16-r12")(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_a_call_keeps_the_operands_it_made_though_another_thread_drops_them():
+    class Dropped(QuantizedLinear):
+        """A layer whose operands are gone as soon as they are kept."""
+
+        _prepared = property(lambda self: None, lambda self, value: None)
+
+    packed = quantize_weight(torch.randn(32, 64), "mxfp4-a8+w8a8-r4", method="svdquant").packed
+    x = torch.randn(3, 64)
+    assert torch.equal(Dropped.from_packed(packed)(x), QuantizedLinear.from_packed(packed)(x))

@@ -109,14 +109,16 @@ class QuantizedLinear(nn.Module):
         shape = self.out_features, self.in_features
         return LayerSpec(self.scheme, shape, self.weight_packed.device)
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Make the operands for inputs of `dtype` now; else the first call makes them.
+    def prepare(self, dtype: torch.dtype) -> Prepared:
+        """Make, keep and return the operands for inputs of `dtype`; else the first call does.
 
         Raises:
             KernelError: the back end that is asked for cannot run this layer.
         """
         with torch.inference_mode(False):  # what is kept must also serve calls with gradients
-            self._prepared = prepare(self._asked, self.packed, dtype, strict=self._strict)
+            prepared = prepare(self._asked, self.packed, dtype, strict=self._strict)
+        self._prepared = prepared
+        return prepared
 
     def invalidate(self) -> None:
         """Drop what the back end keeps, because parameters changed; the next call prepares anew."""
@@ -156,9 +158,8 @@ class QuantizedLinear(nn.Module):
         # Offloading hooks move parameters silently, so the device is compared at every call.
         wanted = x.dtype, self.weight_packed.device
         if prepared is None or (prepared.dtype, prepared.device) != wanted:
-            self.prepare(x.dtype)
-            prepared = self._prepared
-            assert prepared is not None
+            # Not read back from the layer: another thread may have put its own there, or none.
+            prepared = self.prepare(x.dtype)
         backend, operands = prepared.backend, prepared.operands
         if not backend.keeps_operands:
             operands = backend.prepare(self.packed, x.dtype)
