@@ -23,6 +23,7 @@ from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.safetensors.reader import ShardReader
+from tests.folders import files_of
 
 WIDTH = 48
 
@@ -71,10 +72,6 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype, name
         assert torch.equal(ours[name], theirs[name]), name
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

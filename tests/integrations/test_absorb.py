@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from small.pixart import small_pixart, velocity
-from test_diffusers import OTHERS, RECIPE, files_of, quantize
+from test_diffusers import OTHERS, RECIPE, quantize
 from torch import nn
 
 import loraq
@@ -20,6 +20,7 @@ from loraq.cli import main
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import load_float
 from loraq.integrations.lora import Lora
+from tests.folders import files_of
 
 pytest.importorskip("diffusers")
 

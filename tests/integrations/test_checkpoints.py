@@ -26,6 +26,7 @@ from loraq.pipeline.source import Source, list_tensors
 from loraq.recipe import Recipe
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
 from loraq.safetensors.layout import write_shards
+from tests.folders import files_of
 
 pytest.importorskip("diffusers")
 
@@ -43,14 +44,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def quantize(source, target: Path, **options):
     return quantize_checkpoint(source, target, RECIPE, **{"progress": False, **options})
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

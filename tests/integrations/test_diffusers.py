@@ -27,6 +27,7 @@ from loraq.integrations.diffusers import (
 )
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
+from tests.folders import files_of
 
 pytest.importorskip("diffusers")
 
@@ -46,14 +47,6 @@ OTHERS = {
 
 def quantize(source: Path, target: Path, recipe: Recipe = RECIPE, **options):
     return quantize_checkpoint(source, target, recipe, progress=False, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def edit_json(path: Path, **changes) -> None:

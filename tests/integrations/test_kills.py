@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
+from tests.folders import files_of
 
 pytestmark = pytest.mark.slow
 
@@ -68,10 +69,6 @@ def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
             signal.SIGINT, signal.SIG_DFL
         ),  # whoever runs the tests may ignore it
     )
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def finished(target: Path) -> set[str]:

@@ -20,6 +20,7 @@ from loraq.errors import CheckpointError, LayerError
 from loraq.recipe import Recipe
 from loraq.safetensors.header import read_header
 from loraq.safetensors.layout import write_shards
+from tests.folders import files_of
 
 RECIPE = "mxfp4+w8a8-r8"
 N_LAYERS = 4
@@ -59,14 +60,6 @@ def quantize(source: Path, target: Path, recipe=RECIPE, **options):
         else recipe
     )
     return loraq.quantize_checkpoint(source, target, recipe, **{"progress": False, **options})
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def edit(path: Path, change) -> None:

@@ -18,6 +18,7 @@ from loraq.rules import Rule
 from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
+from tests.folders import files_of
 
 #: Layer "3" has no branch, so that only GPTQ makes something of its inputs.
 RECIPE = Recipe(
@@ -66,14 +67,6 @@ def by(method: str) -> Recipe:
 
 def quantize(source: Path, target: Path, recipe: Recipe = RECIPE, **options):
     return loraq.quantize_checkpoint(source, target, recipe, **{"progress": False, **options})
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch, Scheme
+from tests.folders import files_of
 
 GREEDY = Recipe(
     Scheme("mxfp4", branch=Branch(0, "mxint8")), budget="r16=4", method="lqer", allocation="greedy"
@@ -50,14 +51,6 @@ def source(tmp_path) -> Path:
 
 def ranks(plan: Plan) -> list[int]:
     return [job.scheme.branch.rank for job in plan.quantized if job.scheme.branch]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def quantize(
