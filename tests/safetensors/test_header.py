@@ -65,9 +65,9 @@ def test_what_is_written_is_read_back_and_aligned(tmp_path):
         (b"{ ", 8, None, "Expecting"),
         (b"[1]", 8, None, "is a list, not an object"),
         (b"\xff\xfe{}", 8, None, "codec can't decode"),
-        (b"[" * 100_000, 8, None, "recursion|Expecting"),
+        (b"[" * 100_000, 8, None, "nested in more than 32 levels"),
         (b'{"a": 1, "a": 2}', 8, None, "has the key 'a' twice"),
-        ({"a": 3}, 8, None, "int"),
+        ({"a": 3}, 8, None, "'a' is a int, not an object"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, None, "lacks 'data_offsets'"),
         ({"a": {**ENTRY, "dtype": "F99"}}, 8, None, "has the dtype 'F99', which is not read"),
         ({"a": {**ENTRY, "shape": [3]}}, 8, None, "is 12 bytes, and its range holds 8"),
@@ -81,7 +81,7 @@ def test_what_is_written_is_read_back_and_aligned(tmp_path):
             "starts at byte 8, the one before it ends at 0",
         ),
         ({"a": {**ENTRY, "data_offsets": [8, 0]}}, 8, None, "its range holds -8"),
-        ({"a": {**ENTRY, "data_offsets": [0]}}, 8, None, "not enough values|expected 2"),
+        ({"a": {**ENTRY, "data_offsets": [0]}}, 8, None, "1 data_offsets"),
         ({"a": ENTRY, "b": ENTRY}, 8, None, "'b' starts at byte 0, the one before it ends at 8"),
         ({"a": ENTRY}, 7, None, "8 bytes of tensors are announced, and it has 7"),
         ({"a": ENTRY}, 9, None, "8 bytes of tensors are announced, and it has 9"),
@@ -96,9 +96,9 @@ def test_an_absurd_header(tmp_path, header, n_data, length, match):
         read_header(path)
 
 
-def test_a_header_of_more_than_100_mb_is_not_read(tmp_path):
-    path = file(tmp_path, {"a": ENTRY}, length=100_000_001)
+def test_a_header_of_more_than_25_mb_is_not_read(tmp_path):
+    path = file(tmp_path, {"a": ENTRY}, length=25_000_001)
     with path.open("r+b") as sparse:
         sparse.truncate(200_000_000)
-    with pytest.raises(CheckpointError, match="a header of 100000001 is announced"):
+    with pytest.raises(CheckpointError, match="a header of 25000001 is announced"):
         read_header(path)

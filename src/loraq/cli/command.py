@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loraq.errors import LoraqError
+from loraq.errors import LoraqError, show
 from loraq.version import __version__
 
 
@@ -35,7 +35,7 @@ def command(function: Callable[..., None]) -> click.Command:
         except (LoraqError, OSError) as error:
             if debug:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {show(error)}", err=True)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
             click.echo(str(interrupt) or "Interrupted. Nothing was left.", err=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraq.checkpoint.folder import file_sha256, require_apart, require_free
-from loraq.errors import CheckpointError, LayerError
+from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import replace_layer
@@ -154,7 +154,7 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
     if missing:
         raise LayerError(
             f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
-            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in names "
+            f"source does not have: {list_some(missing)}. Is the LoRA for this model, in names "
             "that diffusers understands?"
         )
     for name, adapter in lora.adapters.items():
