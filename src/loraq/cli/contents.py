@@ -21,13 +21,13 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from loraq.checkpoint.manifest import Manifest
+    from loraq.checkpoint.inspect import read_checked
     from loraq.integrations.diffusers import transformer_folder
 
     if memory:
         _show_memory(transformer_folder(path), as_json=as_json)
         return
-    manifest = Manifest.read(transformer_folder(path))
+    manifest = read_checked(transformer_folder(path))
     if as_json:
         layers = {
             name: {"shape": layer.shape, "scheme": asdict(layer.scheme), **layer.record}
