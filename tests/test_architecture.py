@@ -181,7 +181,12 @@ def test_the_parser_of_safetensors_files_knows_nothing_of_what_is_in_them():
         for name in imported(tree_of(path))
         if name.startswith("loraq.")
     }
-    assert {name.split(".")[1] for name in ours} == {"errors", "json_files", "regular_file", "safetensors"}
+    assert {name.split(".")[1] for name in ours} == {
+        "errors",
+        "json_files",
+        "regular_file",
+        "safetensors",
+    }
 
 
 def test_a_rule_lists_its_offenders():

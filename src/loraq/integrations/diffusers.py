@@ -67,9 +67,7 @@ def empty_model(folder: Path) -> nn.Module:
     return model_of(read_json(folder / "config.json"), folder / "config.json")
 
 
-def model_of(
-    config: dict[str, Any], config_file: Path, weights: Path | None = None
-) -> nn.Module:
+def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = None) -> nn.Module:
     """Return the model of a configuration, with parameters on the meta device.
 
     What a constructor makes is bounded by what the weights have.

@@ -60,7 +60,9 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         task = bar.add_task(title, total=None, layer="")
 
         def show(done: int, total: int, name: str, error: float) -> None:
-            bar.update(task, completed=done, total=total, layer=f"{show_text(name)} error {error:.4f}")
+            bar.update(
+                task, completed=done, total=total, layer=f"{show_text(name)} error {error:.4f}"
+            )
 
         yield show
 
@@ -91,6 +93,8 @@ def _image_lines(title: str) -> ImageCallback:
             sys.stderr.write(f"{title}: {show_text(what)}\n")
             return
         left = (time.monotonic() - begin) / done * (total - done)
-        sys.stderr.write(f"{title}: image {done} of {total}, {left:.0f} s left, {show_text(what)}\n")
+        sys.stderr.write(
+            f"{title}: image {done} of {total}, {left:.0f} s left, {show_text(what)}\n"
+        )
 
     return show

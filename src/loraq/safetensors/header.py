@@ -50,6 +50,8 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MOST_BYTES = 25_000_000
 #: Most axes of a tensor, as in torch's own loops; real tensors have five.
 _MOST_AXES = 64
+#: Longest name of a tensor, in characters; real ones have less than 200.
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,15 @@ def read_header(path: Path) -> Header:
 
 
 def require_name(name: str) -> None:
-    """Require that a tensor's name can be printed, and so be shown, typed and written back.
+    """Require that a tensor's name is of sane length and can be printed, typed and written back.
 
     Raises:
         CheckpointError: it cannot.
     """
-    if not name.isprintable():
+    if len(name) > _LONGEST_NAME or not name.isprintable():
         raise CheckpointError(
-            f"A tensor is called '{list_some([name])}'. Names of printable characters are required."
+            f"A tensor is called '{list_some([name])}'. Names of at most {_LONGEST_NAME} printable "
+            "characters are required."
         )
 
 
@@ -237,6 +240,5 @@ def _require_integers(name: str, values: Any) -> None:
         type(value) is int and 0 <= value < 2**63 for value in values
     ):
         raise ValueError(
-            f"tensor '{name}' has {repr(values)[:200]} where whole numbers from 0 are "
-            "required"
+            f"tensor '{name}' has {repr(values)[:200]} where whole numbers from 0 are required"
         )
