@@ -18,9 +18,9 @@ _NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 def show(text: object) -> str:
     """Return text as a terminal may see it: what is not shown, or has an effect, is escaped.
 
-    Control characters and escape sequences, changes of direction and lone surrogates become
-    `\\x1b`, `\\u202e`; everything else stays, so that text that was shown once is not changed by
-    being shown again.
+    Control characters and escape sequences, changes of direction and lone surrogates become what
+    Python writes for them. Everything else stays, so that text that was shown once is not changed
+    by being shown again.
     """
     text = str(text)
     if text.isprintable():

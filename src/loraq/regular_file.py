@@ -2,14 +2,14 @@
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 #: Longest name of a file on the usual file systems.
 _MOST_NAME_BYTES = 255
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file to read its bytes.
 
     A name may stand for a pipe that nobody writes to, where opening waits for ever, or for a
@@ -43,7 +43,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether a name stands for a file in the folder where it is looked up, and can exist."""
+    """Return whether a name can be that of a file, and stands for one in the folder it is in."""
     return (
         name.isprintable()
         and name not in ("", ".", "..")

@@ -568,7 +568,7 @@ def test_comparing_damaged_folders_is_an_error_too(one, pristine):
     )
     with pytest.raises(
         CheckpointError,
-        match=r"tensor 'first\.weight_packed' is U8 of shape \(63, 16\), and U8 of shape \(64, 16\)",
+        match=r"'first\.weight_packed' is U8 of shape \(63, 16\), and U8 of shape \(64, 16\)",
     ):
         compare(pristine / "one", one)
     edit_weights(one / "model.safetensors", lambda tensors: tensors.pop("first.weight_packed"))

@@ -5,7 +5,6 @@ The format is described in docs/checkpoint-format.md.
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -204,13 +203,14 @@ def _parse_file(name: str, entry: Any) -> tuple[int, str]:
 
 def _take_fields(table: dict[str, Any], kind: type[Scheme | Branch], of: str) -> dict[str, Any]:
     """Return a table that has the fields of a dataclass, each of its type, and no other keys."""
-    hints = _type_hints(kind)
+    hints = _HINTS[kind]
     if unknown := [key for key in table if key not in hints]:
         raise ValueError(f"the scheme of {of} has the unknown keys {list_some(unknown)}.")
     return {key: _take(table, key, hint, f"the scheme of {of}") for key, hint in hints.items()}
 
 
-_type_hints = cache(get_type_hints)
+#: Types of the fields of what a scheme is built of.
+_HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
 
 
 def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:

@@ -83,7 +83,9 @@ class LoraqConfig(QuantizationConfigMixin):
         self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **others: Any) -> Any:
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **others: Any
+    ) -> Any:
         """Return the configuration that a `config.json` describes.
 
         Raises:

@@ -77,7 +77,8 @@ def _layer_lines(title: str) -> ProgressCallback:
         kept = done - 1 if kept is None else kept
         left = (time.monotonic() - begin) / (done - kept) * (total - done)
         sys.stderr.write(
-            f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {show_text(name)}\n"
+            f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, "
+            f"{show_text(name)}\n"
         )
 
     return show

@@ -68,8 +68,8 @@ class ShardReader:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         if len(indexes) > 1:
             raise CheckpointError(
-                f"'{folder}' has {len(indexes)} index files: {list_some([p.name for p in indexes])}. "
-                "Keep one."
+                f"'{folder}' has {len(indexes)} index files: "
+                f"{list_some([index.name for index in indexes])}. Keep one."
             )
         if indexes:
             files = sorted(set(_read_weight_map(indexes[0]).values()))
