@@ -383,8 +383,10 @@ class QuantizationConfig(Load):
 
     def mutate(self, random: Random, folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
-        value = config["quantization_config"]
-        text = m.mutate_tree(random, {"quantization_config": random.choice((value, {}, None))})
+        value = {"quant_method": "loraq", "recipe": Recipe.named("mxfp4").to_dict()}
+        short = config["quantization_config"]
+        said = random.choice((value, value, short, {}, None))
+        text = m.mutate_tree(random, {"quantization_config": said})
         try:
             changed = json.loads(text)
         except (ValueError, RecursionError):
@@ -503,12 +505,12 @@ class Recipes(Reader):
     def make(self, folder: Path) -> None:
         recipe = replace(
             Recipe.named("mxfp4+w8a8-r4"),
-            options={"lr": 0.1} if False else {},
+            options={"steps": 10},
             rules=(Rule(match="*.to_q", skip=True), Rule(match="x", branch={"rank": 3})),
         )
         (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
         (folder / "recipe.toml").write_text(
-            'method = "lqer"\nseed = 3\nbudget = 5.25\n[scheme]\nweight = "mxfp4"\n'
+            'seed = 3\nbudget = 5.25\n[scheme]\nweight = "mxfp4"\n'
             'activation = "mxint8"\nbranch = {rank = 4, weight = "mxint8"}\n'
             '[[rules]]\nmatch = "head"\nskip = true\n[options]\n'
         )
@@ -527,7 +529,7 @@ class Recipes(Reader):
             m.mutate_json_file(random, path)
         else:
             text = path.read_text()
-            old, new = random.choice(('"mxfp4"', "4", "true", "5.25", "3", '"lqer"', "{")), ""
+            old = random.choice(('"mxfp4"', "4", "true", "5.25", "3", '"head"', "{"))
             new = random.choice(("1" * 5000, "nan", "inf", "[" * 500, '"\\u001b[2J"', "-1", "[]"))
             path.write_bytes(
                 text.replace(old, new, 1).encode()
