@@ -1,4 +1,4 @@
-"""JSON of strangers: whatever is not plain and of sane size is refused, at once and by its reason."""
+"""JSON of strangers: what is not plain and of sane size is refused at once, with its reason."""
 
 import json
 import time
@@ -73,7 +73,9 @@ def test_a_file_without_an_object(tmp_path, text):
 def test_a_file_that_is_too_long_is_not_read(tmp_path):
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match=r"Cannot read '.*a\.json': it has more than 64000000"):
+    with pytest.raises(
+        CheckpointError, match=r"Cannot read '.*a\.json': it has more than 64000000"
+    ):
         read_json(tmp_path / "a.json")
     with pytest.raises(CheckpointError, match=r"'.*b\.json' is missing"):
         read_json(tmp_path / "b.json")

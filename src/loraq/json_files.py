@@ -6,7 +6,7 @@ depth, in text that can be printed and written back, with numbers of 64 bits.
 
 import json
 import math
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,14 @@ def require_plain(content: Any) -> None:
             raise ValueError(f"it is nested in more than {_MOST_LEVELS} levels")
         inner: list[Any] = []
         for value in level:
-            if isinstance(value, dict):
-                inner += value.keys()
+            if isinstance(value, str):
+                if not value.isascii():
+                    _require_text(value)
+            elif isinstance(value, dict):
+                inner += value
                 inner += value.values()
             elif isinstance(value, list | tuple):
                 inner += value
-            elif isinstance(value, str):
-                _require_text(value)
             elif isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"it has the number {value}, and only finite numbers are read")
             elif isinstance(value, int) and not -(2**63) <= value < 2**64:
@@ -93,19 +94,15 @@ def require_plain(content: Any) -> None:
 
 
 def _require_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"it has the text {text[:100]!r}, which is not valid Unicode"
-            ) from None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"it has the text {text[:100]!r}, which is not valid Unicode") from None
 
 
-def _refuse_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has the key '{key}' twice in one object")
-        found[key] = value
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has the key '{twice}' twice in one object")
     return found

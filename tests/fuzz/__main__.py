@@ -16,7 +16,7 @@ _PIECE = 250
 def main() -> int:
     """Run all readers, or one; returns 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=main.__doc__)
-    parser.add_argument("--inputs", type=int, default=20_000, help="of all readers together")
+    parser.add_argument("--inputs", type=int, default=24_000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", choices=READERS, help="only this one")
     parser.add_argument("--index", type=int, help="only this input of --reader")

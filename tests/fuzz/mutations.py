@@ -8,6 +8,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraq.safetensors.header import DTYPES
+
 
 class Raw(str):
     """Text that stands in a JSON file as it is."""
@@ -51,36 +57,40 @@ def mutate_tree(random: Random, tree: Any) -> str:
         if not places:
             break
         place, key = random.choice(places)
-        kind = random.choice(
-            ("replace",) * 6
-            + ("tweak", "tweak", "delete", "rename", "swap", "cross", "wrap", "add", "twice")
-        )
-        if kind == "replace":
-            place[key] = copy.deepcopy(random.choice(POOL))
-        elif kind == "tweak":
-            place[key] = _tweak(random, place[key])
-        elif kind == "delete":
-            del place[key]
-        elif kind == "wrap":
-            place[key] = random.choice(([place[key]], {"x": place[key]}))
-        elif kind in ("swap", "cross"):
-            other, at = random.choice(places)
-            value = copy.deepcopy(other[at])
-            if kind == "swap":
-                other[at] = copy.deepcopy(place[key])
-            place[key] = value
-        elif isinstance(place, dict):
-            name = random.choice((*TEXTS, *place))
-            if kind == "rename":
-                place[name] = place.pop(key)
-            elif kind == "add":
-                place[name] = copy.deepcopy(random.choice(POOL))
-            else:
-                twice = json.dumps(key)
+        if random.random() < 0.07 and isinstance(place, dict):
+            twice = json.dumps(key)
+        elif random.random() < 0.2:
+            _move(random, place, key, places)
+        else:
+            place[key] = _replace(random, place[key])
     text = write_tree(tree)
     if twice and twice in text:
         text = text.replace(twice, f"{twice}: {random.choice(('1', 'null', '{}'))}, {twice}", 1)
     return text
+
+
+def _move(random: Random, place: Any, key: Any, places: list[tuple[Any, Any]]) -> None:
+    """Delete a key, give it another name, swap its value with another's, or add one beside it."""
+    other, at = random.choice(places)
+    kind = random.choice(("delete", "swap", "copy", "rename", "add"))
+    if kind == "delete":
+        del place[key]
+    elif kind in ("swap", "copy"):
+        value = copy.deepcopy(other[at])
+        if kind == "swap":
+            other[at] = copy.deepcopy(place[key])
+        place[key] = value
+    elif isinstance(place, dict):
+        name = random.choice((*TEXTS, *place))
+        place[name] = place.pop(key) if kind == "rename" else copy.deepcopy(random.choice(POOL))
+
+
+def _replace(random: Random, value: Any) -> Any:
+    """Return another value: any of the pool, one that is close, or the same in a container."""
+    chance = random.random()
+    if chance < 0.7:
+        return copy.deepcopy(random.choice(POOL))
+    return _tweak(random, value) if chance < 0.9 else random.choice(([value], {"x": value}))
 
 
 def write_tree(tree: Any) -> str:
@@ -156,8 +166,53 @@ def mutate_safetensors(random: Random, path: Path) -> None:
     path.write_bytes(struct.pack("<Q", announced) + header + data)
 
 
+def mutate_tensors(random: Random, path: Path) -> None:
+    """Write a tensor file in which a few tensors are changed, renamed, copied or missing."""
+    tensors = load_file(path)
+    for _ in range(random.choice((1, 1, 2))):
+        name, other = random.choice(list(tensors)), random.choice(list(tensors))
+        kind = random.choice(("change",) * 4 + ("pop", "copy", "name", "swap"))
+        if kind == "change":
+            tensors[name] = _change_tensor(random, tensors[name])
+        elif kind == "copy":
+            more = random.choice(("ghost", name + "x", "a.weight", "a.x"))
+            tensors[more] = tensors[name].clone()
+        elif kind == "name":
+            tensors[random.choice(("x\x1b[2J", "größe", "x" * 2000))] = tensors.pop(name)
+        elif kind == "swap":
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+        elif len(tensors) > 1:
+            del tensors[name]
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _change_tensor(random: Random, tensor: Tensor) -> Tensor:
+    """Return a tensor of another dtype, shape or content."""
+    kind = random.choice(("dtype", "shape", "fill", "byte"))
+    if kind == "dtype":
+        return tensor.to(random.choice(tuple(DTYPES.values())))
+    if kind == "shape":
+        shapes = (
+            tensor.flatten(),
+            tensor.unsqueeze(0),
+            tensor.reshape(-1)[:0],
+            torch.cat([tensor.flatten()] * 2),
+            *((tensor[:0], tensor[:1], torch.cat([tensor, tensor])) if tensor.ndim else ()),
+            *((tensor.mT,) if tensor.ndim > 1 else ()),
+        )
+        return random.choice(shapes)
+    if kind == "byte" and tensor.numel():
+        raw = tensor.clone().reshape(-1).view(torch.uint8)
+        raw[random.randrange(len(raw))] = random.choice((0, 0x7F, 0x80, 254, 255))
+        return raw.view(tensor.dtype).view(tensor.shape)
+    values = (0, torch.nan, torch.inf) if tensor.is_floating_point() else (0, 1)
+    return torch.full_like(
+        tensor, random.choice((0, 255) if tensor.dtype == torch.uint8 else values)
+    )
+
+
 def replace_file(random: Random, path: Path) -> None:
-    """Put something else in a file's place: nothing, a folder, a pipe, a link to itself, a device."""
+    """Put something else in a file's place: a folder, a pipe, a link to itself, nothing …"""
     path.unlink()
     kind = random.choice(("nothing", "folder", "pipe", "loop", "device", "empty"))
     if kind == "folder":

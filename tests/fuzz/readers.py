@@ -23,7 +23,7 @@ from loraq.checkpoint.inspect import compare, measure_memory, read_checked
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.checkpoint.stats_file import load_stats, save_stats
 from loraq.errors import LoraqError
-from loraq.integrations import checkpoints
+from loraq.integrations import checkpoints, pipelines
 from loraq.integrations.diffusers import empty_model
 from loraq.integrations.lora import Lora
 from loraq.layers import quantized_layers
@@ -206,6 +206,7 @@ class Pipeline(Reader):
         source.require_layers()
         hashes = source.hash_weights()
         require(len(hashes) == len(source.plan.quantized), "layers have no weights")
+        pipelines._pipeline_class(folder)
 
 
 class UnknownSource(Reader):
@@ -237,7 +238,7 @@ class Folder(Reader):
 
     def mutate(self, random: Random, folder: Path) -> None:
         if "model.safetensors" in self.targets:
-            change = random.choice((m.mutate_safetensors, _change_tensors))
+            change = random.choice((m.mutate_safetensors, m.mutate_tensors))
             change(random, folder / "model.safetensors")
             if random.random() < 0.95:
                 relist(folder)
@@ -301,48 +302,6 @@ def require_as_stored(model: nn.Module, folder: Path) -> None:
         require(same_bytes(tensor, stored_tensor), f"'{name}' is not what the file has")
 
 
-def _change_tensors(random: Random, path: Path) -> None:
-    """Write a tensor file with some tensors of another dtype, shape or content, or missing."""
-    tensors = load_file(path)
-    for _ in range(random.choice((1, 1, 2))):
-        name = random.choice(list(tensors))
-        tensor = tensors[name]
-        kind = random.choice(("dtype", "shape", "fill", "byte", "pop", "copy", "name", "swap"))
-        if kind == "dtype":
-            tensors[name] = tensor.to(random.choice(tuple(DTYPES.values())))
-        elif kind == "shape":
-            shapes = (
-                tensor.flatten(),
-                tensor.unsqueeze(0),
-                tensor.reshape(-1)[:0],
-                torch.cat([tensor.flatten()] * 2),
-                *((tensor[:0], tensor[:1], torch.cat([tensor, tensor])) if tensor.ndim else ()),
-                *((tensor.mT,) if tensor.ndim > 1 else ()),
-                tensor.flatten()[:1].reshape(()),
-            )
-            tensors[name] = random.choice(shapes)
-        elif kind == "fill":
-            values = (0, 1, 127, 255) if tensor.dtype == torch.uint8 else (0, torch.nan, torch.inf)
-            if tensor.dtype == torch.uint8 or tensor.is_floating_point():
-                tensors[name] = torch.full_like(tensor, random.choice(values))
-        elif kind == "byte" and tensor.numel():
-            raw = tensor.clone().reshape(-1).view(torch.uint8)
-            raw[random.randrange(len(raw))] = random.choice((0, 0x7F, 0x80, 254, 255))
-            tensors[name] = raw.view(tensor.dtype).view(tensor.shape)
-        elif kind == "pop":
-            del tensors[name]
-        elif kind == "copy":
-            tensors[random.choice(("ghost", name + "x", "a.weight", "a.x"))] = tensor.clone()
-        elif kind == "name":
-            tensors[random.choice(("x\x1b[2J", "größe", "x" * 2000))] = tensors.pop(name)
-        elif kind == "swap":
-            other = random.choice(list(tensors))
-            tensors[name], tensors[other] = tensors[other], tensor
-        if not tensors:
-            return
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
-
-
 class Load(Folder):
     """A quantized transformer of diffusers by `loraq.load`: its configuration and its manifest."""
 
@@ -366,7 +325,7 @@ class Load(Folder):
             m.mutate_json_file(random, folder / FILE_NAME)
             return
         elif kind == "weights":
-            _change_tensors(random, folder / FLOAT_WEIGHTS)
+            m.mutate_tensors(random, folder / FLOAT_WEIGHTS)
         else:
             Reader.mutate(self, random, folder)
             return
@@ -447,7 +406,7 @@ class LoraFile(Reader):
         if kind == "weights":
             m.mutate_safetensors(random, weights)
         elif kind == "tensors":
-            _change_tensors(random, weights)
+            m.mutate_tensors(random, weights)
         elif kind == "beside":
             m.mutate_json_file(random, beside)
         else:
@@ -487,7 +446,7 @@ class Statistics(Reader):
             m.mutate_safetensors(random, folder / "stats.safetensors")
         else:
             path = folder / "stats.safetensors"
-            _change_tensors(random, path)
+            m.mutate_tensors(random, path)
             save_file(load_file(path), path, metadata={"loraq_stats": "1"})
 
     def read(self, folder: Path) -> None:
@@ -564,7 +523,7 @@ class Comparison(Reader):
         elif kind == "manifest":
             m.mutate_json_file(random, folder / "quantized" / FILE_NAME)
         else:
-            _change_tensors(random, folder / kind / "model.safetensors")
+            m.mutate_tensors(random, folder / kind / "model.safetensors")
             if kind == "quantized":
                 relist(folder / kind)
 

@@ -87,7 +87,7 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
         from accelerate import init_empty_weights
 
         name = config.get("_class_name")
-        kind = _find_class(diffusers, name)
+        kind = find_class(diffusers, name)
         if not isinstance(kind, type) or not issubclass(kind, nn.Module):
             raise CheckpointError(
                 f"'{config_file}' names the class {name!r}, which diffusers "
@@ -106,7 +106,8 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
             ) from error
 
 
-def _find_class(diffusers: Any, name: object) -> Any:
+def find_class(diffusers: Any, name: object) -> Any:
+    """Return what diffusers has under a name that a file gives, or `None`."""
     try:
         return getattr(diffusers, name) if isinstance(name, str) else None
     except Exception:  # names are imported when they are asked for, and that may fail in any way

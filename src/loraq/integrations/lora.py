@@ -4,6 +4,7 @@ diffusers', PEFT's and the dotted down/up names are read here; all others by dif
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _read_options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
         ) from error
     if not isinstance(options, dict):
         raise _build_options_error(file, f"it is {options!r}, not an object")
-    if not options and beside.exists():
+    if not options and os.path.lexists(beside):
         options = read_json(beside)
     options = {
         _strip_prefix(key): value

@@ -236,8 +236,10 @@ def _count_bytes(itemsize: int, shape: list[int]) -> int | None:
 
 
 def _require_integers(name: str, values: Any) -> None:
-    if not isinstance(values, list) or not all(
-        type(value) is int and 0 <= value < 2**63 for value in values
+    if (
+        not isinstance(values, list)
+        or not {*map(type, values)} <= {int}
+        or (values and not 0 <= min(values) <= max(values) < 2**63)
     ):
         raise ValueError(
             f"tensor '{name}' has {repr(values)[:200]} where whole numbers from 0 are required"
