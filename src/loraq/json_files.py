@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loraq.disk import write_file
 from loraq.errors import CheckpointError
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in the order of the content, with two spaces and a newline at the end."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

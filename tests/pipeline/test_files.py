@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
+from loraq.checkpoint.partial import PartialFolder
 from loraq.errors import CheckpointError, LayerError
 from loraq.recipe import Recipe
 from loraq.safetensors.header import read_header
@@ -164,7 +165,7 @@ def test_a_run_that_was_killed_right_after_its_last_rename_is_finished(
     source, expected, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(PartialFolder, "remove", lambda self: None)
         quantize(source, tmp_path / "out")
     assert (tmp_path / ".out.partial" / "journal.jsonl").exists()
     report = quantize(source, tmp_path / "out", progress=At(1, interrupt))

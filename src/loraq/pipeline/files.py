@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraq.checkpoint.journal import Journal, require_target, resumable_folder
+from loraq.checkpoint.journal import Journal
+from loraq.checkpoint.partial import require_target, resumable_folder
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.layer import quantize_layer
 from loraq.pipeline.plan import LayerJob, Plan
@@ -74,16 +75,16 @@ def quantize_files(
     fingerprint, n_layers = target.fingerprint(recipe, stats_hashes), len(plan.quantized)
     with resumable_folder(
         folder, fingerprint, n_layers, overwrite=settings.overwrite, restart=settings.restart
-    ) as journal:
-        n_kept = n_layers
-        if not journal.is_published:
-            shards = journal.folder / source.component
+    ) as partial:
+        journal, n_kept = partial.journal, n_layers
+        if not partial.is_published:
+            shards = partial.folder / source.component
             shards.mkdir(exist_ok=True)
             target.layout.allocate(shards)
             worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
             jobs = _list_open_jobs(source, worker.writer, journal, stats_hashes)
             n_kept -= len(jobs)
-            target.write_kept(journal.folder, link=settings.link)
+            target.write_kept(partial.folder, link=settings.link)
             with show_layers(progress, "quantize") as show:
                 # On an error all workers end first.
                 with closing(run_jobs(worker, jobs, settings.workers)) as entries:
@@ -91,8 +92,8 @@ def quantize_files(
                         journal.note(entry)
                         show(done, n_layers, entry["name"], entry["relative_error"])
         report = _report(recipe, plan, journal.layers, kept=n_kept)
-        if not journal.is_published:
-            target.write_manifest(journal.folder, report)
+        if not partial.is_published:
+            target.write_manifest(partial.folder, report)
     return report
 
 

@@ -12,6 +12,7 @@ import torch
 
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
+from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
 from loraq.packed import PackedWeight
@@ -100,8 +101,7 @@ class Target:
         parent = next(parent for parent in target.absolute().parents if parent.exists())
         others = self.source.others.values()
         needed = self.layout.nbytes + sum(0 if link else path.stat().st_size for path in others)
-        resolved = target.resolve()
-        for path in resolved.with_name(f".{resolved.name}.partial").rglob("*"):
+        for path in partial_path(target).rglob("*"):
             needed -= path.stat().st_size if path.is_file() else 0
         free = shutil.disk_usage(parent).free
         if needed > free:
