@@ -308,18 +308,25 @@ def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     assert "it is not a model's folder" in fails(
         "quantize", place / "float", tmp_path / "out", "--overwrite"
     )
-    (tmp_path / "out" / "loraq.json").touch()
-    succeeds(
-        "quantize",
-        place / "float",
-        tmp_path / "out",
-        "--overwrite",
-        "--recipe",
-        "mxfp4",
-        "--method",
-        "rtn",
-    )
-    assert not (tmp_path / "out" / "old").exists()
+    (tmp_path / "out" / "model.safetensors").touch()
+    command = ["quantize", place / "float", tmp_path / "out", "--overwrite", "--recipe", "mxfp4"]
+    assert "it also holds old" in fails(*command)
+    (tmp_path / "out" / "old").unlink()
+    succeeds(*command, "--method", "rtn")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_command_that_has_ended_says_so_when_it_is_repeated(place, tmp_path):
+    command = ["quantize", place / "float", tmp_path / "out", "--recipe", "mxfp4"]
+    first = succeeds(*command)
+    assert "Already complete" not in first
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = succeeds(*command)
+    assert again.startswith("Already complete: made by the same settings from the same weights.\n")
+    assert again.splitlines()[1:-1] == first.splitlines()[:-1]
+    assert json.loads(succeeds(*command, "--json"))["already_complete"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert "is not empty" in fails(*command[:-1], "int4")
 
 
 @pytest.mark.parametrize(

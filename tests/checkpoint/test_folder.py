@@ -74,7 +74,7 @@ def test_of_many_files_some_are_named(tmp_path):
 def test_a_configuration_of_another_program_makes_no_model(tmp_path, content):
     """Many programs have a `config.json`, and it is not alone."""
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="neither a model nor a pipeline"):
+    with pytest.raises(CheckpointError, match="it is not a model's folder"):
         require_free(tmp_path, overwrite=True)
 
 

@@ -108,7 +108,7 @@ def require_replaceable(folder: Path) -> None:
     pipeline = _read_object(folder / "model_index.json")
     if not _is_model(folder) and "_class_name" not in pipeline:
         raise CheckpointError(
-            f"Will not replace '{folder}': it holds neither a model nor a pipeline (weights, or a "
+            f"Will not replace '{folder}': it is not a model's folder (it has no weights, and no "
             "'config.json' or 'model_index.json' of diffusers). Choose another one, or delete it "
             "yourself."
         )

@@ -27,7 +27,7 @@ from typing import Any
 from loraq import disk
 from loraq.checkpoint.folder import reason_of, require_free, require_writable, resolve_target
 from loraq.checkpoint.journal import Journal, describe_change
-from loraq.errors import CheckpointError, LayerError
+from loraq.errors import CheckpointError, LayerError, LoraqWarning
 
 _JOURNAL, _FILES, _REPLACED = "journal.jsonl", "files", "replaced"
 #: Longest name, in bytes, of which the partial folder's is made; file systems take 255.
@@ -150,6 +150,7 @@ class PartialFolder:
             warnings.warn(
                 f"'{self.target}' was missing, because a run was killed while it replaced it. It "
                 "is back as it was.",
+                LoraqWarning,
                 stacklevel=2,
             )
 
@@ -196,16 +197,12 @@ def resumable_folder(
                 partial.publish(overwrite=overwrite)
             journal.layers = {}
         except (CheckpointError, LayerError) as error:
-            raise type(error)(f"{error}{_say_what_is_kept(journal, n_layers)}") from error
+            raise type(error)(f"{error}{_describe_kept(len(journal.layers), n_layers)}") from error
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write '{target}': {reason_of(error)}. Free space, and try "
-                f"again.{_say_what_is_kept(journal, n_layers)}"
+                f"again.{_describe_kept(len(journal.layers), n_layers)}"
             ) from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Interrupted.{_say_what_is_kept(journal, n_layers) or ' Nothing was left.'}"
-            ) from None
         finally:
             if not journal.layers:  # nothing that is worth keeping, or everything is in its place
                 partial.remove()
@@ -262,14 +259,30 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f".{short}.partial")
 
 
-def count_kept(target: Path) -> int:
-    """Return how many layers an interrupted run has left for a target; 0 if that cannot be told."""
+@contextmanager
+def explain_interrupt(target: Path, n_layers: int) -> Iterator[None]:
+    """Let an interrupt say what of a target's layers is kept, before or after work on it begins."""
     try:
-        descriptor = os.open(partial_path(target) / _JOURNAL, os.O_RDONLY)
-        with os.fdopen(descriptor, "rb") as file:
-            return sum(b'"name"' in line for line in file if line.endswith(b"\n"))
-    except (OSError, CheckpointError):
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Interrupted.{_describe_kept(_count_kept(target), n_layers) or ' Nothing was left.'}"
+        ) from None
+
+
+def _count_kept(target: Path) -> int:
+    """Return how many layers a run has left for a target; 0 if that cannot be told."""
+    path = partial_path(target) / _JOURNAL
+    try:
+        descriptor = disk.open_file(path)
+    except OSError:
         return 0
+    try:
+        return len(Journal(descriptor, path).layers)
+    except CheckpointError:
+        return 0
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -375,10 +388,10 @@ def _require_alone(descriptor: int, path: Path, target: Path) -> None:
         )
 
 
-def _say_what_is_kept(journal: Journal, n_layers: int) -> str:
-    if not journal.layers:
+def _describe_kept(n_kept: int, n_layers: int) -> str:
+    if not n_kept:
         return ""
-    return f" {len(journal.layers)} of {n_layers} layers are kept; run the same command to go on."
+    return f" {n_kept} of {n_layers} layers are kept; run the same command to go on."
 
 
 def _digest(folder: Path) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loraq.checkpoint.journal import Journal
-from loraq.checkpoint.partial import require_target, resumable_folder
+from loraq.checkpoint.partial import explain_interrupt, require_target, resumable_folder
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.pipeline.complete import find_complete, may_be_complete
 from loraq.pipeline.layer import quantize_layer
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, show_layers
@@ -57,6 +58,8 @@ def quantize_files(
 ) -> Report:
     """Quantize a checkpoint into a new folder, or finish what an interrupted run has begun.
 
+    If a run has finished it, with the same settings and from the same numbers, nothing is done.
+
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the folder cannot be written, or was begun with
@@ -65,13 +68,33 @@ def quantize_files(
         RecipeError: the recipe leaves nothing to quantize.
     """
     source.require_layers()
-    require_target(folder, overwrite=settings.overwrite)
-    Target.of(source, settings.shard_bytes).require_space(folder, link=settings.link)
+    with explain_interrupt(folder, len(source.plan.quantized)):
+        return _quantize_files(source, folder, recipe, settings, stats, progress)
+
+
+def _quantize_files(
+    source: Source,
+    folder: Path,
+    recipe: Recipe,
+    settings: Settings,
+    stats: Mapping[str, ActivationStats] | None,
+    progress: ProgressCallback | bool,
+) -> Report:
+    target = Target.of(source, settings.shard_bytes)
+    is_there = not settings.restart and may_be_complete(folder, target)
+    if not is_there:
+        require_target(folder, overwrite=settings.overwrite)
+        target.require_space(folder, link=settings.link)
     stats_hashes = hash_used_stats(stats, source.plan, recipe)
     # Sharing a budget takes no more space.
     plan = share_from_files(source, recipe, workers=settings.workers, progress=progress)
     source = replace(source, plan=plan)
     target = Target.of(source, settings.shard_bytes)
+    if is_there:
+        if complete := find_complete(folder, target, recipe, stats_hashes):
+            return complete
+        require_target(folder, overwrite=settings.overwrite)
+        target.require_space(folder, link=settings.link)
     fingerprint, n_layers = target.fingerprint(recipe, stats_hashes), len(plan.quantized)
     with resumable_folder(
         folder, fingerprint, n_layers, overwrite=settings.overwrite, restart=settings.restart

@@ -138,9 +138,9 @@ class Target:
             layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
             for layer in report.layers
         }
-        Manifest(stored, [report.recipe.to_dict()], self._ties()).write(folder, files)
+        Manifest(stored, [report.recipe.to_dict()], self.find_ties()).write(folder, files)
 
-    def _ties(self) -> dict[str, str]:
+    def find_ties(self) -> dict[str, str]:
         """Return the ties: a layer that stands in two places shares all that is stored of it."""
         layers = {f"{job.name}.weight": job for job in self.source.plan.quantized}
         tied: dict[str, str] = {}
