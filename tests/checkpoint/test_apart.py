@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
-from loraq.checkpoint.folder import require_apart
+from loraq.checkpoint.apart import require_apart
 from loraq.errors import CheckpointError
 from loraq.safetensors.layout import write_shards
 

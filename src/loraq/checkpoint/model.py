@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.fit import require_names
 from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import Manifest, StoredLayer
@@ -38,9 +39,10 @@ def save(
         shard_bytes: largest shard, unless one tensor alone is larger.
 
     Raises:
-        CheckpointError: the module has no quantized layer, the folder is not empty, or the disk
-            refuses.
+        CheckpointError: the module has no quantized layer, the folder is not empty or holds the
+            folder that the module was loaded from, or the disk refuses.
     """
+    require_apart(folder, in_memory=_part_of_origin(model))
     layers = quantized_layers(model)
     if not layers:
         raise CheckpointError(
@@ -256,6 +258,22 @@ def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             seen[key] = name
             tensors[name] = tensor
     return tensors, tied
+
+
+def origin_of(model: nn.Module) -> Path | None:
+    """Return where diffusers or loraq loaded a model from, if its configuration says so."""
+    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(origin) if isinstance(origin, str) and origin else None
+
+
+def _part_of_origin(model: nn.Module) -> Path | None:
+    """Return where a model came from; of a pipeline, what must outlive its transformer.
+
+    The configuration does not say which of a pipeline's folders it was.
+    """
+    origin = origin_of(model)
+    index = origin / "model_index.json" if origin else None
+    return index if index and index.is_file() else origin
 
 
 def model_config(model: nn.Module) -> dict[str, object]:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from loraq.checkpoint.apart import require_apart
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult
+from loraq.evaluation.digits import assets_folder
 
 _SHOWN = 10
 
@@ -19,11 +21,13 @@ def require_drawable(path: Path) -> None:
 
     Raises:
         LoraqError: matplotlib is not installed, or the file cannot be written.
+        CheckpointError: the file would be among those that the demo reads.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise LoraqError('The report needs matplotlib. Run: pip install "loraq[demo]"') from error
+    require_apart(path, assets_folder())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -36,10 +40,11 @@ def require_drawable(path: Path) -> None:
 
 
 def draw(result: DemoResult, path: Path) -> None:
-    """Write the report as a PNG.
+    """Write the report as a PNG, which appears when it is whole.
 
     Raises:
         LoraqError: matplotlib is not installed, or the file cannot be written.
+        CheckpointError: the file would be among those that the demo reads.
     """
     require_drawable(path)
     from matplotlib.figure import Figure
@@ -65,7 +70,16 @@ def draw(result: DemoResult, path: Path) -> None:
         axis.text(-2, 4, label, ha="right", va="bottom", fontsize=9, fontweight="bold")
         axis.text(-2, 4.5, text, ha="right", va="top", fontsize=8)
     _draw_errors(bottom.subplots(1, 1), result)
-    figure.savefig(path, dpi=110)
+    # A link or a second name of a file keeps what it leads to.
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}")
+    try:
+        with partial.open("xb") as file:
+            figure.savefig(file, format="png", dpi=110)
+        partial.replace(path)
+    except OSError as error:
+        raise LoraqError(f"Cannot write '{path}': {error}. Choose another folder.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _draw_errors(axis: Any, result: DemoResult) -> None:

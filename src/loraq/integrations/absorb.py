@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.folder import file_sha256, require_apart, require_free
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.folder import file_sha256, require_free
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file

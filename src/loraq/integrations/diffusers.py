@@ -150,6 +150,7 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     load_into(model, home, backend=backend, verify=verify)
     _cast_unsaved(model)
     attach_save_pretrained(model)
+    model.register_to_config(_name_or_path=str(home))  # type: ignore[operator]
     return model.eval()
 
 
