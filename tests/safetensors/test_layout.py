@@ -93,7 +93,7 @@ def test_allocating_again_keeps_what_was_written(tensors, tmp_path):
 
 def test_the_index_is_that_of_the_hugging_face_libraries(tensors, tmp_path):
     files = write_shards(tensors, tmp_path, "model", 200)
-    assert files[0] == f"model-00001-of-{len(files) - 1:05d}.safetensors"
+    assert next(iter(files)) == f"model-00001-of-{len(files) - 1:05d}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert list(index["weight_map"]) == list(tensors)

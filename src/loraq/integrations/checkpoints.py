@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.links import require_own_weights
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.stats_file import file_of_stats
 from loraq.errors import CheckpointError
@@ -119,7 +120,7 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
 
     Raises:
         CheckpointError: there is no such source, it is quantized already, or its configuration
-            cannot be read.
+            cannot be read, or a link leads out of it.
     """
     root = local_path(source)
     weights = root if root.is_file() else transformer_folder(root)
@@ -127,6 +128,8 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
         raise CheckpointError(
             f"'{root}' is not a .safetensors file. Other weight files are not read: convert it."
         )
+    if root.is_dir():
+        require_own_weights(root, weights)
     config_file = _find_config(weights, config)
     content = {} if config_file is None else read_json(config_file)
     if (weights / FILE_NAME).is_file() or "quantization_config" in content:
