@@ -59,8 +59,8 @@ def copy_components(
         copy.parent.mkdir(parents=True, exist_ok=True)
         if link:
             copy.unlink(missing_ok=True)
+            stored[name] = _hash(path)
             os.link(path, copy)
-            stored[name] = _hash(copy)
             continue
         is_copy = copy.is_file() and not copy.is_symlink() and not copy.samefile(path)
         if is_copy and (kept := _hash(copy)) == _hash(path):

@@ -112,7 +112,7 @@ def _resolve(path: Path) -> Path:
 def _raise_if(refused: dict[str, str], folder: Path) -> None:
     if not refused:
         return
-    some = "; ".join(f"'{name}' ({reason})" for name, reason in list(refused.items())[:6])
+    some = "; ".join(f"'{name}' ({reason})" for name, reason in sorted(refused.items())[:6])
     more = f" and {len(refused) - 6} more" if len(refused) > 6 else ""
     raise CheckpointError(
         f"'{folder}' holds what is not a file of its own: {some}{more}. Links are followed only "
