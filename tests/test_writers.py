@@ -19,7 +19,7 @@ from torch import nn
 import loraq
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.cli import main
-from loraq.errors import CheckpointError
+from loraq.errors import CheckpointError, LoraqError
 from loraq.evaluation.report import draw
 from loraq.stats import ActivationStats
 from tests.folders import files_of
@@ -239,7 +239,7 @@ def test_a_second_name_of_a_file_is_that_file(tree):
         loraq.save_stats(loraq.load_stats(stats), tree / "second.safetensors")
 
 
-@pytest.mark.parametrize("name", [".out.partial", ".OUT.partial/files", ".out.replaced"])
+@pytest.mark.parametrize("name", [".out.partial", ".out.partial/files"])
 def test_a_source_is_not_where_the_target_grows(tree, name):
     (tree / "apart").rename(tree / ".moved")
     (tree / name).parent.mkdir(exist_ok=True)
@@ -248,11 +248,15 @@ def test_a_source_is_not_where_the_target_grows(tree, name):
         loraq.quantize_checkpoint(tree / name, tree / "out", RECIPE, **IN_PLACE)
 
 
-def test_a_picture_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+def test_a_picture_is_not_drawn_through_a_link_nor_into_a_second_name(tmp_path):
     from tests.evaluation.test_demo import invented
 
     (tmp_path / "precious.png").write_bytes(b"precious")
     (tmp_path / "report.png").symlink_to("precious.png")
+    with pytest.raises(LoraqError, match="it is a folder or a link"):
+        draw(invented(), tmp_path / "report.png")
+    (tmp_path / "report.png").unlink()
+    (tmp_path / "report.png").hardlink_to(tmp_path / "precious.png")
     draw(invented(), tmp_path / "report.png")
     assert (tmp_path / "precious.png").read_bytes() == b"precious"
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loraq.disk import write_file
 from loraq.errors import CheckpointError
 
 
 def write_json(path: Path, content: Any) -> bytes:
     """Write JSON in the order of the content, and return what was written."""
     raw = encode_json(content)
-    path.write_bytes(raw)
+    write_file(path, raw)
     return raw
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 
 #: Links that lead to links are followed so far, as Linux does.
@@ -42,13 +43,10 @@ def _require_apart(target: Path, place: Path, given: Path) -> None:
         raise CheckpointError(f"Source and target are both '{given}'. Choose another target.")
     _require_outside(target, place, given, source)
     _require_outside(given, source, target, place)
-    for parent in (source, *source.parents):
-        # Where a target grows, and what it replaces stands aside.
-        is_beside = _identity(parent.parent) == _identity(place.parent)
-        if is_beside and parent.name.casefold().startswith(f".{place.stem}.".casefold()):
-            raise CheckpointError(
-                f"'{given}' is where '{target}' would be prepared. Choose another target."
-            )
+    if _identity(partial_path(place)) in _identities(source):
+        raise CheckpointError(
+            f"'{given}' is where '{target}' would be prepared. Choose another target."
+        )
     _require_no_links(given, target, place)
 
 

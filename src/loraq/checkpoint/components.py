@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraq import disk
 from loraq.errors import CheckpointError
 
 #: Bytes that are read at a time.
@@ -56,7 +57,7 @@ def copy_components(
     stored = {}
     for name, path in files.items():
         copy = folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folders(copy.parent)
         if link:
             copy.unlink(missing_ok=True)
             stored[name] = _hash(path)
@@ -69,6 +70,15 @@ def copy_components(
             copy.unlink(missing_ok=True)
             stored[name] = _copy(path, copy)
     return stored
+
+
+def hash_components(files: Mapping[str, Path]) -> dict[str, StoredFile]:
+    """Return what regular files hold, by their path in the pipeline.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return {name: _hash(path) for name, path in files.items()}
 
 
 def check_components(root: Path, components: Mapping[str, StoredFile]) -> None:
@@ -120,9 +130,7 @@ def _copy(path: Path, copy: Path) -> StoredFile:
             for block in _read(source, path):
                 digest.update(block)
                 nbytes += len(block)
-                left = memoryview(block)
-                while left:
-                    left = left[os.write(written, left) :]
+                disk.write_all(written, block)
     return StoredFile(nbytes, digest.hexdigest())
 
 

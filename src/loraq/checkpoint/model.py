@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import StoredFile
 from loraq.checkpoint.fit import require_names
-from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend

@@ -1,7 +1,6 @@
 """Statistics on the disk: a safetensors file of `<layer>.second_moment` and `<layer>.tokens`."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,8 @@ from pathlib import Path
 import torch
 
 from loraq.checkpoint.apart import require_apart
-from loraq.checkpoint.folder import reason_of, require_alone
+from loraq.checkpoint.folder import require_writable
+from loraq.checkpoint.partial import atomic_file, partial_path
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.header import TensorSpec
 from loraq.safetensors.layout import ShardLayout
@@ -37,11 +37,8 @@ def stats_file(
 ) -> Iterator[Callable[[str, ActivationStats], None]]:
     """Yield a function that writes one layer's statistics, in any order.
 
-    The file appears when all is written.
-
-    The disk's space is taken at the beginning, so that it is not missing after hours of work, under
-    the name `.NAME.partial.safetensors` beside the file; what a run that was killed has left there
-    is used again.
+    The file appears when all is written. The disk's space is taken at the beginning, so that it is
+    not missing after hours of work.
 
     Args:
         path: the file to make; what is there is replaced.
@@ -51,35 +48,18 @@ def stats_file(
         CheckpointError: the disk refuses, another run makes the same file, or a layer is not what
             was announced.
     """
-    partial = _name_partial(path)
-    layout = lay_out_stats(moments, partial.stem)
+    layout = lay_out_stats(moments, path.stem)
+    with atomic_file(path) as partial:
+        layout.allocate(partial.parent)
 
-    def write(layer: str, stats: ActivationStats) -> None:
-        parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
-        with _explain_refusals(path):
+        def write(layer: str, stats: ActivationStats) -> None:
+            parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
             layout.write(
-                path.parent,
+                partial.parent,
                 {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)},
             )
 
-    with _explain_refusals(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = partial.open("ab")
-    with lock:
-        require_alone(lock, partial, path)
-        try:
-            with _explain_refusals(path):
-                layout.allocate(path.parent)
-            yield write
-            with _explain_refusals(path):
-                partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def _name_partial(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.partial.safetensors")
+        yield write
 
 
 def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> int:
@@ -101,13 +81,10 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
             f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting "
             "(`--overwrite`)."
         )
+    require_writable(path)
     parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(
-            f"Cannot write '{path}': '{parent}' is not a writable folder. Choose another."
-        )
     needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(parent).free
-    left = _name_partial(path).stat().st_size if _name_partial(path).is_file() else 0
+    left = sum(p.stat().st_size for p in partial_path(path).rglob("*.safetensors"))
     if needed > free + left:
         raise CheckpointError(
             f"'{parent}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} "
@@ -115,17 +92,6 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
             "(`--mean-squares`)."
         )
     return needed
-
-
-@contextmanager
-def _explain_refusals(path: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into one message that says why."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"Cannot write '{path}': {reason_of(error)}.") from error
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:

@@ -59,10 +59,11 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
             "weights, not outputs."
         )
     click.echo("All files are as they were written.")
-    if manifest.components:
-        others = f"{len(manifest.components)} other files of the pipeline"
+    if n_others := len(manifest.components):
         click.echo(
-            f"The {others} are too." if checked else f"The {others} are not here: not checked."
+            f"So are the other files of the pipeline: {n_others}."
+            if checked
+            else f"The other files of its pipeline ({n_others}) are not here, and were not checked."
         )
 
 

@@ -159,6 +159,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         print_json(
             {
                 "target": str(target),
+                "already_complete": report.already_complete,
                 "recipe": report.recipe.to_dict(),
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
@@ -169,8 +170,10 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             }
         )
         return
+    if report.already_complete:
+        click.echo("Already complete: made by the same settings from the same weights.")
     click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.kept)} kept.")
-    if report.kept:
+    if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(
         f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, "
@@ -182,7 +185,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
-    click.echo(f"Written to {target}.")
+    click.echo(f"{'In' if report.already_complete else 'Written to'} {target}.")
 
 
 @command

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.partial import atomic_file
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult
 from loraq.evaluation.digits import assets_folder
@@ -32,10 +33,10 @@ def require_drawable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoraqError(f"Cannot write '{path}': {error}. Choose another folder.") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or path.is_symlink() or not os.access(path.parent, os.W_OK):
         raise LoraqError(
-            f"Cannot write '{path}': it is a folder, or its folder is read-only. Choose another "
-            "folder."
+            f"Cannot write '{path}': it is a folder or a link, or its folder is read-only. Choose "
+            "another folder."
         )
 
 
@@ -70,16 +71,8 @@ def draw(result: DemoResult, path: Path) -> None:
         axis.text(-2, 4, label, ha="right", va="bottom", fontsize=9, fontweight="bold")
         axis.text(-2, 4.5, text, ha="right", va="top", fontsize=8)
     _draw_errors(bottom.subplots(1, 1), result)
-    # A link or a second name of a file keeps what it leads to.
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}")
-    try:
-        with partial.open("xb") as file:
-            figure.savefig(file, format="png", dpi=110)
-        partial.replace(path)
-    except OSError as error:
-        raise LoraqError(f"Cannot write '{path}': {error}. Choose another folder.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def _draw_errors(axis: Any, result: DemoResult) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 from loraq.checkpoint import load_into, save
 from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.fit import require_fit
-from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import write_model
+from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CheckpointError, LoraqError
 from loraq.json_files import read_json

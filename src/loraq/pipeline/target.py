@@ -12,6 +12,7 @@ import torch
 from loraq.checkpoint.components import StoredFile, copy_components
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
+from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
 from loraq.packed import PackedWeight
@@ -97,8 +98,7 @@ class Target:
         parent = next(parent for parent in target.absolute().parents if parent.exists())
         others = self.source.others.values()
         needed = self.layout.nbytes + sum(0 if link else path.stat().st_size for path in others)
-        resolved = target.resolve()
-        for path in resolved.with_name(f".{resolved.name}.partial").rglob("*"):
+        for path in partial_path(target).rglob("*"):
             needed -= path.stat().st_size if path.is_file() else 0
         free = shutil.disk_usage(parent).free
         if needed > free:
@@ -129,7 +129,7 @@ class Target:
             CheckpointError: a tensor is not what was checked, or a file cannot be read.
         """
         components = copy_components(self.source.others, folder, link=link)
-        for name in self._kept_names():
+        for name in self.kept_names():
             tensor = self.source.read_checked(name, checked[name])
             self.layout.write(folder / self.source.component, {name: tensor})
         return components
@@ -148,7 +148,7 @@ class Target:
             CheckpointError: a tensor is not what was checked, or a layer not what was solved.
         """
         files, tensors = self.layout.hash_files(folder / self.source.component)
-        wrong = [name for name in self._kept_names() if tensors[name] != checked[name]]
+        wrong = [name for name in self.kept_names() if tensors[name] != checked[name]]
         for job in self.source.plan.quantized:
             if _join(tensors[part] for part in _parts_of(job)) != layers[job.name]:
                 wrong.append(job.name)
@@ -183,12 +183,13 @@ class Target:
             for layer in report.layers
         }
         recipes = [report.recipe.to_dict()]
-        Manifest(stored, recipes, self._ties(), dict(components)).write(folder, files)
+        Manifest(stored, recipes, self.find_ties(), dict(components)).write(folder, files)
 
-    def _kept_names(self) -> list[str]:
+    def kept_names(self) -> list[str]:
+        """Return the names of the tensors that stay as they are."""
         return [name for name in self.source.names if name in self.layout.specs]
 
-    def _ties(self) -> dict[str, str]:
+    def find_ties(self) -> dict[str, str]:
         """Return the ties: a layer that stands in two places shares all that is stored of it."""
         layers = {f"{job.name}.weight": job for job in self.source.plan.quantized}
         tied: dict[str, str] = {}

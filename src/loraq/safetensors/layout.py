@@ -15,6 +15,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from loraq import disk
 from loraq.errors import CheckpointError
 from loraq.json_files import encode_json
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec, encode_header
@@ -109,12 +110,17 @@ class ShardLayout:
     def allocate(self, folder: Path) -> None:
         """Make the files of a folder at their final size; what already stands in them is kept."""
         for file, header in self.headers.items():
-            with (folder / file).open("r+b" if (folder / file).exists() else "w+b") as shard:
-                shard.truncate(min(os.fstat(shard.fileno()).st_size, self.sizes[file]))
-                _reserve(shard.fileno(), self.sizes[file])
-                _write_at(shard.fileno(), memoryview(header), 0)
+            descriptor = disk.open_file(folder / file, create=True)
+            try:
+                size = min(os.fstat(descriptor).st_size, self.sizes[file])
+                os.ftruncate(descriptor, size)
+                _reserve(descriptor, self.sizes[file])
+                disk.write_at(descriptor, header, 0)
+            finally:
+                os.close(descriptor)
         if self.index:
-            (folder / self.index).write_bytes(self._index_json)
+            disk.write_file(folder / self.index, self._index_json)
+        disk.sync_folder(folder)
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], *, sync: bool = False) -> None:
         """Write tensors at their places.
@@ -132,11 +138,11 @@ class ShardLayout:
         for name in tensors:
             by_file.setdefault(self.locations[name][0], []).append(name)
         for file, names in by_file.items():
-            descriptor = os.open(folder / file, os.O_WRONLY)
+            descriptor = disk.open_file(folder / file)
             try:
                 for name in names:
                     self._require(name, tensors[name])
-                    _write_at(descriptor, tensor_bytes(tensors[name]), self.locations[name][1])
+                    disk.write_at(descriptor, tensor_bytes(tensors[name]), self.locations[name][1])
                 if sync:
                     os.fsync(descriptor)
             finally:
@@ -253,10 +259,4 @@ def _reserve(descriptor: int, size: int) -> None:
     except (AttributeError, OSError) as error:  # macOS has none, and some file systems refuse
         if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.truncate(descriptor, size)
-
-
-def _write_at(descriptor: int, raw: memoryview, offset: int) -> None:
-    while raw:
-        n = os.pwrite(descriptor, raw, offset)
-        raw, offset = raw[n:], offset + n
+        os.ftruncate(descriptor, size)
