@@ -21,40 +21,6 @@ _KNOWN_FILES = re.compile(
 )
 
 
-def require_apart(target: Path, *inputs: str | Path) -> None:
-    """Raise `CheckpointError` if writing or replacing a target could touch what a run reads.
-
-    Args:
-        target: a folder or file to make; what it holds now may be replaced.
-        inputs: files and folders that the run reads; links are resolved, those inside of a folder
-            too. What does not exist, such as a repository of the hub, is no danger.
-    """
-    resolved = target.resolve()
-    for given in map(Path, inputs):
-        source = given.resolve()
-        if source == resolved:
-            raise CheckpointError(f"Source and target are both '{given}'. Choose another target.")
-        if source in resolved.parents or resolved in source.parents:
-            inner, outer = (target, given) if source in resolved.parents else (given, target)
-            raise CheckpointError(
-                f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another "
-                "target."
-            )
-        for link in _find_links(given):
-            if resolved in (link.resolve(), *link.resolve().parents):
-                raise CheckpointError(
-                    f"'{link}' is a link into '{target}', which would be replaced. Choose another "
-                    "target."
-                )
-
-
-def _find_links(folder: Path) -> Iterator[Path]:
-    """Yield every link below a folder; linked folders are not entered."""
-    for parent, inner, files in os.walk(folder):
-        paths = (Path(parent) / name for name in (*inner, *files))
-        yield from (path for path in paths if path.is_symlink())
-
-
 def resolve_target(target: Path) -> Path:
     """Return the folder or file that is to be made: a link stays, what it points to is replaced.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import require_writable
 from loraq.checkpoint.partial import atomic_file, partial_path
 from loraq.errors import CalibrationError, CheckpointError
@@ -100,8 +101,10 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
 
     Raises:
         CalibrationError: there are no statistics.
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or is the one that the statistics are read
+            from.
     """
+    require_apart(path, file_of_stats(stats))
     if not stats:
         raise CalibrationError(
             "There are no statistics to save. Collect those of at least one layer."
@@ -111,6 +114,13 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
     with stats_file(Path(path), moments) as write:
         for layer, of_layer in stats.items():
             write(layer, of_layer)
+
+
+def file_of_stats(stats: object) -> Path | None:
+    """Return the file that statistics are, or are read from; `None` if they are in memory."""
+    if isinstance(stats, _StatsFile):
+        return stats.path
+    return Path(stats) if isinstance(stats, str | Path) else None
 
 
 def load_stats(path: str | Path) -> Mapping[str, ActivationStats]:
@@ -129,7 +139,7 @@ class _StatsFile(Mapping[str, ActivationStats]):
     """The layers of a file. It holds no open file, so it can be sent to another process."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         if not path.is_file():
             raise CheckpointError(
                 f"There is no file of statistics '{path}'. `loraq stats` makes one."
@@ -155,12 +165,12 @@ class _StatsFile(Mapping[str, ActivationStats]):
         moment, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
         if tokens.dtype != torch.int64 or tokens.numel() != 1 or moment.dtype != torch.float32:
             raise CalibrationError(
-                f"'{self._path}': layer '{layer}' has other dtypes than fp32 and int64."
+                f"'{self.path}': layer '{layer}' has other dtypes than fp32 and int64."
             )
         try:
             return ActivationStats(int(tokens), moment)
         except CalibrationError as error:
-            raise CalibrationError(f"'{self._path}': layer '{layer}': {error}") from error
+            raise CalibrationError(f"'{self.path}': layer '{layer}': {error}") from error
 
     def __contains__(self, layer: object) -> bool:  # a Mapping's own would read all of it
         return layer in self._layers

@@ -147,9 +147,12 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     \b
     Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4+w8a8 --workers 2
     """
+    from loraq.checkpoint.apart import require_apart
     from loraq.integrations.checkpoints import quantize_checkpoint
+    from loraq.recipe import file_of
 
     _warn_of_unknown_class(source, options["config"])
+    require_apart(target, file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loraq.checkpoint.components import check_components, hash_components
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
@@ -53,7 +54,7 @@ def find_complete(
         reports = [
             _find_report(manifest, job, stats_hashes) for job in target.source.plan.quantized
         ]
-        if not _has_numbers(home, target, manifest):
+        if not _has_numbers(home, target, manifest) or not _has_others(folder, target, manifest):
             return None
     except (CheckpointError, KeyError, TypeError):
         return None  # damaged, or of another program
@@ -80,13 +81,16 @@ def _has_settings(home: Path, target: Target, recipe: Recipe) -> bool:
 def _has_numbers(home: Path, target: Target, manifest: Manifest) -> bool:
     """Return whether a folder was made from the numbers that the source has now."""
     hashes, stored = target.source.hash_weights(), ShardReader(home)
-    if any(manifest.layers[name].record["source_sha256"] != hashes[name] for name in hashes):
-        return False
-    kept = [name for name in target.source.names if name in target.layout.specs]
     return all(
-        hash_tensor(stored.read(name)) == hash_tensor(target.source.reader.read(name))
-        for name in kept
-    )
+        layer.record["source_sha256"] == hashes[f"{name}.weight"]
+        for name, layer in manifest.layers.items()
+    ) and all(hash_tensor(stored.read(name)) == hashes[name] for name in target.kept_names())
+
+
+def _has_others(folder: Path, target: Target, manifest: Manifest) -> bool:
+    """Return whether the other components are those that the source has now."""
+    check_components(folder, manifest.components)
+    return hash_components(target.source.others) == manifest.components
 
 
 def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, str]) -> LayerReport:

@@ -105,9 +105,10 @@ def _quantize_files(
             shards.mkdir(exist_ok=True)
             target.layout.allocate(shards)
             worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
-            jobs = _list_open_jobs(source, worker.writer, journal, stats_hashes)
+            checked = source.hash_weights()
+            jobs = _list_open_jobs(source, checked, worker.writer, journal, stats_hashes)
             n_kept -= len(jobs)
-            target.write_kept(partial.folder, link=settings.link)
+            components = target.write_kept(partial.folder, checked, link=settings.link)
             with show_layers(progress, "quantize") as show:
                 # On an error all workers end first.
                 with closing(run_jobs(worker, jobs, settings.workers)) as entries:
@@ -116,7 +117,9 @@ def _quantize_files(
                         show(done, n_layers, entry["name"], entry["relative_error"])
         report = _report(recipe, plan, journal.layers, kept=n_kept)
         if not partial.is_published:
-            target.write_manifest(partial.folder, report)
+            written = {name: str(e["written_sha256"]) for name, e in journal.layers.items()}
+            files = target.hash_shards(partial.folder, checked, written)
+            target.write_manifest(partial.folder, report, files, components)
     return report
 
 
@@ -189,25 +192,29 @@ class _Worker:
 
 
 def _list_open_jobs(
-    source: Source, writer: LayerWriter, journal: Journal, stats_hashes: Mapping[str, str]
+    source: Source,
+    checked: Mapping[str, str],
+    writer: LayerWriter,
+    journal: Journal,
+    stats_hashes: Mapping[str, str],
 ) -> list[_CheckedJob]:
     """Return the layers that are not done yet, the longest first, so that workers end together.
 
     Raises:
-        CheckpointError: a number in the source is not finite, or a weight is not what it was when
-            its layer was done.
+        CheckpointError: a weight is not what it was when its layer was done.
     """
-    hashes, jobs = source.hash_weights(), []
+    jobs = []
     for job in source.plan.quantized:
+        source_sha256 = checked[f"{job.name}.weight"]
         if entry := journal.layers.get(job.name):
-            if entry["source_sha256"] != hashes[job.name]:
+            if entry["source_sha256"] != source_sha256:
                 raise CheckpointError(
                     f"The weight of layer '{job.name}' is not what it was when the layer was "
                     "finished. Put the old source back to go on, or use `--restart` to begin anew."
                 )
             if writer.hash_written(job) == entry["written_sha256"]:
                 continue
-        jobs.append(_CheckedJob(job, hashes[job.name], stats_hashes.get(job.name, "")))
+        jobs.append(_CheckedJob(job, source_sha256, stats_hashes.get(job.name, "")))
     return sorted(jobs, key=lambda checked: -math.prod(checked.job.shape))
 
 
