@@ -37,9 +37,9 @@ def write_file(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def create_file(path: Path) -> int:
+def create_file(path: Path, *, mode: int = 0o666) -> int:
     """Return the descriptor of a new file; raises `FileExistsError` for any that is there."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, mode)
 
 
 def open_file(path: Path, *, create: bool = False, mode: int = 0o666) -> int:

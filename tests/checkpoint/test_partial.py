@@ -381,7 +381,7 @@ def test_a_file_system_without_modes_is_served(tmp_path, monkeypatch):
     with pytest.raises(Cut):
         begin(tmp_path / "out", error=Cut())
     (tmp_path / ".out.partial").chmod(0o777)
-    monkeypatch.setattr("loraq.checkpoint.partial._has_modes", lambda folder: False)
+    monkeypatch.setattr("loraq.checkpoint.private._has_modes", lambda folder: False)
     begin(tmp_path / "out")
 
 

@@ -21,8 +21,7 @@ from loraq.errors import CheckpointError
 _BLOCK = 4 * 2**20
 #: Opens what it is given and nothing that a link leads to, and never waits for a pipe's other end.
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_MAKE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -126,7 +125,7 @@ def _copy(path: Path, copy: Path) -> StoredFile:
     digest, nbytes = hashlib.sha256(), 0
     with _open(path) as source:
         mode = stat.S_IMODE(os.fstat(source).st_mode) & 0o777
-        with _closing(os.open(copy, _MAKE | _BINARY, mode)) as written:
+        with _closing(disk.create_file(copy, mode=mode)) as written:
             for block in _read(source, path):
                 digest.update(block)
                 nbytes += len(block)

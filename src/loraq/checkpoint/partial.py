@@ -16,8 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from typing import Any
 from loraq import disk
 from loraq.checkpoint.folder import reason_of, require_free, require_writable, resolve_target
 from loraq.checkpoint.journal import Journal, describe_change
+from loraq.checkpoint.private import make_private, require_alone
 from loraq.errors import CheckpointError, LayerError, LoraqWarning
 
 _JOURNAL, _FILES, _REPLACED = "journal.jsonl", "files", "replaced"
@@ -315,7 +314,7 @@ def _open_partial(target: Path, *, restart: bool) -> Iterator[PartialFolder]:
     path, target = partial_path(target), resolve_target(target)
     try:
         disk.make_folders(target.parent)
-        _make_private(path)
+        make_private(path, (_JOURNAL, _FILES, _REPLACED))
         descriptor = disk.open_file(path / _JOURNAL, create=True, mode=0o600)
     except CheckpointError:
         raise
@@ -324,68 +323,10 @@ def _open_partial(target: Path, *, restart: bool) -> Iterator[PartialFolder]:
             f"Cannot write '{target}': {reason_of(error)}. Choose another target."
         ) from error
     try:
-        _require_alone(descriptor, path / _JOURNAL, target)
+        require_alone(descriptor, path / _JOURNAL, target)
         yield PartialFolder(target, path, descriptor, restart=restart)
     finally:
         os.close(descriptor)
-
-
-def _make_private(path: Path) -> None:
-    """Make a folder for this user alone; take over one that is there only if it is such.
-
-    Others could have put into any other one what a run would take for its own, or a link to what it
-    would then write into.
-
-    Raises:
-        CheckpointError: it is a link or a file, another user's, open to others, or holds something
-            else.
-    """
-    try:
-        os.mkdir(path, 0o700)
-        disk.sync_folder(path.parent)
-        return
-    except FileExistsError:
-        status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode):
-        raise _foreign(path, "is not a folder")
-    if os.name == "posix" and status.st_uid != os.geteuid():
-        raise _foreign(path, "belongs to another user")
-    if os.name == "posix" and status.st_mode & 0o077 and _has_modes(path.parent):
-        raise _foreign(path, "is open to other users")
-    if strange := sorted({inner.name for inner in path.iterdir()} - {_JOURNAL, _FILES, _REPLACED}):
-        raise _foreign(path, f"holds '{strange[0]}', which loraq did not write")
-
-
-def _foreign(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"'{path}' {reason}, so it is not used. Move it elsewhere, or choose another target."
-    )
-
-
-def _has_modes(folder: Path) -> bool:
-    """Return whether a file system keeps who may enter a folder; FAT, for example, does not."""
-    probe = tempfile.mkdtemp(dir=folder, prefix=".loraq-")
-    try:
-        return not os.lstat(probe).st_mode & 0o077
-    finally:
-        os.rmdir(probe)
-
-
-def _require_alone(descriptor: int, path: Path, target: Path) -> None:
-    """Lock the journal for this process until it is closed; the lock dies with the process.
-
-    Raises:
-        CheckpointError: another run has the lock, or had it and has taken the file away meanwhile.
-    """
-    if not disk.lock(descriptor):
-        raise CheckpointError(
-            f"'{target}' is being written by another run. Wait until it has ended, or choose "
-            "another target."
-        )
-    if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
-        raise CheckpointError(
-            f"'{target}' was being written by another run, which has just ended. Try again."
-        )
 
 
 def _describe_kept(n_kept: int, n_layers: int) -> str:

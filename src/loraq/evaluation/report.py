@@ -1,6 +1,7 @@
 """Draw the demo's report: samples side by side with their numbers, and the error of every layer."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.partial import atomic_file
+from loraq.disk import write_file
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult
 from loraq.evaluation.digits import assets_folder
@@ -71,8 +73,10 @@ def draw(result: DemoResult, path: Path) -> None:
         axis.text(-2, 4, label, ha="right", va="bottom", fontsize=9, fontweight="bold")
         axis.text(-2, 4.5, text, ha="right", va="top", fontsize=8)
     _draw_errors(bottom.subplots(1, 1), result)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
     with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+        write_file(partial, picture.getvalue())
 
 
 def _draw_errors(axis: Any, result: DemoResult) -> None:

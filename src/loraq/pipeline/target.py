@@ -130,6 +130,7 @@ class Target:
         Raises:
             CheckpointError: a tensor is not what was checked, or a file cannot be read.
         """
+        self._remove_strays(folder)
         components = copy_components(self.source.others, folder, link=link)
         for name in self.kept_names():
             tensor = self.source.read_checked(name, checked[name])
@@ -186,6 +187,15 @@ class Target:
         }
         recipes = [report.recipe.to_dict()]
         Manifest(stored, recipes, self.find_ties(), dict(components)).write(folder, files)
+
+    def _remove_strays(self, folder: Path) -> None:
+        """Remove what an earlier run has copied and the source does not have any more."""
+        home = folder / self.source.component
+        ours = {home / name for name in self.layout.files}
+        ours |= {folder / name for name in self.source.others}
+        for path in [path for path in folder.rglob("*") if not path.is_dir()]:
+            if path not in ours:
+                path.unlink()
 
     def kept_names(self) -> list[str]:
         """Return the names of the tensors that stay as they are."""
