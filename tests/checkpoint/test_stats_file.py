@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.worlds.matrices import gaussian
+from loraq.checkpoint.partial import partial_path
 from loraq.checkpoint.stats_file import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.reader import ShardReader
@@ -104,9 +106,11 @@ def test_layers_may_be_written_in_any_order(path, tmp_path):
     assert other.read_bytes() == path.read_bytes()
 
 
-def test_what_a_killed_run_left_is_used_again(path, monkeypatch):
-    left = path.with_name(".stats.partial.safetensors")
-    left.write_bytes(b"\xff" * 10**5)
+def test_the_space_that_a_killed_run_left_is_used_again(path, monkeypatch):
+    left = partial_path(path)
+    (left / "files").mkdir(parents=True)
+    left.chmod(0o700)
+    (left / "files" / path.name).write_bytes(b"\xff" * 10**5)
     usage = shutil.disk_usage(path.parent)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage)
     stats, before = dict(load_stats(path)), path.read_bytes()
@@ -147,6 +151,17 @@ def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("write", [lambda path: save_file({"a": torch.ones(3)}, path), Path.touch])
+def test_a_file_that_is_not_of_statistics_is_not_replaced(tmp_path, write):
+    write(tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="it is not a file of statistics"):
+        save_stats({"a": full(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is not a file of statistics"):
+        require_room(tmp_path / "model.safetensors", {"a": (4, 4)}, overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):
     moments = {"blocks.0.up": (8, 8), "blocks.0.down": (6,), "out": (4, 4)}
     assert require_room(path, moments, overwrite=True) == path.stat().st_size
@@ -159,7 +174,7 @@ def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):
         ("deep/stats.safetensors", "the file exists"),
         ("deep/stats", r"ends with '\.safetensors'"),
         ("folder.safetensors", "a folder of this name exists"),
-        ("file/stats.safetensors", "is not a writable folder"),
+        ("file/stats.safetensors", "is a file"),
     ],
 )
 def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):

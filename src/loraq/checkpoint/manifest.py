@@ -4,12 +4,14 @@ The format is described in docs/checkpoint-format.md.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 
+from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
 from loraq.json_files import read_json, write_json
@@ -31,6 +33,8 @@ _RECORD: dict[str, Any] = {
     "stats_sha256": str,
     "absorbed": dict,
 }
+#: Types of the fields of what a scheme is built of.
+_HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Manifest:
     recipes: list[dict[str, Any]]
     #: Names that share the tensor of another name.
     tied: dict[str, str]
+    #: Other files of the pipeline that the folder is in, by their path from the folder above.
+    components: dict[str, StoredFile] = field(default_factory=dict)
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -62,9 +68,15 @@ class Manifest:
         counted = Counter(index for index in noted if index is not None).most_common(1)
         return self.recipes[counted[0][0]] if counted else None
 
-    def write(self, folder: Path, files: list[str]) -> None:
-        """Write `loraq.json` beside `files`, with their sizes and hashes."""
-        content = {
+    def write(self, folder: Path, files: Mapping[str, str]) -> None:
+        """Write `loraq.json`.
+
+        Args:
+            folder: where to.
+            files: SHA-256 of what was written into each file beside it: of what was checked, not
+                of what is found there now.
+        """
+        content: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "versions": {"loraq": __version__, "torch": torch.__version__},
             "recipes": self.recipes,
@@ -74,13 +86,14 @@ class Manifest:
                 for name, layer in self.layers.items()
             },
             "files": {
-                file: {
-                    "bytes": (folder / file).stat().st_size,
-                    "sha256": file_sha256(folder / file),
-                }
-                for file in files
+                file: {"bytes": (folder / file).stat().st_size, "sha256": sha256}
+                for file, sha256 in files.items()
             },
         }
+        if self.components:
+            content["components"] = {
+                name: stored.to_dict() for name, stored in self.components.items()
+            }
         write_json(folder / FILE_NAME, content)
 
     @classmethod
@@ -157,7 +170,8 @@ def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]
         name: _parse_file(name, entry)
         for name, entry in _take(content, "files", dict, "the manifest").items()
     }
-    return Manifest(layers, recipes, tied), files
+    components = parse_components(content.get("components", {}))
+    return Manifest(layers, recipes, tied, components), files
 
 
 def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
@@ -207,10 +221,6 @@ def _take_fields(table: dict[str, Any], kind: type[Scheme | Branch], of: str) ->
     if unknown := [key for key in table if key not in hints]:
         raise ValueError(f"the scheme of {of} has the unknown keys {list_some(unknown)}.")
     return {key: _take(table, key, hint, f"the scheme of {of}") for key, hint in hints.items()}
-
-
-#: Types of the fields of what a scheme is built of.
-_HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
 
 
 def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
