@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast crash lint fmt bench docs clean
+.PHONY: demo test check-fast fuzz crash lint fmt bench docs clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (6 minutes); report in demo/report.png"
@@ -36,6 +36,10 @@ bench: .venv/dev.stamp
 docs: .venv/dev.stamp
 	@echo "docs: the pages that are generated"
 	@$(BIN)/python -m docs.generate
+
+fuzz: .venv/dev.stamp
+	@echo "fuzz: every reader against 24 000 mutated files (6 minutes on two cores)"
+	@$(BIN)/python -m tests.fuzz
 
 clean:
 	rm -rf .venv demo

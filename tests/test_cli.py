@@ -18,6 +18,7 @@ from torch import nn
 
 import loraq
 from loraq.cli import main
+from loraq.cli.output import print_json, print_table
 from loraq.cli.quantize import size_option_value
 from loraq.errors import CheckpointError, LoraqError
 from loraq.recipe import Recipe
@@ -114,6 +115,7 @@ def test_the_version():
 HELP_ONLY = """
 import sys
 from loraq.cli import main
+from loraq.cli.output import print_json, print_table
 for arguments in (["--help"], *([name, "--help"] for name in main.commands)):
     main(arguments, standalone_mode=False)
 heavy = {"torch", "numpy", "safetensors", "diffusers", "transformers", "matplotlib"}
@@ -800,3 +802,17 @@ def test_one_file_without_a_configuration_is_told_what_it_misses(place):
 
 def test_a_rotation_is_shown_beside_the_activation(place):
     assert "mxfp4 h32" in succeeds("plan", place / "float", "--recipe", "mxfp4-a4+w8a8-r4")
+
+
+def test_names_of_strangers_are_shown_escaped_in_tables_and_exact_in_json(capsys):
+    name = "a\x1b[2J\n\u202eb"
+    print_table(("layer", "error"), [(name, "0.1"), ("größe [x]", "0.2")])
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "layer",
+        r"a\x1b[2J\n\u202eb",
+        "größe [x]",
+    ]
+    print_json({"layers": [{"name": name}]})
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert json.loads(text) == {"layers": [{"name": name}]}

@@ -1,14 +1,60 @@
 """Every exception that loraq raises on purpose.
 
-A message says what is wrong with the values, what is required, and what to do next.
+A message says what is wrong with the values, what is required, and what to do next. It is one line
+that a terminal can show, whatever the names and values are that strangers put into it.
 """
 
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+
+#: Longest message, in UTF-8.
+MOST_BYTES = 4096
+#: Unicode's categories of what moves the cursor, hides text, turns its direction or is no text:
+#: controls, format characters, surrogates, and separators of lines and paragraphs.
+_NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def show(text: object) -> str:
+    """Return text as a terminal may see it: what is not shown, or has an effect, is escaped.
+
+    Control characters and escape sequences, changes of direction and lone surrogates become what
+    Python writes for them. Everything else stays, so that text that was shown once is not changed
+    by being shown again.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(
+        repr(char)[1:-1] if unicodedata.category(char) in _NOT_SHOWN else char for char in text
+    )
+
+
+def list_some(names: Collection[object], most: int = 20) -> str:
+    """Return names for a message: the first ones, each cut to a sane length, and how many more."""
+    first = [_cut(show(name), 200) for name, _ in zip(names, range(most), strict=False)]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
+
+
+def _cut(text: str, most: int) -> str:
+    """Leave out the middle of a text that is longer than `most` bytes in UTF-8."""
+    raw = text.encode(errors="backslashreplace")
+    if len(raw) <= most:
+        return text
+    mark = " […] "
+    side = (most - len(mark.encode())) // 2
+    head, tail = raw[:side].decode(errors="ignore"), raw[-side:].decode(errors="ignore")
+    return head + mark + tail
 
 
 class LoraqError(Exception):
     """Base of all errors raised by loraq."""
+
+    def __init__(self, message: object = "") -> None:
+        """Keep the message as a terminal may show it, and cut it in the middle if it is endless."""
+        # First the cheap cut, because a message may carry a file's worth of names.
+        super().__init__(_cut(show(_cut(str(message), 4 * MOST_BYTES)), MOST_BYTES))
 
 
 class FormatError(LoraqError, ValueError):
@@ -45,10 +91,10 @@ class LoraqWarning(UserWarning):
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for a name that is not in a list: the closest match first, then all of them."""
-    names = sorted(known)
-    close = get_close_matches(str(name), names, n=1)
+    names, asked = sorted(known), _cut(show(name), 200)
+    close = get_close_matches(asked, names, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"Unknown {kind} '{name}'.{hint} Known: {', '.join(names)}."
+    return f"Unknown {kind} '{asked}'.{hint} Known: {', '.join(names)}."
 
 
 def layer_failure(name: str, error: Exception) -> LayerError:

@@ -1,6 +1,5 @@
 """Which scheme and method a model's layers get: `Recipe`, and its forms as a table or a file."""
 
-import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,12 +8,17 @@ from typing import Any, get_type_hints
 from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
 from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
 from loraq.families import family_rules
+from loraq.json_files import parse_json, require_plain
 from loraq.methods import METHODS, RTN, Method
 from loraq.recipe_names import NAMED, parse_scheme
+from loraq.regular_file import read_regular
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 ALLOCATIONS = ("uniform", "greedy")
+
+#: The longest file that is read; a rule takes 50 bytes, and Python's TOML a second for 2 MB.
+_MOST_BYTES = 256_000
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,20 @@ class Recipe:
         """Read a `.toml` or `.json` recipe.
 
         Raises:
-            RecipeError: the file is missing, is neither TOML nor JSON, or is not a recipe.
+            RecipeError: the file is missing, is neither TOML nor JSON, is too long, or is not a
+                recipe.
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            plain = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+            content = read_regular(path, _MOST_BYTES)
+            if path.suffix == ".json":
+                plain = parse_json(content)
+            else:
+                plain = tomllib.loads(content.decode("utf-8"))
+                require_plain(plain)
             return cls.from_dict(plain)
+        except RecursionError as error:
+            raise RecipeError(f"Cannot read the recipe '{path}': it is nested too deep.") from error
         except (OSError, ValueError, LoraqError) as error:
             raise RecipeError(f"Cannot read the recipe '{path}': {error}") from error
 

@@ -21,6 +21,8 @@ SIDE    side of the Hadamard blocks that rotate the layer's input at run time an
         beforehand, a power of two, or 0 for none; left out: 32 for 4-bit MX and INT activations
         beside a quantized branch, else none"""
 
+_GRAMMAR_HINT = f"A name is {GRAMMAR.splitlines()[0]}; `loraq formats` explains each part."
+
 #: Names beyond the grammar. Of the recipes with 8-bit activations that store and multiply nothing
 #: in 16 bits, block scales included (which leaves out int4, whose scales are bf16), the default has
 #: the least velocity error on both trained transformers, from weights alone (docs/quality.md).
@@ -153,9 +155,6 @@ def _explain_unreadable(name: str) -> str:
         else:
             return (
                 f"The recipe name '{name}' is written '{new}': the branch stands behind a +. "
-                f"A name is\n\n{GRAMMAR}"
+                f"{_GRAMMAR_HINT}"
             )
-    return (
-        f"Cannot read the recipe name '{name}'. A name is\n\n{GRAMMAR}\n\n"
-        f"`loraq formats` lists them."
-    )
+    return f"Cannot read the recipe name '{name}'. {_GRAMMAR_HINT}"

@@ -1,15 +1,17 @@
 """Looking into folders without a model: dense weights of any folder, and the difference of two."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.inspect import DenseWeights, compare
+from loraq.checkpoint.folder import file_sha256
+from loraq.checkpoint.inspect import DenseWeights, compare, measure_memory, read_checked
 from loraq.errors import CheckpointError
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
@@ -136,3 +138,62 @@ def test_a_convolution_is_compared_as_a_matrix(tmp_path):
     (difference,) = compare(*folders)
     assert difference.shape == (24, 40)
     assert difference.relative_error == pytest.approx(model[0].record["relative_error"], rel=1e-5)
+
+
+def edited(folder: Path, change_tensors=lambda tensors: None, change_layer=lambda layer: None):
+    """Change a folder as somebody who makes its hashes right again."""
+    file, manifest = folder / "model.safetensors", folder / "loraq.json"
+    tensors, content = load_file(file), json.loads(manifest.read_text())
+    change_tensors(tensors)
+    save_file(tensors, file)
+    change_layer(content["layers"]["0"])
+    content["files"] = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)},
+    }
+    manifest.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tensors", "layer", "match"),
+    [
+        (lambda t: t.pop("0.weight_scale"), {}, r"1 tensors are missing: 0\.weight_scale"),
+        (lambda t: t.update({"0.weight": torch.ones(48, 32)}), {}, r"'0\.weight' is no part of"),
+        (lambda t: t.update({"0.bias": torch.ones(47)}), {}, r"'0\.bias' is F32 of shape \(47,\)"),
+        (lambda t: t.update({"0.bias": t["0.bias"].to(torch.float8_e4m3fn)}), {}, "is F8_E4M3"),
+        (
+            lambda t: t.update({"0.weight_packed": t["0.weight_packed"].flatten()}),
+            {},
+            r"'0\.weight_packed' is U8 of shape",
+        ),
+        (lambda t: t["0.weight_scale"].fill_(255), {}, "48 of 48 values that are not finite"),
+        (lambda t: None, {"nbytes": 1}, "takes 816 bytes by its scheme and 1 as noted"),
+        (lambda t: None, {"shape": [48, 30]}, "takes 768 bytes by its scheme and 816 as noted"),
+    ],
+)
+def test_a_folder_that_contradicts_its_manifest_is_refused_by_name(tmp_path, tensors, layer, match):
+    folder = saved(quantized("mxfp4"), tmp_path / "a")
+    read_checked(folder)
+    edited(folder, tensors, lambda entry: entry.update(layer))
+    for look in (read_checked, measure_memory, lambda folder: compare(folder, folder)):
+        with pytest.raises(CheckpointError, match=match):
+            look(folder)
+
+
+@pytest.mark.parametrize(
+    ("weight", "match"),
+    [
+        (torch.ones(48), r"'0\.weight' is F32 of shape \(48,\)"),
+        (torch.ones(()), r"of shape \(\)"),
+        (torch.ones(0, 32), r"of shape \(0, 32\)"),
+        (torch.ones(48, 32, dtype=torch.complex64), "is C64 of shape"),
+        (torch.ones(48, 32).to(torch.float8_e4m3fn), "is F8_E4M3 of shape"),
+        (torch.full((48, 32), torch.nan), "has values that are not finite"),
+        (torch.ones(48, 32, 2), r"has shape \(48, 64\) in"),
+    ],
+)
+def test_a_weight_that_cannot_be_compared(tmp_path, weight, match):
+    (tmp_path / "float").mkdir()
+    save_file(net().state_dict() | {"0.weight": weight}, tmp_path / "float/model.safetensors")
+    with pytest.raises(CheckpointError, match=match):
+        compare(tmp_path / "float", saved(quantized("mxfp4"), tmp_path / "a"))

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import struct
+import time
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def edit_header(content: bytes, change) -> bytes:
         (lambda old: old + b"x", "bytes of tensors are announced, and it has"),
         (lambda old: with_header(old, b"{}", 2**63), "header of 9223372036854775808 is announced"),
         (lambda old: with_header(old, b"[1]"), "is a list, not an object"),
-        (lambda old: with_header(old, b"[" * 100_000), "recursion|Expecting"),
+        (lambda old: with_header(old, b"[" * 100_000), "nested in more than 32 levels"),
         (lambda old: with_header(old, b'{"a": 1, "a": 2}'), "has the key 'a' twice"),
         (lambda old: edit_header(old, lambda a: a.update(dtype="F99")), "the dtype 'F99'"),
         (lambda old: edit_header(old, lambda a: a.update(shape=[2**62, 2**62])), "its range holds"),
@@ -182,6 +183,18 @@ KEY = "transformer.blocks.0.to_q"
     ("changed", "match"),
     [
         ({"alpha": torch.ones(2)}, "an alpha of shape (2,)"),
+        ({"alpha": torch.tensor(1 + 1j)}, "alpha' is torch.complex64. Floats are required"),
+        ({"alpha": torch.tensor(True)}, "alpha' is torch.bool. Floats are required"),
+        ({"lora_A.weight": torch.ones(2, 6).int()}, "lora_A.weight' is torch.int32"),
+        ({"lora_A.weight": torch.ones(2, 6).bool()}, "lora_A.weight' is torch.bool"),
+        ({"lora_B.weight": torch.ones(4, 2) * 1j}, "lora_B.weight' is torch.complex64"),
+        ({"lora_A.weight": torch.ones(2, 6, 1)}, "has factors (4, 2) and (2, 6, 1)"),
+        ({"lora_A.weight": torch.ones(())}, "has factors (4, 2) and ()"),
+        ({"lora_B.weight": torch.ones(4, 2, 3, 3)}, "has factors (4, 2, 3, 3) and (2, 6)"),
+        ({"lora_A.weight": torch.ones(2, 0)}, "has factors (4, 2) and (2, 0)"),
+        ({"lora_A.weight": torch.full((2, 6), 1e38)}, "overflow fp32"),
+        ({"lora_A.weight": torch.full((2, 6), 1e300, dtype=torch.float64)}, "NaN or infinity"),
+        ({"alpha": torch.tensor(1e39, dtype=torch.float64)}, "overflow fp32"),
         ({"alpha": torch.tensor(float("nan"))}, "the alpha nan"),
         ({"lora_A.weight": torch.ones(6)}, "has factors (4, 2) and (6,)"),
         ({"lora_B.weight": torch.ones(4)}, "has factors (4,) and (2, 6)"),
@@ -199,9 +212,18 @@ def test_numbers_that_are_absurd(tmp_path, changed, match):
     [
         [1],
         {"lora_alpha": "8"},
-        {"lora_alpha": float("inf")},
+        {"lora_alpha": True},
+        {"r": "2"},
+        {"r": True},
+        {"r": 2.0},
+        {"use_dora": "no"},
+        {"use_rslora": 1},
+        {"rank_pattern": {"to_q": "2"}},
         {"alpha_pattern": [1]},
         {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"to_q": True}},
+        {"alpha_pattern": {"(.*.*)*to_k": 1}},
+        {"alpha_pattern": {".*to_q": 1}},
         {"alpha_pattern": {"to_q": None}},
     ],
 )
@@ -211,6 +233,70 @@ def test_options_that_are_absurd(tmp_path, options):
         CheckpointError, match=r"The configuration of '.*x\.safetensors' is damaged"
     ):
         Lora.read(write(tmp_path / "x.safetensors", plain(), metadata))
+
+
+@pytest.mark.parametrize("absurd", ["inf", "nan", '"a": 1, "a": 2', "1" * 5000])
+def test_a_configuration_that_is_no_plain_json(tmp_path, absurd):
+    text = f"{{{absurd}}}" if ":" in absurd else f'{{"lora_alpha": {absurd}}}'
+    with pytest.raises(CheckpointError, match=r"The header of '.*' is damaged"):
+        Lora.read(write(tmp_path / "x.safetensors", plain(), {"lora_adapter_metadata": text}))
+
+
+def test_a_rank_that_contradicts_the_configuration_is_refused(tmp_path):
+    def read(options: dict) -> Lora:
+        metadata = {"lora_adapter_metadata": json.dumps(options)}
+        return Lora.read(write(tmp_path / "x.safetensors", plain(), metadata))
+
+    assert read({"r": 2}).adapters["blocks.0.to_q"].scale == 1
+    assert read({"r": 8, "rank_pattern": {"to_q": 2}}).adapters["blocks.0.to_q"].scale == 1
+    with pytest.raises(CheckpointError, match=r"factors of rank 2, and its configuration says 8"):
+        read({"r": 8})
+    with pytest.raises(CheckpointError, match=r"factors of rank 2, and its configuration says 4"):
+        read({"r": 2, "rank_pattern": {r"^blocks\.0\.to_q$": 4}})
+
+
+def test_the_first_pattern_that_names_a_layer_or_its_end_counts(tmp_path):
+    def alpha(**patterns: float) -> float:
+        metadata = {"lora_adapter_metadata": json.dumps({"alpha_pattern": patterns})}
+        file = write(tmp_path / "x.safetensors", plain(), metadata)
+        return 2 * Lora.read(file).adapters["blocks.0.to_q"].scale
+
+    assert alpha(**{"o_q": 5, "^to_q": 6, "^0.to_q$": 7}) == 2
+    assert alpha(**{"to_q": 5, "blocks.0.to_q": 6}) == 5
+    assert alpha(**{"blocks.0.to_q": 6, "to_q": 5}) == 6
+    assert alpha(**{r"^blocks\.0\.to_q$": 7, "to_q": 5}) == 7
+    assert alpha(**{"0.to_q": 8}) == 8
+
+
+def test_thousands_of_patterns_take_no_time(tmp_path):
+    patterns = {f"blocks.{i}.to_q": i for i in range(20_000)}
+    layers = [plain(layer=f"blocks.{i}.to_q") for i in range(1000)]
+    tensors = {name: tensor for layer in layers for name, tensor in layer.items()}
+    metadata = {"lora_adapter_metadata": json.dumps({"alpha_pattern": patterns})}
+    file = write(tmp_path / "x.safetensors", tensors, metadata)
+    begin = time.monotonic()
+    assert Lora.read(file).adapters["blocks.999.to_q"].scale == 999 / 2
+    assert time.monotonic() - begin < 2
+
+
+def test_factors_of_two_adapters_are_not_one(tmp_path):
+    tensors = {"a.to_q.lora_A.one.weight": A, "a.to_q.lora_B.two.weight": B}
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: a\.to_q\.lora_B\.two\.weight"):
+        Lora.read(write(tmp_path / "x.safetensors", tensors))
+
+
+@pytest.mark.parametrize("second", ["", "diffusion_model.", "base_model.model.transformer."])
+def test_a_layer_under_two_spellings_is_refused(tmp_path, second):
+    tensors = {**plain("transformer."), **plain(second)}
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: .*to_q\.lora_A\.weight"):
+        Lora.read(write(tmp_path / "x.safetensors", tensors))
+
+
+def test_an_alpha_of_no_layer_is_refused_before_a_converter_drops_it(tmp_path, flux):
+    tensors, _ = joined(flux, "lora_unet_double_blocks_0_img_attn_qkv")
+    tensors["lora_unet_double_blocks_0_img_mlp_0.alpha"] = torch.tensor(1.0)
+    with pytest.raises(CheckpointError, match=r"not of a plain LoRA: lora_unet.*img_mlp_0\.alpha"):
+        Lora.read(write(tmp_path / "x.safetensors", tensors), flux)
 
 
 def test_a_second_adapter_of_the_same_layer_is_refused(tmp_path):

@@ -22,6 +22,7 @@ from test_diffusers import (
 )
 
 import loraq
+from loraq.checkpoint.folder import file_sha256
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.errors import CalibrationError, CheckpointError, LayerError, LoraqError, RecipeError
 from loraq.layers import quantized_layers
@@ -76,9 +77,87 @@ def change_manifest(folder: Path, change) -> None:
     path.write_text(json.dumps(manifest))
 
 
+def relist(folder: Path) -> None:
+    """Make the manifest agree with the files, as somebody who edits a folder on purpose would."""
+
+    def change(manifest: dict) -> None:
+        manifest["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in folder.iterdir()
+            if path.name != FILE_NAME
+        }
+
+    change_manifest(folder, change)
+
+
 @pytest.fixture
 def damaged(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "damaged"))
+
+
+NO_CONFIG = object()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        NO_CONFIG,
+        None,
+        [],
+        "",
+        "loraq",
+        0,
+        True,
+        1.5,
+        {},
+        [{"quant_method": "loraq"}],
+        {"quant_method": None},
+        {"quant_method": ["loraq"]},
+        {"quant_method": {"quant_method": "loraq"}},
+        {"quant_method": "LORAQ"},
+        {"quant_method": "gguf"},
+        {"quant_method": "torchao"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "loraq", "load_in_8bit": True},
+        {"quant_method": "loraq", "recipe": 3},
+        {"quant_method": "loraq", "recipe": "/etc/recipe.toml"},
+        {"quant_method": "loraq", "recipe": {"scheme": {}}},
+        {"quant_method": "loraq", "recipe": None},
+        {"quant_method": "loraq", "recipe": "mxfp4"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_a_configuration_says_packed_weights_are_loaded_right_or_refused(
+    damaged, folder, tmp_path, said
+):
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]
+    if said is not NO_CONFIG:
+        config["quantization_config"] = said
+    (damaged / "config.json").write_text(json.dumps(config))
+    relist(damaged)
+    loads = [lambda: loraq.load(damaged)]
+    if not (isinstance(said, dict) and "bitsandbytes" in said.values()):  # wants a GPU first
+        loads.append(lambda: PixArt.from_pretrained(damaged))
+    right = []
+    for load in loads:
+        try:
+            assert same(load(), loraq.load(folder))
+            right.append(True)
+        except LoraqError:
+            right.append(False)
+    says_so = isinstance(said, dict) and said.get("quant_method") == "loraq"
+    usable = says_so and said.get("recipe", None) in (None, "mxfp4") and len(said) <= 2
+    assert right[0]  # the manifest says what the folder is
+    assert right[1:] in ([], [usable and "load_in_8bit" not in said])
+    (damaged / FILE_NAME).unlink()
+    if said is not NO_CONFIG:
+        with pytest.raises(LoraqError, match="is quantized already"):
+            loraq.quantize_checkpoint(damaged, tmp_path / "out", RECIPE, progress=False)
+    else:
+        with pytest.raises(LoraqError, match="do not fit"):
+            loraq.quantize_checkpoint(damaged, tmp_path / "out", RECIPE, progress=False)
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -61,6 +61,20 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_names_are_shown_escaped_and_are_no_markup(capsys, monkeypatch):
+    with progress_bar("quantize") as show:
+        show(1, 2, "a\x1b[2J\nquantize: done", 0.5)
+    show_images(True, "stats")(0, 1, "\x1b[2J")
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert err.count("\n") == 2
+    assert r"a\x1b[2J\nquantize: done" in err
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with progress_bar("quantize") as show:
+        show(1, 2, "[red]a[/red]\x07", 0.5)
+    assert r"[red]a[/red]\x07 error" in terminal.getvalue()
+
+
 @pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
 def test_an_error_passes_through(monkeypatch, stderr):
     monkeypatch.setattr(sys, "stderr", stderr())

@@ -3,11 +3,15 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from loraq.errors import CheckpointError
-from loraq.safetensors.header import FLOATS
+from loraq.errors import CheckpointError, list_some
+from loraq.safetensors.header import DTYPE_NAMES, FLOATS
 from loraq.safetensors.reader import TensorReader
+
+#: What may stand for an integer of a model: not raw bytes.
+_INTEGERS = frozenset({"I64", "I32", "I16", "I8"})
 
 
 def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], weights: Path) -> None:
@@ -29,11 +33,37 @@ def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], weights: P
                 f"'{weights}': tensor '{name}' has shape {shape}, config.json wants "
                 f"{tuple(tensor.shape)}."
             )
-        if tensor.is_floating_point() and dtype not in FLOATS:
-            raise CheckpointError(
-                f"'{weights}': tensor '{name}' is {dtype}. Float weights of 16 bits or more are "
-                "required."
-            )
+        require_kind(name, dtype, tensor.dtype, weights)
+
+
+def require_kind(name: str, stored: str, wanted: torch.dtype, place: Path) -> None:
+    """Require that a stored tensor's numbers are of the kind that a model has under its name.
+
+    Floats of 16 bits or more stand for each other; integers do, too. Anything else is required
+    as it is: FP8 without its scale is no weight, and raw bytes are no number.
+
+    Args:
+        name: of the tensor.
+        stored: its dtype in the file.
+        wanted: its dtype in the model.
+        place: where the file is from, for messages.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    if stored == DTYPE_NAMES.get(wanted):
+        return
+    kinds = (FLOATS, _INTEGERS)
+    if any(stored in kind and DTYPE_NAMES.get(wanted) in kind for kind in kinds):
+        return
+    required = (
+        "Float weights of 16 bits or more are required"
+        if wanted.is_floating_point
+        else f"{DTYPE_NAMES.get(wanted, wanted)} is required"
+    )
+    raise CheckpointError(
+        f"'{place}': tensor '{name}' is {stored}, the model wants {wanted}. {required}."
+    )
 
 
 def require_names(
@@ -53,6 +83,6 @@ def require_names(
     missing, unexpected = sorted({*expected} - {*found}), sorted({*found} - {*expected})
     if missing or unexpected:
         raise CheckpointError(
-            f"{complaint}. Missing keys: {', '.join(missing) or 'none'}. Unexpected keys: "
-            f"{', '.join(unexpected) or 'none'}. {advice}".rstrip()
+            f"{complaint}. Missing keys: {list_some(missing) or 'none'}. Unexpected keys: "
+            f"{list_some(unexpected) or 'none'}. {advice}".rstrip()
         )

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from loraq.checkpoint.components import check_components
+from loraq.checkpoint.contents import require_contents
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.errors import CheckpointError, FormatError, KernelError
 from loraq.kernels import BACKENDS, prepare
 from loraq.linalg import relative_error
 from loraq.packed import PackedWeight
+from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader
 
 
@@ -37,7 +39,11 @@ class DenseWeights:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a transformer folder; raises `CheckpointError` if it cannot be read."""
+        """Open a transformer folder.
+
+        Raises:
+            CheckpointError: it cannot be read, or its tensors contradict its manifest.
+        """
         self.folder = Path(folder)
         self.manifest = (
             Manifest.read(self.folder, verify=False)
@@ -45,6 +51,8 @@ class DenseWeights:
             else None
         )
         self.reader = ShardReader(self.folder)
+        if self.manifest is not None:
+            require_contents(self.manifest, self.reader)
 
     @property
     def quantized(self) -> list[str]:
@@ -55,12 +63,24 @@ class DenseWeights:
         """Return the effective weight of a layer, (out, in) in fp32.
 
         Raises:
-            CheckpointError: the folder has no such layer, or its bytes do not fit its scheme.
+            CheckpointError: the folder has no such layer, or its weight is no matrix of finite
+                floats.
         """
-        if self.manifest is None or layer not in self.manifest.layers:
-            # A 1×1 convolution's is (out, in, 1, 1).
-            return self.reader.read(f"{layer}.weight").float().flatten(1)
-        return _read_packed(self.reader, self.manifest, layer).reconstruct()
+        if self.manifest is not None and layer in self.manifest.layers:
+            return _read_packed(self.reader, self.manifest, layer).reconstruct()
+        name = f"{layer}.weight"
+        weight, dtype = self.reader.read(name), self.reader.dtype(name)
+        if weight.dim() < 2 or not weight.numel() or dtype not in FLOATS:
+            raise CheckpointError(
+                f"'{self.folder}': '{name}' is {dtype} of shape {tuple(weight.shape)}. A matrix of "
+                "floats of 16 bits or more is required to compare it."
+            )
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"'{self.folder}': '{name}' has values that are not finite numbers. Repair the "
+                "file, or download it again."
+            )
+        return weight.float().flatten(1)  # a 1×1 convolution's is (out, in, 1, 1)
 
 
 def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
@@ -127,7 +147,7 @@ class Memory:
     @property
     def multiple(self) -> float:
         """All bytes for each byte that is stored."""
-        return self.parts[-1] / (self.packed + self.others)
+        return self.parts[-1] / max(1, self.packed + self.others)
 
 
 def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Memory]:
@@ -136,9 +156,9 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
     One layer is in memory at a time. Memory of activations is not counted.
 
     Raises:
-        CheckpointError: the folder is not a quantized folder, or a tensor cannot be read.
+        CheckpointError: as `read_checked` says.
     """
-    manifest, reader = Manifest.read(folder), ShardReader(folder)
+    manifest, reader = _open_checked(folder)
     nbytes, kept, refused = 0, dict.fromkeys(BACKENDS, 0), dict.fromkeys(BACKENDS, 0)
     counted: set[str] = set()
     for layer in manifest.layers:
@@ -159,6 +179,22 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
         if name not in counted
     )
     return [Memory(name, nbytes, kept[name], others, refused[name]) for name in BACKENDS]
+
+
+def read_checked(folder: Path) -> Manifest:
+    """Return the manifest of a folder whose files are as they were written, and fit together.
+
+    Raises:
+        CheckpointError: the folder is not a quantized folder, a file is missing or was changed, or
+            the tensors contradict the manifest.
+    """
+    return _open_checked(folder)[0]
+
+
+def _open_checked(folder: Path) -> tuple[Manifest, ShardReader]:
+    manifest, reader = Manifest.read(folder), ShardReader(folder)
+    require_contents(manifest, reader)
+    return manifest, reader
 
 
 def _read_packed(reader: ShardReader, manifest: Manifest, layer: str) -> PackedWeight:

@@ -7,19 +7,32 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
-from loraq.errors import CheckpointError, LoraqError
+from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
 from loraq.json_files import read_json, write_json
+from loraq.regular_file import is_plain_name
 from loraq.scheme import Branch, Scheme
 from loraq.version import __version__
 
 FILE_NAME = "loraq.json"
 FORMAT_VERSION = 1
+
+#: Types of what a layer's record may have.
+_RECORD: dict[str, Any] = {
+    "recipe": int | None,
+    "relative_error": float | int,
+    "output_error": float | int,
+    "bits_per_weight": float | int,
+    "nbytes": int,
+    "source_sha256": str,
+    "stats_sha256": str,
+    "absorbed": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -101,36 +114,22 @@ class Manifest:
             )
         content = read_json(path)
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
                 f"'{path}' has format version {version!r}; this loraq reads {FORMAT_VERSION}. "
                 "Update loraq."
             )
         try:
-            layers = {name: _parse_layer(dict(entry)) for name, entry in content["layers"].items()}
-            components = parse_components(content.get("components", {}))
-            manifest = cls(layers, list(content["recipes"]), dict(content["tied"]), components)
-            files = {
-                str(name): (int(entry["bytes"]), str(entry["sha256"]))
-                for name, entry in content["files"].items()
-            }
-            manifest._check()
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            AttributeError,
-            LoraqError,
-        ) as error:
+            manifest, files = _parse(content)
+        except (ValueError, SchemeError, FormatError) as error:
             raise CheckpointError(
-                f"'{path}' is damaged: {error!r}. Quantize again, or restore the file."
+                f"'{path}' is damaged: {error} Quantize again, or restore the file."
             ) from error
         if foreign := sorted(
             path.name for path in folder.glob("*.safetensors") if path.name not in files
         ):
             raise CheckpointError(
-                f"'{folder}' holds weights that '{FILE_NAME}' does not list: {', '.join(foreign)}."
+                f"'{folder}' holds weights that '{FILE_NAME}' does not list: {list_some(foreign)}."
             )
         for file, (size, sha256) in files.items():
             _check_file(folder, file, size, sha256 if verify else None)
@@ -143,44 +142,101 @@ class Manifest:
             record["recipe"] = self.recipes[record["recipe"]]
         return record
 
-    def _check(self) -> None:
-        """Raise `ValueError` if a layer or a tied name points to nothing."""
-        for name, layer in self.layers.items():
-            scheme, branch = layer.scheme, layer.scheme.branch
-            formats = (
-                scheme.weight,
-                scheme.activation,
-                *((branch.weight, branch.activation) if branch else ()),
-            )
-            if not all(isinstance(fmt, str) for fmt in formats) or (
-                branch and type(branch.rank) is not int
-            ):
-                raise ValueError(f"layer '{name}' has the scheme {scheme}")
-            scheme.check(layer.shape)
-            index = layer.record.get("recipe")
-            if index is not None and index not in range(len(self.recipes)):
-                raise ValueError(f"layer '{name}' has recipe {index!r} of {len(self.recipes)}")
-        if not all(isinstance(name, str) for name in self.tied.values()):
-            raise ValueError("'tied' does not map names to names")
+
+def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]]]:
+    """Return the manifest in plain data, and size and hash of each file that it lists.
+
+    Every type is checked, because what is read here decides shapes and how bytes are read. Keys
+    that nobody knows are refused in a scheme, which says how bytes are read, and are kept in the
+    rest, which is notes.
+    """
+    recipes = _take(content, "recipes", list, "the manifest")
+    if not all(isinstance(recipe, dict) for recipe in recipes):
+        raise ValueError("'recipes' is not a list of tables.")
+    layers = {
+        name: _parse_layer(name, entry, len(recipes))
+        for name, entry in _take(content, "layers", dict, "the manifest").items()
+    }
+    tied = _take(content, "tied", dict, "the manifest")
+    if not all(isinstance(name, str) for name in tied.values()):
+        raise ValueError("'tied' does not map names to names.")
+    if chained := [name for name, source in tied.items() if source in tied]:
+        raise ValueError(f"'tied' leads from a name to another tied name: {list_some(chained)}.")
+    if unprintable := [name for name in (*layers, *tied) if not name.isprintable()]:
+        raise ValueError(f"it has names that cannot be printed: {list_some(unprintable)}.")
+    files = {
+        name: _parse_file(name, entry)
+        for name, entry in _take(content, "files", dict, "the manifest").items()
+    }
+    components = parse_components(content.get("components", {}))
+    return Manifest(layers, recipes, tied, components), files
 
 
-def _parse_layer(entry: dict[str, Any]) -> StoredLayer:
-    n_out, n_in = entry.pop("shape")
-    scheme = dict(entry.pop("scheme"))
-    branch = scheme.pop("branch")
-    return StoredLayer(
-        (int(n_out), int(n_in)),
-        Scheme(**scheme, branch=Branch(**branch) if branch else None),
-        entry,
+def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
+    of = f"layer '{name}'"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{of} is {entry!r}, not a table.")
+    shape = _take(entry, "shape", list, of)
+    if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+        raise ValueError(f"{of} has the shape {shape}; (out, in) is required.")
+    scheme = _take(entry, "scheme", dict, of)
+    branch = _take(scheme, "branch", dict | None, f"the scheme of {of}")
+    built = Scheme(
+        **_take_fields(
+            scheme | {"branch": branch and Branch(**_take_fields(branch, Branch, of))}, Scheme, of
+        )
     )
+    built.check((shape[0], shape[1]))
+    record = {key: value for key, value in entry.items() if key not in ("shape", "scheme")}
+    _check_record(record, n_recipes, of)
+    return StoredLayer((shape[0], shape[1]), built, record)
+
+
+def _check_record(record: dict[str, Any], n_recipes: int, of: str) -> None:
+    """Raise `ValueError` unless what was noted of a layer has the types that it is written with."""
+    for key in record.keys() & _RECORD.keys():
+        _take(record, key, _RECORD[key], of)
+    index = record.get("recipe")
+    if index is not None and index not in range(n_recipes):
+        raise ValueError(f"{of} has recipe {index} of {n_recipes}.")
+    if "absorbed" in record:
+        _take(record["absorbed"], "sha256", str, f"what {of} absorbed")
+        _take(record["absorbed"], "scale", float | int, f"what {of} absorbed")
+
+
+def _parse_file(name: str, entry: Any) -> tuple[int, str]:
+    if not is_plain_name(name):
+        raise ValueError(f"it names the file '{list_some([name])}'. Only files beside it are read.")
+    if not isinstance(entry, dict):
+        raise ValueError(f"file '{name}' is {entry!r}, not a table.")
+    size = _take(entry, "bytes", int, f"file '{name}'")
+    return size, _take(entry, "sha256", str, f"file '{name}'")
+
+
+def _take_fields(table: dict[str, Any], kind: type[Scheme | Branch], of: str) -> dict[str, Any]:
+    """Return a table that has the fields of a dataclass, each of its type, and no other keys."""
+    hints = _HINTS[kind]
+    if unknown := [key for key in table if key not in hints]:
+        raise ValueError(f"the scheme of {of} has the unknown keys {list_some(unknown)}.")
+    return {key: _take(table, key, hint, f"the scheme of {of}") for key, hint in hints.items()}
+
+
+#: Types of the fields of what a scheme is built of.
+_HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
+
+
+def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
+    """Return the value of a key that must be there, of a type; a bool is no number."""
+    if key not in table:
+        raise ValueError(f"{of} has no '{key}'.")
+    value = table[key]
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"'{key}' of {of} is {value!r}.")
+    return value
 
 
 def _check_file(folder: Path, file: str, size: int, sha256: str | None) -> None:
     path = folder / file
-    if Path(file).name != file:
-        raise CheckpointError(
-            f"'{folder / FILE_NAME}' names the file '{file}'. Only files beside it are read."
-        )
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing. Copy the whole folder again.")
     if path.stat().st_size != size:

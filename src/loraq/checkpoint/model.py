@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import StoredFile
-from loraq.checkpoint.fit import require_names
+from loraq.checkpoint.contents import require_numbers, require_ties
+from loraq.checkpoint.fit import require_kind, require_names
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
@@ -156,6 +157,8 @@ def insert_empty_layers(
     reader = ShardReader(folder)
     layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
+    require_ties(manifest, reader)
+    require_numbers(manifest, reader)
     # A refusal leaves the model as it was.
     check_for_all(asked, [layer.spec for layer in layers.values()])
     for name, layer in layers.items():
@@ -207,10 +210,7 @@ def _check(
             raise CheckpointError(
                 f"'{folder}': tensor '{key}' is {dtype}. Packed tensors are raw bytes (U8)."
             )
-        if tensor.is_floating_point() and not dtype.startswith(("F", "BF")):
-            raise CheckpointError(
-                f"'{folder}': tensor '{key}' is {dtype}, the model wants {tensor.dtype}."
-            )
+        require_kind(key, dtype, tensor.dtype, folder)
     meta = torch.device("meta")
     return {
         key: torch.device("cpu") if device == meta else device for key, device in devices.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loraq.errors import LoraqError, LoraqWarning
+from loraq.errors import LoraqError, LoraqWarning, show
 from loraq.version import __version__
 
 
@@ -38,7 +38,7 @@ def command(function: Callable[..., None]) -> click.Command:
         except (LoraqError, OSError) as error:
             if debug:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {show(error)}", err=True)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
             # What came before the work says nothing: whatever an earlier run has left is there.

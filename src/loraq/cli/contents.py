@@ -23,15 +23,14 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from loraq.checkpoint.inspect import inspect_pipeline
-    from loraq.checkpoint.manifest import Manifest
+    from loraq.checkpoint.inspect import inspect_pipeline, read_checked
     from loraq.integrations.diffusers import transformer_folder
 
     if memory:
         _show_memory(transformer_folder(path), as_json=as_json)
         return
     folder = transformer_folder(path)
-    manifest = Manifest.read(folder)
+    manifest = read_checked(folder)
     checked = inspect_pipeline(folder, manifest)
     if as_json:
         layers = {

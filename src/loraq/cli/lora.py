@@ -7,6 +7,7 @@ import click
 
 from loraq.cli.command import command
 from loraq.cli.output import print_json
+from loraq.errors import list_some, show
 
 
 @command
@@ -48,6 +49,6 @@ def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: 
     )
     if absorbed.others:
         click.echo(
-            f"Left out, because only the transformer is quantized: {', '.join(absorbed.others)}."
+            f"Left out, because only the transformer is quantized: {list_some(absorbed.others)}."
         )
-    click.echo(f"Written to {target}.")
+    click.echo(f"Written to {show(target)}.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loraq.errors import show
+
 if TYPE_CHECKING:
     from loraq.scheme import Scheme
 
@@ -28,9 +30,10 @@ def _finite(document: Any) -> Any:
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Print plain columns, numbers to the right.
 
-    No cell is cut, so that the output can be searched and copied.
+    No cell is cut, so that the output can be searched and copied. Names come from strangers, so
+    cells are shown as error messages show them.
     """
-    table = [tuple(headings), *(tuple(row) for row in rows)]
+    table = [tuple(headings), *(tuple(map(show, row)) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(table[0]))]
     for row in table:

@@ -9,6 +9,7 @@ import click
 
 from loraq.cli.command import command
 from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.errors import show
 
 if TYPE_CHECKING:
     from loraq.pipeline.plan import Plan
@@ -185,7 +186,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
-    click.echo(f"{'In' if report.already_complete else 'Written to'} {target}.")
+    click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
 
 
 @command

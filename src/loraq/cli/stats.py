@@ -9,6 +9,7 @@ import click
 from loraq.cli.command import command
 from loraq.cli.output import print_json, size_of
 from loraq.cli.quantize import read_recipe, size_option_value
+from loraq.errors import show
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -126,4 +127,4 @@ def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         )
         return
     click.echo(f"{len(report.layers)} layers, {size_of(report.nbytes)}, {report.seconds:.0f} s.")
-    click.echo(f"Written to {target}.")
+    click.echo(f"Written to {show(target)}.")

@@ -280,7 +280,8 @@ class BlockFormat:
     def _blocks(self, rows: Tensor) -> Tensor:
         """(rows, n) to (rows, n_blocks, block_size); a shorter last block is filled with zeros."""
         n = rows.shape[-1]
-        size = self.block_size or n
+        # A block that is longer than the row is the row: a name may ask for any size.
+        size = min(self.block_size or n, n)
         return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
 
     def _global_scale(self, x: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import file_sha256, require_free
 from loraq.checkpoint.links import find_files, require_own_weights
-from loraq.errors import CheckpointError, LayerError
+from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import replace_layer
@@ -162,7 +162,7 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
     if missing:
         raise LayerError(
             f"'{lora.file}' touches {len(missing)} layers that {type(model).__name__} or the "
-            f"source does not have: {', '.join(missing)}. Is the LoRA for this model, in names "
+            f"source does not have: {list_some(missing)}. Is the LoRA for this model, in names "
             "that diffusers understands?"
         )
     for name, adapter in lora.adapters.items():

@@ -137,7 +137,7 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
     if config_file is None or "_class_name" not in content:
         return Checkpoint(root, weights, content)
     convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
-    return Checkpoint(root, weights, content, model_of(content, config_file), convert)
+    return Checkpoint(root, weights, content, model_of(content, config_file, weights), convert)
 
 
 def _find_config(weights: Path, config: str | Path | None) -> Path | None:

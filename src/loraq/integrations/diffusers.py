@@ -16,6 +16,11 @@ from loraq.checkpoint.model import write_model
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CheckpointError, LoraqError
+from loraq.integrations.construction import (
+    MOST_PARAMETERS,
+    bounded_construction,
+    require_plausible,
+)
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
 from loraq.safetensors.reader import ShardReader
@@ -63,14 +68,27 @@ def empty_model(folder: Path) -> nn.Module:
     return model_of(read_json(folder / "config.json"), folder / "config.json")
 
 
-def model_of(config: dict[str, Any], config_file: Path) -> nn.Module:
-    """Return the model of a configuration that was read from `config_file`; see `empty_model`."""
+def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = None) -> nn.Module:
+    """Return the model of a configuration, with parameters on the meta device.
+
+    What a constructor makes is bounded by what the weights have.
+
+    Args:
+        config: what was read.
+        config_file: where from, for messages.
+        weights: file or folder of the weights; by default the folder of the configuration.
+
+    Raises:
+        CheckpointError: the configuration names no known class, the class refuses it, or it asks
+            for more than a model is.
+        LoraqError: diffusers is not installed.
+    """
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     with _quiet_diffusers() as diffusers:
         from accelerate import init_empty_weights
 
         name = config.get("_class_name")
-        kind = getattr(diffusers, str(name), None)
+        kind = find_class(diffusers, name)
         if not isinstance(kind, type) or not issubclass(kind, nn.Module):
             raise CheckpointError(
                 f"'{config_file}' names the class {name!r}, which diffusers "
@@ -78,10 +96,34 @@ def model_of(config: dict[str, Any], config_file: Path) -> nn.Module:
                 "version that wrote it."
             )
         try:
-            with init_empty_weights(include_buffers=False):
+            require_plausible(config)
+            most = _bound_parameters(config_file.parent if weights is None else weights)
+            with bounded_construction(most), init_empty_weights(include_buffers=False):
                 return kind.from_config(config)  # type: ignore[attr-defined]
         except Exception as error:  # constructors of diffusers raise what they like
-            raise CheckpointError(f"{name} refuses '{config_file}': {error}") from error
+            reason = error if isinstance(error, LoraqError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"{name} refuses '{config_file}': {reason}. Check the file, or download it again."
+            ) from error
+
+
+def find_class(diffusers: Any, name: object) -> Any:
+    """Return what diffusers has under a name that a file gives, or `None`."""
+    try:
+        return getattr(diffusers, name) if isinstance(name, str) else None
+    except Exception:  # names are imported when they are asked for, and that may fail in any way
+        return None
+
+
+def _bound_parameters(weights: Path) -> int:
+    """Return the most parameters that a model with these weights may have.
+
+    An original layout joins up to four of them in one tensor.
+    """
+    try:
+        return 4 * len(ShardReader(weights).names) + 1000
+    except CheckpointError:  # whoever reads the weights will say so
+        return MOST_PARAMETERS
 
 
 def transformer_classes() -> dict[str, type[nn.Module]]:

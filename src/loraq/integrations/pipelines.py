@@ -17,7 +17,12 @@ import torch
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.stats_file import require_room
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
-from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
+from loraq.integrations.diffusers import (
+    _quiet_diffusers,
+    empty_model,
+    find_class,
+    float_folder,
+)
 from loraq.integrations.hub import local_path
 from loraq.json_files import read_json
 from loraq.pipeline.collect import collect_stats, group_layers
@@ -284,7 +289,7 @@ def _pipeline_folder(path: Path) -> Path:
 def _pipeline_class(folder: Path) -> type:
     name = read_json(folder / "model_index.json").get("_class_name")
     with _quiet_diffusers() as diffusers:
-        kind = getattr(diffusers, str(name), None)
+        kind = find_class(diffusers, name)
         if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
             raise CheckpointError(
                 f"'{folder}' names the pipeline {name!r}, which diffusers {diffusers.__version__} "

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -80,6 +81,26 @@ class LoraqConfig(QuantizationConfigMixin):
             )
         self.quant_method: Any = LoraqMethod.LORAQ
         self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **others: Any
+    ) -> Any:
+        """Return the configuration that a `config.json` describes.
+
+        Raises:
+            LoraqError: an unknown key.
+            RecipeError: the recipe cannot be read, or is a file, which only a caller may name.
+        """
+        recipe = config_dict.get("recipe")
+        if recipe is None:  # of a folder that does not say how it was made
+            return cls(**{key: value for key, value in config_dict.items() if key != "recipe"})
+        is_name = isinstance(recipe, str) and not recipe.endswith((".toml", ".json"))
+        if not is_name and not isinstance(recipe, dict):
+            raise RecipeError(
+                f"The configuration's recipe is {recipe!r}. A recipe's name or table is required."
+            )
+        return cls(**config_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal configuration."""
@@ -190,7 +211,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         assert isinstance(config, LoraqConfig)
         try:
             config.recipe = Recipe.from_dict(stored) if stored else None
-        except RecipeError:  # of another version; the layers say by themselves what they are
+        except LoraqError:  # of another version; the layers say by themselves what they are
             config.recipe = None
         passed, config.ignored_config = config.ignored_config, None
         if passed is not None and passed.to_dict() != config.to_dict():
@@ -268,16 +289,45 @@ def require_supported(version: str) -> None:
 
 #: How diffusers itself joins what a folder says and what `from_pretrained` is given.
 _MERGE = DiffusersAutoQuantizer.merge_quantization_configs
+#: How diffusers itself reads weights into a model.
+_LOAD = ModelMixin._load_pretrained_model.__func__  # type: ignore[attr-defined]
 
 
 def _merge_configs(stored: Any, passed: Any) -> Any:
     """Do as diffusers does; for our folders, keep what was passed for a warning that names both."""
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    if method != LoraqMethod.LORAQ.value:
+    if isinstance(stored, dict) and stored.get("quant_method") == LoraqMethod.LORAQ.value:
+        config = LoraqConfig.from_dict(stored)
+        config.ignored_config = passed
+        return config
+    if isinstance(stored, LoraqConfig):
+        return stored
+    try:
+        if not isinstance(stored, dict | QuantizationConfigMixin):
+            raise TypeError(f"it is a {type(stored).__name__}")
         return _MERGE(stored, passed)
-    config = _MERGE(stored, None)
-    config.ignored_config = passed
-    return config
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"The configuration's `quantization_config` is {stored!r}, which diffusers cannot use: "
+            f"{error}. Download the folder again; a folder that loraq wrote has "
+            "{'quant_method': 'loraq'} there."
+        ) from error
+
+
+def _load_weights(cls: Any, model: Any, state_dict: Any, files: Any, *args: Any, **kw: Any) -> Any:
+    """Do as diffusers does, except that packed weights are never left out.
+
+    A folder whose configuration does not say that it is quantized is for diffusers a float one, of
+    which it reports missing and unexpected names in its log, and fills the layers with anything.
+    """
+    names = args[1] if len(args) > 1 else kw["loaded_keys"]
+    ours = isinstance(kw.get("hf_quantizer"), LoraqQuantizer)
+    if not ours and any(str(name).endswith(".weight_packed") for name in names):
+        where = Path(files[0]).parent if files else "The state dict"
+        raise CheckpointError(
+            f"'{where}' holds weights that loraq packed, and its 'config.json' does not say so: "
+            "`quantization_config` must be {'quant_method': 'loraq'}. Copy the folder again."
+        )
+    return _LOAD(cls, model, state_dict, files, *args, **kw)
 
 
 def _describe_difference(config: Any, other: Any) -> str:
@@ -296,6 +346,7 @@ def register() -> None:
     require_supported(diffusers.__version__)
     merge = "merge_quantization_configs"
     setattr(DiffusersAutoQuantizer, merge, staticmethod(_merge_configs))
+    setattr(ModelMixin, "_load_pretrained_model", classmethod(_load_weights))  # noqa: B010 (a method, says mypy)
     AUTO_QUANTIZER_MAPPING[LoraqMethod.LORAQ.value] = LoraqQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[LoraqMethod.LORAQ.value] = LoraqConfig
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from loraq.errors import show as show_text
+
 #: Called after each layer with (layers done, layers in all, layer name, relative error).
 ProgressCallback = Callable[[int, int, str, float], None]
 
@@ -52,13 +54,15 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[layer]}"),
+        TextColumn("{task.fields[layer]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, layer="")
 
         def show(done: int, total: int, name: str, error: float) -> None:
-            bar.update(task, completed=done, total=total, layer=f"{name} error {error:.4f}")
+            bar.update(
+                task, completed=done, total=total, layer=f"{show_text(name)} error {error:.4f}"
+            )
 
         yield show
 
@@ -73,7 +77,8 @@ def _layer_lines(title: str) -> ProgressCallback:
         kept = done - 1 if kept is None else kept
         left = (time.monotonic() - begin) / (done - kept) * (total - done)
         sys.stderr.write(
-            f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, {name}\n"
+            f"{title}: layer {done} of {total}, error {error:.4f}, {left:.0f} s left, "
+            f"{show_text(name)}\n"
         )
 
     return show
@@ -86,9 +91,11 @@ def _image_lines(title: str) -> ImageCallback:
         nonlocal begin
         if not done:
             begin = time.monotonic()
-            sys.stderr.write(f"{title}: {what}\n")
+            sys.stderr.write(f"{title}: {show_text(what)}\n")
             return
         left = (time.monotonic() - begin) / done * (total - done)
-        sys.stderr.write(f"{title}: image {done} of {total}, {left:.0f} s left, {what}\n")
+        sys.stderr.write(
+            f"{title}: image {done} of {total}, {left:.0f} s left, {show_text(what)}\n"
+        )
 
     return show

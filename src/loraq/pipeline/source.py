@@ -161,7 +161,9 @@ def plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
 def _require_floats(files: ShardReader) -> None:
     for name in files.names:
         dtype = files.dtype(name)
-        if dtype not in FLOATS and (dtype.startswith("F8") or name.endswith("weight")):
+        if dtype not in FLOATS and (
+            dtype.startswith("F8") or name.endswith(("weight", "weight_packed"))
+        ):
             raise CheckpointError(
                 f"'{files.folder}': tensor '{name}' is {dtype}. Float weights of 16 bits or more "
                 "are required."

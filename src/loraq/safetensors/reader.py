@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraq.errors import CheckpointError
+from loraq.errors import CheckpointError, list_some
 from loraq.json_files import read_json
+from loraq.regular_file import is_plain_name, open_regular
 from loraq.safetensors.header import DTYPES, Header, read_header
 
 
@@ -67,8 +68,8 @@ class ShardReader:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         if len(indexes) > 1:
             raise CheckpointError(
-                f"'{folder}' has {len(indexes)} index files: {', '.join(p.name for p in indexes)}. "
-                "Keep one."
+                f"'{folder}' has {len(indexes)} index files: "
+                f"{list_some([index.name for index in indexes])}. Keep one."
             )
         if indexes:
             files = sorted(set(_read_weight_map(indexes[0]).values()))
@@ -78,7 +79,7 @@ class ShardReader:
             )
         if len(files) > 1 and not indexes:
             raise CheckpointError(
-                f"'{folder}' has {len(files)} weight files and no index: {', '.join(files[:4])}. "
+                f"'{folder}' has {len(files)} weight files and no index: {list_some(files)}. "
                 "Keep one variant, or add the missing '.safetensors.index.json'."
             )
         self._open(files)
@@ -119,7 +120,7 @@ class ShardReader:
         spec = header.specs[name]
         raw = torch.empty(spec.nbytes, dtype=torch.uint8)
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 if file.seek(0, 2) != header.file_bytes:
                     raise OSError(f"it had {header.file_bytes} bytes and has {file.tell()} now")
                 file.seek(header.offsets[name])
@@ -141,7 +142,7 @@ class ShardReader:
         for file, header in self._shards.items():
             if twice := sorted(self._home.keys() & header.specs.keys()):
                 raise CheckpointError(
-                    f"'{self.folder}' has {len(twice)} tensors in two shards: {_list_some(twice)}. "
+                    f"'{self.folder}' has {len(twice)} tensors in two shards: {list_some(twice)}. "
                     "Download it again."
                 )
             self._home |= dict.fromkeys(header.specs, file)
@@ -152,7 +153,7 @@ class ShardReader:
         if wrong:
             raise CheckpointError(
                 f"'{index.name}' contradicts the shards in '{self.folder}' on {len(wrong)} "
-                f"tensors: {_list_some(wrong)}. Download the folder again."
+                f"tensors: {list_some(wrong)}. Download the folder again."
             )
 
 
@@ -165,13 +166,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             f"'{index}' has no usable 'weight_map'. It must map tensor names to file names."
         )
     for file in weight_map.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"'{index}' names the file '{file}'. Only .safetensors files beside the index are "
                 "read."
             )
     return weight_map
-
-
-def _list_some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
