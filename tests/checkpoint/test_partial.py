@@ -116,6 +116,19 @@ def test_restart_forgets(tmp_path):
         assert names(partial.folder) == []
 
 
+def test_a_damaged_journal_is_refused_by_name_and_restart_forgets_it(tmp_path):
+    with pytest.raises(Cut):
+        begin(tmp_path / "out", error=Cut())
+    path = tmp_path / ".out.partial" / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"n": 1', b'"n": 2', 1))
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl' is damaged, .*`--restart`"):
+        begin(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is damaged"), atomic_folder(tmp_path / "out"):
+        raise AssertionError
+    begin(tmp_path / "out", restart=True)
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_run_that_finished_nothing_does_not_bind_the_next(tmp_path):
     with resumable_folder(tmp_path / "out", {"recipe": "other"}, 4) as partial:
         shutil.copytree(partial.path, tmp_path / "copy")
