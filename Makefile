@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast crash lint fmt bench docs fuzz clean
+.PHONY: demo test check-fast fuzz crash lint fmt bench docs clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (6 minutes); report in demo/report.png"

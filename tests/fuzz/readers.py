@@ -8,6 +8,7 @@ one, write a subclass and put it into `READERS`.
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -21,6 +22,7 @@ import loraq
 from loraq.checkpoint.folder import file_sha256
 from loraq.checkpoint.inspect import compare, measure_memory, read_checked
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
+from loraq.checkpoint.partial import PartialFolder, resumable_folder
 from loraq.checkpoint.stats_file import load_stats, save_stats
 from loraq.errors import LoraqError
 from loraq.integrations import checkpoints, pipelines
@@ -205,8 +207,8 @@ class Pipeline(Reader):
         source = Source.open(checkpoint, Recipe.named("mxfp4+w8a8-r4"))
         source.require_layers()
         hashes = source.hash_weights()
-        weights = {f"{job.name}.weight" for job in source.plan.quantized}
-        require(weights <= hashes.keys(), "layers have no weights")
+        layers = {f"{job.name}.weight" for job in source.plan.quantized}
+        require(layers <= hashes.keys(), "layers have no weights")
         pipelines._pipeline_class(folder)
 
 
@@ -534,6 +536,48 @@ class Comparison(Reader):
             require(difference.relative_error >= 0, f"'{difference.name}' differs by no number")
 
 
+class JournalOfARun(Reader):
+    """The journal of an interrupted run; what is accepted is what was written, or its beginning."""
+
+    share = 6
+    layers = tuple(
+        {"name": f"layers.{i}", "relative_error": 0.1 * i, "nbytes": i} for i in range(4)
+    )
+
+    def make(self, folder: Path) -> None:
+        with resumable(folder) as partial:
+            for layer in self.layers:
+                partial.journal.note(layer)
+            shutil.copytree(partial.path, folder / ".kept.partial")
+        shutil.rmtree(folder / "out")
+
+    def mutate(self, random: Random, folder: Path) -> None:
+        path = folder / ".kept.partial" / "journal.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        place, kind = random.randrange(len(lines)), random.randrange(4)
+        if kind == 0:
+            random.shuffle(lines)
+        elif kind == 1:
+            check, _, text = lines[place].partition(b" ")
+            changed = m.mutate_tree(random, json.loads(text)).replace("\n", " ")
+            lines[place] = check + b" " + changed.encode("utf-8", "surrogatepass") + b"\n"
+        elif kind == 2:
+            lines = lines[place:] + lines[: random.randrange(len(lines))]
+        content = b"".join(lines)
+        path.write_bytes(content if kind < 3 else m.mutate_bytes(random, content))
+
+    def read(self, folder: Path) -> None:
+        (folder / ".kept.partial").rename(folder / ".out.partial")
+        with resumable(folder) as partial:
+            found = tuple(partial.journal.layers.values())
+            require(found == self.layers[: len(found)], f"other layers than were noted: {found}")
+
+
+def resumable(folder: Path) -> AbstractContextManager[PartialFolder]:
+    """Return the partial folder of a target in a folder."""
+    return resumable_folder(folder / "out", {"recipe": {"seed": 0}}, 4)
+
+
 READERS: dict[str, Callable[[], Reader]] = {
     "one-file": OneFile,
     "shards": Shards,
@@ -549,6 +593,7 @@ READERS: dict[str, Callable[[], Reader]] = {
     "stats": Statistics,
     "recipe": Recipes,
     "compare": Comparison,
+    "journal": JournalOfARun,
 }
 
 

@@ -7,10 +7,13 @@ from threading import Barrier
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loraq
 from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.recipe import Recipe
+from loraq.stats import ActivationStats
+from tests.folders import files_of
 
 CPU = torch.device("cpu")
 
@@ -34,6 +37,7 @@ SETTINGS = {
     "fp64 by default": lambda: set_by(torch.set_default_dtype, torch.float64, torch.float32),
     "bf16 by default": lambda: set_by(torch.set_default_dtype, torch.bfloat16, torch.float32),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device by default": lambda: torch.device("meta"),
     "two threads": lambda: set_by(torch.set_num_threads, 2, torch.get_num_threads()),
 }
 
@@ -42,6 +46,7 @@ def state() -> tuple[object, ...]:
     return (
         torch.get_float32_matmul_precision(),
         torch.get_default_dtype(),
+        torch.get_default_device(),
         torch.is_autocast_enabled("cpu"),
         torch.get_num_threads(),
     )
@@ -75,6 +80,37 @@ def test_no_setting_of_the_process_changes_a_byte(weight, method):
             found = packed(weight, method, METHODS[method])
             assert state() == before, name
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True)), name
+
+
+def test_files_do_not_depend_on_the_default_device(weight, tmp_path):
+    save_file({"0.weight": weight}, tmp_path / "model.safetensors")
+    for name, default in (("a", "cpu"), ("b", "meta")):
+        with torch.device(default):
+            loraq.quantize_checkpoint(
+                tmp_path / "model.safetensors", tmp_path / name, "mxfp4-a16", progress=False
+            )
+            loraq.save_stats(
+                {"0": ActivationStats(3, torch.eye(4, device="cpu"))},
+                tmp_path / f"{name}.safetensors",
+            )
+            assert loraq.load_stats(tmp_path / f"{name}.safetensors")["0"].tokens == 3
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("second_moment", [True, False])
+def test_statistics_do_not_depend_on_what_is_made_by_default(second_moment):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+    def collect() -> ActivationStats:
+        return loraq.collect_stats(
+            model, lambda: model(inputs), ["0"], second_moment=second_moment
+        )["0"]
+
+    wanted = collect()
+    for name in ("fp64 by default", "bf16 by default", "another device by default"):
+        with SETTINGS[name]():
+            assert collect().sha256 == wanted.sha256, name
 
 
 def test_a_shared_budget_does_not_depend_on_them_either():

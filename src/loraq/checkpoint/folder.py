@@ -2,14 +2,14 @@
 
 import errno
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loraq.errors import CheckpointError
+from loraq.errors import CheckpointError, list_some
+from loraq.json_files import read_json
 
 #: What diffusers, transformers and loraq call the files of a model or of a pipeline's component.
 _KNOWN_FILES = re.compile(
@@ -87,10 +87,9 @@ def require_replaceable(folder: Path) -> None:
         and recorded.get(place.as_posix()) != (folder / place).lstat().st_size
     )
     if foreign:
-        more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
         raise CheckpointError(
-            f"Will not replace '{folder}': it also holds {', '.join(foreign[:4])}{more}, which "
-            "is not part of a model. Choose another folder, or move it elsewhere."
+            f"Will not replace '{folder}': it also holds {list_some(foreign, most=4)}, which is "
+            "not part of a model. Choose another folder, or move it elsewhere."
         )
 
 
@@ -132,10 +131,9 @@ def _list_recorded(folder: Path, components: list[str]) -> dict[str, int]:
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if it is anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def reason_of(error: OSError) -> str:

@@ -53,7 +53,7 @@ def stats_file(
         layout.allocate(partial.parent)
 
         def write(layer: str, stats: ActivationStats) -> None:
-            parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
+            parts = (stats.second_moment.float(), torch.tensor([stats.tokens], device="cpu"))
             layout.write(
                 partial.parent,
                 {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)},

@@ -1,7 +1,7 @@
 """The same sums whoever runs them: what a process has set for its own work does not count here."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def fixed_arithmetic(device: torch.device) -> Iterator[None]:
-    """Compute in fp32 where nothing else is said, exactly, and without autocast.
+    """Compute in fp32 on the CPU where nothing else is said, exactly, and without autocast.
 
     On a CPU one thread computes: then sums do not depend on the core count, and layers run side by
     side.
@@ -21,7 +21,10 @@ def fixed_arithmetic(device: torch.device) -> Iterator[None]:
     try:
         # The meta device has no autocast.
         has_autocast = torch.amp.is_autocast_available(device.type)
-        with _SETTINGS, torch.autocast(device.type if has_autocast else "cpu", enabled=False):
+        no_autocast = torch.autocast(device.type if has_autocast else "cpu", enabled=False)
+        # As a mode it costs time at every call, so only where a default was set.
+        on_cpu = torch.get_default_device().type == "cpu"
+        with _SETTINGS, no_autocast, nullcontext() if on_cpu else torch.device("cpu"):
             yield
     finally:
         torch.set_num_threads(threads)

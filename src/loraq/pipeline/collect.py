@@ -246,7 +246,7 @@ class _Count:
     def stats(self) -> ActivationStats:
         """Return what was counted, on the CPU; the sums are given up for it."""
         assert self._sum is not None, "a layer that was never called"
-        moment = torch.empty(self._sum.shape)
+        moment = torch.empty(self._sum.shape, dtype=torch.float32, device="cpu")
         if self.amount.full:
             for rows in _slices(len(moment)):
                 moment[rows] = (self._sum[rows] + self._sum[:, rows].mT).div_(2 * self.tokens)

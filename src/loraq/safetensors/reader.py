@@ -118,7 +118,7 @@ class ShardReader:
             raise CheckpointError(f"'{self.folder}' has no tensor '{name}'.")
         header, path = self._shards[self._home[name]], self.file_of(name)
         spec = header.specs[name]
-        raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+        raw = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
         try:
             with open_regular(path) as file:
                 if file.seek(0, 2) != header.file_bytes:
