@@ -8,7 +8,7 @@ import pytest
 from loraq.errors import CheckpointError, LoraqError
 from loraq.json_files import read_json
 from loraq.recipe import Recipe
-from loraq.regular_file import is_plain_name, open_regular, read_regular
+from loraq.regular_file import is_plain_name, is_plain_path, open_regular, read_regular
 from loraq.safetensors.reader import ShardReader
 
 
@@ -68,3 +68,10 @@ def test_what_is_no_file_is_refused_at_once_by_every_reader(tmp_path, kind):
 )
 def test_names_of_files(name, plain):
     assert is_plain_name(name) is plain
+    assert is_plain_path(f"vae/{name}") is plain or name == "a/b"
+
+
+def test_paths_in_a_folder():
+    assert is_plain_path("a/b/c.json")
+    for path in ("/a", "a//b", "a/", "a/../b", "./a", "", "a/" * 501 + "a", "a/\x1b[2J"):
+        assert not is_plain_path(path)

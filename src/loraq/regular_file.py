@@ -7,6 +7,8 @@ from pathlib import Path
 
 #: Longest name of a file on the usual file systems.
 _MOST_NAME_BYTES = 255
+#: Longest path inside a folder; systems take 4096 bytes in all.
+_MOST_PATH_CHARACTERS = 1000
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -50,6 +52,11 @@ def is_plain_name(name: str) -> bool:
         and not {"/", "\\"} & set(name)
         and len(name.encode()) <= _MOST_NAME_BYTES
     )
+
+
+def is_plain_path(path: str) -> bool:
+    """Return whether a path leads to a file below the folder where it is looked up."""
+    return len(path) <= _MOST_PATH_CHARACTERS and all(map(is_plain_name, path.split("/")))
 
 
 def _require_regular(status: os.stat_result) -> None:

@@ -174,3 +174,9 @@ def test_a_pipe_for_weights_does_not_hang(root):
     os.mkfifo(root / "transformer" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'model.safetensors' \(a pipe\)"):
         require_own_weights(root, root / "transformer")
+
+
+def test_a_file_whose_name_could_not_be_read_back_is_refused(root):
+    (root / "a\x1b[2J").touch()
+    with pytest.raises(CheckpointError, match=r"'a\\x1b\[2J' \(a name that is too long, or cannot"):
+        find_files(root)

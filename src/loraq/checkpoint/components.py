@@ -16,7 +16,7 @@ from typing import Any
 
 from loraq import disk
 from loraq.errors import CheckpointError, list_some
-from loraq.regular_file import is_plain_name
+from loraq.regular_file import is_plain_path
 
 #: Bytes that are read at a time.
 _BLOCK = 4 * 2**20
@@ -24,8 +24,6 @@ _BLOCK = 4 * 2**20
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 _SHA256 = re.compile("[0-9a-f]{64}")
-#: Longest path of another file in a pipeline.
-_LONGEST_PATH = 1000
 
 
 @dataclass(frozen=True)
@@ -110,13 +108,8 @@ def parse_components(content: Any) -> dict[str, StoredFile]:
         raise ValueError("'components' is not a table of files.")
     stored = {}
     for name, entry in content.items():
-        place, entry = Path(name), entry if isinstance(entry, dict) else {}
-        if (
-            not place.parts
-            or not all(map(is_plain_name, place.parts))
-            or len(name) > _LONGEST_PATH
-            or place.drive
-        ):
+        entry = entry if isinstance(entry, dict) else {}
+        if not is_plain_path(name) or Path(name).drive:
             raise ValueError(f"'components' names {name!r}, which is not a path in the pipeline.")
         nbytes, sha256 = entry.get("bytes"), entry.get("sha256")
         if type(nbytes) is not int or nbytes < 0:

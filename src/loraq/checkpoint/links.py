@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from loraq.errors import CheckpointError
+from loraq.regular_file import is_plain_path
 
 #: A pipeline has some dozens of files; links inside of a folder can make more than any disk holds.
 _MOST_FILES = 100_000
@@ -47,6 +48,8 @@ def find_files(root: Path, *, without: str = "") -> dict[str, Path]:
             if prefix + name == without:
                 continue
             place, kind, reason = _judge(folder / name, home)
+            if not is_plain_path(prefix + name):
+                reason = "a name that is too long, or cannot be printed"
             if reason:
                 refused[prefix + name] = reason
             elif kind == stat.S_IFREG:
