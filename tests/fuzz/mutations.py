@@ -232,14 +232,15 @@ def _tweak(random: Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        return random.choice((value + 1, value - 1, -value, 2 * value, value // 2, float(value)))
+        near = float(value) if abs(value) < 2**53 else str(value)
+        return random.choice((value + 1, value - 1, -value, 2 * value, value // 2, near))
     if isinstance(value, float):
         return random.choice((-value, str(value), round(value) if abs(value) < 1e300 else 0))
     if isinstance(value, str):
         return random.choice((value[:-1], value + "x", value.upper(), value[::-1], value + "\x07"))
     if isinstance(value, list):
         return random.choice((value[::-1], value[1:], value * 2, dict(enumerate(map(str, value)))))
-    return list(value.items())
+    return [list(item) for item in value.items()]
 
 
 def _list_places(tree: Any) -> Any:
