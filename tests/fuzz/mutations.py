@@ -40,6 +40,7 @@ TEXTS = (
     *("x" * 250, "x" * 300, "é" * 200, "x" * 5000, "(.*.*)*x", "a" * 20 + "!", "^x$", "model.pt"),
     *("model.safetensors", "loraq.json", "config.json", "PixArtTransformer2DModel", "nowhere.toml"),
 )
+WIDE_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES: tuple[Any, ...] = (
     *(None, True, False, [], {}, [1], [0], [[]], [None], [True], ["x"], {"a": 1}, {"": {}}, [{}]),
     *([0] * 70, [1] * 1000, [2**63 - 1] * 70, [64, 32], [32, 64, 1], _nested(31), _nested(200)),
@@ -205,7 +206,7 @@ def _change_tensor(random: Random, tensor: Tensor) -> Tensor:
         raw = tensor.clone().reshape(-1).view(torch.uint8)
         raw[random.randrange(len(raw))] = random.choice((0, 0x7F, 0x80, 254, 255))
         return raw.view(tensor.dtype).view(tensor.shape)
-    values = (0, torch.nan, torch.inf) if tensor.is_floating_point() else (0, 1)
+    values = (0, torch.nan, torch.inf) if tensor.dtype in WIDE_FLOATS else (0, 1)
     return torch.full_like(
         tensor, random.choice((0, 255) if tensor.dtype == torch.uint8 else values)
     )

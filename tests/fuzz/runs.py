@@ -71,9 +71,13 @@ def _require_valid(reader: Reader, folder: Path) -> None:
 
 
 def _run_one(reader: Reader, random: Random, folder: Path, index: int, tally: Tally) -> None:
-    reader.mutate(random, folder)
-    memory, begin, failure = _peak_memory(), time.process_time(), ""
     tally.inputs += 1
+    try:
+        reader.mutate(random, folder)
+    except Exception:  # a fault of the mutation, which must not hide what other inputs find
+        tally.failures.append((index, f"the mutation: {traceback.format_exc(limit=-3)}"))
+        return
+    memory, begin, failure = _peak_memory(), time.process_time(), ""
     try:
         with _stop_after(_STOP_SECONDS):
             reader.read(folder)
