@@ -47,8 +47,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     Args:
         source: a transformer's folder, a pipeline's folder (its other components go along as they
             are), one safetensors file, or a repository of the hub such as
-            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS". Links in a folder are followed inside of it, or
-            from a snapshot to the blobs of the hub's cache; any other is refused.
+            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS". Links in a folder are followed inside of it,
+            or from a snapshot to the blobs of the hub's cache; any other is refused.
         target: the folder to make.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         config: for a source without a configuration, the diffusers `config.json` or the folder it
