@@ -239,7 +239,7 @@ def _tweak(random: Random, value: Any) -> Any:
         return random.choice((value[:-1], value + "x", value.upper(), value[::-1], value + "\x07"))
     if isinstance(value, list):
         return random.choice((value[::-1], value[1:], value * 2, dict(enumerate(map(str, value)))))
-    return list(value.items())
+    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
 
 
 def _list_places(tree: Any) -> Any:
