@@ -234,7 +234,7 @@ def _tweak(random: Random, value: Any) -> Any:
     if isinstance(value, int):
         return random.choice((value + 1, value - 1, -value, 2 * value, value // 2, float(value)))
     if isinstance(value, float):
-        return random.choice((-value, int(value), str(value)))
+        return random.choice((-value, str(value), round(value) if abs(value) < 1e300 else 0))
     if isinstance(value, str):
         return random.choice((value[:-1], value + "x", value.upper(), value[::-1], value + "\x07"))
     if isinstance(value, list):

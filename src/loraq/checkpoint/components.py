@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loraq import disk
-from loraq.errors import CheckpointError
+from loraq.errors import CheckpointError, list_some
+from loraq.regular_file import is_plain_name
 
 #: Bytes that are read at a time.
 _BLOCK = 4 * 2**20
@@ -23,6 +24,8 @@ _BLOCK = 4 * 2**20
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 _SHA256 = re.compile("[0-9a-f]{64}")
+#: Longest path of another file in a pipeline.
+_LONGEST_PATH = 1000
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,9 @@ def check_components(root: Path, components: Mapping[str, StoredFile]) -> None:
     wrong = [f"'{name}' is missing" for name in missing]
     wrong += [f"'{name}' was changed" for name in changed]
     if wrong:
-        some = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
         raise CheckpointError(
             f"Of {len(components)} other files in '{root}', {len(wrong)} are not as they were "
-            f"written: {some}. Copy them again."
+            f"written: {list_some(wrong)}. Copy them again."
         )
 
 
@@ -105,17 +107,22 @@ def parse_components(content: Any) -> dict[str, StoredFile]:
         ValueError: they are not paths that stay in the pipeline's folder, with bytes and SHA-256.
     """
     if not isinstance(content, dict):
-        raise ValueError("'components' is not a table of files")
+        raise ValueError("'components' is not a table of files.")
     stored = {}
     for name, entry in content.items():
         place, entry = Path(name), entry if isinstance(entry, dict) else {}
-        if not place.parts or place.drive or place.root or ".." in place.parts or "\0" in name:
-            raise ValueError(f"'components' names {name!r}, which is not a path in the pipeline")
+        if (
+            not place.parts
+            or not all(map(is_plain_name, place.parts))
+            or len(name) > _LONGEST_PATH
+            or place.drive
+        ):
+            raise ValueError(f"'components' names {name!r}, which is not a path in the pipeline.")
         nbytes, sha256 = entry.get("bytes"), entry.get("sha256")
         if type(nbytes) is not int or nbytes < 0:
-            raise ValueError(f"'components' has {nbytes!r} bytes of {name!r}")
+            raise ValueError(f"'components' has {nbytes!r} bytes of {name!r}.")
         if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise ValueError(f"'components' has the SHA-256 {sha256!r} of {name!r}")
+            raise ValueError(f"'components' has the SHA-256 {sha256!r} of {name!r}.")
         stored[name] = StoredFile(nbytes, sha256)
     return stored
 

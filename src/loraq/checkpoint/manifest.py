@@ -33,6 +33,8 @@ _RECORD: dict[str, Any] = {
     "stats_sha256": str,
     "absorbed": dict,
 }
+#: Types of the fields of what a scheme is built of.
+_HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,6 @@ def _take_fields(table: dict[str, Any], kind: type[Scheme | Branch], of: str) ->
     if unknown := [key for key in table if key not in hints]:
         raise ValueError(f"the scheme of {of} has the unknown keys {list_some(unknown)}.")
     return {key: _take(table, key, hint, f"the scheme of {of}") for key, hint in hints.items()}
-
-
-#: Types of the fields of what a scheme is built of.
-_HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
 
 
 def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:

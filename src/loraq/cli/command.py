@@ -57,6 +57,6 @@ def _show_warning(
 ) -> None:
     """Show our own warnings as notes; where in the code they come from helps nobody."""
     if issubclass(category, LoraqWarning):
-        click.echo(f"Note: {message}", err=True)
+        click.echo(f"Note: {show(message)}", err=True)
     else:
         show_others(message, category, *place)
