@@ -20,6 +20,7 @@ from loraq.cli import main
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import load_float
 from loraq.integrations.lora import Lora
+from loraq.safetensors.reader import ShardReader
 from tests.folders import files_of
 
 pytest.importorskip("diffusers")
@@ -289,3 +290,29 @@ def test_a_lora_that_is_not_finite_is_refused_also_for_layers_that_stay_float(
             folder, lora, source=source, target=tmp_path / "out", scale=math.nan, progress=False
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failure", [OSError("I/O error"), KeyboardInterrupt()])
+def test_a_failure_at_any_reading_leaves_the_model_as_it_was(
+    source, folder, lora, monkeypatch, failure
+):
+    model = loraq.load(folder)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [id(module) for module in model.modules()]
+    read, n_read = ShardReader.read, []
+
+    def fail_at_last(reader, name):
+        n_read.append(name)
+        if len(n_read) == last:
+            raise failure
+        return read(reader, name)
+
+    monkeypatch.setattr(ShardReader, "read", fail_at_last)
+    last = 0
+    loraq.absorb_lora(copy.deepcopy(model), lora, source, progress=False)
+    for last in range(1, len(n_read) + 1):
+        n_read.clear()
+        with pytest.raises(type(failure)):
+            loraq.absorb_lora(model, lora, source, progress=False)
+        assert [id(module) for module in model.modules()] == modules
+        assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)

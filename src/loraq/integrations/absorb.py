@@ -11,7 +11,7 @@ from loraq.checkpoint.folder import file_sha256, require_apart, require_free
 from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
-from loraq.layers import replace_layer
+from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.layer import hash_tensor, quantize_layer
 from loraq.pipeline.plan import LayerJob
@@ -126,13 +126,22 @@ def _absorb(
             new[name].record |= {"source_sha256": layer.record["source_sha256"], "absorbed": mark}
             reports.append(report)
             show(len(reports), len(quantized), name, report.relative_error)
-        for name, layer in layers.items():
-            if name in new:
-                replace_layer(model, name, new[name])
-            else:
-                kept = layer.get_parameter("weight")
-                weight = _add_lora(name, layer, source, lora.adapters[name], scale, kept.device)
-                kept.copy_(weight.view(kept.shape))
+        kept = {
+            name: layer.get_parameter("weight") for name, layer in layers.items() if name not in new
+        }
+        sums = {
+            name: _add_lora(name, layers[name], source, lora.adapters[name], scale, weight.device)
+            for name, weight in kept.items()
+        }
+        before = {name: weight.clone() for name, weight in kept.items()}
+        try:  # nothing is left to read or solve, but a Ctrl-C may come
+            for name, weight in kept.items():
+                weight.copy_(sums[name].view(weight.shape))
+            swap(find_places(model, new))
+        except BaseException:
+            for name, weight in kept.items():
+                weight.copy_(before[name])
+            raise
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
 
 
