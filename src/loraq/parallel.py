@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.functional import linear
 
+from loraq.autocast import cast_input, without_autocast
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format
 from loraq.kernels.base import decode_one, round_activation
@@ -129,8 +130,10 @@ class LoraqRowwise(ParallelStyle):
         layer.add_module("side", side)
 
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            inner = _sum_over_ranks(side.down(rotate(args[0], layer.scheme.rotation)), group)
-            return (_sum_over_ranks(y.float(), group) + side.up(inner)).to(y.dtype)
+            x = cast_input(args[0])
+            with without_autocast(x.device):
+                inner = _sum_over_ranks(side.down(rotate(x, layer.scheme.rotation)), group)
+                return (_sum_over_ranks(y.float(), group) + side.up(inner)).to(y.dtype)
 
         layer.register_forward_hook(add_branch)
         return layer

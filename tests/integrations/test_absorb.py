@@ -299,18 +299,18 @@ def test_a_failure_at_any_reading_leaves_the_model_as_it_was(
     model = loraq.load(folder)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [id(module) for module in model.modules()]
-    read, n_read = ShardReader.read, []
+    read, n_read, stop_at = ShardReader.read, [], [0]
 
-    def fail_at_last(reader, name):
+    def fail_at_k(reader, name):
         n_read.append(name)
-        if len(n_read) == last:
+        if len(n_read) == stop_at[0]:
             raise failure
         return read(reader, name)
 
-    monkeypatch.setattr(ShardReader, "read", fail_at_last)
-    last = 0
+    monkeypatch.setattr(ShardReader, "read", fail_at_k)
     loraq.absorb_lora(copy.deepcopy(model), lora, source, progress=False)
-    for last in range(1, len(n_read) + 1):
+    for k in range(1, len(n_read) + 1):
+        stop_at[0] = k
         n_read.clear()
         with pytest.raises(type(failure)):
             loraq.absorb_lora(model, lora, source, progress=False)
