@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraq.linalg import truncated_svd
-from loraq.methods.base import Fit, Method, output_error, quantize_branch, register
+from loraq.methods.base import Method, register
 from loraq.methods.feedback import Feedback
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -47,4 +48,4 @@ class GPTQ(Method):
             target = weight - fitted.reconstruct()
         feedback = Feedback(stats.second_moment, damping=self.damping)
         main = feedback.round(target, scheme.weight_format, self.scale_rule)
-        return Fit(main, fitted, {"output_error": output_error(weight, main, fitted, stats)})
+        return Fit(main, fitted)

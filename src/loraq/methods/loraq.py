@@ -33,8 +33,9 @@ from torch import Tensor
 
 from loraq.formats import Format
 from loraq.linalg import svd_of_product, truncated_svd
-from loraq.methods.base import Fit, Method, quantize_branch, register
+from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, Iterate, Problem, move, spread
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
 from loraq.methods.noise import ActivationNoise
 from loraq.methods.prediction import tail_energies
@@ -56,8 +57,10 @@ _FREEDOM, _FREEDOM_OF_BITS = 3.2, {4: 1.6, 5: 2.8, 6: 2.8}
 class LoRaQ(Method):
     """Anneal the branch against the rounding error of what it leaves; see the module text.
 
-    It is never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike. Where the
-    intermediate is rounded, SVDQuant's factors are rotated in rank space as ours are.
+    It is never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike; where the
+    intermediate is rounded, SVDQuant's factors are rotated in rank space as ours are. J counts the
+    noise of rounded activations, so that the error of the weight alone may be larger than that of
+    rounding to nearest: on a weight that the main format holds exactly, for example.
 
     `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant;
     with statistics ‖W‖ is the size of the output, and there is "output_error".
@@ -171,26 +174,26 @@ class LoRaQ(Method):
         refined: Factors,
         start: Factors,
     ) -> Fit:
-        """Store the best of three in J: refined factors, one-shot SVDQuant's, and no branch."""
-        branch = self._require_branch(scheme)
+        """Store the best in J: refined factors, one-shot SVDQuant's, no branch, plain rounding."""
+        branch, main = self._require_branch(scheme), scheme.weight_format
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
-        candidates = [
-            quantize_branch(*factors, branch, rule)
-            for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted"))
-        ]
-        stored, errors, objectives = [], [], []
-        for candidate in candidates:
-            product = candidate.reconstruct()
-            rest = weight - product
-            stored.append(inputs.round(rest, scheme.weight_format, self.scale_rule))
-            rounded = stored[-1].dequantize()
-            errors.append(objective := inputs.error_energy(rest - rounded))
+        candidates = []
+        for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted")):
+            candidate = quantize_branch(*factors, branch, rule)
+            rest = weight - candidate.reconstruct()
+            candidates.append((candidate, inputs.round(rest, main, self.scale_rule)))
+        if inputs.rounds_with_feedback:  # which is mostly, but not always, better
+            candidates.append((candidates[-1][0], main.quantize(weight, self.scale_rule)))
+        errors, objectives = [], []
+        for candidate, stored in candidates:
+            product, rounded = candidate.reconstruct(), stored.dequantize()
+            errors.append(objective := inputs.error_energy(weight - product - rounded))
             if noise.main:
                 objective += noise.main * inputs.noise_energy(rounded)
             if noise.branch:  # the intermediate is a sum of channels, as large as they are together
                 objective += noise.input * inputs.noise_energy(product)
                 objective += noise.intermediate * inputs.error_energy(product)
-            objectives.append(objective)
+            objectives.append(math.inf if math.isnan(objective) else objective)
         best = objectives.index(min(objectives))
         norm = inputs.size(weight)
         metrics = {
@@ -199,7 +202,8 @@ class LoRaQ(Method):
         }
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(errors[best]) / norm
-        return Fit(stored[best], candidates[best], metrics)
+        fitted, stored = candidates[best]
+        return Fit(stored, fitted, metrics, is_final=True)
 
     def _decay(self, factor: Format) -> float:
         if self.decay is not None:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.linalg import damped_cholesky, truncated_svd
-from loraq.methods.base import Fit, Method, output_error, quantize_branch, register
+from loraq.methods.base import Method, register
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.prediction import tail_energies
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
@@ -37,10 +38,7 @@ class _ErrorSVD(Method):
         main = scheme.weight_format.quantize(weight, self.scale_rule)
         error = weight - main.dequantize()
         up, down = weighted_svd(error, moment, branch.rank, damping=damping, seed=seed)
-        fitted = quantize_branch(up, down, branch, self.scale_rule)
-        if stats is None:
-            return Fit(main, fitted)
-        return Fit(main, fitted, {"output_error": output_error(weight, main, fitted, stats)})
+        return Fit(main, quantize_branch(up, down, branch, self.scale_rule))
 
     def _predict_shares(self, weight: Tensor, error: Tensor, scheme: Scheme) -> Tensor:
         return tail_energies(error)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraq.methods.base import Fit, Method, register
+from loraq.methods.base import Method, register
+from loraq.methods.fits import Fit, round_plainly
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -22,4 +23,4 @@ class RTN(Method):
     scale_rule: str | None = "search"
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
-        return Fit(scheme.weight_format.quantize(weight, self.scale_rule))
+        return round_plainly(weight, scheme, self.scale_rule)._replace(is_final=True)

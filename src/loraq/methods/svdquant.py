@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loraq.linalg import frobenius, truncated_svd
-from loraq.methods.base import Fit, Method, quantize_branch, register
+from loraq.methods.base import Method, register
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
