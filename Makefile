@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast lint fmt bench docs clean
+.PHONY: demo test check-fast crash lint fmt bench docs clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (6 minutes); report in demo/report.png"
@@ -16,6 +16,10 @@ test: .venv/dev.stamp lint
 check-fast: .venv/dev.stamp lint
 	@echo "check-fast: the suite without slow tests"
 	@$(BIN)/pytest -m "not slow"
+
+crash: .venv/dev.stamp
+	@echo "crash: runs are killed before each of their system calls that change the disk (6 minutes)"
+	@$(BIN)/python -m tests.crash
 
 lint: .venv/dev.stamp
 	@echo "lint: format, style, types"

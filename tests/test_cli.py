@@ -2,7 +2,9 @@
 when asked to.
 """
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch import nn
 import loraq
 from loraq.cli import main
 from loraq.cli.quantize import size_option_value
-from loraq.errors import CheckpointError
+from loraq.errors import CheckpointError, LoraqError
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
@@ -308,18 +310,25 @@ def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
     assert "it is not a model's folder" in fails(
         "quantize", place / "float", tmp_path / "out", "--overwrite"
     )
-    (tmp_path / "out" / "loraq.json").touch()
-    succeeds(
-        "quantize",
-        place / "float",
-        tmp_path / "out",
-        "--overwrite",
-        "--recipe",
-        "mxfp4",
-        "--method",
-        "rtn",
-    )
-    assert not (tmp_path / "out" / "old").exists()
+    (tmp_path / "out" / "model.safetensors").touch()
+    command = ["quantize", place / "float", tmp_path / "out", "--overwrite", "--recipe", "mxfp4"]
+    assert "it also holds old" in fails(*command)
+    (tmp_path / "out" / "old").unlink()
+    succeeds(*command, "--method", "rtn")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_command_that_has_ended_says_so_when_it_is_repeated(place, tmp_path):
+    command = ["quantize", place / "float", tmp_path / "out", "--recipe", "mxfp4"]
+    first = succeeds(*command)
+    assert "Already complete" not in first
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = succeeds(*command)
+    assert again.startswith("Already complete: made by the same settings from the same weights.\n")
+    assert again.splitlines()[1:-1] == first.splitlines()[:-1]
+    assert json.loads(succeeds(*command, "--json"))["already_complete"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert "is not empty" in fails(*command[:-1], "int4")
 
 
 @pytest.mark.parametrize(
@@ -420,7 +429,62 @@ def test_inspect_shows_every_layer(place):
     assert "r8 mxint8/mxint8" in lines[1]
     assert lines[-2].startswith("8 quantized layers, ")
     assert lines[-1] == "All files are as they were written."
-    assert succeeds("inspect", place / "quantized-pipeline") == text
+    assert succeeds("inspect", place / "quantized-pipeline") == (
+        f"{text}So are the other files of the pipeline: 1.\n"
+    )
+
+
+@pytest.fixture
+def pipeline(place, tmp_path) -> Path:
+    """A quantized pipeline with a component of three files."""
+    source = Path(shutil.copytree(place / "pipeline", tmp_path / "source"))
+    (source / "vae").mkdir()
+    for name in ("config.json", "a.bin", "b.bin"):
+        (source / "vae" / name).write_text(name)
+    succeeds("quantize", source, tmp_path / "out", *FAST)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("inner", ["", "transformer"])
+def test_inspect_checks_the_other_files_of_a_pipeline(pipeline, inner, monkeypatch):
+    path = pipeline / inner
+    assert "So are the other files of the pipeline: 4.\n" in succeeds("inspect", path)
+    document = json.loads(succeeds("inspect", path, "--json"))
+    files = {name: pipeline / name for name in ("vae/a.bin", "model_index.json")}
+    assert document["components"]["checked"] is True
+    assert len(document["components"]["files"]) == 4
+    for name, file in files.items():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert document["components"]["files"][name] == {
+            "bytes": file.stat().st_size,
+            "sha256": digest,
+        }
+    monkeypatch.chdir(path)
+    assert "So are the other files of the pipeline: 4.\n" in succeeds("inspect", ".")
+    (pipeline / "vae" / "a.bin").write_text("A.bin")
+    (pipeline / "vae" / "b.bin").unlink()
+    text = fails("inspect", path)
+    assert "Of 4 other files in" in text
+    assert "2 are not as they were written: 'vae/b.bin' is missing, 'vae/a.bin' was changed" in text
+    loraq.load(path)  # which looks at no other component
+
+
+def test_inspect_says_that_a_transformer_stands_alone(pipeline, tmp_path):
+    (pipeline / "transformer").rename(tmp_path / "alone")
+    text = succeeds("inspect", tmp_path / "alone")
+    assert "The other files of its pipeline (4) are not here, and were not checked.\n" in text
+    document = json.loads(succeeds("inspect", tmp_path / "alone", "--json"))
+    assert document["components"]["checked"] is False
+
+
+def test_a_pipeline_whose_table_of_files_leads_out_is_refused(pipeline):
+    path = pipeline / "transformer" / "loraq.json"
+    manifest = json.loads(path.read_text())
+    manifest["components"]["../secret"] = {"bytes": 0, "sha256": "0" * 64}
+    path.write_text(json.dumps(manifest))
+    assert "'components' names '../secret'" in run("inspect", pipeline).stderr
+    with pytest.raises(LoraqError, match=r"'components' names '\.\./secret'"):
+        loraq.load(pipeline)
 
 
 def test_inspect_gives_one_document(place):

@@ -39,6 +39,10 @@ class KernelError(LoraqError, RuntimeError):
     """No back end can run this layer on this device."""
 
 
+class LoraqWarning(UserWarning):
+    """Something was put right, or is not as it was asked for."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for a name that is not in a list: the closest match first, then all of them."""
     names = sorted(known)

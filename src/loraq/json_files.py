@@ -4,12 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loraq.disk import write_file
 from loraq.errors import CheckpointError
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in the order of the content, with two spaces and a newline at the end."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any) -> bytes:
+    """Write JSON in the order of the content, and return what was written."""
+    raw = encode_json(content)
+    write_file(path, raw)
+    return raw
+
+
+def encode_json(content: Any) -> bytes:
+    """Return JSON in the order of the content, with two spaces and a newline at the end."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -189,9 +189,14 @@ class Recipe:
             return what
         if isinstance(what, Scheme):
             return cls(scheme=what)
-        if str(what).endswith((".toml", ".json")):
-            return cls.read(what)
-        return cls.named(str(what))
+        file = file_of(what)
+        return cls.named(str(what)) if file is None else cls.read(file)
+
+
+def file_of(what: object) -> Path | None:
+    """Return the file that a recipe is read from, or `None` if it is given in another form."""
+    is_file = isinstance(what, str | Path) and str(what).endswith((".toml", ".json"))
+    return Path(str(what)) if is_file else None
 
 
 def check_table(

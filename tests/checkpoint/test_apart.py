@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
-from loraq.checkpoint.folder import require_apart
+from loraq.checkpoint.apart import require_apart
 from loraq.errors import CheckpointError
 from loraq.safetensors.layout import write_shards
 
@@ -55,7 +55,7 @@ def test_a_source_of_links_into_the_target_keeps_its_originals(tree):
     for path in originals.iterdir():
         (tree / "models/source" / path.name).symlink_to(path)
     shutil.rmtree(tree / "models/source/vae")
-    with pytest.raises(CheckpointError, match="is a link into"):
+    with pytest.raises(CheckpointError, match="a link out of it"):
         loraq.quantize_checkpoint(
             tree / "models/source", originals, "mxfp4-a16", overwrite=True, progress=False
         )

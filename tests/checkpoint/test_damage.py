@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.folder import atomic_folder, file_sha256
+from loraq import disk
+from loraq.checkpoint.folder import file_sha256
 from loraq.checkpoint.inspect import DenseWeights, compare
 from loraq.checkpoint.manifest import Manifest
+from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
@@ -520,7 +522,6 @@ def test_a_file_in_place_of_the_folder_is_refused(model, tmp_path, overwrite):
 
 
 def test_overwriting_replaces_the_whole_folder(model, shards):
-    (shards / "left.over").touch()
     loraq.save(model, shards, overwrite=True)
     assert names(shards) == ["loraq.json", "model.safetensors"]
     assert names(shards.parent) == ["shards"]
@@ -582,14 +583,10 @@ def test_a_failure_in_the_middle_of_writing_keeps_the_old_folder(model, one, mon
 
 
 def test_a_failing_last_rename_puts_the_old_folder_back(model, one, monkeypatch):
-    rename = Path.rename
+    def failing(one: Path, other: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
 
-    def failing(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(disk, "exchange", failing)
     with pytest.raises(CheckpointError, match="Input/output error"):
         loraq.save(model, one, overwrite=True)
     assert names(one.parent) == ["one"]

@@ -81,8 +81,16 @@ def test_options_that_this_format_does_not_have(model, tmp_path, option, match):
 
 
 def test_a_folder_with_other_files_is_left_alone(model, tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"also holds model_index.json"):
+    (tmp_path / "config.json").write_text('{"_class_name": "Net"}')
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match=r"also holds thesis\.tex"):
+        model.save_pretrained(tmp_path)
+    assert sorted(contents(tmp_path)) == ["config.json", "thesis.tex"]
+
+
+def test_a_pipeline_is_not_replaced_by_one_of_its_models(model, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Pipeline"}')
+    with pytest.raises(CheckpointError, match="it is a pipeline"):
         model.save_pretrained(tmp_path)
     assert list(contents(tmp_path)) == ["model_index.json"]
 

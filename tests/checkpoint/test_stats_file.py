@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.worlds.matrices import gaussian
+from loraq.checkpoint.partial import partial_path
 from loraq.checkpoint.stats_file import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.reader import ShardReader
@@ -104,9 +105,11 @@ def test_layers_may_be_written_in_any_order(path, tmp_path):
     assert other.read_bytes() == path.read_bytes()
 
 
-def test_what_a_killed_run_left_is_used_again(path, monkeypatch):
-    left = path.with_name(".stats.partial.safetensors")
-    left.write_bytes(b"\xff" * 10**5)
+def test_the_space_that_a_killed_run_left_is_used_again(path, monkeypatch):
+    left = partial_path(path)
+    (left / "files").mkdir(parents=True)
+    left.chmod(0o700)
+    (left / "files" / path.name).write_bytes(b"\xff" * 10**5)
     usage = shutil.disk_usage(path.parent)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage)
     stats, before = dict(load_stats(path)), path.read_bytes()
@@ -159,7 +162,7 @@ def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):
         ("deep/stats.safetensors", "the file exists"),
         ("deep/stats", r"ends with '\.safetensors'"),
         ("folder.safetensors", "a folder of this name exists"),
-        ("file/stats.safetensors", "is not a writable folder"),
+        ("file/stats.safetensors", "is a file"),
     ],
 )
 def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):

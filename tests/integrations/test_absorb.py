@@ -21,7 +21,7 @@ from loraq.errors import CheckpointError, LayerError
 from loraq.integrations.diffusers import load_float
 from loraq.integrations.lora import Lora
 from loraq.safetensors.reader import ShardReader
-from tests.folders import files_of
+from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
 
@@ -186,16 +186,13 @@ def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):
     loraq.absorb_lora(
         tmp_path / "quantized", lora, tmp_path / "float", target=tmp_path / "out", progress=False
     )
-    written = files_of(tmp_path / "out")
-    assert all(written[name] == content for name, content in OTHERS.items())
     loraq.absorb_lora(folder, lora, source, target=tmp_path / "alone", progress=False)
-    assert {f"transformer/{name}" for name in files_of(tmp_path / "alone")} == set(written) - set(
-        OTHERS
-    )
-    assert all(
-        written[f"transformer/{name}"] == data
-        for name, data in files_of(tmp_path / "alone").items()
-    )
+    written = files_of(tmp_path / "out")
+    inner = {name for name in written if name.startswith("transformer/")}
+    assert {name: written[name] for name in written.keys() - inner} == OTHERS
+    assert alone(tmp_path / "out" / "transformer") == files_of(tmp_path / "alone")
+    manifest = json.loads(written["transformer/loraq.json"])
+    assert manifest["components"] == components_of(OTHERS)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from loraq.pipeline.source import Source, list_tensors
 from loraq.recipe import Recipe
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
 from loraq.safetensors.layout import write_shards
-from tests.folders import files_of
+from tests.folders import alone, files_of
 
 pytest.importorskip("diffusers")
 
@@ -137,7 +137,7 @@ def test_the_kind_of_source_does_not_change_a_byte(folder, pipeline, expected, t
         quantize(source, tmp_path / kind, **options)
         assert files_of(tmp_path / kind) == expected, kind
     quantize(pipeline, tmp_path / "whole")
-    assert files_of(tmp_path / "whole" / "transformer") == expected
+    assert alone(tmp_path / "whole" / "transformer") == expected
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -305,13 +305,24 @@ def test_other_components_can_be_linked(pipeline, tmp_path):
     assert (tmp_path / "copied" / "vae" / "weights.safetensors").stat().st_ino != original
 
 
+def in_the_cache(pipeline: Path, place: Path) -> tuple[Path, Path]:
+    """Lay a pipeline out as the hub's cache does: links from a snapshot to blobs."""
+    repository = place / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    blobs.mkdir(parents=True)
+    for name in files_of(pipeline):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        blob = (pipeline / name).rename(blobs / name.replace("/", "-"))
+        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
+    return snapshot, blobs
+
+
 def test_linking_resolves_the_links_of_the_hub_cache(pipeline, tmp_path):
-    blob = (pipeline / "vae" / "weights.safetensors").rename(tmp_path / "blob")
-    (pipeline / "vae" / "weights.safetensors").symlink_to(blob)
-    quantize(pipeline, tmp_path / "out", link=True)
+    snapshot, blobs = in_the_cache(pipeline, tmp_path)
+    quantize(snapshot, tmp_path / "out", link=True)
     linked = tmp_path / "out" / "vae" / "weights.safetensors"
     assert not linked.is_symlink()
-    assert linked.stat().st_ino == blob.stat().st_ino
+    assert linked.stat().st_ino == (blobs / "vae-weights.safetensors").stat().st_ino
 
 
 def test_an_interrupted_pipeline_goes_on(pipeline, expected, tmp_path):
@@ -326,7 +337,7 @@ def test_an_interrupted_pipeline_goes_on(pipeline, expected, tmp_path):
         quantize(pipeline, tmp_path / "out", progress=interrupt)
     assert not (tmp_path / "out").exists()
     assert quantize(pipeline, tmp_path / "out").kept == 2
-    assert files_of(tmp_path / "out" / "transformer") == expected
+    assert alone(tmp_path / "out" / "transformer") == expected
     assert (tmp_path / "out" / "vae" / "weights.safetensors").read_bytes() == bytes(range(256))
 
 
@@ -358,7 +369,7 @@ def test_a_repository_of_the_hub_comes_from_its_cache(
     quantize("org/alone", tmp_path / "a")
     assert files_of(tmp_path / "a") == expected
     quantize(Path("org/pipe"), tmp_path / "b")
-    assert files_of(tmp_path / "b" / "transformer") == expected
+    assert alone(tmp_path / "b" / "transformer") == expected
     with pytest.raises(
         CheckpointError, match="'org/unknown' is not a file or folder here, and cannot be fetched"
     ):

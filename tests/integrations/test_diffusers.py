@@ -27,7 +27,7 @@ from loraq.integrations.diffusers import (
 )
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
-from tests.folders import files_of
+from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
 
@@ -145,10 +145,12 @@ def test_the_other_components_of_a_pipeline_are_copied_byte_for_byte(pipeline, s
     quantize(pipeline, tmp_path / "out")
     quantize(source, tmp_path / "alone")
     copied = files_of(tmp_path / "out")
-    alone = {
-        f"transformer/{name}": content for name, content in files_of(tmp_path / "alone").items()
-    }
-    assert copied == OTHERS | alone
+    inner = {name for name in copied if name.startswith("transformer/")}
+    assert {name: copied[name] for name in copied.keys() - inner} == OTHERS
+    assert alone(tmp_path / "out" / "transformer") == files_of(tmp_path / "alone")
+    manifest = json.loads(copied["transformer/loraq.json"])
+    assert manifest["components"] == components_of(OTHERS)
+    assert list(manifest["components"]) == sorted(OTHERS)
     assert transformer_folder(tmp_path / "out") == tmp_path / "out" / "transformer"
     assert torch.equal(
         velocity(loraq.load(tmp_path / "out")), velocity(loraq.load(tmp_path / "alone"))
@@ -167,12 +169,16 @@ def test_a_unet_is_taken_where_there_is_no_transformer(pipeline):
 
 
 def test_a_source_of_links_as_the_hub_cache_has_gives_plain_files(written, tmp_path):
-    (tmp_path / "snapshot" / "transformer").mkdir(parents=True)
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    (snapshot / "transformer").mkdir(parents=True)
+    blobs.mkdir()
     for path in written.iterdir():
-        (tmp_path / "snapshot" / "transformer" / path.name).symlink_to(path)
-    (tmp_path / "blob").write_bytes(OTHERS["model_index.json"])
-    (tmp_path / "snapshot" / "model_index.json").symlink_to(tmp_path / "blob")
-    quantize(tmp_path / "snapshot", tmp_path / "out")
+        shutil.copy(path, blobs / path.name)
+        (snapshot / "transformer" / path.name).symlink_to(f"../../../blobs/{path.name}")
+    (blobs / "0123").write_bytes(OTHERS["model_index.json"])
+    (snapshot / "model_index.json").symlink_to("../../blobs/0123")
+    quantize(snapshot, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
     loraq.load(tmp_path / "out")
 
@@ -208,12 +214,12 @@ def test_what_stays_float_keeps_its_dtype(tmp_path, dtype):
 
 
 def test_overwriting_replaces_the_target(source, tmp_path):
-    quantize(source, tmp_path / "out")
+    quantize(source, tmp_path / "out", shard_bytes=1000)
     with pytest.raises(CheckpointError, match="is not empty"):
-        quantize(source, tmp_path / "out")
-    (tmp_path / "out" / "left.over").touch()
+        quantize(source, tmp_path / "out", replace(RECIPE, seed=7))
+    n_files = len(files_of(tmp_path / "out"))
     quantize(source, tmp_path / "out", replace(RECIPE, seed=7), overwrite=True)
-    assert "left.over" not in files_of(tmp_path / "out")
+    assert len(files_of(tmp_path / "out")) < n_files
     assert Manifest.read(tmp_path / "out").recipes[0]["seed"] == 7
 
 

@@ -77,7 +77,7 @@ def finished(target: Path) -> set[str]:
     if not journal.is_file():
         return set()
     lines = [
-        json.loads(line)
+        json.loads(line.partition(b" ")[2])  # after its checksum
         for line in journal.read_bytes().splitlines(keepends=True)
         if line.endswith(b"\n")
     ]

@@ -273,7 +273,7 @@ def test_a_kept_tensor_may_hold_what_its_own_dtype_holds(tmp_path, value):
     model[1].weight.data = torch.full((64,), value, dtype=torch.float64)
     write_shards(model.state_dict(), tmp_path, "model")
     source = Source.open(Checkpoint(tmp_path, tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
-    assert list(source.hash_weights()) == ["0"]
+    assert set(source.hash_weights()) == set(model.state_dict())
 
 
 def test_a_tiny_value_among_normal_ones_is_no_fault():

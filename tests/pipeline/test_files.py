@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
+from loraq.checkpoint.manifest import Manifest
+from loraq.checkpoint.partial import PartialFolder
 from loraq.errors import CheckpointError, LayerError
+from loraq.pipeline.source import Source
 from loraq.recipe import Recipe
 from loraq.safetensors.header import read_header
 from loraq.safetensors.layout import write_shards
@@ -164,7 +168,7 @@ def test_a_run_that_was_killed_right_after_its_last_rename_is_finished(
     source, expected, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(PartialFolder, "remove", lambda self: None)
         quantize(source, tmp_path / "out")
     assert (tmp_path / ".out.partial" / "journal.jsonl").exists()
     report = quantize(source, tmp_path / "out", progress=At(1, interrupt))
@@ -172,6 +176,58 @@ def test_a_run_that_was_killed_right_after_its_last_rename_is_finished(
     assert report.mean_relative_error > 0
     assert files_of(tmp_path / "out") == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", "source"]
+
+
+def test_a_run_that_has_ended_is_complete_whatever_else_it_may_do(source, expected, tmp_path):
+    first = quantize(source, tmp_path / "out", progress=False)
+    for options in ({}, {"overwrite": True}, {"workers": 2}, {"link": True}):
+        again = quantize(source, tmp_path / "out", progress=At(1, interrupt), **options)
+        assert again.already_complete
+        assert [replace(layer, seconds=0.0) for layer in first.layers] == list(again.layers)
+    assert again.kept == N_LAYERS
+    assert files_of(tmp_path / "out") == expected
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", progress=At(1, interrupt), overwrite=True, restart=True)
+
+
+CHANGES = {
+    "weights": lambda source, out: save_file(
+        {name: 2 * tensor for name, tensor in net().state_dict().items()},
+        source / "model.safetensors",
+    ),
+    "a kept tensor": lambda source, out: save_file(
+        {**net().state_dict(), "1.bias": torch.ones(48, dtype=torch.bfloat16)},
+        source / "model.safetensors",
+    ),
+    "a byte of the target": lambda source, out: flip_a_byte(out / "model.safetensors"),
+    "a version": lambda source, out: (out / "loraq.json").write_text(
+        (out / "loraq.json").read_text().replace('"loraq": "', '"loraq": "9.')
+    ),
+    "the manifest": lambda source, out: (out / "loraq.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_folder_is_not_complete_if_anything_differs(source, tmp_path, changed):
+    quantize(source, tmp_path / "out")
+    CHANGES[changed](source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        quantize(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "mxfp4+w6a6-r8"}, {"recipe": "mxfp4"}, {"shard_bytes": 2000}]
+)
+def test_a_folder_of_other_settings_is_not_complete(source, tmp_path, options):
+    quantize(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        quantize(source, tmp_path / "out", **options)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def interrupted(source: Path, target: Path, after: int = 2) -> Path:
@@ -348,3 +404,62 @@ def test_a_read_only_target(source, tmp_path):
     place.mkdir(mode=0o500)
     with pytest.raises(CheckpointError, match="is read-only"):
         quantize(source, place / "out", progress=At(1, interrupt))
+
+
+# --- nothing is written that was not checked ------------------------------------------------------
+
+
+def test_a_kept_tensor_that_changes_after_it_was_checked_is_refused(source, tmp_path, monkeypatch):
+    hash_weights = Source.hash_weights
+
+    def change(self: Source) -> dict[str, str]:
+        hashes = hash_weights(self)
+        edit(source / "model.safetensors", lambda tensors: tensors["1.bias"].add_(1))
+        return hashes
+
+    monkeypatch.setattr(Source, "hash_weights", change)
+    with pytest.raises(CheckpointError, match=r"'1\.bias' changed while it was read"):
+        quantize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tensor", ["1.bias", "2.weight_packed", "4.weight_scale"])
+@pytest.mark.parametrize("shard_bytes", [2_000_000_000, 3000])
+def test_the_manifest_blesses_no_byte_that_changed_on_the_disk(
+    source, tmp_path, tensor, shard_bytes
+):
+    def change_last(done: int, *_: object) -> None:
+        if done == N_LAYERS:
+            (folder,) = tmp_path.glob(".out*")
+            for path in folder.rglob("*.safetensors"):
+                if (header := read_header(path)).specs.get(tensor):
+                    with path.open("r+b") as file:
+                        file.seek(header.offsets[tensor])
+                        byte = file.read(1)
+                        file.seek(header.offsets[tensor])
+                        file.write(bytes([byte[0] ^ 1]))
+
+    with pytest.raises(CheckpointError, match=rf"has changed {tensor.rpartition('.')[0]}"):
+        quantize(source, tmp_path / "out", shard_bytes=shard_bytes, progress=change_last)
+    assert not (tmp_path / "out").exists()
+    quantize(source, tmp_path / "out", shard_bytes=shard_bytes)
+    quantize(source, tmp_path / "fresh", shard_bytes=shard_bytes)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_save_notes_what_it_wrote_and_not_what_is_found(tmp_path, monkeypatch):
+    model = net()
+    loraq.quantize_(model, "mxfp4-a16", progress=False)
+    write = Manifest.write
+
+    def change(self: Manifest, folder: Path, files: dict[str, str]) -> None:
+        path = folder / "model.safetensors"
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+        write(self, folder, files)
+
+    monkeypatch.setattr(Manifest, "write", change)
+    loraq.save(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        loraq.load_into(net(), tmp_path / "out")

@@ -1,7 +1,9 @@
 """Layouts of shards: safetensors itself reads them, and the order of writing changes no byte."""
 
+import hashlib
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_allocating_again_keeps_what_was_written(tensors, tmp_path):
 
 def test_the_index_is_that_of_the_hugging_face_libraries(tensors, tmp_path):
     files = write_shards(tensors, tmp_path, "model", 200)
-    assert files[0] == f"model-00001-of-{len(files) - 1:05d}.safetensors"
+    assert next(iter(files)) == f"model-00001-of-{len(files) - 1:05d}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert list(index["weight_map"]) == list(tensors)
@@ -145,3 +147,49 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="1 tensors in two shards: x"):
         ShardReader(tmp_path)
+
+
+# --- what was written -----------------------------------------------------------------------------
+
+
+def written(tensors, folder: Path, shard_bytes: int) -> ShardLayout:
+    specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+    layout = ShardLayout.of(specs, "model", shard_bytes)
+    layout.allocate(folder)
+    layout.write(folder, tensors)
+    return layout
+
+
+@pytest.mark.parametrize("shard_bytes", [2_000_000_000, 200, 1])
+def test_one_pass_gives_the_hashes_of_files_and_tensors(
+    tensors, tmp_path, monkeypatch, shard_bytes
+):
+    monkeypatch.setattr("loraq.safetensors.layout._BLOCK", 7)
+    layout = written(tensors, tmp_path, shard_bytes)
+    files, found = layout.hash_files(tmp_path)
+    assert list(files) == layout.files
+    assert files == layout.hash_content(tensors)
+    for name, digest in files.items():
+        assert digest == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert found.keys() == tensors.keys()
+    for name, digest in found.items():
+        raw = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert digest == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["header", "longer", "shorter", "empty"])
+def test_a_file_that_is_not_what_was_laid_out_is_refused(tensors, tmp_path, damage):
+    layout = written(tensors, tmp_path, 2_000_000_000)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    place = content.index(b"layer")
+    path.write_bytes(
+        {
+            "header": content[:place] + b"m" + content[place + 1 :],
+            "longer": content + b"x",
+            "shorter": content[:-1],
+            "empty": b"",
+        }[damage]
+    )
+    with pytest.raises(CheckpointError, match="is not what was written to it"):
+        layout.hash_files(tmp_path)

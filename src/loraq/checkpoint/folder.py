@@ -1,79 +1,43 @@
-"""Write folders that are whole or not there: a partial folder, and one rename at the end."""
+"""What may be written or replaced: a name that is free, or a model's folder and nothing else."""
 
 import errno
-import fcntl
 import hashlib
+import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from loraq.errors import CheckpointError
 
-#: A folder that is replaced whole must hold one of these.
-_MODEL_MARKS = ("loraq.json", "config.json", "model_index.json")
+#: What diffusers, transformers and loraq call the files of a model or of a pipeline's component.
+_KNOWN_FILES = re.compile(
+    r"(config|model_index|loraq)\.json|generation_config\.json"
+    r"|(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"|(scheduler|preprocessor|processor|video_preprocessor|feature_extractor)_config\.json"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|(spiece|tokenizer|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
+)
 
 
-def require_alone(file: IO[bytes], path: Path, target: Path) -> None:
-    """Lock an open file for this process until it is closed.
-
-    The file stands for all work on `target`; the lock dies with the process.
+def resolve_target(target: Path) -> Path:
+    """Return the folder or file that is to be made: a link stays, what it points to is replaced.
 
     Raises:
-        CheckpointError: another run has the lock, or had it and has taken the file away meanwhile.
+        CheckpointError: no file can have this name.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CheckpointError(
-            f"'{target}' is being written by another run. Wait until it has ended, or choose "
-            "another target."
-        ) from error
-    if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-        raise CheckpointError(
-            f"'{target}' was being written by another run, which has just ended. Try again."
-        )
-
-
-def require_apart(target: Path, *inputs: str | Path) -> None:
-    """Raise `CheckpointError` if writing or replacing a target could touch what a run reads.
-
-    Args:
-        target: a folder or file to make; what it holds now may be replaced.
-        inputs: files and folders that the run reads; links are resolved, those inside of a folder
-            too. What does not exist, such as a repository of the hub, is no danger.
-    """
-    resolved = target.resolve()
-    for given in map(Path, inputs):
-        source = given.resolve()
-        if source == resolved:
-            raise CheckpointError(f"Source and target are both '{given}'. Choose another target.")
-        if source in resolved.parents or resolved in source.parents:
-            inner, outer = (target, given) if source in resolved.parents else (given, target)
-            raise CheckpointError(
-                f"'{inner}' lies inside '{outer}'. Source and target must be apart: choose another "
-                "target."
-            )
-        for link in _find_links(given):
-            if resolved in (link.resolve(), *link.resolve().parents):
-                raise CheckpointError(
-                    f"'{link}' is a link into '{target}', which would be replaced. Choose another "
-                    "target."
-                )
-
-
-def _find_links(folder: Path) -> Iterator[Path]:
-    """Yield every link below a folder; linked folders are not entered."""
-    for parent, inner, files in os.walk(folder):
-        paths = (Path(parent) / name for name in (*inner, *files))
-        yield from (path for path in paths if path.is_symlink())
+        resolved = target.resolve()
+        resolved.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
+        raise CheckpointError(f"Cannot write '{target}': {error}. Choose another name.") from error
+    return resolved
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` unless a folder of this name can be created."""
-    folder = folder.resolve()
+    """Raise `CheckpointError` unless a folder of this name can be created, or replaced whole."""
+    folder = resolve_target(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(
             f"Cannot write '{folder}': a file of this name exists. Choose another folder."
@@ -84,67 +48,94 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
                 f"Cannot write '{folder}': the folder is not empty. Choose another one, or allow "
                 "overwriting (`--overwrite`)."
             )
-        if not any((folder / mark).is_file() for mark in _MODEL_MARKS):
-            raise CheckpointError(
-                f"Will not replace '{folder}': it holds none of {', '.join(_MODEL_MARKS)}, so it "
-                "is not a model's folder. Choose another one, or delete it yourself."
-            )
-    parent = next(parent for parent in (*folder.parents, folder) if parent.exists())
+        require_replaceable(folder)
+    require_writable(folder)
+
+
+def require_writable(path: Path) -> None:
+    """Raise `CheckpointError` if a file or folder cannot be made: something is in its way."""
+    parent = next(parent for parent in (*path.absolute().parents, path) if parent.exists())
     if not parent.is_dir():
         raise CheckpointError(
-            f"Cannot write '{folder}': '{parent}' is a file. Choose another folder."
+            f"Cannot write '{path}': '{parent}' is a file. Choose another folder."
         )
     if not os.access(parent, os.W_OK):
         raise CheckpointError(
-            f"Cannot write '{folder}': '{parent}' is read-only. Choose another folder."
+            f"Cannot write '{path}': '{parent}' is read-only. Choose another folder."
         )
 
 
-@contextmanager
-def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that takes the name of `folder` when the block ends without an error.
+def require_replaceable(folder: Path) -> None:
+    """Raise `CheckpointError` unless all that a folder holds was written by loraq or diffusers.
 
-    Until then it stands beside it.
-
-    Raises:
-        CheckpointError: the target exists, or the disk refuses.
+    That is a model with its configuration, or a pipeline of such. Other files must be listed with
+    their size in a `loraq.json` there: those that went along with a pipeline.
     """
-    folder = folder.resolve()  # a link stays, and what it points to is replaced
-    require_free(folder, overwrite=overwrite)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        publish(partial, folder)
-    except CheckpointError:
-        raise
-    except OSError as error:
+    pipeline = _read_object(folder / "model_index.json")
+    if not _is_model(folder) and "_class_name" not in pipeline:
         raise CheckpointError(
-            f"Cannot write '{folder}': {reason_of(error)}. Nothing was left there. Free space, and "
-            "try again."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            f"Will not replace '{folder}': it is not a model's folder (it has no weights, and no "
+            "'config.json' or 'model_index.json' of diffusers). Choose another one, or delete it "
+            "yourself."
+        )
+    components = [name for name, value in pipeline.items() if isinstance(value, list)]
+    recorded = _list_recorded(folder, components)
+    foreign = sorted(
+        place.as_posix()
+        for place in _find_files(folder)
+        if not _is_known(place, components)
+        and recorded.get(place.as_posix()) != (folder / place).lstat().st_size
+    )
+    if foreign:
+        more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
+        raise CheckpointError(
+            f"Will not replace '{folder}': it also holds {', '.join(foreign[:4])}{more}, which "
+            "is not part of a model. Choose another folder, or move it elsewhere."
+        )
 
 
-def publish(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of what may be there.
+def _is_model(folder: Path) -> bool:
+    config = _read_object(folder / "config.json")
+    return (
+        bool({"_class_name", "model_type", "architectures"} & config.keys())
+        or bool(_read_object(folder / "loraq.json"))
+        or any(_KNOWN_FILES.fullmatch(path.name) for path in folder.glob("*.safetensors"))
+    )
 
-    On failure everything stays as it was.
-    """
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
+
+def _is_known(place: Path, components: list[str]) -> bool:
+    folders = place.parts[:-1]
+    in_place = not folders or (len(folders) == 1 and folders[0] in components)
+    return in_place and _KNOWN_FILES.fullmatch(place.name) is not None
+
+
+def _find_files(folder: Path) -> Iterator[Path]:
+    """Yield the path below a folder of all that is not a folder; a link is not followed."""
+    for parent, inner, files in os.walk(folder):
+        paths = [Path(parent) / name for name in (*inner, *files)]
+        yield from (
+            path.relative_to(folder) for path in paths if path.is_symlink() or not path.is_dir()
+        )
+
+
+def _list_recorded(folder: Path, components: list[str]) -> dict[str, int]:
+    """Return the sizes of a pipeline's other files that the manifests in it list, by their path."""
+    sizes = {}
+    for component in components:
+        recorded = _read_object(folder / component / "loraq.json").get("components")
+        for name, entry in recorded.items() if isinstance(recorded, dict) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("bytes"), int):
+                sizes[str(name)] = entry["bytes"]
+    return sizes
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if it is anything else."""
     try:
-        partial.rename(folder)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    # Also what a run left that was killed between the two renames.
-    shutil.rmtree(replaced, ignore_errors=True)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def reason_of(error: OSError) -> str:

@@ -3,12 +3,14 @@
 What each layer is, how two folders differ, and how much memory a folder takes once it runs.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from loraq.checkpoint.components import check_components
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.errors import CheckpointError, FormatError, KernelError
 from loraq.kernels import BACKENDS, prepare
@@ -81,6 +83,26 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
             )
         differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), relative_error(x, y)))
     return differences
+
+
+def inspect_pipeline(folder: Path, manifest: Manifest) -> bool:
+    """Check the other files of the pipeline that a transformer's folder is in.
+
+    Args:
+        folder: of the transformer.
+        manifest: what is in it.
+
+    Returns:
+        Whether there are such files and they were checked; they are not if the folder stands alone.
+
+    Raises:
+        CheckpointError: some are missing or were changed; they are listed.
+    """
+    root = Path(os.path.abspath(folder)).parent
+    if not manifest.components or not (root / "model_index.json").is_file():
+        return False
+    check_components(root, manifest.components)
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,208 +1,129 @@
-"""Work that survives a crash: a folder that becomes whole in steps, and the journal of them.
+"""The journal of a run: what it was made of, and a line for each layer that is finished.
 
-The target `NAME` is prepared in `.NAME.partial` beside it:
+A line is written after what it tells is on the disk, so at any moment the same run can go on from
+what the journal says. Each line begins with a checksum of itself and of all lines before it:
 
-    .NAME.partial/journal.jsonl   a fingerprint of the run, then a line for each finished layer
-    .NAME.partial/files/          what becomes `NAME` by one rename at the end
+    <16 hex digits> {"recipe": …}                      the first: the fingerprint of the run
+    <16 hex digits> {"name": "blocks.0.proj", …}       a finished layer
+    <16 hex digits> {"whole": "<SHA-256>"}             the folder is whole, and looks like this
 
-A line is written after what it tells is on the disk, and a torn last line does not count. So at any
-moment the same run can go on from what the journal says. The journal is locked by the run that
-writes it; the lock dies with it.
+A torn last line does not count; any other line that is not what was written is an error.
 """
 
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from loraq.checkpoint.folder import publish, reason_of, require_alone, require_free
-from loraq.errors import CheckpointError, LayerError
+from loraq.disk import write_all
+from loraq.errors import CheckpointError
 
-_WHOLE = {"whole": True}
+#: Longest journal that is read; one of 10 000 layers has 6 MB.
+_MOST_BYTES = 100_000_000
 
 
 class Journal:
-    """The finished layers of one run, by name, and the folder they are in."""
+    """The finished layers of one run, by name."""
 
-    def __init__(self, file: IO[bytes], folder: Path) -> None:
-        """Read what stands in an open journal."""
-        self._file = file
-        #: Where the files of the target grow.
-        self.folder = folder
+    def __init__(self, descriptor: int, path: Path) -> None:
+        """Read what stands in an open journal.
+
+        Raises:
+            CheckpointError: it is damaged, or another program wrote it.
+        """
+        self._descriptor, self._path = descriptor, path
         #: What was written of each finished layer.
         self.layers: dict[str, dict[str, Any]] = {}
         #: What the run was made of, or `None` in a new journal.
         self.fingerprint: dict[str, Any] | None = None
-        #: Whether only the last rename can be missing.
-        self.whole = False
-        file.seek(0)
-        end = 0
-        for line in file:
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict):
+        #: What the whole folder looks like; "" as long as it is not whole.
+        self.whole = ""
+        self._check = self._end = 0
+        for number, line in enumerate(self._read().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
                 break
-            end += len(line)
-            if self.fingerprint is None:
-                self.fingerprint = entry
-            elif entry == _WHOLE:
-                self.whole = True
-            else:
-                self.layers[str(entry["name"])] = entry
-        file.truncate(end)
-
-    @property
-    def is_published(self) -> bool:
-        """Whether a run that was killed right after its last rename has left nothing to do."""
-        return self.whole and not self.folder.exists()
+            self._take(number, line)
+        os.ftruncate(descriptor, self._end)
 
     def note(self, layer: dict[str, Any]) -> None:
         """Note a layer (plain data with a "name") whose bytes are on the disk."""
         self._write(layer)
         self.layers[layer["name"]] = layer
 
-    def finish(self) -> None:
-        """Note that the folder is whole."""
-        self._write(_WHOLE)
-        self.whole = True
+    def finish(self, whole: str) -> None:
+        """Note that the folder is whole, and what it looks like."""
+        self._write({"whole": whole})
+        self.whole = whole
 
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Forget everything, and begin the journal of a run."""
-        self._file.truncate(0)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.layers, self.whole, self.fingerprint = {}, False, fingerprint
+        self.forget()
+        self.fingerprint = fingerprint
         self._write(fingerprint)
 
+    def forget(self) -> None:
+        """Forget everything."""
+        os.ftruncate(self._descriptor, 0)
+        self.layers, self.whole, self.fingerprint = {}, "", None
+        self._check = self._end = 0
+
+    def _read(self) -> bytes:
+        size = os.fstat(self._descriptor).st_size
+        if size > _MOST_BYTES:
+            raise self._damage(f"it has {size} bytes")
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            return file.read()
+
+    def _take(self, number: int, line: bytes) -> None:
+        """Take in one whole line."""
+        written, _, text = line.partition(b" ")
+        check = self._checksum(text)
+        if written != f"{check:016x}".encode():
+            raise self._damage(f"line {number} is not what was written")
+        try:
+            entry = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._damage(f"line {number} cannot be read") from error
+        if not isinstance(entry, dict):
+            raise self._damage(f"line {number} is not an object")
+        if self.fingerprint is None:
+            self.fingerprint = entry
+        elif isinstance(entry.get("name"), str):
+            self.layers[entry["name"]] = entry
+        elif isinstance(entry.get("whole"), str):
+            self.whole = entry["whole"]
+        else:
+            raise self._damage(f"line {number} is neither a layer nor the end")
+        self._check, self._end = check, self._end + len(line)
+
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.seek(0, os.SEEK_END)
-        end = self._file.tell()
+        text = json.dumps(entry).encode() + b"\n"
+        check = self._checksum(text)
+        line = f"{check:016x} ".encode() + text
+        os.lseek(self._descriptor, self._end, os.SEEK_SET)
         try:
-            left = json.dumps(entry).encode() + b"\n"
-            while left:  # a disk that is almost full takes a part
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            write_all(self._descriptor, line)
+            os.fsync(self._descriptor)
         except OSError:
-            self._file.truncate(end)  # half a line would hide the next ones
+            os.ftruncate(self._descriptor, self._end)  # half a line would hide the next ones
             raise
+        self._check, self._end = check, self._end + len(line)
 
+    def _checksum(self, text: bytes) -> int:
+        """Return the checksum of a line after the lines that there are."""
+        before = self._check.to_bytes(8, "big")
+        return int.from_bytes(hashlib.sha256(before + text).digest()[:8], "big")
 
-@contextmanager
-def resumable_folder(
-    target: Path,
-    fingerprint: dict[str, Any],
-    n_layers: int,
-    *,
-    overwrite: bool = False,
-    restart: bool = False,
-) -> Iterator[Journal]:
-    """Yield the journal of the partial folder of a target.
-
-    The folder takes the target's name when the block ends without an error.
-
-    On an error what is finished is kept, and the message says so; if no layer is finished, nothing
-    is kept. If a run was killed right after its last rename, the journal that is yielded is `whole`
-    and its `folder` is gone.
-
-    Args:
-        target: the folder to make.
-        fingerprint: plain data by topic; a journal with another one is not continued.
-        n_layers: layers in all, for messages.
-        overwrite: whether a model folder that is there may be replaced.
-        restart: whether to begin anew, whatever is there.
-
-    Raises:
-        CheckpointError: the target is there, is written by another run right now, or was begun with
-            other settings; the disk refuses.
-    """
-    fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
-    target = target.resolve()  # a link stays, and what it points to is replaced
-    partial = _partial(target)
-    with _open_locked(target, partial, overwrite=overwrite) as file:
-        journal = Journal(file, partial / "files")
-        if journal.layers and not restart:
-            _require_same(journal, fingerprint, partial, n_layers)
-        try:
-            published = (
-                journal.whole and not journal.folder.exists() and target.exists() and not restart
-            )
-            if not published:
-                require_free(target, overwrite=overwrite)
-                if restart or not journal.layers:
-                    journal.begin(fingerprint)
-                journal.folder.mkdir(exist_ok=True)
-            yield journal
-            if not published:
-                _sync(journal.folder)
-                journal.finish()
-                publish(journal.folder, target)
-            journal.layers = {}
-        except (CheckpointError, LayerError) as error:
-            raise type(error)(f"{error}{_say_what_is_kept(journal, n_layers)}") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot write '{target}': {reason_of(error)}. Free space, and try "
-                f"again.{_say_what_is_kept(journal, n_layers)}"
-            ) from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Interrupted.{_say_what_is_kept(journal, n_layers) or ' Nothing was left.'}"
-            ) from None
-        finally:
-            if not journal.layers:  # nothing that is worth keeping, or everything is in its place
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def require_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` if a run cannot begin at this target.
-
-    A run that was begun there is looked at later.
-    """
-    if not _partial(target.resolve()).exists():
-        require_free(target, overwrite=overwrite)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-@contextmanager
-def _open_locked(target: Path, partial: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
-    """Open the journal of a partial folder, made if need be, for this process alone."""
-    require_target(target, overwrite=overwrite)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        file = (partial / "journal.jsonl").open("a+b", buffering=0)
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot write '{target}': {reason_of(error)}. Choose another target."
-        ) from error
-    with file:
-        require_alone(file, partial / "journal.jsonl", target)
-        yield file
-
-
-def _require_same(
-    journal: Journal, fingerprint: dict[str, Any], partial: Path, n_layers: int
-) -> None:
-    then = journal.fingerprint or {}
-    topics = [topic for topic in fingerprint if then.get(topic) != fingerprint[topic]]
-    if topics:
-        changed = (
-            f"{topic} ({_describe_change(then.get(topic), fingerprint[topic])})" for topic in topics
-        )
-        raise CheckpointError(
-            f"'{partial}' holds {len(journal.layers)} of {n_layers} layers of a run with other "
-            f"settings. Changed: {'; '.join(changed)}. Use the old settings to go on, `--restart` "
-            "to begin anew, or another target."
+    def _damage(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"'{self._path}' is damaged, or is not a journal of loraq: {reason}. Use `--restart` "
+            f"to begin anew, or delete '{self._path.parent}'."
         )
 
 
-def _describe_change(then: Any, now: Any) -> str:
+def describe_change(then: Any, now: Any) -> str:
     """Say what changed, by dotted key if there are keys; a few of them are enough."""
     before, after = _flatten(then), _flatten(now)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
@@ -223,20 +144,3 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
         for name, inner in value.items()
         for k, v in _flatten(inner, f"{key}.{name}" if key else name).items()
     }
-
-
-def _say_what_is_kept(journal: Journal, n_layers: int) -> str:
-    if not journal.layers:
-        return ""
-    return f" {len(journal.layers)} of {n_layers} layers are kept; run the same command to go on."
-
-
-def _sync(folder: Path) -> None:
-    """Return when every file of a folder is on the disk.
-
-    So a folder that is whole stays whole after a power failure.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -4,12 +4,14 @@ The format is described in docs/checkpoint-format.md.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, LoraqError
 from loraq.json_files import read_json, write_json
@@ -41,6 +43,8 @@ class Manifest:
     recipes: list[dict[str, Any]]
     #: Names that share the tensor of another name.
     tied: dict[str, str]
+    #: Other files of the pipeline that the folder is in, by their path from the folder above.
+    components: dict[str, StoredFile] = field(default_factory=dict)
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -49,9 +53,15 @@ class Manifest:
         counted = Counter(index for index in noted if index is not None).most_common(1)
         return self.recipes[counted[0][0]] if counted else None
 
-    def write(self, folder: Path, files: list[str]) -> None:
-        """Write `loraq.json` beside `files`, with their sizes and hashes."""
-        content = {
+    def write(self, folder: Path, files: Mapping[str, str]) -> None:
+        """Write `loraq.json`.
+
+        Args:
+            folder: where to.
+            files: SHA-256 of what was written into each file beside it: of what was checked, not
+                of what is found there now.
+        """
+        content: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "versions": {"loraq": __version__, "torch": torch.__version__},
             "recipes": self.recipes,
@@ -61,13 +71,14 @@ class Manifest:
                 for name, layer in self.layers.items()
             },
             "files": {
-                file: {
-                    "bytes": (folder / file).stat().st_size,
-                    "sha256": file_sha256(folder / file),
-                }
-                for file in files
+                file: {"bytes": (folder / file).stat().st_size, "sha256": sha256}
+                for file, sha256 in files.items()
             },
         }
+        if self.components:
+            content["components"] = {
+                name: stored.to_dict() for name, stored in self.components.items()
+            }
         write_json(folder / FILE_NAME, content)
 
     @classmethod
@@ -97,7 +108,8 @@ class Manifest:
             )
         try:
             layers = {name: _parse_layer(dict(entry)) for name, entry in content["layers"].items()}
-            manifest = cls(layers, list(content["recipes"]), dict(content["tied"]))
+            components = parse_components(content.get("components", {}))
+            manifest = cls(layers, list(content["recipes"]), dict(content["tied"]), components)
             files = {
                 str(name): (int(entry["bytes"]), str(entry["sha256"]))
                 for name, entry in content["files"].items()

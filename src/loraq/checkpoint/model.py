@@ -1,15 +1,18 @@
 """`save` and `load_into`: a module with quantized layers to a folder and back, bit for bit."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.components import StoredFile
 from loraq.checkpoint.fit import require_names
-from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
@@ -47,9 +50,55 @@ def save(
         shard_bytes: largest shard, unless one tensor alone is larger.
 
     Raises:
-        CheckpointError: the module has no quantized layer, the folder is not empty, or the disk
-            refuses.
+        CheckpointError: the module has no quantized layer, the folder is not empty or holds the
+            folder that the module was loaded from, or the disk refuses.
     """
+    require_apart(folder, in_memory=_part_of_origin(model))
+    _require_quantized(model)
+    with atomic_folder(Path(folder), overwrite=overwrite) as partial:
+        write_model(model, partial, shard_bytes=shard_bytes)
+
+
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    components: Mapping[str, StoredFile] | None = None,
+) -> None:
+    """Write the files of `save` into an empty folder that is not yet under its name.
+
+    Args:
+        model: a module after `quantize_`.
+        folder: where to.
+        shard_bytes: largest shard, unless one tensor alone is larger.
+        components: other files of the pipeline that the folder will be in.
+
+    Raises:
+        CheckpointError: the module has no quantized layer, or a tensor cannot be stored.
+        OSError: the disk refuses.
+    """
+    tensors, tied = _split_tied(model.state_dict())
+    recipes: list[dict[str, object]] = []
+    stored = {}
+    for name, layer in _require_quantized(model).items():
+        record = dict(layer.record)
+        recipe = record.pop("recipe", None)
+        if recipe is not None:
+            if recipe not in recipes:
+                recipes.append(recipe)
+            record["recipe"] = recipes.index(recipe)
+        stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
+    config = model_config(model)
+    files = write_shards(tensors, folder, weights_stem(config), shard_bytes)
+    if config:
+        raw = write_json(folder / "config.json", config)
+        files["config.json"] = hashlib.sha256(raw).hexdigest()
+    Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
+
+
+def _require_quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantized layers of a model, if there are any with a name."""
     layers = quantized_layers(model)
     if not layers:
         raise CheckpointError(
@@ -59,24 +108,7 @@ def save(
         raise CheckpointError(
             "A bare QuantizedLinear has no name to save it under. Save the module that holds it."
         )
-    tensors, tied = _split_tied(model.state_dict())
-    recipes: list[dict[str, object]] = []
-    stored = {}
-    for name, layer in layers.items():
-        record = dict(layer.record)
-        recipe = record.pop("recipe", None)
-        if recipe is not None:
-            if recipe not in recipes:
-                recipes.append(recipe)
-            record["recipe"] = recipes.index(recipe)
-        stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
-    config = model_config(model)
-    with atomic_folder(Path(folder), overwrite=overwrite) as partial:
-        files = write_shards(tensors, partial, weights_stem(config), shard_bytes)
-        if config:
-            write_json(partial / "config.json", config)
-            files.append("config.json")
-        Manifest(stored, recipes, tied).write(partial, files)
+    return layers
 
 
 def load_into(
@@ -283,6 +315,22 @@ def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             seen[key] = name
             tensors[name] = tensor
     return tensors, tied
+
+
+def origin_of(model: nn.Module) -> Path | None:
+    """Return where diffusers or loraq loaded a model from, if its configuration says so."""
+    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(origin) if isinstance(origin, str) and origin else None
+
+
+def _part_of_origin(model: nn.Module) -> Path | None:
+    """Return where a model came from; of a pipeline, what must outlive its transformer.
+
+    The configuration does not say which of a pipeline's folders it was.
+    """
+    origin = origin_of(model)
+    index = origin / "model_index.json" if origin else None
+    return index if index and index.is_file() else origin
 
 
 def model_config(model: nn.Module) -> dict[str, object]:

@@ -12,17 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import save
 from loraq.errors import CheckpointError
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-#: What a folder may hold to be replaced whole: the files that `save` makes.
-_OURS = re.compile(
-    rf"config\.json|{re.escape(FILE_NAME)}|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-)
 
 
 def attach_save_pretrained(model: nn.Module) -> None:
@@ -67,15 +61,10 @@ def _save_pretrained(
     if not is_main_process:
         return
     folder = Path(save_directory)
-    others_there = (
-        sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
-        if folder.is_dir()
-        else []
-    )
-    if others_there:
+    if (folder / "model_index.json").exists():
         raise CheckpointError(
-            f"Will not replace '{folder}': it also holds {', '.join(others_there[:4])}. Choose an "
-            "empty folder."
+            f"Will not replace '{folder}': it is a pipeline, and this is one model of it. Choose "
+            "the folder of a component."
         )
     save(model, folder, overwrite=True, shard_bytes=_parse_size(max_shard_size))
 

@@ -1,7 +1,6 @@
 """Statistics on the disk: a safetensors file of `<layer>.second_moment` and `<layer>.tokens`."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from loraq.checkpoint.folder import reason_of, require_alone
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.folder import require_writable
+from loraq.checkpoint.partial import atomic_file, partial_path
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.header import TensorSpec
 from loraq.safetensors.layout import ShardLayout
@@ -36,11 +37,8 @@ def stats_file(
 ) -> Iterator[Callable[[str, ActivationStats], None]]:
     """Yield a function that writes one layer's statistics, in any order.
 
-    The file appears when all is written.
-
-    The disk's space is taken at the beginning, so that it is not missing after hours of work, under
-    the name `.NAME.partial.safetensors` beside the file; what a run that was killed has left there
-    is used again.
+    The file appears when all is written. The disk's space is taken at the beginning, so that it is
+    not missing after hours of work.
 
     Args:
         path: the file to make; what is there is replaced.
@@ -50,35 +48,18 @@ def stats_file(
         CheckpointError: the disk refuses, another run makes the same file, or a layer is not what
             was announced.
     """
-    partial = _name_partial(path)
-    layout = lay_out_stats(moments, partial.stem)
+    layout = lay_out_stats(moments, path.stem)
+    with atomic_file(path) as partial:
+        layout.allocate(partial.parent)
 
-    def write(layer: str, stats: ActivationStats) -> None:
-        parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
-        with _explain_refusals(path):
+        def write(layer: str, stats: ActivationStats) -> None:
+            parts = (stats.second_moment.float(), torch.tensor([stats.tokens]))
             layout.write(
-                path.parent,
+                partial.parent,
                 {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)},
             )
 
-    with _explain_refusals(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = partial.open("ab")
-    with lock:
-        require_alone(lock, partial, path)
-        try:
-            with _explain_refusals(path):
-                layout.allocate(path.parent)
-            yield write
-            with _explain_refusals(path):
-                partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def _name_partial(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.partial.safetensors")
+        yield write
 
 
 def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> int:
@@ -100,13 +81,10 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
             f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting "
             "(`--overwrite`)."
         )
+    require_writable(path)
     parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(
-            f"Cannot write '{path}': '{parent}' is not a writable folder. Choose another."
-        )
     needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(parent).free
-    left = _name_partial(path).stat().st_size if _name_partial(path).is_file() else 0
+    left = sum(p.stat().st_size for p in partial_path(path).rglob("*.safetensors"))
     if needed > free + left:
         raise CheckpointError(
             f"'{parent}' has {free / 1e9:.3g} GB free and the statistics take {needed / 1e9:.3g} "
@@ -116,17 +94,6 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
     return needed
 
 
-@contextmanager
-def _explain_refusals(path: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into one message that says why."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"Cannot write '{path}': {reason_of(error)}.") from error
-
-
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
     """Write the statistics of all layers to one .safetensors file.
 
@@ -134,8 +101,10 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
 
     Raises:
         CalibrationError: there are no statistics.
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or is the one that the statistics are read
+            from.
     """
+    require_apart(path, file_of_stats(stats))
     if not stats:
         raise CalibrationError(
             "There are no statistics to save. Collect those of at least one layer."
@@ -145,6 +114,13 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
     with stats_file(Path(path), moments) as write:
         for layer, of_layer in stats.items():
             write(layer, of_layer)
+
+
+def file_of_stats(stats: object) -> Path | None:
+    """Return the file that statistics are, or are read from; `None` if they are in memory."""
+    if isinstance(stats, _StatsFile):
+        return stats.path
+    return Path(stats) if isinstance(stats, str | Path) else None
 
 
 def load_stats(path: str | Path) -> Mapping[str, ActivationStats]:
@@ -163,7 +139,7 @@ class _StatsFile(Mapping[str, ActivationStats]):
     """The layers of a file. It holds no open file, so it can be sent to another process."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         if not path.is_file():
             raise CheckpointError(
                 f"There is no file of statistics '{path}'. `loraq stats` makes one."
@@ -189,12 +165,12 @@ class _StatsFile(Mapping[str, ActivationStats]):
         moment, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
         if tokens.dtype != torch.int64 or tokens.numel() != 1 or moment.dtype != torch.float32:
             raise CalibrationError(
-                f"'{self._path}': layer '{layer}' has other dtypes than fp32 and int64."
+                f"'{self.path}': layer '{layer}' has other dtypes than fp32 and int64."
             )
         try:
             return ActivationStats(int(tokens), moment)
         except CalibrationError as error:
-            raise CalibrationError(f"'{self._path}': layer '{layer}': {error}") from error
+            raise CalibrationError(f"'{self.path}': layer '{layer}': {error}") from error
 
     def __contains__(self, layer: object) -> bool:  # a Mapping's own would read all of it
         return layer in self._layers

@@ -1,13 +1,14 @@
 """What every command has: `--json` and `--debug`, errors as one message, exit codes."""
 
 import sys
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import click
 
-from loraq.errors import LoraqError
+from loraq.errors import LoraqError, LoraqWarning
 from loraq.version import __version__
 
 
@@ -29,7 +30,9 @@ def command(function: Callable[..., None]) -> click.Command:
     @wraps(function)
     def run(*, debug: bool, **kwargs: Any) -> None:
         try:
-            function(**kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
+                function(**kwargs)
         except BrokenPipeError:
             raise  # the reader has gone, as in `loraq formats | head`
         except (LoraqError, OSError) as error:
@@ -38,7 +41,8 @@ def command(function: Callable[..., None]) -> click.Command:
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
-            click.echo(str(interrupt) or "Interrupted. Nothing was left.", err=True)
+            # What came before the work says nothing: whatever an earlier run has left is there.
+            click.echo(str(interrupt) or "Interrupted.", err=True)
             sys.exit(130)
 
     run = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
@@ -46,3 +50,13 @@ def command(function: Callable[..., None]) -> click.Command:
         "--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."
     )(run)
     return main.command(name=function.__name__.replace("_", "-"))(run)
+
+
+def _show_warning(
+    show_others: Callable[..., None], message: Warning, category: type[Warning], *place: Any
+) -> None:
+    """Show our own warnings as notes; where in the code they come from helps nobody."""
+    if issubclass(category, LoraqWarning):
+        click.echo(f"Note: {message}", err=True)
+    else:
+        show_others(message, category, *place)

@@ -16,24 +16,31 @@ from loraq.cli.output import activation_of, print_json, print_table, size_of
 def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """Show what is inside the quantized folder PATH, and check that its files are whole.
 
+    Of a pipeline all files are checked, whether PATH is the pipeline or the transformer in it.
+
     \b
     Example: loraq inspect out --memory
     """
     from dataclasses import asdict
 
+    from loraq.checkpoint.inspect import inspect_pipeline
     from loraq.checkpoint.manifest import Manifest
     from loraq.integrations.diffusers import transformer_folder
 
     if memory:
         _show_memory(transformer_folder(path), as_json=as_json)
         return
-    manifest = Manifest.read(transformer_folder(path))
+    folder = transformer_folder(path)
+    manifest = Manifest.read(folder)
+    checked = inspect_pipeline(folder, manifest)
     if as_json:
         layers = {
             name: {"shape": layer.shape, "scheme": asdict(layer.scheme), **layer.record}
             for name, layer in manifest.layers.items()
         }
-        print_json({"recipes": manifest.recipes, "layers": layers})
+        files = {name: stored.to_dict() for name, stored in manifest.components.items()}
+        components = {"checked": checked, "files": files}
+        print_json({"recipes": manifest.recipes, "layers": layers, "components": components})
         return
     rows, nbytes, weights = [], 0, 0
     for name, layer in manifest.layers.items():
@@ -52,6 +59,12 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
             "weights, not outputs."
         )
     click.echo("All files are as they were written.")
+    if n_others := len(manifest.components):
+        click.echo(
+            f"So are the other files of the pipeline: {n_others}."
+            if checked
+            else f"The other files of its pipeline ({n_others}) are not here, and were not checked."
+        )
 
 
 def _show_memory(folder: Path, *, as_json: bool) -> None:

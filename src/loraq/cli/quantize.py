@@ -147,15 +147,19 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     \b
     Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4+w8a8 --workers 2
     """
+    from loraq.checkpoint.apart import require_apart
     from loraq.integrations.checkpoints import quantize_checkpoint
+    from loraq.recipe import file_of
 
     _warn_of_unknown_class(source, options["config"])
+    require_apart(target, file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
     if as_json:
         print_json(
             {
                 "target": str(target),
+                "already_complete": report.already_complete,
                 "recipe": report.recipe.to_dict(),
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
@@ -166,8 +170,10 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             }
         )
         return
+    if report.already_complete:
+        click.echo("Already complete: made by the same settings from the same weights.")
     click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.kept)} kept.")
-    if report.kept:
+    if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(
         f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, "
@@ -179,7 +185,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
-    click.echo(f"Written to {target}.")
+    click.echo(f"{'In' if report.already_complete else 'Written to'} {target}.")
 
 
 @command

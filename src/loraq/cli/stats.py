@@ -97,8 +97,11 @@ def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     import torch
 
+    from loraq.checkpoint.apart import require_apart
     from loraq.integrations.pipelines import collect_pipeline_stats, read_prompts
+    from loraq.recipe import file_of
 
+    require_apart(target, options["prompts"], file_of(options["recipe"]))
     recipe = read_recipe(options.pop("recipe"), method=options.pop("method"))
     prompts, dtype = options.pop("prompts"), options.pop("dtype")
     report = collect_pipeline_stats(

@@ -1,13 +1,18 @@
 """Draw the demo's report: samples side by side with their numbers, and the error of every layer."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.partial import atomic_file
+from loraq.disk import write_file
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult
+from loraq.evaluation.digits import assets_folder
 
 _SHOWN = 10
 
@@ -19,27 +24,30 @@ def require_drawable(path: Path) -> None:
 
     Raises:
         LoraqError: matplotlib is not installed, or the file cannot be written.
+        CheckpointError: the file would be among those that the demo reads.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise LoraqError('The report needs matplotlib. Run: pip install "loraq[demo]"') from error
+    require_apart(path, assets_folder())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoraqError(f"Cannot write '{path}': {error}. Choose another folder.") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or path.is_symlink() or not os.access(path.parent, os.W_OK):
         raise LoraqError(
-            f"Cannot write '{path}': it is a folder, or its folder is read-only. Choose another "
-            "folder."
+            f"Cannot write '{path}': it is a folder or a link, or its folder is read-only. Choose "
+            "another folder."
         )
 
 
 def draw(result: DemoResult, path: Path) -> None:
-    """Write the report as a PNG.
+    """Write the report as a PNG, which appears when it is whole.
 
     Raises:
         LoraqError: matplotlib is not installed, or the file cannot be written.
+        CheckpointError: the file would be among those that the demo reads.
     """
     require_drawable(path)
     from matplotlib.figure import Figure
@@ -65,7 +73,10 @@ def draw(result: DemoResult, path: Path) -> None:
         axis.text(-2, 4, label, ha="right", va="bottom", fontsize=9, fontweight="bold")
         axis.text(-2, 4.5, text, ha="right", va="top", fontsize=8)
     _draw_errors(bottom.subplots(1, 1), result)
-    figure.savefig(path, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    with atomic_file(path) as partial:
+        write_file(partial, picture.getvalue())
 
 
 def _draw_errors(axis: Any, result: DemoResult) -> None:

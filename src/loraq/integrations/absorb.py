@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.folder import file_sha256, require_apart, require_free
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.folder import file_sha256, require_free
+from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.errors import CheckpointError, LayerError
-from loraq.integrations.diffusers import float_folder, load, save_like, transformer_folder
+from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLinear
@@ -73,38 +75,36 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
             raise CheckpointError(
                 f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
             )
-        return _absorb(
-            model, Lora.read(lora, model), ShardReader(float_folder(Path(source))), scale, progress
-        )
+        return _absorb(model, lora, Path(source), scale, progress)
     if target is None:
         raise CheckpointError(
             f"'{model}' is not changed in place. Give the new folder as `target`."
         )
     require_apart(Path(target), model, find_lora_file(Path(lora)), source)
     require_free(Path(target), overwrite=overwrite)
+    folder = transformer_folder(Path(model))
+    component = "" if folder == Path(model) else folder.name
+    require_own_weights(Path(model), folder)
+    others = find_files(Path(model), without=component) if component else {}
     quantized = load(model)
-    absorbed = _absorb(
-        quantized,
-        Lora.read(lora, quantized),
-        ShardReader(float_folder(Path(source))),
-        scale,
-        progress,
-    )
-    save_like(
-        quantized, Path(model), transformer_folder(Path(model)), Path(target), overwrite=overwrite
-    )
+    absorbed = _absorb(quantized, lora, Path(source), scale, progress)
+    save_beside(quantized, component, others, Path(target), overwrite=overwrite)
     return absorbed
 
 
 def _absorb(
     model: nn.Module,
-    lora: Lora,
-    source: ShardReader,
+    lora_path: str | Path,
+    source_path: Path,
     scale: float,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
     if not math.isfinite(scale):
         raise CheckpointError(f"The LoRA's scale is {scale}. A finite number is required.")
+    folder = float_folder(source_path)
+    require_own_weights(source_path, folder)
+    (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
+    mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)
     quantized = {
         name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)
@@ -113,7 +113,6 @@ def _absorb(
     for name, layer in layers.items():  # everything that can be wrong, before long work
         _read_original(name, layer, source)
     reports, new = [], {}
-    mark = {"sha256": file_sha256(lora.file), "scale": scale}
     with show_layers(progress, "quantize") as show, torch.no_grad():
         for name, layer in quantized.items():
             device = next(layer.parameters()).device
@@ -143,6 +142,15 @@ def _absorb(
                 weight.copy_(before[name])
             raise
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
+
+
+def _read_lora(path: str | Path, model: nn.Module) -> tuple[Lora, str]:
+    """Return a LoRA, and the hash of the file that it is in."""
+    before = file_sha256(find_lora_file(Path(path)))
+    lora = Lora.read(path, model)
+    if file_sha256(lora.file) != before:
+        raise CheckpointError(f"'{lora.file}' changed while it was read. Try again.")
+    return lora, before
 
 
 def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:

@@ -3,8 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-from loraq.checkpoint.folder import require_apart
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.links import require_own_weights
 from loraq.checkpoint.manifest import FILE_NAME
+from loraq.checkpoint.stats_file import file_of_stats
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, transformer_folder
 from loraq.integrations.hub import local_path
@@ -16,7 +18,7 @@ from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, open_stats
 from loraq.pipeline.source import Checkpoint, Source, plan_tensors
-from loraq.recipe import Recipe
+from loraq.recipe import Recipe, file_of
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
@@ -73,11 +75,11 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             call.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
-    target, recipe = Path(target), Recipe.of(recipe)
+    target, recipe_file, recipe = Path(target), file_of(recipe), Recipe.of(recipe)
     checkpoint = _locate(source, config)
     # Of the folder that a configuration is in, nothing else is read.
-    files = _find_config(checkpoint.weights, config), stats
-    require_apart(target, checkpoint.root, *(f for f in files if isinstance(f, str | Path)))
+    files = _find_config(checkpoint.weights, config), file_of_stats(stats), recipe_file
+    require_apart(target, checkpoint.root, *files)
     settings = Settings(workers, shard_bytes, overwrite, restart, link)
     opened = Source.open(checkpoint, recipe)
     return quantize_files(
@@ -118,7 +120,7 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
 
     Raises:
         CheckpointError: there is no such source, it is quantized already, or its configuration
-            cannot be read.
+            cannot be read, or a link leads out of it.
     """
     root = local_path(source)
     weights = root if root.is_file() else transformer_folder(root)
@@ -126,6 +128,8 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
         raise CheckpointError(
             f"'{root}' is not a .safetensors file. Other weight files are not read: convert it."
         )
+    if root.is_dir():
+        require_own_weights(root, weights)
     config_file = _find_config(weights, config)
     content = {} if config_file is None else read_json(config_file)
     if (weights / FILE_NAME).is_file() or "quantization_config" in content:

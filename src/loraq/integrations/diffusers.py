@@ -1,8 +1,7 @@
 """Folders of the diffusers library: a transformer's, or a pipeline's with a transformer in it."""
 
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from loraq.checkpoint import load_into, save
+from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.fit import require_fit
-from loraq.checkpoint.folder import atomic_folder
 from loraq.checkpoint.manifest import FILE_NAME
+from loraq.checkpoint.model import write_model
+from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CheckpointError, LoraqError
 from loraq.json_files import read_json
@@ -102,22 +103,28 @@ def transformer_classes() -> dict[str, type[nn.Module]]:
         }
 
 
-def save_like(
-    model: nn.Module, source: Path, folder: Path, target: Path, *, overwrite: bool
+def save_beside(
+    model: nn.Module, component: str, others: Mapping[str, Path], target: Path, *, overwrite: bool
 ) -> None:
-    """Save a model that came from `folder`.
+    """Save a model as a component of a pipeline, with copies of the others.
 
-    If that is a component of the pipeline `source`, the others are copied too.
+    Args:
+        model: with quantized layers.
+        component: name of its folder; "" for a model that is in no pipeline.
+        others: what `find_files` returned of the pipeline.
+        target: the folder to make.
+        overwrite: whether one that is not empty may be replaced.
 
     Raises:
-        CheckpointError: the target cannot be written.
+        CheckpointError: a file cannot be read, or the target cannot be written.
     """
-    if folder == source:
+    if not component:
         save(model, target, overwrite=overwrite)
         return
     with atomic_folder(target, overwrite=overwrite) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=_only_not(source, folder.name))
-        save(model, partial / folder.name, overwrite=True)
+        components = copy_components(others, partial)
+        (partial / component).mkdir()
+        write_model(model, partial / component, components=components)
 
 
 def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
@@ -150,6 +157,7 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
     load_into(model, home, backend=backend, verify=verify)
     _cast_unsaved(model)
     attach_save_pretrained(model)
+    model.register_to_config(_name_or_path=str(home))  # type: ignore[operator]
     return model.eval()
 
 
@@ -215,10 +223,3 @@ def _quiet_diffusers() -> Iterator[Any]:
         ) from error
     finally:
         logging.disable(before)
-
-
-def _only_not(source: Path, component: str) -> Any:
-    """An `ignore` for `copytree` that leaves out one folder of the top level."""
-    return lambda folder, names: (
-        [component] if Path(folder) == source and component in names else []
-    )

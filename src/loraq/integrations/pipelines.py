@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from loraq.checkpoint.folder import require_apart
+from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.stats_file import require_room
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
@@ -24,7 +24,7 @@ from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
 from loraq.pipeline.requirements import find_users, require_enough
-from loraq.recipe import Recipe
+from loraq.recipe import Recipe, file_of
 from loraq.safetensors.header import DTYPES
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
@@ -109,7 +109,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     """
     folder = _pipeline_folder(local_path(source))
     component, target = float_folder(folder), Path(target)
-    require_apart(target, folder)
+    require_apart(target, folder, file_of(recipe))
     recipe = Recipe.of(recipe)
     using = find_users(Plan.of_model(empty_model(component), recipe), recipe)
     if not second_moment:

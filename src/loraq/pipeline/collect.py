@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.model import origin_of
 from loraq.checkpoint.stats_file import load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, is_linear, matrix_of
@@ -62,8 +64,10 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     Raises:
         CalibrationError: a name is not that of a linear layer, a layer was never called, its input
             was not finite, or it alone takes more than `memory_bytes`.
-        CheckpointError: the target cannot be written.
+        CheckpointError: the target cannot be written, or lies in the folder of the model.
     """
+    if target is not None:
+        require_apart(target, origin_of(model))
     for name, limit in {"max_tokens": max_tokens, "tokens_per_call": tokens_per_call}.items():
         if limit is not None and limit < 1:
             raise CalibrationError(f"{name} is {limit}. It must be at least 1, or `None`.")

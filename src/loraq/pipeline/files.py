@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraq.checkpoint.journal import Journal, require_target, resumable_folder
+from loraq.checkpoint.journal import Journal
+from loraq.checkpoint.partial import explain_interrupt, require_target, resumable_folder
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.pipeline.complete import find_complete, may_be_complete
 from loraq.pipeline.layer import quantize_layer
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, show_layers
@@ -56,6 +58,8 @@ def quantize_files(
 ) -> Report:
     """Quantize a checkpoint into a new folder, or finish what an interrupted run has begun.
 
+    If a run has finished it, with the same settings and from the same numbers, nothing is done.
+
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the folder cannot be written, or was begun with
@@ -64,26 +68,47 @@ def quantize_files(
         RecipeError: the recipe leaves nothing to quantize.
     """
     source.require_layers()
-    require_target(folder, overwrite=settings.overwrite)
-    Target.of(source, settings.shard_bytes).require_space(folder, link=settings.link)
+    with explain_interrupt(folder, len(source.plan.quantized)):
+        return _quantize_files(source, folder, recipe, settings, stats, progress)
+
+
+def _quantize_files(
+    source: Source,
+    folder: Path,
+    recipe: Recipe,
+    settings: Settings,
+    stats: Mapping[str, ActivationStats] | None,
+    progress: ProgressCallback | bool,
+) -> Report:
+    target = Target.of(source, settings.shard_bytes)
+    is_there = not settings.restart and may_be_complete(folder, target)
+    if not is_there:
+        require_target(folder, overwrite=settings.overwrite)
+        target.require_space(folder, link=settings.link)
     stats_hashes = hash_used_stats(stats, source.plan, recipe)
     # Sharing a budget takes no more space.
     plan = share_from_files(source, recipe, workers=settings.workers, progress=progress)
     source = replace(source, plan=plan)
     target = Target.of(source, settings.shard_bytes)
+    if is_there:
+        if complete := find_complete(folder, target, recipe, stats_hashes):
+            return complete
+        require_target(folder, overwrite=settings.overwrite)
+        target.require_space(folder, link=settings.link)
     fingerprint, n_layers = target.fingerprint(recipe, stats_hashes), len(plan.quantized)
     with resumable_folder(
         folder, fingerprint, n_layers, overwrite=settings.overwrite, restart=settings.restart
-    ) as journal:
-        n_kept = n_layers
-        if not journal.is_published:
-            shards = journal.folder / source.component
+    ) as partial:
+        journal, n_kept = partial.journal, n_layers
+        if not partial.is_published:
+            shards = partial.folder / source.component
             shards.mkdir(exist_ok=True)
             target.layout.allocate(shards)
             worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
-            jobs = _list_open_jobs(source, worker.writer, journal, stats_hashes)
+            checked = source.hash_weights()
+            jobs = _list_open_jobs(source, checked, worker.writer, journal, stats_hashes)
             n_kept -= len(jobs)
-            target.write_kept(journal.folder, link=settings.link)
+            components = target.write_kept(partial.folder, checked, link=settings.link)
             with show_layers(progress, "quantize") as show:
                 # On an error all workers end first.
                 with closing(run_jobs(worker, jobs, settings.workers)) as entries:
@@ -91,8 +116,10 @@ def quantize_files(
                         journal.note(entry)
                         show(done, n_layers, entry["name"], entry["relative_error"])
         report = _report(recipe, plan, journal.layers, kept=n_kept)
-        if not journal.is_published:
-            target.write_manifest(journal.folder, report)
+        if not partial.is_published:
+            written = {name: str(e["written_sha256"]) for name, e in journal.layers.items()}
+            files = target.hash_shards(partial.folder, checked, written)
+            target.write_manifest(partial.folder, report, files, components)
     return report
 
 
@@ -165,25 +192,29 @@ class _Worker:
 
 
 def _list_open_jobs(
-    source: Source, writer: LayerWriter, journal: Journal, stats_hashes: Mapping[str, str]
+    source: Source,
+    checked: Mapping[str, str],
+    writer: LayerWriter,
+    journal: Journal,
+    stats_hashes: Mapping[str, str],
 ) -> list[_CheckedJob]:
     """Return the layers that are not done yet, the longest first, so that workers end together.
 
     Raises:
-        CheckpointError: a number in the source is not finite, or a weight is not what it was when
-            its layer was done.
+        CheckpointError: a weight is not what it was when its layer was done.
     """
-    hashes, jobs = source.hash_weights(), []
+    jobs = []
     for job in source.plan.quantized:
+        source_sha256 = checked[f"{job.name}.weight"]
         if entry := journal.layers.get(job.name):
-            if entry["source_sha256"] != hashes[job.name]:
+            if entry["source_sha256"] != source_sha256:
                 raise CheckpointError(
                     f"The weight of layer '{job.name}' is not what it was when the layer was "
                     "finished. Put the old source back to go on, or use `--restart` to begin anew."
                 )
             if writer.hash_written(job) == entry["written_sha256"]:
                 continue
-        jobs.append(_CheckedJob(job, hashes[job.name], stats_hashes.get(job.name, "")))
+        jobs.append(_CheckedJob(job, source_sha256, stats_hashes.get(job.name, "")))
     return sorted(jobs, key=lambda checked: -math.prod(checked.job.shape))
 
 

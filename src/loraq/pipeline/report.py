@@ -53,6 +53,8 @@ class Report:
     layers: tuple[LayerReport, ...]
     #: How many of them an interrupted run had finished before.
     kept: int = 0
+    #: Whether the target was whole before, made by the same settings from the same numbers.
+    already_complete: bool = False
 
     @property
     def mean_relative_error(self) -> float:

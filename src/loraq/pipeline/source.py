@@ -1,6 +1,5 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraq.checkpoint.fit import require_fit
+from loraq.checkpoint.links import find_files
 from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError, RecipeError
 from loraq.formats.faults import find_fault
@@ -42,18 +42,10 @@ class Checkpoint:
     def find_others(self) -> dict[str, Path]:
         """Return the files of a pipeline's other components by their path in it.
 
-        Linked folders are followed.
+        Raises:
+            CheckpointError: something there is not a file of the pipeline's own.
         """
-        if not self.component:
-            return {}
-        others = {}
-        for folder, inner, files in os.walk(self.root, followlinks=True):
-            if Path(folder) == self.root:
-                inner.remove(self.component)
-            for file in files:
-                path = Path(folder) / file
-                others[str(path.relative_to(self.root))] = path
-        return others
+        return find_files(self.root, without=self.component) if self.component else {}
 
 
 @dataclass(frozen=True)
@@ -111,20 +103,32 @@ class Source:
             )
 
     def hash_weights(self) -> dict[str, str]:
-        """Read every tensor once, and return the hash of the weight of every quantized layer.
+        """Read every tensor once, and return the hash of each by its name.
 
         Raises:
             CheckpointError: a weight cannot be used (`find_fault`), or a tensor cannot be read.
         """
-        layers = {f"{job.name}.weight": job.name for job in self.plan.quantized}
+        weights = {f"{job.name}.weight" for job in self.plan.quantized}
         hashes = {}
         for name in self.names:
             tensor = self.reader.read(name)
-            if fault := find_fault(tensor, is_kept=name not in layers):
+            if fault := find_fault(tensor, is_kept=name not in weights):
                 raise CheckpointError(f"Tensor '{name}' cannot be used: {fault}")
-            if name in layers:
-                hashes[layers[name]] = hash_tensor(tensor)
+            hashes[name] = hash_tensor(tensor)
         return hashes
+
+    def read_checked(self, name: str, sha256: str) -> Tensor:
+        """Return a tensor that has not changed since `hash_weights` read it.
+
+        Raises:
+            CheckpointError: it has, or cannot be read.
+        """
+        tensor = self.reader.read(name)
+        if hash_tensor(tensor) != sha256:
+            raise CheckpointError(
+                f"Tensor '{name}' changed while it was read. Do not modify the source during a run."
+            )
+        return tensor
 
 
 def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,17 +1,18 @@
 """What is written: where every byte of the quantized folder goes, and how it gets there."""
 
 import hashlib
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loraq.checkpoint.components import StoredFile, copy_components
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
+from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
 from loraq.packed import PackedWeight
@@ -32,26 +33,23 @@ class LayerWriter:
     folder: Path
 
     def write(self, name: str, packed: PackedWeight) -> str:
-        """Write a layer, and return the hash of its bytes once they are on the disk."""
+        """Write a layer, and return the hash of its parts once they are on the disk."""
         tensors = {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
         self.layout.write(self.folder, tensors, sync=True)
-        digest = hashlib.sha256()
-        for tensor in tensors.values():
-            digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
+        return _join(hashlib.sha256(tensor_bytes(t)).hexdigest() for t in tensors.values())
 
     def hash_written(self, job: LayerJob) -> str:
         """Return the hash of what stands in a layer's places; "" if a file does not have them."""
-        digest = hashlib.sha256()
-        for part in job.scheme.storage(job.shape):
-            name = f"{job.name}.{part}"
+        hashes = []
+        for name in _parts_of(job):
             file, offset = self.layout.locations[name]
             if not (self.folder / file).is_file():
                 return ""
             with (self.folder / file).open("rb") as shard:
                 shard.seek(offset)
-                digest.update(shard.read(self.layout.specs[name].nbytes))
-        return digest.hexdigest()
+                content = shard.read(self.layout.specs[name].nbytes)
+            hashes.append(hashlib.sha256(content).hexdigest())
+        return _join(hashes)
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,7 @@ class Target:
         parent = next(parent for parent in target.absolute().parents if parent.exists())
         others = self.source.others.values()
         needed = self.layout.nbytes + sum(0 if link else path.stat().st_size for path in others)
-        resolved = target.resolve()
-        for path in resolved.with_name(f".{resolved.name}.partial").rglob("*"):
+        for path in partial_path(target).rglob("*"):
             needed -= path.stat().st_size if path.is_file() else 0
         free = shutil.disk_usage(parent).free
         if needed > free:
@@ -115,32 +112,94 @@ class Target:
                 "Leave `--link` out to copy."
             )
 
-    def write_kept(self, folder: Path, *, link: bool) -> None:
+    def write_kept(
+        self, folder: Path, checked: Mapping[str, str], *, link: bool
+    ) -> dict[str, StoredFile]:
         """Write all that is not quantized: other components, and the tensors of the model.
 
         Args:
             folder: where the target grows; its shards are allocated.
+            checked: what `Source.hash_weights` returned.
             link: whether the other components are hard links instead of copies.
-        """
-        _copy_others(self.source.others, folder, link=link)
-        for name in self.source.names:
-            if name in self.layout.specs:
-                tensor = self.source.reader.read(name)
-                self.layout.write(folder / self.source.component, {name: tensor})
 
-    def write_manifest(self, folder: Path, report: Report) -> None:
-        """Write what stands beside the shards: `config.json` and `loraq.json`, as `save` does."""
-        folder, files = folder / self.source.component, self.layout.files
+        Returns:
+            What the files of the other components hold.
+
+        Raises:
+            CheckpointError: a tensor is not what was checked, or a file cannot be read.
+        """
+        self._remove_strays(folder)
+        components = copy_components(self.source.others, folder, link=link)
+        for name in self.kept_names():
+            tensor = self.source.read_checked(name, checked[name])
+            self.layout.write(folder / self.source.component, {name: tensor})
+        return components
+
+    def hash_shards(
+        self, folder: Path, checked: Mapping[str, str], layers: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Read what was written once more, and return the SHA-256 of every file.
+
+        Args:
+            folder: where the target has grown.
+            checked: what `Source.hash_weights` returned.
+            layers: by the name of each layer what `LayerWriter.write` returned.
+
+        Raises:
+            CheckpointError: a tensor is not what was checked, or a layer not what was solved.
+        """
+        files, tensors = self.layout.hash_files(folder / self.source.component)
+        wrong = [name for name in self.kept_names() if tensors[name] != checked[name]]
+        for job in self.source.plan.quantized:
+            if _join(tensors[part] for part in _parts_of(job)) != layers[job.name]:
+                wrong.append(job.name)
+        if wrong:
+            raise CheckpointError(
+                f"'{folder}' does not hold what was written to it: something else has changed "
+                f"{', '.join(wrong[:6])}. Run the same command again."
+            )
+        return files
+
+    def write_manifest(
+        self,
+        folder: Path,
+        report: Report,
+        files: Mapping[str, str],
+        components: Mapping[str, StoredFile],
+    ) -> None:
+        """Write what stands beside the shards: `config.json` and `loraq.json`, as `save` does.
+
+        Args:
+            folder: where the target has grown.
+            report: what became of the layers.
+            files: what `hash_shards` returned.
+            components: what `write_kept` returned.
+        """
+        folder, files = folder / self.source.component, dict(files)
         if self.source.config:
-            write_json(folder / "config.json", self.source.config)
-            files.append("config.json")
+            raw = write_json(folder / "config.json", self.source.config)
+            files["config.json"] = hashlib.sha256(raw).hexdigest()
         stored = {
             layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
             for layer in report.layers
         }
-        Manifest(stored, [report.recipe.to_dict()], self._ties()).write(folder, files)
+        recipes = [report.recipe.to_dict()]
+        Manifest(stored, recipes, self.find_ties(), dict(components)).write(folder, files)
 
-    def _ties(self) -> dict[str, str]:
+    def _remove_strays(self, folder: Path) -> None:
+        """Remove what an earlier run has copied and the source does not have any more."""
+        home = folder / self.source.component
+        ours = {home / name for name in self.layout.files}
+        ours |= {folder / name for name in self.source.others}
+        for path in [path for path in folder.rglob("*") if not path.is_dir()]:
+            if path not in ours:
+                path.unlink()
+
+    def kept_names(self) -> list[str]:
+        """Return the names of the tensors that stay as they are."""
+        return [name for name in self.source.names if name in self.layout.specs]
+
+    def find_ties(self) -> dict[str, str]:
         """Return the ties: a layer that stands in two places shares all that is stored of it."""
         layers = {f"{job.name}.weight": job for job in self.source.plan.quantized}
         tied: dict[str, str] = {}
@@ -154,20 +213,11 @@ class Target:
         return tied
 
 
-def _copy_others(others: Mapping[str, Path], folder: Path, *, link: bool) -> None:
-    """Copy or link files, except copies that an earlier run finished: they have its time."""
-    for name, path in others.items():
-        copy = folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if copy.is_file() and _size_and_time(copy) == _size_and_time(path):
-            continue
-        copy.unlink(missing_ok=True)
-        if link:
-            os.link(path.resolve(), copy)
-        else:
-            shutil.copy2(path, copy)
+def _parts_of(job: LayerJob) -> list[str]:
+    """Return the names of a layer's tensors, in the order in which they are stored."""
+    return [f"{job.name}.{part}" for part in job.scheme.storage(job.shape)]
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _join(hashes: Iterable[str]) -> str:
+    """Return one hash for the hashes of a layer's tensors."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

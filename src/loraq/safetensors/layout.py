@@ -7,19 +7,23 @@ tensors written into them in any order and by any process: the same bytes come o
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
+from loraq import disk
 from loraq.errors import CheckpointError
-from loraq.json_files import write_json
+from loraq.json_files import encode_json
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec, encode_header
 
 #: Bytes of one shard unless the caller says otherwise.
 DEFAULT_SHARD_BYTES = 2_000_000_000
+#: Bytes that are read at a time.
+_BLOCK = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -97,19 +101,26 @@ class ShardLayout:
             digest.update(file.encode() + b"\0" + header)
         return digest.hexdigest()
 
+    @property
+    def _index_json(self) -> bytes:
+        weight_map = {name: self.locations[name][0] for name in self.specs}
+        total = sum(spec.nbytes for spec in self.specs.values())
+        return encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
     def allocate(self, folder: Path) -> None:
         """Make the files of a folder at their final size; what already stands in them is kept."""
         for file, header in self.headers.items():
-            with (folder / file).open("r+b" if (folder / file).exists() else "w+b") as shard:
-                shard.truncate(min(os.fstat(shard.fileno()).st_size, self.sizes[file]))
-                _reserve(shard.fileno(), self.sizes[file])
-                _write_at(shard.fileno(), memoryview(header), 0)
+            descriptor = disk.open_file(folder / file, create=True)
+            try:
+                size = min(os.fstat(descriptor).st_size, self.sizes[file])
+                os.ftruncate(descriptor, size)
+                _reserve(descriptor, self.sizes[file])
+                disk.write_at(descriptor, header, 0)
+            finally:
+                os.close(descriptor)
         if self.index:
-            weight_map = {name: self.locations[name][0] for name in self.specs}
-            total = sum(spec.nbytes for spec in self.specs.values())
-            write_json(
-                folder / self.index, {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
+            disk.write_file(folder / self.index, self._index_json)
+        disk.sync_folder(folder)
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], *, sync: bool = False) -> None:
         """Write tensors at their places.
@@ -127,15 +138,64 @@ class ShardLayout:
         for name in tensors:
             by_file.setdefault(self.locations[name][0], []).append(name)
         for file, names in by_file.items():
-            descriptor = os.open(folder / file, os.O_WRONLY)
+            descriptor = disk.open_file(folder / file)
             try:
                 for name in names:
                     self._require(name, tensors[name])
-                    _write_at(descriptor, tensor_bytes(tensors[name]), self.locations[name][1])
+                    disk.write_at(descriptor, tensor_bytes(tensors[name]), self.locations[name][1])
                 if sync:
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    def hash_files(self, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+        """Read every file once, and return its SHA-256, and that of each tensor's bytes in it.
+
+        Raises:
+            CheckpointError: a file has not the header and the size that were laid out.
+        """
+        files, tensors = {}, {}
+        for file, header in self.headers.items():
+            whole = hashlib.sha256()
+            with (folder / file).open("rb", buffering=0) as shard:
+                blocks = _read_blocks(shard, len(header))
+                complete = b"".join(blocks) == header
+                whole.update(header)
+                for name in self._names_in(file):
+                    digest, nbytes = hashlib.sha256(), 0
+                    for block in _read_blocks(shard, self.specs[name].nbytes):
+                        whole.update(block)
+                        digest.update(block)
+                        nbytes += len(block)
+                    complete &= nbytes == self.specs[name].nbytes
+                    tensors[name] = digest.hexdigest()
+                complete &= not shard.read(1)
+            if not complete:
+                raise CheckpointError(
+                    f"'{folder / file}' is not what was written to it: something else has changed "
+                    "it. Run the same command again."
+                )
+            files[file] = whole.hexdigest()
+        return files | self._hash_index(), tensors
+
+    def hash_content(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the SHA-256 that every file has when all tensors are written to it."""
+        files = {}
+        for file, header in self.headers.items():
+            whole = hashlib.sha256(header)
+            for name in self._names_in(file):
+                whole.update(tensor_bytes(tensors[name]))
+            files[file] = whole.hexdigest()
+        return files | self._hash_index()
+
+    def _names_in(self, file: str) -> list[str]:
+        """Return the tensors of a file, in the order in which they stand there."""
+        places = {name: offset for name, (home, offset) in self.locations.items() if home == file}
+        # A tensor without numbers stands where the next one begins.
+        return sorted(places, key=lambda name: (places[name], self.specs[name].nbytes))
+
+    def _hash_index(self) -> dict[str, str]:
+        return {self.index: hashlib.sha256(self._index_json).hexdigest()} if self.index else {}
 
     def _require(self, name: str, tensor: Tensor) -> None:
         if tensor.is_meta:
@@ -166,23 +226,30 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 
 def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, stem: str, shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> list[str]:
+) -> dict[str, str]:
     """Write tensors as `<stem>.safetensors`, or as numbered shards with an index.
 
-    Returns the file names.
+    Returns the SHA-256 of each file by its name.
     """
     layout = ShardLayout.of(
         {name: spec_of(name, tensor) for name, tensor in tensors.items()}, stem, shard_bytes
     )
     layout.allocate(folder)
     layout.write(folder, tensors)
-    return layout.files
+    return layout.hash_content(tensors)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes in row-major order."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(raw.numpy().data)
+
+
+def _read_blocks(file: IO[bytes], nbytes: int) -> Iterator[bytes]:
+    """Yield the next bytes of a file in pieces; fewer if it ends before."""
+    while nbytes and (block := file.read(min(nbytes, _BLOCK))):
+        nbytes -= len(block)
+        yield block
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -192,10 +259,4 @@ def _reserve(descriptor: int, size: int) -> None:
     except (AttributeError, OSError) as error:  # macOS has none, and some file systems refuse
         if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.truncate(descriptor, size)
-
-
-def _write_at(descriptor: int, raw: memoryview, offset: int) -> None:
-    while raw:
-        n = os.pwrite(descriptor, raw, offset)
-        raw, offset = raw[n:], offset + n
+        os.ftruncate(descriptor, size)

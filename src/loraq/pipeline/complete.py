@@ -1,0 +1,114 @@
+"""Whether a folder already holds what a run would make: then the command that made it is done."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraq.checkpoint.components import check_components, hash_components
+from loraq.checkpoint.manifest import FILE_NAME, Manifest
+from loraq.checkpoint.partial import partial_path
+from loraq.errors import CheckpointError
+from loraq.json_files import read_json
+from loraq.pipeline.layer import hash_tensor
+from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.report import LayerReport, Report
+from loraq.pipeline.target import Target
+from loraq.recipe import Recipe
+from loraq.safetensors.reader import ShardReader
+from loraq.version import __version__
+
+
+def may_be_complete(folder: Path, target: Target) -> bool:
+    """Return whether a folder is worth a closer look: a run has ended there, and none waits."""
+    manifest = folder / target.source.component / FILE_NAME
+    return manifest.is_file() and not os.path.lexists(partial_path(folder))
+
+
+def find_complete(
+    folder: Path, target: Target, recipe: Recipe, stats_hashes: Mapping[str, str]
+) -> Report | None:
+    """Return the report of a folder that is whole and was made as a run would make it.
+
+    Everything is compared that decides its bytes, the numbers of the source too; so this reads
+    source and folder once, if the settings are the same.
+
+    Args:
+        folder: what the run is to make.
+        target: how the run would lay it out.
+        recipe: of the run.
+        stats_hashes: of the statistics that the run would use, by layer.
+
+    Returns:
+        The report, or `None` if there is no such folder or anything differs.
+    """
+    home = folder / target.source.component
+    try:
+        if not _has_settings(home, target, recipe):
+            return None
+        manifest = Manifest.read(home)
+        reports = [
+            _find_report(manifest, job, stats_hashes) for job in target.source.plan.quantized
+        ]
+        if not _has_numbers(home, target, manifest) or not _has_others(folder, target, manifest):
+            return None
+    except (CheckpointError, KeyError, TypeError):
+        return None  # damaged, or of another program
+    plan = target.source.plan
+    return Report(recipe, plan, tuple(reports), kept=len(reports), already_complete=True)
+
+
+def _has_settings(home: Path, target: Target, recipe: Recipe) -> bool:
+    """Return whether a manifest and a configuration say what the run would say."""
+    content, config = read_json(home / FILE_NAME), target.source.config
+    schemes = {job.name: job.scheme for job in target.source.plan.quantized}
+    manifest = Manifest.read(home, verify=False)
+    files = {path.name: path.stat().st_size for path in home.glob("*.safetensors")}
+    return (
+        content.get("versions") == {"loraq": __version__, "torch": torch.__version__}
+        and manifest.recipes == [json.loads(json.dumps(recipe.to_dict()))]
+        and {name: layer.scheme for name, layer in manifest.layers.items()} == schemes
+        and manifest.tied == target.find_ties()
+        and files == target.layout.sizes
+        and (not config or read_json(home / "config.json") == json.loads(json.dumps(config)))
+    )
+
+
+def _has_numbers(home: Path, target: Target, manifest: Manifest) -> bool:
+    """Return whether a folder was made from the numbers that the source has now."""
+    hashes, stored = target.source.hash_weights(), ShardReader(home)
+    return all(
+        layer.record["source_sha256"] == hashes[f"{name}.weight"]
+        for name, layer in manifest.layers.items()
+    ) and all(hash_tensor(stored.read(name)) == hashes[name] for name in target.kept_names())
+
+
+def _has_others(folder: Path, target: Target, manifest: Manifest) -> bool:
+    """Return whether the other components are those that the source has now."""
+    check_components(folder, manifest.components)
+    return hash_components(target.source.others) == manifest.components
+
+
+def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, str]) -> LayerReport:
+    """Return the report of a layer; raises `KeyError` if it was made from other statistics."""
+    record: dict[str, Any] = manifest.layers[job.name].record
+    if record.get("stats_sha256", "") != stats_hashes.get(job.name, ""):
+        raise KeyError("stats_sha256")
+    error = record["relative_error"]
+    return LayerReport(
+        name=job.name,
+        shape=job.shape,
+        scheme=job.scheme,
+        relative_error=error,
+        sqnr_db=-20 * math.log10(error) if error else math.inf,
+        bits_per_weight=record["bits_per_weight"],
+        nbytes=record["nbytes"],
+        seconds=0.0,
+        source_sha256=record["source_sha256"],
+        stats_sha256=record.get("stats_sha256", ""),
+        output_error=record.get("output_error"),
+    )
