@@ -4,12 +4,13 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
 from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
 from loraq.families import family_rules
 from loraq.methods import METHODS, RTN, Method
+from loraq.options import Range, check_fields, suits
 from loraq.recipe_names import NAMED, parse_scheme
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
@@ -32,7 +33,7 @@ class Recipe:
     #: Other fields of the method's dataclass.
     options: dict[str, Any] = field(default_factory=dict)
     #: Seed of everything random; each layer derives its own from this and its name.
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit
     #: branch's bytes).
     budget: str = str(DEFAULT_BUDGET)
@@ -44,6 +45,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "the recipe", skip=("scheme", "budget"))
         if not isinstance(self.scheme, Scheme):
             raise RecipeError(
                 f"The recipe's scheme is {self.scheme!r}. Use a `Scheme`, or `Recipe.named` for a "
@@ -63,6 +65,10 @@ class Recipe:
             if name not in legal:
                 raise RecipeError(unknown(f"option of method '{self.method}'", name, legal))
         check_table(METHODS[self.method], self.options, "options")
+        try:
+            replace(METHODS[self.method].at(self.effort), **self.options)
+        except SchemeError as error:
+            raise RecipeError(str(error)) from error
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for rule in self.rules:
             check_table(Branch, rule.branch, f"branch of rule '{rule.match}'")
@@ -221,8 +227,7 @@ def check_table(
             raise RecipeError(unknown(f"key in {where}", key, hints))
         hint = hints[key]
         accepted, written = _WRITTEN.get(hint, (hint, getattr(hint, "__name__", str(hint))))
-        # To Python a bool is an int; to whoever writes a recipe it is not.
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hint not in _BOOLS):
+        if not suits(value, accepted):
             raise RecipeError(f"'{key}' in {where} is {value!r}. It must be of type {written}.")
     if required is not None and required not in table:
         raise RecipeError(f"'{where}' has no '{required}'. It is required.")
@@ -235,7 +240,4 @@ _WRITTEN: dict[Any, tuple[Any, str]] = {
     Branch | None: (dict | None, "table"),
     dict[str, Any]: (dict, "table"),
     tuple[Rule, ...]: (list | tuple, "array of tables"),
-    float: (float | int, "float"),
-    float | None: (float | int | None, "float | None"),
 }
-_BOOLS = (bool, bool | None)

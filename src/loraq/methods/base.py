@@ -21,6 +21,7 @@ from loraq.errors import CalibrationError, FormatError, SchemeError, unknown
 from loraq.linalg import frobenius
 from loraq.methods.fits import Fit, Prepared, Stored, prepare_weight, round_plainly
 from loraq.methods.prediction import Prediction, tail_energies
+from loraq.options import check_fields
 from loraq.packed import LayerSolution, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
@@ -58,7 +59,9 @@ class Method(ABC):
     error of the weight, or by the output error with statistics; a fit that is final was compared by
     the method itself. A rotated scheme rounds the rotated weight.
 
-    Fields are plain, as recipes write them: bool, int, float or str, or one of these or `None`.
+    Fields are plain, as recipes write them: bool, int, float, str, a `Literal` of these, tuples of
+    them, or one of these or `None`. Their ranges stand in the annotations, as in `Annotated[int,
+    Range(1, 10)]`; a value outside of them is a `SchemeError` when the method is built.
     """
 
     #: What recipes and the command line call it.
@@ -71,6 +74,9 @@ class Method(ABC):
     use_of_stats: ClassVar[Literal["required", "optional", "ignored"]] = "ignored"
     #: Its levels of effort, "default" among them; none if it has just one.
     efforts: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, SchemeError, f"method '{self.name}'")
 
     @classmethod
     def at(cls, effort: str) -> "Method":

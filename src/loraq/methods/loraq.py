@@ -27,11 +27,13 @@ activations (`Inputs.round`), and candidates are compared by the output error th
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from loraq.formats import Format
+from loraq.formats.scale_rules import RuleName
 from loraq.linalg import svd_of_product, truncated_svd
 from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, Iterate, Problem, move, spread
@@ -39,11 +41,15 @@ from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
 from loraq.methods.noise import ActivationNoise
 from loraq.methods.prediction import tail_energies
+from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 #: Steps of the two phases for each effort level.
 EFFORTS = {"fast": (25, 10), "default": (140, 56), "best": (400, 160)}
+
+#: More would take weeks.
+MOST_STEPS = 1_000_000
 
 # The fit of `LoRaQ._predict_shares`: exponent of t(r), and that of −√ρ for factors of few bits and
 # for others; fitted to `fast` solves of the trained digits layers at ranks 2 to 64, and right
@@ -72,35 +78,35 @@ class LoRaQ(Method):
     efforts = tuple(EFFORTS)
 
     #: Steps with full-precision factors, hot to stable.
-    steps: int = 140
+    steps: Annotated[int, Range(0, MOST_STEPS)] = 140
     #: Steps with rounded factors, stable to zero.
-    refine_steps: int = 56
+    refine_steps: Annotated[int, Range(0, MOST_STEPS)] = 56
     #: First step, in units of the one that moves the weight by about one rounding error; flat from
     #: 1.4 to 2.4.
-    heat: float = 1.8
+    heat: Annotated[float, Range(0, 1000)] = 1.8
     #: Over-relaxation that phase 1 cools to and phase 2 starts from; 2 is the limit of stability.
-    final_step: float = 1.5
+    final_step: Annotated[float, Range(0, 2)] = 1.5
     #: Largest move of a row or column relative to its own error; keeps outlier channels from
     #: running away.
-    leverage_cap: float = 1.0
+    leverage_cap: Annotated[float, Range(0)] = 1.0
     #: Least weight of ‖Qw(R)‖² at the first step, 0 at the end of phase 1; keeps Qw(R) and the
     #: branch small.
-    pull: float = 0.02
+    pull: Annotated[float, Range(0, 1000)] = 0.02
     #: Least shrinking of the branch in phase 1; `None` takes 0.01 for 5- and 6-bit factors, 0.005
     #: for 4-bit ones, else 0: less signal in a low-bit branch is less rounding noise.
-    decay: float | None = None
+    decay: Annotated[float, Range(0, 1)] | None = None
     #: Whether J has the activation-noise terms α and β of the scheme's activation formats.
     activation_aware: bool = True
     #: Whether phase 2 starts from factors rotated in rank space, which the intermediate x Dᵀ needs;
     #: see `spread`.
     rotate: bool = True
     #: Scale rule of the last rounding; inside the loop it is always "fitted".
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
     #: With statistics: added to each channel's mean square, as a share of their mean, before it
     #: weighs errors.
-    importance_damping: float = 0.3
+    importance_damping: Annotated[float, Range(0, 1e9)] = 0.3
     #: With full second moments: `GPTQ.damping` of the last rounding.
-    feedback_damping: float = 0.01
+    feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
 
     @classmethod
     def at(cls, effort: str) -> "LoRaQ":

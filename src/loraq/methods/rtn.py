@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraq.formats.scale_rules import RuleName
 from loraq.methods.base import Method, register
 from loraq.methods.fits import Fit, round_plainly
 from loraq.scheme import Scheme
@@ -20,7 +21,7 @@ class RTN(Method):
     branch = "none"
 
     #: Scale rule of the weight; `None` is the direct rule of the format ("floor" or "absmax").
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         return round_plainly(weight, scheme, self.scale_rule)._replace(is_final=True)
