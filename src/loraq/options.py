@@ -46,6 +46,13 @@ class Range:
         return f"from {self.least:g} to {self.most:g}"
 
 
+#: How many threads or processes may be asked for.
+Workers = Annotated[int, Range(1, 4096)]
+#: Of everything random.
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+#: Bytes, at least one.
+Size = Annotated[int, Range(1)]
+
 _INT64 = Range(-(2**63), 2**63 - 1)
 
 

@@ -28,6 +28,7 @@ from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format
 from loraq.kernels.base import decode_one, round_activation
 from loraq.nn import QuantizedLinear
+from loraq.options import Size, checked
 from loraq.scheme import Branch
 from loraq.transforms import block_side, rotate
 
@@ -35,7 +36,8 @@ from loraq.transforms import block_side, rotate
 class LoraqColwise(ParallelStyle):
     """Splits the output channels of a quantized linear layer; the input is whole on every rank."""
 
-    def __init__(self, *, fused: int = 1, gather_output: bool = False) -> None:
+    @checked
+    def __init__(self, *, fused: Size = 1, gather_output: bool = False) -> None:
         """Describe the split.
 
         Args:
@@ -82,6 +84,7 @@ class LoraqColwise(ParallelStyle):
 class LoraqRowwise(ParallelStyle):
     """Splits the input channels of a quantized linear layer; the ranks sum the output."""
 
+    @checked
     def __init__(self, *, exact_branch: bool = False, split_input: bool = False) -> None:
         """Describe the split.
 

@@ -4,13 +4,13 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from loraq.budget import DEFAULT_BUDGET, Budget, with_rank
 from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
 from loraq.families import family_rules
 from loraq.methods import METHODS, RTN, Method
-from loraq.options import Range, check_fields, suits
+from loraq.options import Seed, check_fields, suits
 from loraq.recipe_names import NAMED, parse_scheme
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
@@ -33,7 +33,7 @@ class Recipe:
     #: Other fields of the method's dataclass.
     options: dict[str, Any] = field(default_factory=dict)
     #: Seed of everything random; each layer derives its own from this and its name.
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Seed = 0
     #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit
     #: branch's bytes).
     budget: str = str(DEFAULT_BUDGET)

@@ -17,7 +17,7 @@ from torch import nn
 import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.cli import main
-from loraq.errors import CheckpointError, LayerError
+from loraq.errors import CheckpointError, LayerError, LoraqError
 from loraq.integrations.diffusers import load_float
 from loraq.integrations.lora import Lora
 from loraq.safetensors.reader import ShardReader
@@ -282,7 +282,7 @@ def test_a_lora_that_is_not_finite_is_refused_also_for_layers_that_stay_float(
             loraq.absorb_lora(
                 folder, broken, source=source, target=tmp_path / "out", progress=False
             )
-    with pytest.raises(CheckpointError, match="scale is nan"):
+    with pytest.raises(LoraqError, match=r"'scale' of `absorb_lora` is nan"):
         loraq.absorb_lora(
             folder, lora, source=source, target=tmp_path / "out", scale=math.nan, progress=False
         )

@@ -26,16 +26,18 @@ from loraq.layers import (
     swap,
 )
 from loraq.nn import QuantizedLinear
+from loraq.options import Size, checked
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
 from loraq.safetensors.reader import ShardReader
 
 
+@checked
 def save(
     model: nn.Module,
     folder: str | Path,
     *,
     overwrite: bool = False,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: Size = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a module with quantized layers to a folder.
 
@@ -63,7 +65,7 @@ def write_model(
     model: nn.Module,
     folder: Path,
     *,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: Size = DEFAULT_SHARD_BYTES,
     components: Mapping[str, StoredFile] | None = None,
 ) -> None:
     """Write the files of `save` into an empty folder that is not yet under its name.
@@ -111,6 +113,7 @@ def _require_quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     return layers
 
 
+@checked
 def load_into(
     model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
 ) -> None:

@@ -1,6 +1,5 @@
 """`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches; all other bytes stay."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from loraq.integrations.diffusers import float_folder, load, save_beside, transf
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLinear
+from loraq.options import checked
 from loraq.pipeline.layer import hash_tensor, quantize_layer
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
@@ -35,6 +35,7 @@ class Absorbed:
     others: tuple[str, ...]
 
 
+@checked
 def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     model: nn.Module | str | Path,
     lora: str | Path,
@@ -99,8 +100,6 @@ def _absorb(
     scale: float,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
-    if not math.isfinite(scale):
-        raise CheckpointError(f"The LoRA's scale is {scale}. A finite number is required.")
     folder = float_folder(source_path)
     require_own_weights(source_path, folder)
     (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)

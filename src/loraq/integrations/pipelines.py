@@ -20,6 +20,7 @@ from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import _quiet_diffusers, empty_model, float_folder
 from loraq.integrations.hub import local_path
 from loraq.json_files import read_json
+from loraq.options import Seed, checked
 from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
@@ -51,6 +52,7 @@ class StatsReport:
     seconds: float
 
 
+@checked
 def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command too
     source: str | Path,
     target: str | Path,
@@ -59,7 +61,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     prompts: Sequence[str] = (),
     samples: int | None = None,
     steps: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     second_moment: bool = True,
     max_tokens: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
