@@ -257,7 +257,11 @@ def test_a_picture_is_not_drawn_through_a_link_nor_into_a_second_name(tmp_path):
         draw(invented(), tmp_path / "report.png")
     (tmp_path / "report.png").unlink()
     (tmp_path / "report.png").hardlink_to(tmp_path / "precious.png")
-    draw(invented(), tmp_path / "report.png")
+    with pytest.raises(LoraqError, match="the demo has not drawn it"):
+        draw(invented(), tmp_path / "report.png")
     assert (tmp_path / "precious.png").read_bytes() == b"precious"
+    (tmp_path / "report.png").unlink()
+    for _ in range(2):  # its own picture is replaced
+        draw(invented(), tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["precious.png", "report.png"]

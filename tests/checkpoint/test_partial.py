@@ -16,6 +16,7 @@ from loraq.checkpoint.partial import (
     atomic_folder,
     explain_interrupt,
     partial_path,
+    remove_leftovers,
     resumable_folder,
 )
 from loraq.errors import CheckpointError, LayerError, LoraqWarning
@@ -115,6 +116,19 @@ def test_restart_forgets(tmp_path):
         assert names(partial.folder) == []
 
 
+def test_a_damaged_journal_is_refused_by_name_and_restart_forgets_it(tmp_path):
+    with pytest.raises(Cut):
+        begin(tmp_path / "out", error=Cut())
+    path = tmp_path / ".out.partial" / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"n": 1', b'"n": 2', 1))
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl' is damaged, .*`--restart`"):
+        begin(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is damaged"), atomic_folder(tmp_path / "out"):
+        raise AssertionError
+    begin(tmp_path / "out", restart=True)
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_run_that_finished_nothing_does_not_bind_the_next(tmp_path):
     with resumable_folder(tmp_path / "out", {"recipe": "other"}, 4) as partial:
         shutil.copytree(partial.path, tmp_path / "copy")
@@ -179,11 +193,34 @@ def test_a_run_that_was_killed_after_the_last_rename_is_published(
     with killed(monkeypatch, PartialFolder, "publish", after=True):
         begin(tmp_path / "out", overwrite=there)
     assert names(tmp_path) == [".out.partial", "out"]
-    with resumable_folder(tmp_path / "out", RUN, 4) as partial:
-        assert partial.is_published
-        assert list(partial.journal.layers) == ["a", "b"]
+    assert names(tmp_path / "out") == ["a", "b"]
+    remove_leftovers(tmp_path / "out")
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["a", "b"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_killed_run_whose_target_is_there_does_not_bind_the_next(
+    tmp_path, monkeypatch, way, there
+):
+    if there:
+        model_at(tmp_path / "out")
+    with killed(monkeypatch, PartialFolder, "publish", after=True):
+        begin(tmp_path / "out", overwrite=there)
+    with pytest.raises(CheckpointError, match="the folder is not empty") as raised:
+        begin(tmp_path / "out")
+    assert "kept" not in str(raised.value)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_another_run_has_finished_is_no_leftover(tmp_path):
+    with pytest.raises(Cut):
+        begin(tmp_path / "out", error=Cut())
+    remove_leftovers(tmp_path / "out")
+    assert names(tmp_path) == [".out.partial"]
+    (tmp_path / ".other.partial").touch()
+    remove_leftovers(tmp_path / "other")
+    assert names(tmp_path) == [".other.partial", ".out.partial"]
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,17 @@ def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
     ):
         pytest.fail("the work must not begin")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [lambda path: save_file({"a": torch.ones(3)}, path), Path.touch])
+def test_a_file_that_is_not_of_statistics_is_not_replaced(tmp_path, write):
+    write(tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="it is not a file of statistics"):
+        save_stats({"a": full(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is not a file of statistics"):
+        require_room(tmp_path / "model.safetensors", {"a": (4, 4)}, overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_the_room_that_is_needed_is_the_size_of_the_file(path, tmp_path):

@@ -6,6 +6,7 @@ before the next: nothing else changes the disk. The last kill is after the last 
 """
 
 import argparse
+import ctypes
 import fcntl
 import os
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,9 @@ class Trial:
             os.setsid()
             os._exit(self._run_here(root, counter, kill_before))
         _, status = os.waitpid(pid, 0)
+        with suppress(ChildProcessError):  # workers die a moment later, and with them their locks
+            while True:
+                os.waitpid(-pid, 0)
         return os.waitstatus_to_exitcode(status), counter.stat().st_size
 
     def _run_here(self, root: Path, counter: Path, kill_before: int | None) -> int:
@@ -155,10 +160,18 @@ def main() -> int:
     return int(any(codes))
 
 
+def _adopt_orphans() -> None:
+    """Let this process be told when the workers of a process that was killed have ended."""
+    if sys.platform == "linux":
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
 def _start(trials: list[Trial], only: int | None, every: int) -> int:
     """Run trials in a process of their own; return its number."""
     child = os.fork()
     if not child:
+        _adopt_orphans()
         try:
             os._exit(0 if all([try_all(trial, only, every) for trial in trials]) else 1)
         except BaseException:

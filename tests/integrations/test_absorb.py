@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,9 +176,45 @@ def _white(width: int) -> loraq.ActivationStats:
     return loraq.ActivationStats(1, torch.ones(width))
 
 
-def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):
-    import shutil
+@pytest.mark.parametrize("where", ["model", "its transformer", "source"])
+def test_a_link_out_is_refused_before_work(source, folder, lora, tmp_path, where):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(folder, pipeline / "transformer")
+    shutil.copytree(source, tmp_path / "float")
+    (pipeline / "model_index.json").write_text("{}")
+    (tmp_path / "secret").write_bytes(b"private")
+    places = {
+        "model": pipeline / "key",
+        "its transformer": pipeline / "transformer" / "config.json",
+        "source": tmp_path / "float" / "config.json",
+    }
+    places[where].unlink(missing_ok=True)
+    places[where].symlink_to(tmp_path / "secret")
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"'{places[where].name}' \(a link out of it"):
+        loraq.absorb_lora(
+            pipeline, lora, tmp_path / "float", target=tmp_path / "out", progress=False
+        )
+    assert files_of(tmp_path) == before
 
+
+def test_a_lora_that_changes_while_it_is_read_is_refused(
+    source, folder, lora, tmp_path, monkeypatch
+):
+    copied, read = Path(shutil.copy(lora, tmp_path)), Lora.read
+
+    def change(*given: object) -> Lora:
+        found = read(*given)
+        copied.write_bytes(copied.read_bytes()[:-1] + b"x")
+        return found
+
+    monkeypatch.setattr(Lora, "read", change)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        loraq.absorb_lora(folder, copied, source, target=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_keeps_its_other_components(source, folder, lora, tmp_path):
     for name, place in (("float", source), ("quantized", folder)):
         for other, content in OTHERS.items():
             (tmp_path / name / other).parent.mkdir(parents=True, exist_ok=True)

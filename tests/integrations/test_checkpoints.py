@@ -26,7 +26,7 @@ from loraq.pipeline.source import Source, list_tensors
 from loraq.recipe import Recipe
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
 from loraq.safetensors.layout import write_shards
-from tests.folders import alone, files_of
+from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
 
@@ -323,6 +323,59 @@ def test_linking_resolves_the_links_of_the_hub_cache(pipeline, tmp_path):
     linked = tmp_path / "out" / "vae" / "weights.safetensors"
     assert not linked.is_symlink()
     assert linked.stat().st_ino == (blobs / "vae-weights.safetensors").stat().st_ino
+
+
+@pytest.mark.parametrize("linked", ["vae/key", "transformer/config.json", f"transformer/{WEIGHTS}"])
+def test_a_link_out_of_a_pipeline_is_refused_before_work(pipeline, tmp_path, linked):
+    (tmp_path / "secret").write_bytes(b"private")
+    (pipeline / linked).unlink(missing_ok=True)
+    (pipeline / linked).symlink_to(tmp_path / "secret")
+    name = linked if linked.startswith("vae") else Path(linked).name
+    refused(pipeline, tmp_path, rf"'{name}' \(a link out of it, to '.*secret'\)")
+
+
+def test_a_pipe_or_a_circle_in_a_pipeline_is_refused_before_work(pipeline, tmp_path):
+    os.mkfifo(pipeline / "vae" / "pipe")
+    (pipeline / "vae" / "again").symlink_to("..")
+    refused(pipeline, tmp_path, r"'vae/again' \(a link to a folder .*'vae/pipe' \(a pipe\)")
+
+
+def test_a_pipeline_in_the_cache_of_the_hub_is_a_source(pipeline, expected, tmp_path):
+    others = {name: content for name, content in files_of(pipeline).items() if "/" not in name}
+    snapshot, _ = in_the_cache(pipeline, tmp_path)
+    quantize(snapshot, tmp_path / "out")
+    assert alone(tmp_path / "out" / "transformer") == expected
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in others} == others
+
+
+@pytest.mark.parametrize("where", ["source", "target"])
+def test_a_target_with_another_component_is_not_complete(pipeline, tmp_path, where):
+    quantize(pipeline, tmp_path / "out")
+    assert quantize(pipeline, tmp_path / "out").already_complete
+    path = (pipeline if where == "source" else tmp_path / "out") / "vae" / "weights.safetensors"
+    before = path.stat()
+    path.write_bytes(bytes(256))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="is not empty"):
+        quantize(pipeline, tmp_path / "out")
+
+
+def test_a_resumed_pipeline_has_the_component_that_is_there_now(pipeline, tmp_path):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = pipeline / "vae" / "weights.safetensors"
+    before = path.stat()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipeline, tmp_path / "out", progress=interrupt)
+    path.write_bytes(b"x" * 256)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert quantize(pipeline, tmp_path / "out").kept == 1
+    assert (tmp_path / "out" / "vae" / "weights.safetensors").read_bytes() == b"x" * 256
+    manifest = json.loads((tmp_path / "out" / "transformer" / "loraq.json").read_text())
+    others = {name: files_of(pipeline)[name] for name in manifest["components"]}
+    assert manifest["components"] == components_of(others)
 
 
 def test_an_interrupted_pipeline_goes_on(pipeline, expected, tmp_path):

@@ -58,10 +58,10 @@ class PartialFolder:
         finally:
             self._put_back()
         whole = self.journal.whole
-        #: Whether a run that was killed right after its last rename has left nothing to do.
-        self.is_published = bool(whole) and whole == _digest(target)
-        #: Whether only the last rename is missing.
-        self.is_whole = bool(whole) and whole == _digest(self.folder)
+        if whole and (whole == _digest(target) or whole != _digest(self.folder)):
+            # The run was killed after its folder got the target's name: what is here is the old
+            # one, or what is left of it.
+            self.journal.layers = {}
 
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Forget what an earlier run has left, and begin anew."""
@@ -71,15 +71,6 @@ class PartialFolder:
         self.journal.begin(fingerprint)
         os.mkdir(self.folder)
         disk.sync_folder(self.path)
-        self.is_published = False
-
-    def forget_what_is_published(self) -> None:
-        """Forget the layers if they are not here any more.
-
-        The run was killed after they got the target's name: what is left here is the old target.
-        """
-        if self.is_published or (self.journal.whole and not self.is_whole):
-            self.journal.layers = {}
 
     def require_same(self, fingerprint: dict[str, Any], n_layers: int) -> None:
         """Raise `CheckpointError` if the layers here are of a run with other settings."""
@@ -98,7 +89,7 @@ class PartialFolder:
 
     def resume(self) -> None:
         """Go on with what an earlier run has left."""
-        if self.is_whole:
+        if self.journal.whole:
             self.journal.finish("")  # what it looks like changes now
         self.folder.mkdir(exist_ok=True)
 
@@ -183,17 +174,12 @@ def resumable_folder(
     require_target(target, overwrite=overwrite)
     with _open_partial(target, restart=restart) as partial:
         journal = partial.journal
-        is_done = partial.is_published and journal.fingerprint == fingerprint
-        if not is_done:
-            partial.forget_what_is_published()
-            partial.require_same(fingerprint, n_layers)
+        partial.require_same(fingerprint, n_layers)
         try:
-            if not is_done:
-                require_free(partial.target, overwrite=overwrite)
-                partial.resume() if journal.layers else partial.begin(fingerprint)
+            require_free(partial.target, overwrite=overwrite)
+            partial.resume() if journal.layers else partial.begin(fingerprint)
             yield partial
-            if not partial.is_published:
-                partial.publish(overwrite=overwrite)
+            partial.publish(overwrite=overwrite)
             journal.layers = {}
         except (CheckpointError, LayerError) as error:
             raise type(error)(f"{error}{_describe_kept(len(journal.layers), n_layers)}") from error
@@ -248,6 +234,15 @@ def require_target(target: Path, *, overwrite: bool) -> None:
         require_free(target, overwrite=overwrite)
 
 
+def remove_leftovers(target: Path) -> None:
+    """Remove what a run has left that was killed after its target was whole."""
+    if os.path.lexists(partial_path(target)):
+        # What another run has finished stays, and what is not ours.
+        with suppress(CheckpointError), _open_partial(target, restart=False) as partial:
+            if not partial.journal.layers:
+                partial.remove()
+
+
 def partial_path(target: Path) -> Path:
     """Return the folder beside a target in which it is prepared."""
     target = resolve_target(target)
@@ -288,7 +283,7 @@ def _count_kept(target: Path) -> int:
 def _open_alone(target: Path) -> Iterator[PartialFolder]:
     """Yield a partial folder that is empty, and is removed whatever happens."""
     with _open_partial(target, restart=False) as partial:
-        if partial.journal.layers and not partial.is_published:
+        if partial.journal.layers:
             raise CheckpointError(
                 f"'{partial.path}' holds {len(partial.journal.layers)} layers of a run for this "
                 "target that was interrupted. Run the same command to go on, delete that folder, "

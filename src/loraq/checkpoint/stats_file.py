@@ -12,7 +12,7 @@ from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import require_writable
 from loraq.checkpoint.partial import atomic_file, partial_path
 from loraq.errors import CalibrationError, CheckpointError
-from loraq.safetensors.header import TensorSpec
+from loraq.safetensors.header import TensorSpec, read_header
 from loraq.safetensors.layout import ShardLayout
 from loraq.safetensors.reader import ShardReader
 from loraq.stats import ActivationStats
@@ -81,6 +81,11 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
             f"Cannot write '{path}': the file exists. Choose another name, or allow overwriting "
             "(`--overwrite`)."
         )
+    if path.exists() and not _is_stats(path):
+        raise CheckpointError(
+            f"Will not replace '{path}': it is not a file of statistics. Choose another name, or "
+            "delete it yourself."
+        )
     require_writable(path)
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(parent).free
@@ -92,6 +97,13 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
             "(`--mean-squares`)."
         )
     return needed
+
+
+def _is_stats(path: Path) -> bool:
+    try:
+        return "loraq_stats" in read_header(path).metadata
+    except CheckpointError:
+        return False
 
 
 def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:

@@ -20,7 +20,7 @@ from loraq.cli.output import print_json
     help="Float folder that PATH was made from.",
 )
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
-@click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
 def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Make the file LORA a permanent part of the quantized folder PATH, in the new folder TARGET.
 

@@ -15,6 +15,8 @@ from loraq.evaluation.demo import DemoResult
 from loraq.evaluation.digits import assets_folder
 
 _SHOWN = 10
+#: What a PNG says that it was made by.
+_SOFTWARE = "loraq demo"
 
 
 def require_drawable(path: Path) -> None:
@@ -39,6 +41,10 @@ def require_drawable(path: Path) -> None:
         raise LoraqError(
             f"Cannot write '{path}': it is a folder or a link, or its folder is read-only. Choose "
             "another folder."
+        )
+    if path.exists() and _SOFTWARE.encode() not in path.read_bytes()[:1000]:
+        raise LoraqError(
+            f"Will not replace '{path}': the demo has not drawn it. Choose another folder."
         )
 
 
@@ -74,7 +80,7 @@ def draw(result: DemoResult, path: Path) -> None:
         axis.text(-2, 4.5, text, ha="right", va="top", fontsize=8)
     _draw_errors(bottom.subplots(1, 1), result)
     picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": _SOFTWARE})
     with atomic_file(path) as partial:
         write_file(partial, picture.getvalue())
 

@@ -100,8 +100,8 @@ def _absorb(
     scale: float,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
+    require_own_weights(source_path, transformer_folder(source_path))
     folder = float_folder(source_path)
-    require_own_weights(source_path, folder)
     (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
     mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)

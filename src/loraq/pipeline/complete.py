@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 
 from loraq.checkpoint.components import check_components, hash_components
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
-from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import read_json
 from loraq.pipeline.layer import hash_tensor
@@ -24,9 +22,8 @@ from loraq.version import __version__
 
 
 def may_be_complete(folder: Path, target: Target) -> bool:
-    """Return whether a folder is worth a closer look: a run has ended there, and none waits."""
-    manifest = folder / target.source.component / FILE_NAME
-    return manifest.is_file() and not os.path.lexists(partial_path(folder))
+    """Return whether a folder is worth a closer look: a run has ended there."""
+    return (folder / target.source.component / FILE_NAME).is_file()
 
 
 def find_complete(

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from loraq.checkpoint.journal import Journal
-from loraq.checkpoint.partial import explain_interrupt, require_target, resumable_folder
+from loraq.checkpoint.partial import (
+    explain_interrupt,
+    remove_leftovers,
+    require_target,
+    resumable_folder,
+)
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
 from loraq.pipeline.layer import quantize_layer
@@ -92,6 +97,7 @@ def _quantize_files(
     target = Target.of(source, settings.shard_bytes)
     if is_there:
         if complete := find_complete(folder, target, recipe, stats_hashes):
+            remove_leftovers(folder)
             return complete
         require_target(folder, overwrite=settings.overwrite)
         target.require_space(folder, link=settings.link)
@@ -99,27 +105,24 @@ def _quantize_files(
     with resumable_folder(
         folder, fingerprint, n_layers, overwrite=settings.overwrite, restart=settings.restart
     ) as partial:
-        journal, n_kept = partial.journal, n_layers
-        if not partial.is_published:
-            shards = partial.folder / source.component
-            shards.mkdir(exist_ok=True)
-            target.layout.allocate(shards)
-            worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
-            checked = source.hash_weights()
-            jobs = _list_open_jobs(source, checked, worker.writer, journal, stats_hashes)
-            n_kept -= len(jobs)
-            components = target.write_kept(partial.folder, checked, link=settings.link)
-            with show_layers(progress, "quantize") as show:
-                # On an error all workers end first.
-                with closing(run_jobs(worker, jobs, settings.workers)) as entries:
-                    for done, entry in enumerate(entries, start=n_kept + 1):
-                        journal.note(entry)
-                        show(done, n_layers, entry["name"], entry["relative_error"])
+        journal, shards = partial.journal, partial.folder / source.component
+        shards.mkdir(exist_ok=True)
+        target.layout.allocate(shards)
+        worker = _Worker(source.reader, LayerWriter(target.layout, shards), stats)
+        checked = source.hash_weights()
+        jobs = _list_open_jobs(source, checked, worker.writer, journal, stats_hashes)
+        n_kept = n_layers - len(jobs)
+        components = target.write_kept(partial.folder, checked, link=settings.link)
+        with show_layers(progress, "quantize") as show:
+            # On an error all workers end first.
+            with closing(run_jobs(worker, jobs, settings.workers)) as entries:
+                for done, entry in enumerate(entries, start=n_kept + 1):
+                    journal.note(entry)
+                    show(done, n_layers, entry["name"], entry["relative_error"])
         report = _report(recipe, plan, journal.layers, kept=n_kept)
-        if not partial.is_published:
-            written = {name: str(e["written_sha256"]) for name, e in journal.layers.items()}
-            files = target.hash_shards(partial.folder, checked, written)
-            target.write_manifest(partial.folder, report, files, components)
+        written = {name: str(e["written_sha256"]) for name, e in journal.layers.items()}
+        files = target.hash_shards(partial.folder, checked, written)
+        target.write_manifest(partial.folder, report, files, components)
     return report
 
 

@@ -1,7 +1,6 @@
 """The job of one layer, the same for every driver: solve, name failures, report, build a module."""
 
 import hashlib
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,9 @@ from loraq.formats.faults import find_fault
 from loraq.layers import LinearLayer, quantized_class
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution, PackedWeight
+from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport
-from loraq.pipeline.workers import one_thread
 from loraq.recipe import Recipe
 from loraq.stats import ActivationStats
 
@@ -73,7 +72,7 @@ def solve_layer(
     job: LayerJob, weight: Tensor, stats: ActivationStats | None = None
 ) -> LayerSolution:
     """Return one layer's solution: pure, and the same bytes whoever runs it."""
-    with torch.no_grad(), one_thread() if weight.device.type == "cpu" else nullcontext():
+    with torch.no_grad(), fixed_arithmetic(weight.device):
         return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
 
 

@@ -219,7 +219,7 @@ def _quantize_layers(
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Give threads, and restore torch's thread count afterwards.
 
-    With several workers, calls of `one_thread` race on it.
+    With several workers, calls of `fixed_arithmetic` race on it.
     """
     threads = torch.get_num_threads()
     try:

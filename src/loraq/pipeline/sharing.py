@@ -17,9 +17,9 @@ from torch import Tensor
 from loraq.errors import LoraqError, RecipeError, layer_failure
 from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
+from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
-from loraq.pipeline.workers import one_thread
 from loraq.recipe import Recipe
 from loraq.safetensors.reader import TensorReader
 from loraq.scheme import Branch, Scheme
@@ -87,7 +87,7 @@ def predict_layer(job: LayerJob, weight: Tensor) -> tuple[str, Prediction]:
     """
     most = min(_MOST * _branch(job).rank, *job.shape)
     try:
-        with torch.no_grad(), one_thread():
+        with torch.no_grad(), fixed_arithmetic(weight.device):
             return job.name, job.method.predict(weight, job.scheme, most)
     except LoraqError as error:
         raise layer_failure(job.name, error) from error

@@ -16,6 +16,7 @@ from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
 from loraq.packed import PackedWeight
+from loraq.pipeline.machine import describe_machine
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import Report
 from loraq.pipeline.source import Source
@@ -85,6 +86,7 @@ class Target:
             "schemes": {job.name: asdict(job.scheme) for job in source.plan.quantized},
             "configuration": source.config,
             "versions": {"loraq": __version__, "torch": torch.__version__},
+            "machine": describe_machine(),
             "statistics": {name: digest[:16] for name, digest in stats_hashes.items()},
         }
 

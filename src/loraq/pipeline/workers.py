@@ -7,8 +7,7 @@ end when it ends, however that happens.
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -59,20 +58,6 @@ def attempt(work: Callable[[J], R], job: J) -> R:
         raise
     except Exception as error:
         raise layer_failure(job.name, error) from error
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Give the calling thread one BLAS thread.
-
-    Then sums do not depend on the core count, and layers run side by side.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _in_processes(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Generator[R]:

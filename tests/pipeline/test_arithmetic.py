@@ -1,0 +1,117 @@
+"""What a process has set for its own work changes no byte, and stays as it was."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Barrier
+
+import pytest
+import torch
+
+import loraq
+from loraq.pipeline.arithmetic import fixed_arithmetic
+from loraq.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def set_by(change: Callable[[object], None], now: object, before: object) -> Iterator[None]:
+    change(now)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+def set_product(precision: object) -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+SETTINGS = {
+    "bf16 products": lambda: set_by(torch.set_float32_matmul_precision, "medium", "highest"),
+    "tf32 products": lambda: set_by(torch.set_float32_matmul_precision, "high", "highest"),
+    "fp64 by default": lambda: set_by(torch.set_default_dtype, torch.float64, torch.float32),
+    "bf16 by default": lambda: set_by(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "two threads": lambda: set_by(torch.set_num_threads, 2, torch.get_num_threads()),
+}
+
+
+def state() -> tuple[object, ...]:
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_num_threads(),
+    )
+
+
+@pytest.fixture(scope="module")
+def weight() -> torch.Tensor:
+    made = torch.randn(288, 416, generator=torch.Generator().manual_seed(0))
+    made[:, 5] *= 20
+    return made
+
+
+def packed(weight: torch.Tensor, method: str, name: str) -> list[torch.Tensor]:
+    weight = weight[:96, :160] if method == "loraq" else weight  # the others are fast
+    recipe = Recipe.from_dict(
+        Recipe.named(name).to_dict()
+        | {"method": method, "effort": "fast" if method == "loraq" else "default"}
+    )
+    return list(loraq.quantize_weight(weight, recipe).packed.tensors.values())
+
+
+METHODS = {"loraq": "mxfp4+w8a8-r8", "svdquant": "mxfp4-a16+bf16-r8", "lqer": "mxfp4+w8a8-r8"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_setting_of_the_process_changes_a_byte(weight, method):
+    wanted = packed(weight, method, METHODS[method])
+    for name, setting in SETTINGS.items():
+        with setting():
+            before = state()
+            found = packed(weight, method, METHODS[method])
+            assert state() == before, name
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True)), name
+
+
+def test_a_shared_budget_does_not_depend_on_them_either():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Linear(64, 96))
+    recipe = Recipe.from_dict(
+        Recipe.named("mxfp4+w8a8").to_dict() | {"budget": "r16=5", "allocation": "greedy"}
+    )
+    wanted = loraq.plan_model(model, recipe, progress=False)
+    for name, setting in SETTINGS.items():
+        with setting():
+            assert loraq.plan_model(model, recipe, progress=False) == wanted, name
+
+
+def test_the_newer_setting_of_one_library_is_put_back():
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("this torch has only the older setting")
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with set_by(set_product, "bf16", before):
+        with fixed_arithmetic(CPU):
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def test_threads_put_back_what_was_there_when_the_last_one_goes():
+    inside, left = Barrier(2), Barrier(2)
+
+    def work(i: int) -> torch.dtype:
+        with fixed_arithmetic(CPU):
+            inside.wait(10)
+            if i:
+                left.wait(10)
+                return torch.get_default_dtype()  # the other one has gone
+        left.wait(10)
+        return torch.float32
+
+    with set_by(torch.set_default_dtype, torch.float64, torch.float32):
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(work, range(2))) == [torch.float32] * 2
+        assert torch.get_default_dtype() == torch.float64
