@@ -226,6 +226,15 @@ def test_a_senseless_option_of_a_method_is_refused_when_it_is_built(method, opti
             Recipe(Scheme("mxfp4", branch=Branch(8)), method=method, options={option: value})
 
 
+def test_a_scale_rule_that_a_format_does_not_have_is_refused_by_the_plan():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, device="meta"))
+    for main, branch, rule in (("int4", "bf16", "midmax"), ("mxfp4", "int8", "floor")):
+        scheme = Scheme(main, branch=Branch(8, branch))
+        recipe = Recipe(scheme, method="lqer", options={"scale_rule": rule})
+        with pytest.raises(SchemeError, match=rf"Layer '0': .*scale rule .*'{rule}'"):
+            loraq.plan_model(model, recipe, progress=False)
+
+
 @dataclass(frozen=True)
 class Third(Method):
     """A method of somebody else, with options of every kind."""

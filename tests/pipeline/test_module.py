@@ -440,6 +440,9 @@ def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_do
     class Failing:
         use_of_stats = "ignored"
 
+        def check(self, scheme: Scheme) -> None:
+            pass
+
         def solve(
             self, weight: Tensor, scheme: Scheme, *, seed: int = 0, stats: None = None
         ) -> LayerSolution:

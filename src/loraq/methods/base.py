@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loraq.autocast import without_autocast
 from loraq.errors import CalibrationError, FormatError, SchemeError, unknown
+from loraq.formats import BlockFormat
 from loraq.linalg import frobenius
 from loraq.methods.fits import Fit, Prepared, Stored, prepare_weight, round_plainly
 from loraq.methods.prediction import Prediction, tail_energies
@@ -119,7 +120,7 @@ class Method(ABC):
             SchemeError: the scheme does not fit the weight or the method.
         """
         begin = time.perf_counter()
-        self._check_branch(scheme)
+        self.check(scheme)
         prepared = prepare_weight(weight, scheme)
         stats = self._prepare_stats(stats, prepared.weight, scheme)
         with without_autocast(weight.device):
@@ -198,7 +199,17 @@ class Method(ABC):
         """
         return tail_energies(weight)
 
-    def _check_branch(self, scheme: Scheme) -> None:
+    def check(self, scheme: Scheme) -> None:
+        """Raise unless the method can solve weights of a scheme, judged without any weight.
+
+        Raises:
+            FormatError: the method's scale rule is none of the formats'.
+            SchemeError: the method has no branch and the scheme has one, or the other way round.
+        """
+        rule = getattr(self, "scale_rule", None)
+        for fmt in (scheme.weight_format, scheme.branch and scheme.branch.weight_format):
+            if isinstance(fmt, BlockFormat):
+                fmt.scale_rule(rule)
         if self.branch == "required":
             self._require_branch(scheme)
         if self.branch == "none" and scheme.branch is not None:
