@@ -142,7 +142,6 @@ class QuantizedLinear(nn.Module):
         self._prepared = prepared
         return prepared
 
-    @torch.compiler.assume_constant_result
     def _prepare_untraced(self, dtype: torch.dtype) -> bool:
         """Prepare outside of the graph, while a compiler traces.
 
@@ -156,6 +155,9 @@ class QuantizedLinear(nn.Module):
         # Offloading hooks move parameters silently, so the device is compared at every call.
         wanted = dtype, self.weight_packed.device
         return prepared is not None and (prepared.dtype, prepared.device) == wanted
+
+    # What `torch.compiler.assume_constant_result` does, which would load the whole compiler.
+    _prepare_untraced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def invalidate(self) -> None:
         """Drop what the back end keeps, because parameters changed; the next call prepares anew."""
