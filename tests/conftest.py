@@ -15,6 +15,7 @@ CHECKED = [
     "loraq.stats",
     "loraq.methods.base",
     "loraq.methods.feedback",
+    "loraq.methods.fits",
     "loraq.methods.inputs",
     "loraq.methods.prediction",
     "loraq.methods.qera",

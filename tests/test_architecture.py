@@ -16,7 +16,7 @@ SOURCE = Path(loraq.__file__).parent
 #: Lowest first; a file imports from lower rows or from its own folder, never sideways and never up.
 ROWS = (
     "disk errors regular_file version",
-    "formats json_files transforms",
+    "autocast formats json_files options transforms",
     "safetensors scheme linalg stats",
     "budget packed recipe_names rules",
     "families kernels",

@@ -4,6 +4,7 @@ changes packed bytes.
 
 import copy
 import shutil
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.worlds.matrices import dit_like, gaussian
-from loraq.errors import KernelError, SchemeError
+from loraq.errors import FormatError, KernelError, SchemeError
 from loraq.formats import CastFormat, get_format
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.packed import LayerSolution
@@ -223,6 +224,104 @@ def test_a_token_of_zeros_gives_the_bias(name):
     assert torch.equal(layer(torch.zeros(2, N_IN)), layer.bias.detach().expand(2, -1))
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn],
+    ids=str,
+)
+@each_variety
+def test_an_input_that_is_no_float_is_refused_as_a_linear_layer_refuses_it(name, dtype):
+    layer, x = layer_of(name), torch.ones(3, N_IN).to(dtype)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        nn.Linear(N_IN, N_OUT)(x)
+    with pytest.raises(KernelError, match=rf"is of {dtype}. It takes floats: torch.float32"):
+        layer(x)
+    assert issubclass(KernelError, RuntimeError)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(), (N_IN - 1,), (3, N_IN + 1), (N_IN, 3), (3, 1), (0,)])
+@each_variety
+def test_an_input_of_another_width_is_refused_before_the_back_end_sees_it(name, shape, backend):
+    layer, x = layer_of(name, backend=backend), torch.ones(shape)
+    with pytest.raises(RuntimeError):
+        nn.Linear(N_IN, N_OUT)(x)
+    with pytest.raises(KernelError, match=rf"must have the layer's {N_IN} input channels"):
+        layer(x)
+    assert layer.kept_nbytes == 0
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (8, 8, 8), (2, 7, 3, 3)])
+def test_a_convolution_refuses_other_channels(shape):
+    packed = quantize_weight(gaussian(6, 16), "int5-a16").packed
+    layer = QuantizedConv1x1.from_packed(packed)
+    with pytest.raises(KernelError, match=r"Axis -3 must have the layer's 16 input channels"):
+        layer(torch.ones(shape))
+    with pytest.raises(KernelError, match=r"is of torch.int32"):
+        layer(torch.ones((1, 16, 3, 3), dtype=torch.int32))
+    assert layer(torch.ones(0, 16, 3, 3)).shape == (0, 6, 3, 3)
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@each_variety
+def test_autocast_casts_the_input_as_for_a_linear_layer(name, given, dtype, backend):
+    layer, x = layer_of(name, backend=backend), tokens(4).to(given)
+    linear = nn.Linear(N_IN, N_OUT).double() if given == torch.float64 else nn.Linear(N_IN, N_OUT)
+    seen = x if given == torch.float64 else x.to(dtype)
+    plain, expected = layer(x), layer(seen)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        assert y.dtype == linear(x).dtype == seen.dtype
+        assert torch.equal(y, expected)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(layer(x), plain)
+        other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        with torch.autocast("cpu", other):
+            assert layer(x).dtype == (x.dtype if given == torch.float64 else other)
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), plain)
+
+
+def test_autocast_of_another_device_changes_nothing():
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(4)
+    plain = layer(x)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert torch.equal(layer(x), plain)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_a_layer_that_prepares_itself_under_autocast_keeps_what_others_need():
+    name, x = "mxint4-a16+w4a8-r12", tokens(4)
+    layer, expected = layer_of(name), layer_of(name)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.prepare(torch.float32)
+        assert torch.equal(layer.reconstruct(), solution_of(name).reconstruct())
+    assert torch.equal(layer(x), expected)
+
+
+def test_autocast_casts_the_input_of_a_convolution():
+    packed = quantize_weight(gaussian(6, 16), "mxfp4-a8+w8a8-r2", method="svdquant").packed
+    layer, x = QuantizedConv1x1.from_packed(packed), torch.randn(2, 16, 3, 5)
+    expected = layer(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_gradient_under_autocast_comes_back_in_the_dtype_of_the_input():
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(4).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert x.grad.any()
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 
@@ -305,6 +404,63 @@ def test_loading_a_state_drops_decoded_operands(name, assign):
     layer.load_state_dict(other.state_dict(), assign=assign)
     assert_same_bytes(layer, packed_bytes(other))
     assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_of_numbers_in_place_of_bytes_is_refused(assign):
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
+    before, expected = packed_bytes(layer), layer(x)
+    state = {name: tensor.float() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(KernelError, match=r"'weight_packed' of the state is of torch.float32"):
+        layer.load_state_dict(state, assign=assign)
+    assert_same_bytes(layer, before)
+    assert torch.equal(layer(x), expected)
+
+
+def test_an_assigned_scheme_is_what_the_next_call_runs():
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
+    layer(x)
+    branch = replace(layer.scheme.branch, activation="bf16", intermediate=None)
+    layer.scheme = Scheme("mxfp4", "bf16", branch, layer.scheme.rotation)
+    fresh = QuantizedLinear.from_packed(layer.packed, layer.bias)
+    assert torch.equal(layer(x), fresh(x))
+    layer.scheme = replace(layer.scheme, branch=None)
+    assert torch.equal(layer(x), QuantizedLinear.from_packed(layer.packed, layer.bias)(x))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "error"),
+    [
+        (Scheme("nvfp4", "nvfp4"), FormatError),
+        (Scheme("mxfp4", branch=Branch(16, "mxint8")), FormatError),
+        (Scheme("mxfp4", branch=Branch(0, "mxint8")), SchemeError),
+        (Scheme("mxfp4", branch=Branch(N_OUT + 1, "mxint8")), SchemeError),
+    ],
+)
+def test_a_scheme_of_other_bytes_is_refused_and_changes_nothing(scheme, error):
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
+    before, expected = layer.scheme, layer(x)
+    with pytest.raises(error):
+        layer.scheme = scheme
+    assert layer.scheme == before
+    assert torch.equal(layer(x), expected)
+
+
+def test_an_assigned_parameter_is_what_the_next_call_runs():
+    layer, x = layer_of("mxfp4-a4"), tokens(3)
+    layer(x)
+    layer.weight_packed = nn.Parameter(torch.zeros_like(layer.weight_packed), requires_grad=False)
+    assert torch.equal(layer(x), layer.bias.detach().expand(3, -1))
+
+
+@pytest.mark.parametrize("name", ["nothing", None, 0, True, ["resident"], 1.5])
+def test_a_back_end_that_does_not_exist_changes_nothing(name):
+    layer, x = layer_of("mxfp4-a4+w8a8-r12"), tokens(3)
+    expected = layer(x)
+    with pytest.raises(KernelError, match="Unknown back end"):
+        layer.backend = name
+    assert layer.backend == "resident"
+    assert torch.equal(layer(x), expected)
 
 
 def test_loading_a_state_into_a_model_drops_decoded_operands_too():

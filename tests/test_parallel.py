@@ -79,6 +79,12 @@ def work(rank: int, folder: str) -> None:
                 style = LoraqRowwise(exact_branch=exact, split_input=True)
                 parallelize_module(row, mesh, style)
                 numbers[f"row {exact}"] = distance(row(gaussian(12, N_HIDDEN)), expected)
+                wide = gaussian(12, N_HIDDEN)
+                with torch.autocast("cpu", torch.bfloat16):
+                    under_autocast = row(wide)
+                numbers[f"autocast {exact}"] = float(
+                    torch.equal(under_autocast, row(wide.bfloat16()))
+                )
                 both = feed_forward(name)
                 parallelize_module(
                     both, mesh, {"0": LoraqColwise(), "2": LoraqRowwise(exact_branch=exact)}
@@ -128,6 +134,14 @@ def test_rows_keep_the_documented_bound_and_are_exact_when_asked(found, name):
         assert numbers[name]["row True"] < (2e-2 if name.startswith("int8") else 1e-5)
         if rounds and not name.startswith("int8"):
             assert numbers[name]["row False"] > numbers[name]["row True"]
+
+
+@pytest.mark.slow
+@each_name
+def test_rows_under_autocast_are_those_of_inputs_that_were_cast(found, name):
+    for numbers in found:
+        assert numbers[name]["autocast False"] == 1
+        assert numbers[name]["autocast True"] == 1
 
 
 @pytest.mark.slow

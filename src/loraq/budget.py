@@ -1,13 +1,16 @@
 """Equal memory as a tool: a budget of stored bytes, and the rank that it buys."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Annotated
 
 from loraq.errors import SchemeError
+from loraq.options import Range, check_fields
 from loraq.scheme import Scheme
 
+#: More than a weight and a branch of full rank take.
+MOST_BITS = 64
 _R16 = re.compile(r"r16=([0-9]{1,9})")
 
 
@@ -16,9 +19,14 @@ class Budget:
     """What a layer may store: bits a weight, or the bytes of a 16-bit branch of some rank."""
 
     #: Total bits for each weight, main weight and branch and all scales; or `None`.
-    bits_per_weight: float | None = None
+    bits_per_weight: Annotated[float, Range(0, MOST_BITS)] | None = None
     #: Rank of the 16-bit branch whose bytes the branch may take; or `None`.
-    rank_16bit: int | None = None
+    rank_16bit: Annotated[int, Range(1, 10**9)] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, SchemeError, "the budget")
+        if (self.bits_per_weight is None) is (self.rank_16bit is None):
+            raise SchemeError("A budget is either bits per weight or the rank of a 16-bit branch.")
 
     @classmethod
     def parse(cls, text: "str | float | Budget") -> "Budget":
@@ -36,13 +44,13 @@ class Budget:
                 return cls(rank_16bit=int(match[1]))
         else:
             try:
-                if 0 < (bits := float(text)) < math.inf:
+                if not isinstance(text, bool) and 0 < (bits := float(text)) <= MOST_BITS:
                     return cls(bits_per_weight=bits)
-            except ValueError:
+            except (TypeError, ValueError, OverflowError):
                 pass
         raise SchemeError(
-            f"Cannot read the budget '{text}'. It is either bits per weight, such as '5.25', or "
-            "the bytes of a 16-bit branch, such as 'r16=32'."
+            f"Cannot read the budget '{text}'. It is either bits per weight, such as '5.25' and at "
+            f"most {MOST_BITS}, or the bytes of a 16-bit branch, such as 'r16=32'."
         )
 
     def __str__(self) -> str:

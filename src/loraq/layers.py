@@ -1,7 +1,7 @@
 """Find the linear layers of a module, replace them, and switch how they run."""
 
-from collections.abc import Iterator
-from typing import TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -10,6 +10,8 @@ from loraq.nn import QuantizedConv1x1, QuantizedLinear
 
 #: What `linear_layers` finds: a matrix times every token, or times every pixel.
 LinearLayer = nn.Linear | nn.Conv2d
+#: One of a module's tables (of modules, parameters or buffers), a name in it, and its new value.
+Change = tuple[dict[str, Any], str, Any]
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
@@ -78,11 +80,39 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     """Replace the module called `name` by another one, wherever it stands."""
-    old = model.get_submodule(name)
-    for parent, child in list(_places(model)):
-        if getattr(parent, child) is old:
-            setattr(parent, child, new)
-    new.train(old.training)
+    swap(find_places(model, {name: new}))
+
+
+def find_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Change]:
+    """Return the changes that put new layers where old ones stand, for `swap`.
+
+    A layer that stands in several places is replaced in all of them. The new one takes over whether
+    it is in training mode.
+    """
+    new_of = {model.get_submodule(name): new for name, new in layers.items()}
+    for old, new in new_of.items():
+        new.train(old.training)
+    return [
+        (parent._modules, child, new_of[old])
+        for parent in model.modules()
+        for child, old in parent._modules.items()  # `named_children` leaves out second names
+        if old is not None and old in new_of
+    ]
+
+
+def swap(changes: Sequence[Change]) -> None:
+    """Put values into a module's tables, all of them or none.
+
+    Whatever interrupts it, a Ctrl-C too, the tables are as they were.
+    """
+    before = [(table, key, table[key]) for table, key, _ in changes]
+    try:
+        for table, key, value in changes:
+            table[key] = value
+    except BaseException:
+        for table, key, value in before:
+            table[key] = value
+        raise
 
 
 def set_backend(model: nn.Module, name: str) -> None:
@@ -99,9 +129,3 @@ def set_backend(model: nn.Module, name: str) -> None:
     check_for_all(resolve_backend(name), [layer.spec for layer in layers])
     for layer in layers:
         layer.ask_backend(name, strict=False)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        for child in module._modules:  # `named_children` leaves out a module's second name
-            yield module, child

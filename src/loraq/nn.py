@@ -1,16 +1,20 @@
 """`QuantizedLinear`, `QuantizedConv1x1`: layers that hold packed bytes and run their scheme."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraq.autocast import cast_input, without_autocast
 from loraq.errors import KernelError
 from loraq.kernels import DEFAULT_BACKEND, LayerSpec, Prepared, choose, prepare, resolve_backend
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 from loraq.transforms import rotate
+
+#: What a layer takes: what `nn.Linear` takes in one dtype or another.
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class QuantizedLinear(nn.Module):
@@ -54,7 +58,7 @@ class QuantizedLinear(nn.Module):
         """
         super().__init__()
         scheme.check((out_features, in_features))
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
         for name, stored in scheme.storage((out_features, in_features)).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -76,6 +80,23 @@ class QuantizedLinear(nn.Module):
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
+
+    @property
+    def scheme(self) -> Scheme:
+        """Formats and rank; assign another scheme to read the same bytes in another way.
+
+        Raises:
+            FormatError: the stored bytes are not those of the assigned scheme.
+            SchemeError: the assigned scheme does not fit the shape.
+        """
+        return self._scheme
+
+    @scheme.setter
+    def scheme(self, scheme: Scheme) -> None:
+        shape = self.out_features, self.in_features
+        scheme.check(shape)
+        PackedWeight.from_tensors(dict(self.named_parameters(recurse=False)), scheme, shape)
+        self._scheme, self._prepared = scheme, None
 
     @property
     def backend(self) -> str:
@@ -115,10 +136,28 @@ class QuantizedLinear(nn.Module):
         Raises:
             KernelError: the back end that is asked for cannot run this layer.
         """
-        with torch.inference_mode(False):  # what is kept must also serve calls with gradients
+        # What is kept must also serve calls with gradients, and without autocast.
+        with torch.inference_mode(False), without_autocast(self.weight_packed.device):
             prepared = prepare(self._asked, self.packed, dtype, strict=self._strict)
         self._prepared = prepared
         return prepared
+
+    def _prepare_untraced(self, dtype: torch.dtype) -> bool:
+        """Prepare outside of the graph, while a compiler traces.
+
+        What a back end does depends on values and on the CPU, into which no compiler looks.
+        """
+        if not self._suits(self._prepared, dtype):
+            self.prepare(dtype)
+        return True
+
+    def _suits(self, prepared: Prepared | None, dtype: torch.dtype) -> TypeGuard[Prepared]:
+        # Offloading hooks move parameters silently, so the device is compared at every call.
+        wanted = dtype, self.weight_packed.device
+        return prepared is not None and (prepared.dtype, prepared.device) == wanted
+
+    # What `torch.compiler.assume_constant_result` does, which would load the whole compiler.
+    _prepare_untraced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def invalidate(self) -> None:
         """Drop what the back end keeps, because parameters changed; the next call prepares anew."""
@@ -153,17 +192,39 @@ class QuantizedLinear(nn.Module):
         return self.packed.reconstruct()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (…, out) in the dtype of x (…, in)."""
+        """Return y (…, out) for x (…, in), in the dtype of x.
+
+        Under `torch.autocast` x is cast first, as `nn.Linear` casts it: to its dtype, unless fp64.
+
+        Raises:
+            KernelError: x is no float of 16, 32 or 64 bits, or its last axis is not `in_features`.
+        """
+        self._require_input(x, -1)
+        x = cast_input(x)
+        if torch.compiler.is_compiling():
+            self._prepare_untraced(x.dtype)
         prepared = self._prepared
-        # Offloading hooks move parameters silently, so the device is compared at every call.
-        wanted = x.dtype, self.weight_packed.device
-        if prepared is None or (prepared.dtype, prepared.device) != wanted:
+        if not self._suits(prepared, x.dtype):
             # Not read back from the layer: another thread may have put its own there, or none.
             prepared = self.prepare(x.dtype)
         backend, operands = prepared.backend, prepared.operands
-        if not backend.keeps_operands:
-            operands = backend.prepare(self.packed, x.dtype)
-        return backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
+        with without_autocast(x.device):  # inside, every product has the dtype it needs
+            if not backend.keeps_operands:
+                operands = backend.prepare(self.packed, x.dtype)
+            return backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
+
+    def _require_input(self, x: Tensor, axis: int) -> None:
+        """Raise `KernelError` for an input that no linear layer of this width takes."""
+        if x.dtype not in INPUT_DTYPES:
+            raise KernelError(
+                f"The input of a quantized layer is of {x.dtype}. It takes floats: "
+                f"{', '.join(str(dtype) for dtype in INPUT_DTYPES)}. Cast the input."
+            )
+        if x.dim() < -axis or x.shape[axis] != self.in_features:
+            raise KernelError(
+                f"The input of a quantized layer has shape {tuple(x.shape)}. Axis {axis} must have "
+                f"the layer's {self.in_features} input channels."
+            )
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
@@ -188,9 +249,28 @@ class QuantizedLinear(nn.Module):
         self._prepared = None
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         self._prepared = None
-        super()._load_from_state_dict(*args, **kwargs)
+        # Copied into a parameter, or assigned as one, other numbers would pass for bytes.
+        for name, parameter in self.named_parameters(recurse=False):
+            found = state_dict.get(prefix + name)
+            if (
+                isinstance(found, Tensor)
+                and parameter.dtype == torch.uint8
+                and found.dtype != torch.uint8
+            ):
+                raise KernelError(
+                    f"Tensor '{prefix}{name}' of the state is of {found.dtype}. Raw bytes (uint8) "
+                    "are required. Load what a quantized layer saved."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add or replace a parameter, as an assignment does."""
+        self._prepared = None
+        super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
@@ -213,7 +293,12 @@ class QuantizedConv1x1(QuantizedLinear):
         return self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (…, out, height, width) in the dtype and memory layout of x (…, in, …)."""
+        """Return y (…, out, height, width) in the dtype and memory layout of x (…, in, …).
+
+        Raises:
+            KernelError: as for `QuantizedLinear`, of the third axis from the end.
+        """
+        self._require_input(x, -3)
         # Free in SANA; and the sums do not depend on the layout.
         pixels = x.movedim(-3, -1).contiguous()
         y = super().forward(pixels).movedim(-1, -3)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraq.autocast import without_autocast
 from loraq.errors import FormatError
 from loraq.formats import Format, QTensor
 from loraq.scheme import Scheme
@@ -100,9 +101,10 @@ class PackedWeight:
     def reconstruct(self) -> Float[Tensor, "out in"]:
         """Return the effective dense weight Ŵ = main + U D, rotated back, in fp32."""
         dense = self.main.dequantize()
-        if self.branch is not None:
-            dense += self.branch.reconstruct()
-        return unrotate(dense, self.scheme.rotation)
+        with without_autocast(self.device):
+            if self.branch is not None:
+                dense += self.branch.reconstruct()
+            return unrotate(dense, self.scheme.rotation)
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """Return the same bytes on a device."""

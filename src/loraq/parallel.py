@@ -23,10 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.functional import linear
 
+from loraq.autocast import cast_input, without_autocast
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format
 from loraq.kernels.base import decode_one, round_activation
 from loraq.nn import QuantizedLinear
+from loraq.options import Size, checked
 from loraq.scheme import Branch
 from loraq.transforms import block_side, rotate
 
@@ -34,7 +36,8 @@ from loraq.transforms import block_side, rotate
 class LoraqColwise(ParallelStyle):
     """Splits the output channels of a quantized linear layer; the input is whole on every rank."""
 
-    def __init__(self, *, fused: int = 1, gather_output: bool = False) -> None:
+    @checked
+    def __init__(self, *, fused: Size = 1, gather_output: bool = False) -> None:
         """Describe the split.
 
         Args:
@@ -81,6 +84,7 @@ class LoraqColwise(ParallelStyle):
 class LoraqRowwise(ParallelStyle):
     """Splits the input channels of a quantized linear layer; the ranks sum the output."""
 
+    @checked
     def __init__(self, *, exact_branch: bool = False, split_input: bool = False) -> None:
         """Describe the split.
 
@@ -129,8 +133,10 @@ class LoraqRowwise(ParallelStyle):
         layer.add_module("side", side)
 
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            inner = _sum_over_ranks(side.down(rotate(args[0], layer.scheme.rotation)), group)
-            return (_sum_over_ranks(y.float(), group) + side.up(inner)).to(y.dtype)
+            x = cast_input(args[0])
+            with without_autocast(x.device):
+                inner = _sum_over_ranks(side.down(rotate(x, layer.scheme.rotation)), group)
+                return (_sum_over_ranks(y.float(), group) + side.up(inner)).to(y.dtype)
 
         layer.register_forward_hook(add_branch)
         return layer

@@ -10,6 +10,7 @@ from loraq.errors import LoraqError, RecipeError, SchemeError, unknown
 from loraq.families import family_rules
 from loraq.json_files import parse_json, require_plain
 from loraq.methods import METHODS, RTN, Method
+from loraq.options import Seed, check_fields, suits
 from loraq.recipe_names import NAMED, parse_scheme
 from loraq.regular_file import read_regular
 from loraq.rules import Rule
@@ -36,7 +37,7 @@ class Recipe:
     #: Other fields of the method's dataclass.
     options: dict[str, Any] = field(default_factory=dict)
     #: Seed of everything random; each layer derives its own from this and its name.
-    seed: int = 0
+    seed: Seed = 0
     #: Storage of a layer whose branch has no rank: "5.25" (bits per weight) or "r16=32" (a 16-bit
     #: branch's bytes).
     budget: str = str(DEFAULT_BUDGET)
@@ -48,6 +49,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "the recipe", skip=("scheme", "budget"))
         if not isinstance(self.scheme, Scheme):
             raise RecipeError(
                 f"The recipe's scheme is {self.scheme!r}. Use a `Scheme`, or `Recipe.named` for a "
@@ -67,6 +69,10 @@ class Recipe:
             if name not in legal:
                 raise RecipeError(unknown(f"option of method '{self.method}'", name, legal))
         check_table(METHODS[self.method], self.options, "options")
+        try:
+            replace(METHODS[self.method].at(self.effort), **self.options)
+        except SchemeError as error:
+            raise RecipeError(str(error)) from error
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for rule in self.rules:
             check_table(Branch, rule.branch, f"branch of rule '{rule.match}'")
@@ -232,8 +238,7 @@ def check_table(
             raise RecipeError(unknown(f"key in {where}", key, hints))
         hint = hints[key]
         accepted, written = _WRITTEN.get(hint, (hint, getattr(hint, "__name__", str(hint))))
-        # To Python a bool is an int; to whoever writes a recipe it is not.
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hint not in _BOOLS):
+        if not suits(value, accepted):
             raise RecipeError(f"'{key}' in {where} is {value!r}. It must be of type {written}.")
     if required is not None and required not in table:
         raise RecipeError(f"'{where}' has no '{required}'. It is required.")
@@ -246,7 +251,4 @@ _WRITTEN: dict[Any, tuple[Any, str]] = {
     Branch | None: (dict | None, "table"),
     dict[str, Any]: (dict, "table"),
     tuple[Rule, ...]: (list | tuple, "array of tables"),
-    float: (float | int, "float"),
-    float | None: (float | int | None, "float | None"),
 }
-_BOOLS = (bool, bool | None)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from loraq.errors import RecipeError
+from loraq.options import check_fields
 from loraq.scheme import Branch, Scheme
 
 
@@ -26,6 +28,9 @@ class Rule:
     activation: str | None = None
     #: Fields of the branch that change; `{}` changes none.
     branch: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "the rule")
 
     def matches(self, name: str) -> bool:
         """Return whether the rule is for a layer of this dotted name."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from loraq.errors import SchemeError
 from loraq.formats import Format, get_format
+from loraq.options import check_fields
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Branch:
     intermediate: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, SchemeError, "the branch")
         if self.rank < 0:
             raise SchemeError(
                 f"Branch rank is {self.rank}. It must be at least 1, or 0 for a rank that a budget "
@@ -78,6 +80,7 @@ class Scheme:
     rotation: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, SchemeError, "the scheme")
         get_format(self.weight)
         get_format(self.activation)
         if self.rotation and (

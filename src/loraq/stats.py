@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.errors import CalibrationError
+from loraq.options import check_fields
 from loraq.transforms import block_side, rotate
 
 
@@ -24,6 +25,7 @@ class ActivationStats:
     second_moment: Tensor
 
     def __post_init__(self) -> None:
+        check_fields(self, CalibrationError, "the statistics")
         shape = tuple(self.second_moment.shape)
         if self.tokens < 1:
             raise CalibrationError(

@@ -18,7 +18,7 @@ from torch import nn
 import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.errors import CheckpointError, KernelError
-from loraq.layers import quantized_layers
+from loraq.layers import quantized_layers, swap
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.recipe import Recipe
 from loraq.rules import Rule
@@ -555,3 +555,58 @@ def test_a_tensor_stands_where_torch_would_place_it(tmp_path):
         read = reader.read(name)
         assert read.data_ptr() % 64 == 0
         assert torch.equal(read, tensor)
+
+
+# --- all or nothing -------------------------------------------------------------------------------
+
+
+def everything_of(model: nn.Module) -> dict[str, object]:
+    """Every module, parameter, buffer and hook by name, the objects themselves."""
+    return {
+        **{f"module {name}": id(m) for name, m in model.named_modules(remove_duplicate=False)},
+        **{f"tensor {name}": id(t) for name, t in model.named_parameters(remove_duplicate=False)},
+        **{f"tensor {name}": id(t) for name, t in model.named_buffers(remove_duplicate=False)},
+        **{f"hooks {name}": list(m._forward_hooks) for name, m in model.named_modules()},
+    }
+
+
+@pytest.mark.parametrize("failure", [OSError("I/O error"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("start", [net, lambda: quantized("int4", net(3))])
+def test_a_failure_at_any_tensor_leaves_the_module_as_it_was(folder, monkeypatch, start, failure):
+    model = quantized()
+    loraq.save(model, folder)
+    target, n_tensors = start(), len(model.state_dict())
+    target.first.register_forward_hook(lambda *_: None)
+    before, state, expected = everything_of(target), target.state_dict(), target(INDEX)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    read = ShardReader.read
+    for k in range(n_tensors):
+        n_read = iter(range(n_tensors))
+
+        def fail_at_k(reader, name, n_read=n_read, k=k):
+            if next(n_read) == k:
+                raise failure
+            return read(reader, name)
+
+        monkeypatch.setattr(ShardReader, "read", fail_at_k)
+        with pytest.raises(type(failure)):
+            loraq.load_into(target, folder)
+        assert everything_of(target) == before
+        assert all(torch.equal(target.state_dict()[name], state[name]) for name in state)
+        assert torch.equal(target(INDEX), expected)
+    monkeypatch.setattr(ShardReader, "read", read)
+    loraq.load_into(target, folder)
+    assert_same_state(model, target)
+
+
+def test_an_interrupted_swap_leaves_the_tables_as_they_were():
+    class Interrupted(dict):
+        def __setitem__(self, key, value):
+            if value == "stop":
+                raise KeyboardInterrupt
+            super().__setitem__(key, value)
+
+    first, second = {"a": 1}, Interrupted(b=2, c=3)
+    with pytest.raises(KeyboardInterrupt):
+        swap([(first, "a", 10), (second, "b", 20), (second, "c", "stop")])
+    assert (first, dict(second)) == ({"a": 1}, {"b": 2, "c": 3})

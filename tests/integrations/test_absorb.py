@@ -18,9 +18,10 @@ from torch import nn
 import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.cli import main
-from loraq.errors import CheckpointError, LayerError
+from loraq.errors import CheckpointError, LayerError, LoraqError
 from loraq.integrations.diffusers import load_float
 from loraq.integrations.lora import Lora
+from loraq.safetensors.reader import ShardReader
 from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
@@ -318,8 +319,34 @@ def test_a_lora_that_is_not_finite_is_refused_also_for_layers_that_stay_float(
             loraq.absorb_lora(
                 folder, broken, source=source, target=tmp_path / "out", progress=False
             )
-    with pytest.raises(CheckpointError, match="scale is nan"):
+    with pytest.raises(LoraqError, match=r"'scale' of `absorb_lora` is nan"):
         loraq.absorb_lora(
             folder, lora, source=source, target=tmp_path / "out", scale=math.nan, progress=False
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failure", [OSError("I/O error"), KeyboardInterrupt()])
+def test_a_failure_at_any_reading_leaves_the_model_as_it_was(
+    source, folder, lora, monkeypatch, failure
+):
+    model = loraq.load(folder)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [id(module) for module in model.modules()]
+    read, n_read, stop_at = ShardReader.read, [], [0]
+
+    def fail_at_k(reader, name):
+        n_read.append(name)
+        if len(n_read) == stop_at[0]:
+            raise failure
+        return read(reader, name)
+
+    monkeypatch.setattr(ShardReader, "read", fail_at_k)
+    loraq.absorb_lora(copy.deepcopy(model), lora, source, progress=False)
+    for k in range(1, len(n_read) + 1):
+        stop_at[0] = k
+        n_read.clear()
+        with pytest.raises(type(failure)):
+            loraq.absorb_lora(model, lora, source, progress=False)
+        assert [id(module) for module in model.modules()] == modules
+        assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)

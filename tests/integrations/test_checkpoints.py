@@ -521,9 +521,9 @@ def test_an_index_that_points_elsewhere(folder, tmp_path, file):
         (torch.zeros(64, 32), r"has shape \(64, 32\), config\.json wants \(64, 64\)"),
         (
             torch.full((64, 64), float("nan")),
-            r"has a value that is not a finite number: nan at \(0, 0\)",
+            r"cannot be used: the value at \(0, 0\) is nan",
         ),
-        (torch.full((64, 64), float("-inf")), "has a value that is not a finite number: -inf"),
+        (torch.full((64, 64), float("-inf")), r"cannot be used: the value at \(0, 0\) is -inf"),
     ],
 )
 @pytest.mark.parametrize("generic", [False, True])
@@ -546,7 +546,7 @@ def test_a_single_bad_number_in_what_is_only_copied(folder, tmp_path):
     refused(
         folder,
         tmp_path,
-        rf"Tensor '{name}' has a value that is not a finite number: inf at \(63,\)",
+        rf"Tensor '{name}' cannot be used: the value at \(63,\) is inf",
     )
 
 

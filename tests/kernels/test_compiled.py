@@ -84,17 +84,52 @@ def test_one_graph_does_if_it_is_told_that_sizes_vary(backend, name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    ("backend", "name"), [case for case in CASES if case[0] not in ("int8_row", "fp8_row")]
-)
-def test_a_layer_that_prepares_itself_inside_the_graph_costs_one_more(backend, name):
+@each_case
+def test_a_layer_prepares_itself_outside_of_the_one_graph(backend, name):
     layer, counter = layer_of(backend, name), counted()
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = gaussian(24, WIDTH)
     with torch.no_grad():
         outputs = [compiled(x) for _ in range(3)]
     assert all(torch.equal(y, layer(x)) for y in outputs)
-    assert counter.frame_count == 2
+    assert counter.frame_count == 1
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_those_of_the_layer_that_is_not_compiled(backend, name, dtype):
+    layer = layer_of(backend, name)
+    compiled = torch.compile(layer, backend=counted(), fullgraph=True)
+    layer.bias = nn.Parameter(gaussian(1, WIDTH, 3)[0].to(dtype))
+    gradients = []
+    for run in (compiled, layer):
+        x = gaussian(24, WIDTH).to(dtype).requires_grad_()
+        layer.bias.grad = None
+        run(x).square().sum().backward()
+        gradients.append((x.grad, layer.bias.grad))
+    (x_grad, bias_grad), (expected_x, expected_bias) = gradients
+    assert torch.equal(x_grad, expected_x)
+    assert torch.equal(bias_grad, expected_bias)
+
+
+@each_case
+def test_autocast_inside_and_around_a_graph_is_that_of_the_layer_that_is_not_compiled(
+    backend, name
+):
+    layer, x = layer_of(backend, name), gaussian(24, WIDTH)
+
+    def inside(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    compiled = torch.compile(layer, backend=counted(), fullgraph=True)
+    compiled_inside = torch.compile(inside, backend=counted(), fullgraph=True)
+    with torch.no_grad():
+        expected = layer(x.bfloat16())
+        assert torch.equal(compiled_inside(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_int8_row_without_packed_operands_is_one_graph_too(monkeypatch):

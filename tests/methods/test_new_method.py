@@ -18,7 +18,7 @@ from loraq import Recipe, Scheme
 from loraq.cli import main
 from loraq.errors import LoraqError, RecipeError, SchemeError
 from loraq.methods import METHODS, Method, register
-from loraq.methods.base import Fit, quantize_branch
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.safetensors.layout import write_shards
 from loraq.scheme import Branch
 
@@ -47,12 +47,12 @@ class Toy(Method):
     def _fit(self, weight, scheme, seed, stats):
         main_weight = scheme.weight_format.quantize(self.shrink * weight)
         if scheme.branch is None:
-            return Fit(main_weight)
+            return Fit(main_weight, is_final=True)
         up, down = (
             torch.zeros(len(weight), scheme.branch.rank),
             torch.zeros(scheme.branch.rank, weight.shape[1]),
         )
-        return Fit(main_weight, quantize_branch(up, down, scheme.branch, None), {"toys": 1.0})
+        return Fit(main_weight, quantize_branch(up, down, scheme.branch, None), {"toys": 1.0}, True)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ def test_a_number_that_is_not_finite_is_found_in_quantized_and_in_kept_tensors(
     write_model(tmp_path, name, value)
     source = Source.open(Checkpoint(tmp_path, tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
     place = r"\(0, 5\)" if name == "0.weight" else r"\(5,\)"
-    message = rf"Tensor '{name}' has a value that is not a finite number: {value} at {place}"
+    message = rf"Tensor '{name}' cannot be used: the value at {place} is {value}, .*not finite"
     with pytest.raises(CheckpointError, match=message):
         source.hash_weights()
 

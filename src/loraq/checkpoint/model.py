@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,18 +17,28 @@ from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
-from loraq.layers import is_linear, matrix_of, quantized_class, quantized_layers, replace_layer
+from loraq.layers import (
+    Change,
+    find_places,
+    is_linear,
+    matrix_of,
+    quantized_class,
+    quantized_layers,
+    swap,
+)
 from loraq.nn import QuantizedLinear
+from loraq.options import Size, checked
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
 from loraq.safetensors.reader import ShardReader
 
 
+@checked
 def save(
     model: nn.Module,
     folder: str | Path,
     *,
     overwrite: bool = False,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: Size = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a module with quantized layers to a folder.
 
@@ -56,7 +66,7 @@ def write_model(
     model: nn.Module,
     folder: Path,
     *,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: Size = DEFAULT_SHARD_BYTES,
     components: Mapping[str, StoredFile] | None = None,
 ) -> None:
     """Write the files of `save` into an empty folder that is not yet under its name.
@@ -104,6 +114,7 @@ def _require_quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     return layers
 
 
+@checked
 def load_into(
     model: nn.Module, folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
 ) -> None:
@@ -111,7 +122,9 @@ def load_into(
 
     The module's linear layers are replaced by quantized ones as the manifest says; every tensor
     takes the dtype it was saved with and the device of the one it replaces (the CPU in place of the
-    meta device). Nothing is changed unless the whole folder fits.
+    meta device). Nothing is changed unless the whole folder fits and was read: whatever goes wrong
+    before, the module is as it was. So memory holds both the module and the folder's tensors for a
+    moment; a module on the meta device takes none.
 
     Args:
         model: the float architecture, on any device, its weights do not matter; or a quantized one.
@@ -125,32 +138,46 @@ def load_into(
             keys are listed.
         KernelError: there is no such back end, or it refuses every layer.
     """
-    manifest, reader, devices = insert_empty_layers(
+    manifest, reader, devices, layers = _check_folder(
         model, Path(folder), backend=backend, verify=verify
     )
+    # Everything is read before anything changes; what is left then are assignments.
     read: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, device in devices.items():
-            source = manifest.tied.get(name, name)
-            tensor = read[source] if source in read else reader.read(source).to(device)
-            new = _assign(model, name, tensor)
-            if source in manifest.tied.values():
-                read[source] = new
+    for name, device in devices.items():
+        source = manifest.tied.get(name, name)
+        if source not in read:
+            read[source] = reader.read(source).to(device)
+    swap([*find_places(model, layers), *_find_tensors(model, layers, devices, manifest.tied, read)])
 
 
 def insert_empty_layers(
-    model: nn.Module, folder: Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True
-) -> tuple[Manifest, ShardReader, dict[str, torch.device]]:
-    """Put empty quantized layers where a folder's manifest says.
+    model: nn.Module, folder: Path, *, verify: bool = True
+) -> tuple[Manifest, ShardReader]:
+    """Put empty quantized layers where a folder's manifest says, for a loader that fills them.
 
     First the whole folder is checked against the model.
 
     Returns:
-        The manifest, the tensors of the folder, and the device of every tensor to load.
+        The manifest, and the tensors of the folder.
 
     Raises:
         CheckpointError: the folder does not fit the model, as for `load_into`.
-        KernelError: there is no such back end, or it refuses every layer.
+    """
+    manifest, reader, _, layers = _check_folder(
+        model, folder, backend=DEFAULT_BACKEND, verify=verify
+    )
+    swap(find_places(model, layers))
+    return manifest, reader
+
+
+def _check_folder(
+    model: nn.Module, folder: Path, *, backend: str, verify: bool
+) -> tuple[Manifest, ShardReader, dict[str, torch.device], dict[str, QuantizedLinear]]:
+    """Check a whole folder against a model, which stays as it is.
+
+    Returns:
+        The manifest, the tensors of the folder, the device of every tensor to load, and the empty
+        layers to put in by their names.
     """
     asked = resolve_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
@@ -159,12 +186,10 @@ def insert_empty_layers(
     devices = _check(model, layers, reader, manifest, folder)
     require_ties(manifest, reader)
     require_numbers(manifest, reader)
-    # A refusal leaves the model as it was.
     check_for_all(asked, [layer.spec for layer in layers.values()])
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.ask_backend(backend, strict=False)
-        replace_layer(model, name, layer)
-    return manifest, reader, devices
+    return manifest, reader, devices, layers
 
 
 def _check(
@@ -217,6 +242,28 @@ def _check(
     }
 
 
+def _find_tensors(
+    model: nn.Module,
+    layers: dict[str, QuantizedLinear],
+    names: Iterable[str],
+    tied: dict[str, str],
+    read: dict[str, Tensor],
+) -> Iterator[Change]:
+    """Yield the changes that put tensors into a model and into the layers that it will get."""
+    places, parameters = _find_places(model, layers), dict[str, nn.Parameter]()
+    for name in names:
+        source, (owner_name, _, leaf) = tied.get(name, name), name.rpartition(".")
+        owner = places.get(owner_name) or model.get_submodule(owner_name)
+        if leaf not in owner._parameters:
+            yield owner._buffers, leaf, read[source]
+            continue
+        old, tensor = owner._parameters[leaf], read[source]
+        if source not in parameters:  # tied ones stay one object
+            trainable = old is not None and old.requires_grad and tensor.is_floating_point()
+            parameters[source] = nn.Parameter(tensor, requires_grad=trainable)
+        yield owner._parameters, leaf, parameters[source]
+
+
 def _find_places(
     model: nn.Module, layers: dict[str, QuantizedLinear]
 ) -> dict[str, QuantizedLinear]:
@@ -257,24 +304,6 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
     layer.record = manifest.record(name)
     return layer
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Put a tensor into the model, and return what now stands there.
-
-    A `Parameter` stays the same object.
-    """
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf not in owner._parameters:
-        owner._buffers[leaf] = tensor.detach()
-        return tensor
-    old = owner._parameters[leaf]
-    if not isinstance(tensor, nn.Parameter):
-        trainable = old is not None and old.requires_grad and tensor.is_floating_point()
-        tensor = nn.Parameter(tensor, requires_grad=trainable)
-    owner._parameters[leaf] = tensor
-    return tensor
 
 
 def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -202,7 +202,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             run waits to go on there; the disk refuses.
     """
     require_free(folder, overwrite=overwrite)
-    with _open_alone(folder) as partial:
+    with explain_refusals(folder), _open_alone(folder) as partial:
         yield partial.folder
         partial.publish(overwrite=overwrite)
 
@@ -211,7 +211,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield the path of a file to make, which takes the name `path` when the block ends well.
 
-    A file that is there is replaced.
+    A file that is there is replaced. An error of the block is passed on as it is.
 
     Raises:
         CheckpointError: another run makes the same file, or the disk refuses.
@@ -220,9 +220,28 @@ def atomic_file(path: Path) -> Iterator[Path]:
     require_writable(path)
     with _open_alone(path) as partial:
         yield partial.folder / path.name
-        disk.sync_tree(partial.folder)
-        os.replace(partial.folder / path.name, path)
-        disk.sync_folder(path.parent)
+        with explain_refusals(path):
+            disk.sync_tree(partial.folder)
+            os.replace(partial.folder / path.name, path)
+            disk.sync_folder(path.parent)
+
+
+@contextmanager
+def explain_refusals(target: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one message that says why.
+
+    Raises:
+        CheckpointError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write '{target}': {reason_of(error)}. Nothing was left there. Free space, and "
+            "try again."
+        ) from error
 
 
 def require_target(target: Path, *, overwrite: bool) -> None:
@@ -290,15 +309,9 @@ def _open_alone(target: Path) -> Iterator[PartialFolder]:
                 "or choose another target."
             )
         try:
-            partial.begin({})
+            with explain_refusals(target):
+                partial.begin({})
             yield partial
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot write '{target}': {reason_of(error)}. Nothing was left there. Free space, "
-                "and try again."
-            ) from error
         finally:
             partial.remove()
 

@@ -10,7 +10,7 @@ import torch
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import require_writable
-from loraq.checkpoint.partial import atomic_file, partial_path
+from loraq.checkpoint.partial import atomic_file, explain_refusals, partial_path
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.header import TensorSpec, read_header
 from loraq.safetensors.layout import ShardLayout
@@ -50,14 +50,14 @@ def stats_file(
     """
     layout = lay_out_stats(moments, path.stem)
     with atomic_file(path) as partial:
-        layout.allocate(partial.parent)
+        with explain_refusals(path):
+            layout.allocate(partial.parent)
 
         def write(layer: str, stats: ActivationStats) -> None:
             parts = (stats.second_moment.float(), torch.tensor([stats.tokens], device="cpu"))
-            layout.write(
-                partial.parent,
-                {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)},
-            )
+            named = {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
+            with explain_refusals(path):
+                layout.write(partial.parent, named)
 
         yield write
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from loraq.evaluation.contender import Contender, Row
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
+from loraq.options import Range, Workers, checked
 from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.module import plan_model, quantize_
 from loraq.pipeline.report import Report
@@ -98,12 +99,13 @@ class DemoResult:
     layer_errors: dict[str, list[float]]
 
 
+@checked
 def run(
     *,
-    n_images: int = 100,
-    steps: int = 10,
-    effort: str = "default",
-    workers: int = 1,
+    n_images: Annotated[int, Range(2, 100_000)] = 100,
+    steps: Annotated[int, Range(1, 100_000)] = 10,
+    effort: Literal["fast", "default", "best"] = "default",
+    workers: Workers = 1,
     progress: Callable[[str], None],
 ) -> DemoResult:
     """Quantize, generate and measure every contender.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loraq.checkpoint.apart import require_apart
-from loraq.checkpoint.partial import atomic_file
+from loraq.checkpoint.partial import atomic_file, explain_refusals
 from loraq.disk import write_file
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult
@@ -81,7 +81,7 @@ def draw(result: DemoResult, path: Path) -> None:
     _draw_errors(bottom.subplots(1, 1), result)
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=110, metadata={"Software": _SOFTWARE})
-    with atomic_file(path) as partial:
+    with atomic_file(path) as partial, explain_refusals(path):
         write_file(partial, picture.getvalue())
 
 

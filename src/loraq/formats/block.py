@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraq.errors import FormatError
 from loraq.formats.element import ElementFormat
+from loraq.formats.faults import require_finite
 from loraq.formats.packing import pack, packed_width, unpack
 from loraq.formats.scale_rules import LARGEST, ScaleFit, ScaleRule, choose_scales, scale_rule
 from loraq.formats.scales import E4M3_SCALE, ScaleFormat, safe_divisor, view_bytes
@@ -336,19 +336,6 @@ class FixedScales:
         """Return the packed form of rounded values, (out, in)."""
         codes = self._element.encode(rounded / safe_divisor(self.of_values))
         return replace(self._nearest, packed=pack(codes, self._nearest.format.bits))
-
-
-def require_finite(x: Tensor, what: str) -> None:
-    """Raise `FormatError` that names the first value that is NaN or infinite."""
-    finite = x.isfinite()
-    if finite.all():
-        return
-    index = tuple(int(i) for i in (~finite).nonzero()[0])
-    raise FormatError(
-        f"Cannot quantize to '{what}': the value at {index} is {x[index].item()}, and "
-        f"{int((~finite).sum())} of {x.numel()} values are not finite. Every value must be a "
-        "finite number. Repair the source file."
-    )
 
 
 def _row_chunks(rows: Tensor) -> Iterator[slice]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loraq.formats.block import QTensor, require_finite
+from loraq.formats.block import QTensor
+from loraq.formats.faults import require_finite
 from loraq.formats.scales import view_bytes
 
 

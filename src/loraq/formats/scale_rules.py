@@ -6,6 +6,7 @@ scale then follows the codes. What is best for a format was fitted to it and sta
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from loraq.formats.scales import E4M3_SCALE, GlobalScaled, ScaleFormat, safe_div
 #: Larger magnitudes saturate: a bf16 scale for them could be rounded up until its values overflow
 #: fp32.
 LARGEST = 0.99 * torch.finfo(torch.float32).max
+
+#: The names of all rules; `rule_names` says which apply to a format.
+RuleName = Literal["floor", "absmax", "midmax", "constant", "fitted", "search"]
 
 _SEARCH_GRID = tuple(round(1.0 - 0.05 * i, 2) for i in range(11))
 
@@ -43,7 +47,7 @@ class ScaleRule:
     scale for the codes of the best so far, that often.
     """
 
-    #: Name, one of "floor", "absmax", "midmax", "constant", "fitted", "search".
+    #: One of `RuleName`.
     name: str
     #: Proposed multiples of the block's largest magnitude.
     factors: tuple[float, ...] = (1.0,)

@@ -1,6 +1,5 @@
 """`absorb_lora`: quantize W + ΔW of the layers that a LoRA touches; all other bytes stay."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
-from loraq.layers import replace_layer
+from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLinear
+from loraq.options import checked
 from loraq.pipeline.layer import hash_tensor, quantize_layer
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
@@ -35,6 +35,7 @@ class Absorbed:
     others: tuple[str, ...]
 
 
+@checked
 def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     model: nn.Module | str | Path,
     lora: str | Path,
@@ -99,8 +100,6 @@ def _absorb(
     scale: float,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
-    if not math.isfinite(scale):
-        raise CheckpointError(f"The LoRA's scale is {scale}. A finite number is required.")
     require_own_weights(source_path, transformer_folder(source_path))
     folder = float_folder(source_path)
     (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
@@ -125,13 +124,22 @@ def _absorb(
             new[name].record |= {"source_sha256": layer.record["source_sha256"], "absorbed": mark}
             reports.append(report)
             show(len(reports), len(quantized), name, report.relative_error)
-        for name, layer in layers.items():
-            if name in new:
-                replace_layer(model, name, new[name])
-            else:
-                kept = layer.get_parameter("weight")
-                weight = _add_lora(name, layer, source, lora.adapters[name], scale, kept.device)
-                kept.copy_(weight.view(kept.shape))
+        kept = {
+            name: layer.get_parameter("weight") for name, layer in layers.items() if name not in new
+        }
+        sums = {
+            name: _add_lora(name, layers[name], source, lora.adapters[name], scale, weight.device)
+            for name, weight in kept.items()
+        }
+        before = {name: weight.clone() for name, weight in kept.items()}
+        try:  # nothing is left to read or solve, but a Ctrl-C may come
+            for name, weight in kept.items():
+                weight.copy_(sums[name].view(weight.shape))
+            swap(find_places(model, new))
+        except BaseException:
+            for name, weight in kept.items():
+                weight.copy_(before[name])
+            raise
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
 
 

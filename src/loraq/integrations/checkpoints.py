@@ -12,6 +12,7 @@ from loraq.integrations.diffusers import model_of, transformer_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
 from loraq.json_files import read_json
+from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
@@ -24,6 +25,7 @@ from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 
+@checked
 def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     source: str | Path,
     target: str | Path,
@@ -31,8 +33,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     *,
     config: str | Path | None = None,
     stats: Stats | None = None,
-    workers: int = 1,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    workers: Workers = 1,
+    shard_bytes: Size = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     restart: bool = False,
     link: bool = False,
@@ -88,12 +90,13 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     )
 
 
+@checked
 def plan_checkpoint(
     source: str | Path,
     recipe: str | Path | Scheme | Recipe,
     *,
     config: str | Path | None = None,
-    workers: int = 1,
+    workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Plan:
     """Return what `quantize_checkpoint` would do.

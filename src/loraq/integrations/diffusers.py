@@ -23,6 +23,7 @@ from loraq.integrations.construction import (
 )
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
+from loraq.options import checked
 from loraq.safetensors.reader import ShardReader
 
 #: Component of a pipeline that is quantized, the first that is there.
@@ -169,6 +170,7 @@ def save_beside(
         write_model(model, partial / component, components=components)
 
 
+@checked
 def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
     """Build the model of a folder that loraq wrote, and load it on the CPU.
 

@@ -25,6 +25,7 @@ from loraq.integrations.diffusers import (
 )
 from loraq.integrations.hub import local_path
 from loraq.json_files import read_json
+from loraq.options import Seed, checked
 from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
@@ -56,6 +57,7 @@ class StatsReport:
     seconds: float
 
 
+@checked
 def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command too
     source: str | Path,
     target: str | Path,
@@ -64,7 +66,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     prompts: Sequence[str] = (),
     samples: int | None = None,
     steps: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     second_moment: bool = True,
     max_tokens: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,

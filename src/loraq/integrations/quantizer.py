@@ -177,7 +177,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             _fetch_manifest(self._folder)
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
-            manifest, reader, _ = insert_empty_layers(model, self._folder, verify=verify)
+            manifest, reader = insert_empty_layers(model, self._folder, verify=verify)
             self._tied = {
                 name: source for name, source in manifest.tied.items() if name not in reader.names
             }

@@ -56,7 +56,7 @@ def get_backend(name: str) -> Backend:
     Raises:
         KernelError: there is no such back end.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise KernelError(unknown("back end", name, [*BACKENDS, DEFAULT_BACKEND]))
     return BACKENDS[name]
 

@@ -246,12 +246,37 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     *saved, up = ctx.saved_tensors
     codes, scales = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-    codes = [code.to_dense().t() if code.is_mkldnn else code for code in codes]
-    branch = None if up is None else (codes[1], scales[1], up)
-    back = pass_straight_through(gradient, (codes[0], scales[0]), branch, ctx.dtype)
+    back = _int8_linear_back(gradient, codes, scales, up, ctx.dtype)
     bias = None if ctx.bias_dtype is None else gradient.float().sum(0).to(ctx.bias_dtype)
     nothing = [None] * len(codes)
     return back, nothing, nothing, None, bias
+
+
+# Opaque as well: whether codes are packed is seen on the tensors themselves, not on a compiler's
+# stand-ins.
+@library.custom_op("loraq::int8_linear_back", mutates_args=())
+def _int8_linear_back(
+    gradient: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    codes = [code.to_dense().t() if code.is_mkldnn else code for code in codes]
+    branch = None if up is None else (codes[1], scales[1], up)
+    return pass_straight_through(gradient, (codes[0], scales[0]), branch, dtype)
+
+
+@_int8_linear_back.register_fake
+def _(
+    gradient: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    n_in = codes[0].shape[1]
+    return gradient.new_empty((gradient.shape[0], n_in), dtype=dtype)
 
 
 _int8_linear.register_autograd(_backward, setup_context=_save)

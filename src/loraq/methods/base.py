@@ -10,23 +10,22 @@ registry.
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraq.autocast import without_autocast
 from loraq.errors import CalibrationError, FormatError, SchemeError, unknown
-from loraq.formats import QTensor
-from loraq.formats.block import require_finite
+from loraq.formats import BlockFormat
 from loraq.linalg import frobenius
+from loraq.methods.fits import Fit, Prepared, Stored, prepare_weight, round_plainly
 from loraq.methods.prediction import Prediction, tail_energies
-from loraq.packed import LayerSolution, LowRankBranch, PackedWeight
+from loraq.options import check_fields
+from loraq.packed import LayerSolution, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from loraq.transforms import rotate
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -53,21 +52,17 @@ def register(method: M) -> M:
     return method
 
 
-class Fit(NamedTuple):
-    """What a method makes of a prepared weight."""
-
-    #: The main weight, (out, in).
-    main: QTensor
-    branch: LowRankBranch | None = None
-    #: What else was measured, by name.
-    metrics: Mapping[str, float] = {}
-
-
 @dataclass(frozen=True)
 class Method(ABC):
-    """One weight in, one `LayerSolution` out.
+    """One weight in, one `LayerSolution` out, which is finite and never worse than plain rounding.
 
-    Fields are plain, as recipes write them: bool, int, float or str, or one of these or `None`.
+    For that a fit is compared with rounding to nearest (same scale rule, a branch of zeros), by the
+    error of the weight, or by the output error with statistics; a fit that is final was compared by
+    the method itself. A rotated scheme rounds the rotated weight.
+
+    Fields are plain, as recipes write them: bool, int, float, str, a `Literal` of these, tuples of
+    them, or one of these or `None`. Their ranges stand in the annotations, as in `Annotated[int,
+    Range(1, 10)]`; a value outside of them is a `SchemeError` when the method is built.
     """
 
     #: What recipes and the command line call it.
@@ -80,6 +75,9 @@ class Method(ABC):
     use_of_stats: ClassVar[Literal["required", "optional", "ignored"]] = "ignored"
     #: Its levels of effort, "default" among them; none if it has just one.
     efforts: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, SchemeError, f"method '{self.name}'")
 
     @classmethod
     def at(cls, effort: str) -> "Method":
@@ -117,24 +115,46 @@ class Method(ABC):
 
         Raises:
             CalibrationError: statistics are missing, say too little, or are not of this layer.
-            FormatError: a weight is NaN or infinite.
+            FormatError: a weight is NaN or infinite, fp32 does not hold it, or the formats have no
+                scales for it.
             SchemeError: the scheme does not fit the weight or the method.
         """
         begin = time.perf_counter()
-        self._check_branch(scheme)
-        weight = prepare_weight(weight, scheme)
-        stats = self._prepare_stats(stats, weight, scheme)
-        main, branch, metrics = self._fit(weight, scheme, seed, stats)
-        if (branch is None) is not (scheme.branch is None):
-            raise SchemeError(
-                f"Method '{self.name}' returned {'no' if branch is None else 'a'} branch, and the "
-                f"scheme has {'none' if scheme.branch is None else 'one'}. Correct its `_fit`."
-            )
-        # As the prepared weight is rotated, so is what is compared with it.
-        error = _error_of(weight, main, branch)
-        relative_error = frobenius(error).item() / (frobenius(weight).item() or 1.0)
-        packed, seconds = PackedWeight(scheme, main, branch), time.perf_counter() - begin
-        return LayerSolution(packed, relative_error, seconds, dict(metrics))
+        self.check(scheme)
+        prepared = prepare_weight(weight, scheme)
+        stats = self._prepare_stats(stats, prepared.weight, scheme)
+        with without_autocast(weight.device):
+            fit = self._fit(prepared.weight, scheme, seed, stats)
+            if (fit.branch is None) is not (scheme.branch is None):
+                raise SchemeError(
+                    f"Method '{self.name}' returned {'no' if fit.branch is None else 'a'} branch, "
+                    f"and the scheme has {'none' if scheme.branch is None else 'one'}. Correct its "
+                    "`_fit`."
+                )
+            best = self._choose(prepared, scheme, fit, stats)
+        packed, seconds = PackedWeight(scheme, best.main, best.branch), time.perf_counter() - begin
+        return LayerSolution(packed, best.relative_error, seconds, dict(best.metrics))
+
+    def _choose(
+        self, prepared: Prepared, scheme: Scheme, fit: Fit, stats: ActivationStats | None
+    ) -> Stored:
+        """Return a fit as it is stored, or plain rounding and a branch of zeros if that is better.
+
+        What is compared is the output error with statistics, and the weight's error without. A fit
+        that is final stands, unless it cannot be stored.
+        """
+        try:
+            fitted = Stored.of(fit, prepared, scheme, stats)
+        except FormatError:
+            fitted = None
+        if fitted is not None and ((fit.is_final and fitted.is_exact) or fitted.cost == 0):
+            return fitted.require_content(prepared, scheme)
+        rule = getattr(self, "scale_rule", "search")
+        nearest = round_plainly(prepared.weight, scheme, rule)._replace(metrics=fit.metrics)
+        plain = Stored.of(nearest, prepared, scheme, stats)
+        if fitted is not None and fitted.cost <= plain.cost:
+            plain = fitted
+        return plain.require_content(prepared, scheme)
 
     @abstractmethod
     def _fit(
@@ -161,12 +181,13 @@ class Method(ABC):
             FormatError: a weight is NaN or infinite.
             SchemeError: the scheme does not fit the weight.
         """
-        weight = prepare_weight(weight, scheme)
+        prepared, exponent = prepare_weight(weight, scheme)
         self._require_branch(scheme)
-        error = weight - scheme.weight_format.round(weight, "search")
-        shares = self._predict_shares(weight, error, scheme)[: most + 1]
-        left: list[float] = (frobenius(error).item() ** 2 * shares).tolist()
-        return Prediction(frobenius(weight).item() ** 2, tuple(left))
+        with without_autocast(weight.device):
+            error = prepared - scheme.weight_format.round(prepared, "search")
+            shares = self._predict_shares(prepared, error, scheme)[: most + 1]
+        left: list[float] = (4.0**exponent * frobenius(error).item() ** 2 * shares).tolist()
+        return Prediction(4.0**exponent * frobenius(prepared).item() ** 2, tuple(left))
 
     def _predict_shares(
         self, weight: Float[Tensor, "out in"], error: Float[Tensor, "out in"], scheme: Scheme
@@ -178,7 +199,17 @@ class Method(ABC):
         """
         return tail_energies(weight)
 
-    def _check_branch(self, scheme: Scheme) -> None:
+    def check(self, scheme: Scheme) -> None:
+        """Raise unless the method can solve weights of a scheme, judged without any weight.
+
+        Raises:
+            FormatError: the method's scale rule is none of the formats'.
+            SchemeError: the method has no branch and the scheme has one, or the other way round.
+        """
+        rule = getattr(self, "scale_rule", None)
+        for fmt in (scheme.weight_format, scheme.branch and scheme.branch.weight_format):
+            if isinstance(fmt, BlockFormat):
+                fmt.scale_rule(rule)
         if self.branch == "required":
             self._require_branch(scheme)
         if self.branch == "none" and scheme.branch is not None:
@@ -225,49 +256,3 @@ def layer_seed(seed: int, name: str) -> int:
     """Return the seed of one layer, from the recipe's seed and the layer's name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def prepare_weight(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Return a weight as contiguous fp32, rotated as the scheme says.
-
-    Raises:
-        FormatError: it is not a float weight of 16 bits or more, is not loaded, or not finite.
-        SchemeError: the scheme does not fit its shape.
-    """
-    scheme.check(tuple(weight.shape))
-    if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
-        raise FormatError(
-            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights of "
-            "16 bits or more are required."
-        )
-    require_finite(weight, scheme.weight)
-    return rotate(weight.detach().float(), scheme.rotation).contiguous()
-
-
-def quantize_branch(up: Tensor, down: Tensor, branch: Branch, rule: str | None) -> LowRankBranch:
-    """Return both factors in the branch's format."""
-    fmt = branch.weight_format
-    return LowRankBranch(proj_up=fmt.quantize(up, rule), proj_down=fmt.quantize(down, rule))
-
-
-def output_error(
-    weight: Float[Tensor, "out in"],
-    main: QTensor,
-    branch: LowRankBranch | None,
-    stats: ActivationStats,
-) -> float:
-    """Return √(E‖x (W − Ŵ)ᵀ‖² / E‖x Wᵀ‖²) of what is stored, inputs not rounded.
-
-    With mean squares alone it is that of uncorrelated channels.
-    """
-    error, double = _error_of(weight, main, branch), torch.float64
-    return (
-        stats.output_energy(error, double) / (stats.output_energy(weight, double) or 1.0)
-    ) ** 0.5
-
-
-def _error_of(weight: Tensor, main: QTensor, branch: LowRankBranch | None) -> Tensor:
-    """Return what main weight and branch leave of a prepared weight, (out, in)."""
-    error = weight - main.dequantize()
-    return error if branch is None else error.sub_(branch.reconstruct())

@@ -5,12 +5,16 @@ arXiv 2411.05007, does with its option "gptq".
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
+from loraq.formats.scale_rules import RuleName
 from loraq.linalg import truncated_svd
-from loraq.methods.base import Fit, Method, output_error, quantize_branch, register
+from loraq.methods.base import Method, register
 from loraq.methods.feedback import Feedback
+from loraq.methods.fits import Fit, quantize_branch
+from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -29,9 +33,9 @@ class GPTQ(Method):
     use_of_stats = "required"
 
     #: What is added to the diagonal of the second moment, as a share of its mean.
-    damping: float = 0.01
+    damping: Annotated[float, Range(0, 1e9)] = 0.01
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
 
     @property
     def needs_full_moment(self) -> bool:
@@ -47,4 +51,4 @@ class GPTQ(Method):
             target = weight - fitted.reconstruct()
         feedback = Feedback(stats.second_moment, damping=self.damping)
         main = feedback.round(target, scheme.weight_format, self.scale_rule)
-        return Fit(main, fitted, {"output_error": output_error(weight, main, fitted, stats)})
+        return Fit(main, fitted)

@@ -45,6 +45,11 @@ class Inputs:
         weights = self.stats.mean_square / self._power + damping
         return weights / weights.mean()
 
+    @property
+    def rounds_with_feedback(self) -> bool:
+        """Whether all second moments are known, which `round` makes use of."""
+        return self.stats is not None and self.stats.is_full
+
     def round(self, target: Float[Tensor, "out in"], fmt: Format, rule: str | None) -> QTensor:
         """Return the rounded matrix that answers inputs as the target T does.
 
@@ -54,7 +59,7 @@ class Inputs:
         rounding T H (H + Σ)⁻¹ for inputs of moment H + Σ. Where inputs are correlated, that filters
         noise which would reach the output through directions without signal (Wiener's filter).
         """
-        if self.stats is None or not self.stats.is_full:
+        if not self.rounds_with_feedback:
             return fmt.quantize(target, rule)
         noise_filter, feedback = self._answer
         return feedback.round(target if noise_filter is None else target @ noise_filter, fmt, rule)

@@ -27,22 +27,29 @@ activations (`Inputs.round`), and candidates are compared by the output error th
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from loraq.formats import Format
+from loraq.formats.scale_rules import RuleName
 from loraq.linalg import svd_of_product, truncated_svd
-from loraq.methods.base import Fit, Method, quantize_branch, register
+from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, Iterate, Problem, move, spread
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
 from loraq.methods.noise import ActivationNoise
 from loraq.methods.prediction import tail_energies
+from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 #: Steps of the two phases for each effort level.
 EFFORTS = {"fast": (25, 10), "default": (140, 56), "best": (400, 160)}
+
+#: More would take weeks.
+MOST_STEPS = 1_000_000
 
 # The fit of `LoRaQ._predict_shares`: exponent of t(r), and that of −√ρ for factors of few bits and
 # for others; fitted to `fast` solves of the trained digits layers at ranks 2 to 64, and right
@@ -56,8 +63,10 @@ _FREEDOM, _FREEDOM_OF_BITS = 3.2, {4: 1.6, 5: 2.8, 6: 2.8}
 class LoRaQ(Method):
     """Anneal the branch against the rounding error of what it leaves; see the module text.
 
-    It is never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike. Where the
-    intermediate is rounded, SVDQuant's factors are rotated in rank space as ours are.
+    It is never worse in J than one-shot SVDQuant or rounding to nearest, scaled alike; where the
+    intermediate is rounded, SVDQuant's factors are rotated in rank space as ours are. J counts the
+    noise of rounded activations, so that the error of the weight alone may be larger than that of
+    rounding to nearest: on a weight that the main format holds exactly, for example.
 
     `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant;
     with statistics ‖W‖ is the size of the output, and there is "output_error".
@@ -69,35 +78,35 @@ class LoRaQ(Method):
     efforts = tuple(EFFORTS)
 
     #: Steps with full-precision factors, hot to stable.
-    steps: int = 140
+    steps: Annotated[int, Range(0, MOST_STEPS)] = 140
     #: Steps with rounded factors, stable to zero.
-    refine_steps: int = 56
+    refine_steps: Annotated[int, Range(0, MOST_STEPS)] = 56
     #: First step, in units of the one that moves the weight by about one rounding error; flat from
     #: 1.4 to 2.4.
-    heat: float = 1.8
+    heat: Annotated[float, Range(0, 1000)] = 1.8
     #: Over-relaxation that phase 1 cools to and phase 2 starts from; 2 is the limit of stability.
-    final_step: float = 1.5
+    final_step: Annotated[float, Range(0, 2)] = 1.5
     #: Largest move of a row or column relative to its own error; keeps outlier channels from
     #: running away.
-    leverage_cap: float = 1.0
+    leverage_cap: Annotated[float, Range(0)] = 1.0
     #: Least weight of ‖Qw(R)‖² at the first step, 0 at the end of phase 1; keeps Qw(R) and the
     #: branch small.
-    pull: float = 0.02
+    pull: Annotated[float, Range(0, 1000)] = 0.02
     #: Least shrinking of the branch in phase 1; `None` takes 0.01 for 5- and 6-bit factors, 0.005
     #: for 4-bit ones, else 0: less signal in a low-bit branch is less rounding noise.
-    decay: float | None = None
+    decay: Annotated[float, Range(0, 1)] | None = None
     #: Whether J has the activation-noise terms α and β of the scheme's activation formats.
     activation_aware: bool = True
     #: Whether phase 2 starts from factors rotated in rank space, which the intermediate x Dᵀ needs;
     #: see `spread`.
     rotate: bool = True
     #: Scale rule of the last rounding; inside the loop it is always "fitted".
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
     #: With statistics: added to each channel's mean square, as a share of their mean, before it
     #: weighs errors.
-    importance_damping: float = 0.3
+    importance_damping: Annotated[float, Range(0, 1e9)] = 0.3
     #: With full second moments: `GPTQ.damping` of the last rounding.
-    feedback_damping: float = 0.01
+    feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
 
     @classmethod
     def at(cls, effort: str) -> "LoRaQ":
@@ -171,26 +180,26 @@ class LoRaQ(Method):
         refined: Factors,
         start: Factors,
     ) -> Fit:
-        """Store the best of three in J: refined factors, one-shot SVDQuant's, and no branch."""
-        branch = self._require_branch(scheme)
+        """Store the best in J: refined factors, one-shot SVDQuant's, no branch, plain rounding."""
+        branch, main = self._require_branch(scheme), scheme.weight_format
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
-        candidates = [
-            quantize_branch(*factors, branch, rule)
-            for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted"))
-        ]
-        stored, errors, objectives = [], [], []
-        for candidate in candidates:
-            product = candidate.reconstruct()
-            rest = weight - product
-            stored.append(inputs.round(rest, scheme.weight_format, self.scale_rule))
-            rounded = stored[-1].dequantize()
-            errors.append(objective := inputs.error_energy(rest - rounded))
+        candidates = []
+        for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted")):
+            candidate = quantize_branch(*factors, branch, rule)
+            rest = weight - candidate.reconstruct()
+            candidates.append((candidate, inputs.round(rest, main, self.scale_rule)))
+        if inputs.rounds_with_feedback:  # which is mostly, but not always, better
+            candidates.append((candidates[-1][0], main.quantize(weight, self.scale_rule)))
+        errors, objectives = [], []
+        for candidate, stored in candidates:
+            product, rounded = candidate.reconstruct(), stored.dequantize()
+            errors.append(objective := inputs.error_energy(weight - product - rounded))
             if noise.main:
                 objective += noise.main * inputs.noise_energy(rounded)
             if noise.branch:  # the intermediate is a sum of channels, as large as they are together
                 objective += noise.input * inputs.noise_energy(product)
                 objective += noise.intermediate * inputs.error_energy(product)
-            objectives.append(objective)
+            objectives.append(math.inf if math.isnan(objective) else objective)
         best = objectives.index(min(objectives))
         norm = inputs.size(weight)
         metrics = {
@@ -199,7 +208,8 @@ class LoRaQ(Method):
         }
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(errors[best]) / norm
-        return Fit(stored[best], candidates[best], metrics)
+        fitted, stored = candidates[best]
+        return Fit(stored, fitted, metrics, is_final=True)
 
     def _decay(self, factor: Format) -> float:
         if self.decay is not None:

@@ -10,14 +10,18 @@ LQER, arXiv 2402.02446, section 3.1, knows nothing of the inputs: H is the ident
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraq.formats.scale_rules import RuleName
 from loraq.linalg import damped_cholesky, truncated_svd
-from loraq.methods.base import Fit, Method, output_error, quantize_branch, register
+from loraq.methods.base import Method, register
+from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.prediction import tail_energies
+from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -25,7 +29,7 @@ from loraq.stats import ActivationStats
 class _ErrorSVD(Method):
     """A branch that is the weighted SVD of the rounding error."""
 
-    scale_rule: str | None
+    scale_rule: RuleName | None
 
     @abstractmethod
     def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
@@ -37,10 +41,7 @@ class _ErrorSVD(Method):
         main = scheme.weight_format.quantize(weight, self.scale_rule)
         error = weight - main.dequantize()
         up, down = weighted_svd(error, moment, branch.rank, damping=damping, seed=seed)
-        fitted = quantize_branch(up, down, branch, self.scale_rule)
-        if stats is None:
-            return Fit(main, fitted)
-        return Fit(main, fitted, {"output_error": output_error(weight, main, fitted, stats)})
+        return Fit(main, quantize_branch(up, down, branch, self.scale_rule))
 
     def _predict_shares(self, weight: Tensor, error: Tensor, scheme: Scheme) -> Tensor:
         return tail_energies(error)
@@ -55,7 +56,7 @@ class LQER(_ErrorSVD):
     summary = "truncated SVD of the rounding error"
 
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
 
     def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
         return torch.ones(weight.shape[1], device=weight.device), 0.0
@@ -73,9 +74,9 @@ class QERA(_ErrorSVD):
     #: Whether all second moments are used, or only the mean squares.
     exact: bool = True
     #: What is added to the diagonal of the second moment, as a share of its mean.
-    damping: float = 1e-4
+    damping: Annotated[float, Range(0, 1e9)] = 1e-4
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
 
     @property
     def needs_full_moment(self) -> bool:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraq.methods.base import Fit, Method, register
+from loraq.formats.scale_rules import RuleName
+from loraq.methods.base import Method, register
+from loraq.methods.fits import Fit, round_plainly
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -19,7 +21,7 @@ class RTN(Method):
     branch = "none"
 
     #: Scale rule of the weight; `None` is the direct rule of the format ("floor" or "absmax").
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
-        return Fit(scheme.weight_format.quantize(weight, self.scale_rule))
+        return round_plainly(weight, scheme, self.scale_rule)._replace(is_final=True)

@@ -6,12 +6,16 @@ activations and is not used.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from loraq.formats.scale_rules import RuleName
 from loraq.linalg import frobenius, truncated_svd
-from loraq.methods.base import Fit, Method, quantize_branch, register
+from loraq.methods.base import Method, register
+from loraq.methods.fits import Fit, quantize_branch
+from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -29,11 +33,11 @@ class SVDQuant(Method):
     summary = "truncated SVD of the weight, rounding of the rest"
 
     #: Number of (SVD, round) alternations; 1 is one-shot. The best round is kept.
-    rounds: int = 1
+    rounds: Annotated[int, Range(1, 1_000_000)] = 1
     #: Rounds without improvement after which the alternation stops.
-    patience: int = 5
+    patience: Annotated[int, Range(1, 1_000_000)] = 5
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
-    scale_rule: str | None = "search"
+    scale_rule: RuleName | None = "search"
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         branch = self._require_branch(scheme)

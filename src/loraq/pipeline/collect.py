@@ -14,6 +14,7 @@ from loraq.checkpoint.model import origin_of
 from loraq.checkpoint.stats_file import load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, is_linear, matrix_of
+from loraq.options import checked
 from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
@@ -23,6 +24,7 @@ _CHUNK = 4096
 _ROWS = 256
 
 
+@checked
 def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     model: nn.Module,
     run: Callable[[], object],

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraq.errors import FormatError, LayerError, layer_failure
-from loraq.formats.block import require_finite
+from loraq.errors import LayerError, layer_failure
+from loraq.formats.faults import find_fault
 from loraq.layers import LinearLayer, quantized_class
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution, PackedWeight
@@ -77,7 +77,7 @@ def solve_layer(
 
 
 def require_usable(name: str, layer: LinearLayer) -> None:
-    """Raise `LayerError` unless a layer's weights are there, float, and finite."""
+    """Raise `LayerError` unless a layer's weights are there, and numbers that can be quantized."""
     if layer.weight.is_meta:
         raise LayerError(
             f"Layer '{name}' has no weights (it is on the meta device). Load the model first."
@@ -87,10 +87,8 @@ def require_usable(name: str, layer: LinearLayer) -> None:
             f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights of 16 bits or more "
             "are required."
         )
-    try:
-        require_finite(layer.weight, "any format")
-    except FormatError as error:
-        raise layer_failure(name, error) from error
+    if fault := find_fault(layer.weight):
+        raise LayerError(f"Layer '{name}' cannot be quantized: {fault}")
 
 
 def hash_tensor(tensor: Tensor) -> str:

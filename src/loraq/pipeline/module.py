@@ -15,6 +15,7 @@ from loraq.errors import RecipeError, SchemeError, unknown
 from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_layers, replace_layer
 from loraq.methods import METHODS
 from loraq.methods.prediction import Prediction
+from loraq.options import Seed, Workers, checked
 from loraq.packed import LayerSolution
 from loraq.pipeline.layer import FinishedLayer, quantize_layer, require_usable, solve_layer
 from loraq.pipeline.plan import LayerJob, Plan
@@ -27,12 +28,13 @@ from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 
+@checked
 def quantize_weight(
     weight: Float[Tensor, "out in"],
     recipe: str | Path | Scheme | Recipe,
     *,
     method: str | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     name: str = "",
     stats: ActivationStats | None = None,
 ) -> LayerSolution:
@@ -75,11 +77,12 @@ def quantize_weight(
     return solve_layer(LayerJob.of(name, shape, scheme, recipe), weight, stats)
 
 
+@checked
 def plan_model(
     model: nn.Module,
     recipe: str | Path | Scheme | Recipe,
     *,
-    workers: int = 1,
+    workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Plan:
     """Return what `quantize_` would do with a module.
@@ -101,7 +104,7 @@ def plan_model(
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
     recipe = Recipe.of(recipe)
-    return _share_budget(model, Plan.of_model(model, recipe), recipe, max(1, workers), progress)
+    return _share_budget(model, Plan.of_model(model, recipe), recipe, workers, progress)
 
 
 def _share_budget(
@@ -124,12 +127,13 @@ def _share_budget(
     return share_budget(plan, recipe, predict_all, progress)
 
 
+@checked
 def quantize_(
     model: nn.Module,
     recipe: str | Path | Scheme | Recipe,
     *,
     stats: Stats | None = None,
-    workers: int = 1,
+    workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report:
     """Quantize the linear layers of a module in place, layer by layer.
@@ -158,8 +162,8 @@ def quantize_(
         RecipeError: the recipe cannot be read, or leaves nothing to quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
-    recipe, workers = Recipe.of(recipe), max(1, workers)
-    stats, plan, layers = open_stats(stats), Plan.of_model(model, recipe), linear_layers(model)
+    recipe, layers = Recipe.of(recipe), linear_layers(model)
+    stats, plan = open_stats(stats), Plan.of_model(model, recipe)
     if not plan.quantized and not quantized_layers(model):
         raise RecipeError(
             f"Nothing to quantize: {len(layers)} linear layers were found in "

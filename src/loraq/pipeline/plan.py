@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from loraq.errors import LayerError
+from loraq.errors import LayerError, LoraqError, SchemeError
 from loraq.layers import is_linear, matrix_shapes, other_weights
 from loraq.methods import Method, layer_seed
 from loraq.recipe import Recipe
@@ -53,9 +53,17 @@ class LayerJob:
         reason: str = "",
         sized: bool = False,
     ) -> "LayerJob":
-        """Return the job of a layer whose scheme is settled, with the recipe's method and seed."""
-        seed = layer_seed(recipe.seed, name)
-        return cls(name, shape, scheme, recipe.solver(scheme), seed, reason, sized)
+        """Return the job of a layer whose scheme is settled, with the recipe's method and seed.
+
+        Raises:
+            SchemeError: the method cannot solve this scheme; the message carries the layer's name.
+        """
+        method, seed = recipe.solver(scheme), layer_seed(recipe.seed, name)
+        try:
+            method.check(scheme)
+        except LoraqError as error:
+            raise SchemeError(f"Layer '{name}': {error}") from error
+        return cls(name, shape, scheme, method, seed, reason, sized)
 
     @property
     def nbytes(self) -> int:

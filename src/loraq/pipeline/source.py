@@ -11,6 +11,7 @@ from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.links import find_files
 from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError, RecipeError
+from loraq.formats.faults import find_fault
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
@@ -105,12 +106,14 @@ class Source:
         """Read every tensor once, and return the hash of each by its name.
 
         Raises:
-            CheckpointError: a number is not finite, or a tensor cannot be read.
+            CheckpointError: a weight cannot be used (`find_fault`), or a tensor cannot be read.
         """
+        weights = {f"{job.name}.weight" for job in self.plan.quantized}
         hashes = {}
         for name in self.names:
             tensor = self.reader.read(name)
-            _require_finite(name, tensor)
+            if fault := find_fault(tensor, is_kept=name not in weights):
+                raise CheckpointError(f"Tensor '{name}' cannot be used: {fault}")
             hashes[name] = hash_tensor(tensor)
         return hashes
 
@@ -168,17 +171,3 @@ def _require_floats(files: ShardReader) -> None:
                 f"'{files.folder}': tensor '{name}' is {dtype}. Float weights of 16 bits or more "
                 "are required."
             )
-
-
-def _require_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    # A NaN makes both the smallest and the largest value NaN; this runs at the memory's speed.
-    least, most = tensor.aminmax()
-    if least.isfinite() and most.isfinite():
-        return
-    index = tuple(int(i) for i in (~tensor.isfinite()).nonzero()[0])
-    raise CheckpointError(
-        f"Tensor '{name}' has a value that is not a finite number: {tensor[index].item()} at "
-        f"{index}. Repair the source, or download it again."
-    )

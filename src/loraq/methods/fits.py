@@ -1,0 +1,177 @@
+"""What methods take and give: a prepared weight, a fit of it, and the fit as it is stored.
+
+A weight at the ends of fp32 is divided by a power of two before it is solved, because its squares
+would leave fp32, and its fit is multiplied by it; no digit changes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.autocast import without_autocast
+from loraq.errors import FormatError
+from loraq.formats import QTensor
+from loraq.formats.faults import find_fault
+from loraq.formats.powers import times_power_of_two
+from loraq.linalg import frobenius
+from loraq.packed import LowRankBranch, PackedWeight
+from loraq.scheme import Branch, Scheme
+from loraq.stats import ActivationStats
+from loraq.transforms import rotate
+
+#: Weights whose largest magnitude is within 2^±40 are solved as they are: sums of their squares
+#: stay far inside fp32.
+_USUAL_EXPONENTS = 40
+
+
+class Fit(NamedTuple):
+    """What a method makes of a prepared weight."""
+
+    #: The main weight, (out, in).
+    main: QTensor
+    branch: LowRankBranch | None = None
+    #: What else was measured, by name.
+    metrics: Mapping[str, float] = {}
+    #: Whether the method has compared it with plain rounding already, in a measure of its own.
+    is_final: bool = False
+
+
+class Prepared(NamedTuple):
+    """A weight as methods see it."""
+
+    #: Rotated as the scheme says and divided by 2^exponent, contiguous fp32.
+    weight: Float[Tensor, "out in"]
+    #: 0 unless squares of the weight would leave fp32.
+    exponent: int
+
+
+def prepare_weight(weight: Tensor, scheme: Scheme) -> Prepared:
+    """Return a weight as methods see it.
+
+    Raises:
+        FormatError: it is not a float weight of 16 bits or more, is not loaded, or fp32 does not
+            hold it.
+        SchemeError: the scheme does not fit its shape.
+    """
+    scheme.check(tuple(weight.shape))
+    if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
+        raise FormatError(
+            f"Cannot quantize to '{scheme.weight}': the weight is {kind}. Loaded float weights of "
+            "16 bits or more are required."
+        )
+    if fault := find_fault(weight):
+        raise FormatError(f"Cannot quantize to '{scheme.weight}': {fault}")
+    weight = weight.detach()
+    _, exponent = math.frexp(weight.abs().max().item())
+    if abs(exponent) <= _USUAL_EXPONENTS:
+        exponent = 0
+    else:  # a power of two changes no digit
+        weight = weight.double() * 2.0**-exponent
+    with without_autocast(weight.device):
+        return Prepared(rotate(weight.float(), scheme.rotation).contiguous(), exponent)
+
+
+def round_plainly(weight: Float[Tensor, "out in"], scheme: Scheme, rule: str | None) -> Fit:
+    """Return a prepared weight rounded to nearest, beside a branch of zeros if there is one."""
+    main = scheme.weight_format.quantize(weight, rule)
+    if scheme.branch is None:
+        return Fit(main)
+    up, down = (
+        weight.new_zeros(shape)
+        for shape in ((len(weight), scheme.branch.rank), (scheme.branch.rank, weight.shape[1]))
+    )
+    return Fit(main, quantize_branch(up, down, scheme.branch, rule))
+
+
+class Stored(NamedTuple):
+    """A fit as it is stored, and what it leaves of the weight."""
+
+    main: QTensor
+    branch: LowRankBranch | None
+    #: ‖W − Ŵ‖ / ‖W‖; the absolute error if W is zero.
+    relative_error: float
+    #: What fits are compared by: squared output error with statistics, else the relative error.
+    cost: float
+    metrics: Mapping[str, float]
+    #: Whether it is the fit times a power of two, with nothing rounded anew.
+    is_exact: bool = True
+
+    @classmethod
+    def of(
+        cls, fit: Fit, prepared: Prepared, scheme: Scheme, stats: ActivationStats | None
+    ) -> "Stored":
+        """Multiply a fit of a prepared weight by its power of two, and measure it.
+
+        Raises:
+            FormatError: the formats do not hold the result.
+        """
+        weight, exponent = prepared
+        main, branch = fit.main, fit.branch
+        error = weight - main.dequantize()
+        if branch is not None:
+            error = error.sub_(branch.reconstruct())
+        is_exact = True
+        if exponent:
+            main, branch = _multiply(main, branch, exponent)
+            if not PackedWeight(scheme, main, branch).reconstruct().isfinite().all():
+                raise FormatError(
+                    f"What '{scheme.weight}' stores of this weight leaves the range of fp32. Scale "
+                    "the weight down, or keep this layer in floats."
+                )
+            fitted, error = error, (weight - _divide(main, branch, exponent)).float()
+            is_exact = torch.allclose(error, fitted, rtol=0, atol=1e-6)
+        relative_error = frobenius(error).item() / (frobenius(weight).item() or 1.0)
+        if stats is None:
+            return cls(main, branch, relative_error, relative_error, fit.metrics, is_exact)
+        # With mean squares alone it is that of uncorrelated channels.
+        cost, double = stats.output_energy(error, torch.float64), torch.float64
+        output_error = (cost / (stats.output_energy(weight, double) or 1.0)) ** 0.5
+        metrics = {"output_error": output_error, **fit.metrics}
+        return cls(main, branch, relative_error, cost, metrics, is_exact)
+
+    def require_content(self, prepared: Prepared, scheme: Scheme) -> "Stored":
+        """Return itself.
+
+        Raises:
+            FormatError: what is stored is not finite, or nothing of the weight is left in it.
+        """
+        if self.relative_error < 1 or not prepared.weight.any():
+            return self
+        largest = prepared.weight.abs().max().item() * 2.0**prepared.exponent
+        raise FormatError(
+            f"'{scheme.weight}' stores nothing of this weight (relative error "
+            f"{self.relative_error:.3g}): its largest magnitude is {largest:.3g}, for which the "
+            "format has no scale. Scale the weight, or keep this layer in floats."
+        )
+
+
+def quantize_branch(up: Tensor, down: Tensor, branch: Branch, rule: str | None) -> LowRankBranch:
+    """Return both factors in the branch's format."""
+    fmt = branch.weight_format
+    return LowRankBranch(proj_up=fmt.quantize(up, rule), proj_down=fmt.quantize(down, rule))
+
+
+def _multiply(
+    main: QTensor, branch: LowRankBranch | None, exponent: int
+) -> tuple[QTensor, LowRankBranch | None]:
+    """Return main weight and branch times 2^exponent, which both factors share."""
+    main, half = times_power_of_two(main, exponent), exponent // 2
+    if branch is None:
+        return main, None
+    up = times_power_of_two(branch.proj_up, half)
+    down = times_power_of_two(branch.proj_down, exponent - half)
+    return main, LowRankBranch(proj_up=up, proj_down=down)
+
+
+def _divide(main: QTensor, branch: LowRankBranch | None, exponent: int) -> Float[Tensor, "out in"]:
+    """Return the dense form of what `_multiply` returns, without the power again, in fp64."""
+    dense = main.dequantize().double() * 2.0**-exponent
+    if branch is None:
+        return dense
+    up, down = branch.proj_up.dequantize().double(), branch.proj_down.dequantize().double()
+    return dense + (up * 2.0 ** -(exponent // 2)) @ (down * 2.0 ** (exponent // 2 - exponent))
