@@ -32,8 +32,17 @@ def write_json(path: Path, content: Any) -> bytes:
 
 
 def encode_json(content: Any) -> bytes:
-    """Return JSON in the order of the content, with two spaces and a newline at the end."""
-    return (json.dumps(content, indent=2) + "\n").encode()
+    """Return JSON in the order of the content, with two spaces and a newline at the end.
+
+    Raises:
+        CheckpointError: it has a number that is not finite, which JSON has no word for.
+    """
+    try:
+        return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise CheckpointError(
+            f"Cannot write JSON: {error}. Only finite numbers can be read back."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -716,3 +716,16 @@ def test_a_model_is_not_changed_by_a_failing_save(model, tmp_path, monkeypatch):
         loraq.save(model, tmp_path / "target")
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32))
+    loraq.quantize_(model, RECIPE, progress=False)
+    model[0].bias = nn.Parameter(model[0].bias.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(CheckpointError, match=r"'0\.bias' is torch\.float8_e4m3fn"):
+        loraq.save(model, tmp_path / "target")
+    model[0].bias = nn.Parameter(model[0].bias.float())
+    model[0].record["relative_error"] = float("inf")
+    with pytest.raises(CheckpointError, match="Only finite numbers can be read back"):
+        loraq.save(model, tmp_path / "target")
+    assert names(tmp_path) == []

@@ -82,6 +82,12 @@ def write_model(
         OSError: the disk refuses.
     """
     tensors, tied = _split_tied(model.state_dict())
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"Tensor '{name}' is {tensor.dtype}, which is no weight without its scale and "
+                "could not be loaded. Cast it to 16 bits first."
+            )
     recipes: list[dict[str, object]] = []
     stored = {}
     for name, layer in _require_quantized(model).items():
