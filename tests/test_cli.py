@@ -313,6 +313,7 @@ def test_quantize_overwrites_when_it_is_told_to(place, tmp_path):
         "quantize", place / "float", tmp_path / "out", "--overwrite"
     )
     (tmp_path / "out" / "model.safetensors").touch()
+    (tmp_path / "out" / "config.json").write_text('{"_class_name": "Net"}')
     command = ["quantize", place / "float", tmp_path / "out", "--overwrite", "--recipe", "mxfp4"]
     assert "it also holds old" in fails(*command)
     (tmp_path / "out" / "old").unlink()

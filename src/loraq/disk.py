@@ -46,14 +46,16 @@ def open_file(path: Path, *, create: bool = False, mode: int = 0o666) -> int:
     """Return the descriptor of a file to read and write.
 
     Raises:
-        OSError: the name stands for a link, or for anything else that is not a file.
+        OSError: the name stands for a link, for a file that has a second name, or for anything
+            else that is not a file.
     """
     flags = os.O_RDWR | _NO_LINK | _BINARY | getattr(os, "O_NONBLOCK", 0)
     flags |= os.O_CREAT if create else 0
     descriptor = os.open(path, flags, mode)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a file", str(path))
+        raise OSError(errno.EINVAL, "it is not a file, or has a second name", str(path))
     return descriptor
 
 

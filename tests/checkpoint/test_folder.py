@@ -1,7 +1,9 @@
 """What `overwrite` may replace: a model or a pipeline, and nothing that somebody else wrote."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import save_file
@@ -117,3 +119,74 @@ def test_every_writer_of_folders_refuses(tmp_path):
         with pytest.raises(CheckpointError, match=r"also holds notes\.txt"):
             write()
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors", "model-000001.safetensors", "model-my-only-copy.safetensors"),
+        ("model.safetensors",),
+    ],
+)
+def test_a_folder_of_loras_is_no_model(tmp_path, names):
+    make(tmp_path / "loras", *names)
+    with pytest.raises(CheckpointError, match="it is not a model's folder"):
+        require_free(tmp_path / "loras", overwrite=True)
+    model_in(tmp_path / "loras")
+    if len(names) > 1:
+        with pytest.raises(CheckpointError, match=r"model-000001\.safetensors"):
+            require_free(tmp_path / "loras", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("config.json", '{"model_type": "car"}'), ("loraq.json", '{"a": 1}')]
+)
+def test_a_name_alone_makes_no_model(tmp_path, file, content):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(CheckpointError, match="it is not a model's folder"):
+        require_free(tmp_path, overwrite=True)
+
+
+def test_a_folder_that_cannot_be_cleared_is_refused_before_work(tmp_path, monkeypatch):
+    folder = pipeline_in(tmp_path / "out")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "vae" and access(path, mode)
+    )
+    with pytest.raises(CheckpointError, match="vae': it cannot be looked into or cleared"):
+        require_free(folder, overwrite=True)
+
+
+def test_a_mount_point_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(CheckpointError, match=r"it is a mount point.*a folder inside of it"):
+        require_free(tmp_path, overwrite=False)
+
+
+def test_another_users_link_in_an_open_folder_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out").symlink_to("mine")
+    require_free(tmp_path / "out", overwrite=False)
+    tmp_path.chmod(0o1777)
+    lstat = os.lstat
+
+    def of_a_stranger(path, **options):
+        status = lstat(path, **options)
+        if Path(path).name != "out":
+            return status
+        return os.stat_result([*status[:4], status.st_uid + 1, *status[5:]])
+
+    monkeypatch.setattr(os, "lstat", of_a_stranger)
+    with pytest.raises(CheckpointError, match="is a link of another user"):
+        require_free(tmp_path / "out", overwrite=False)
+
+
+def test_the_float_weights_that_a_model_was_made_from_are_not_replaced(tmp_path):
+    model = nn.Sequential(nn.Linear(32, 64))
+    model.config = SimpleNamespace(_name_or_path=str(model_in(tmp_path / "float")))
+    loraq.quantize_(model, "mxfp4-a16", progress=False)
+    with pytest.raises(CheckpointError, match="holds the float weights that this model"):
+        loraq.save(model, tmp_path / "float", overwrite=True)
+    loraq.save(model, tmp_path / "out")
+    model.config._name_or_path = str(tmp_path / "out")
+    loraq.save(model, tmp_path / "out", overwrite=True)

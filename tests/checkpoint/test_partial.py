@@ -364,6 +364,16 @@ def plant_journal_link(partial: Path, victim: Path) -> None:
     (partial / "journal.jsonl").symlink_to(victim)
 
 
+def plant_files_link(partial: Path, victim: Path) -> None:
+    partial.mkdir(0o700)
+    (partial / "files").symlink_to(victim.parent)
+
+
+def plant_second_name(partial: Path, victim: Path) -> None:
+    partial.mkdir(0o700)
+    (partial / "journal.jsonl").hardlink_to(victim)
+
+
 def plant_journal_folder(partial: Path, victim: Path) -> None:
     (partial / "journal.jsonl").mkdir(parents=True)
     partial.chmod(0o700)
@@ -383,7 +393,9 @@ PLANTS = {
     plant_link: "is not a folder, so it is not used",
     plant_file: "is not a folder, so it is not used",
     plant_open_folder: "is open to other users",
-    plant_journal_link: "Cannot write",
+    plant_journal_link: "holds 'journal.jsonl', a link",
+    plant_files_link: "holds 'files', a link",
+    plant_second_name: "Cannot write",
     plant_journal_folder: "Cannot write",
     plant_fifo: "Cannot write",
     plant_other_files: "holds 'thesis.tex', which loraq did not write",

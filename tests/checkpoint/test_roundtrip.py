@@ -440,7 +440,7 @@ def test_a_relative_folder_and_one_with_dots(tmp_path, monkeypatch):
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "model-00001-of-00002.safetensors").touch()
-    (tmp_path / "real" / "loraq.json").touch()
+    (tmp_path / "real" / "loraq.json").write_text('{"format_version": 1}')
     (tmp_path / "link").symlink_to("real")
     loraq.save(quantized(), tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()

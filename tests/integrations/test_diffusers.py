@@ -405,7 +405,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(source, tmp_pa
     refused(
         source,
         tmp_path / "out",
-        r"Tensor 'transformer_blocks\.1\.attn1\.to_k\.weight' .*: nan at \(3, 5\)",
+        r"Tensor 'transformer_blocks\.1\.attn1\.to_k\.weight' .*: the value at \(3, 5\) is nan",
     )
     assert not (tmp_path / "out").exists()
 

@@ -151,3 +151,14 @@ def test_threads_put_back_what_was_there_when_the_last_one_goes():
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(work, range(2))) == [torch.float32] * 2
         assert torch.get_default_dtype() == torch.float64
+
+
+def test_the_smallest_numbers_count_whatever_the_process_has_set():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        with fixed_arithmetic(torch.device("cpu")):
+            assert (torch.tensor([3e-39]) * 0.5).item() > 0
+        assert (torch.tensor([3e-39]) * 0.5).item() == 0  # as it was
+    finally:
+        torch.set_flush_denormal(False)

@@ -2,6 +2,7 @@
 disks that refuse.
 """
 
+import json
 import math
 import os
 import resource
@@ -199,6 +200,17 @@ CHANGES = {
         {**net().state_dict(), "1.bias": torch.ones(48, dtype=torch.bfloat16)},
         source / "model.safetensors",
     ),
+    "the weights in another dtype": lambda source, out: save_file(
+        {name: tensor.view(torch.float16) for name, tensor in net().state_dict().items()},
+        source / "model.safetensors",
+    ),
+    "a kept tensor in another shape": lambda source, out: save_file(
+        {**net().state_dict(), "1.bias": net().state_dict()["1.bias"].view(4, 12)},
+        source / "model.safetensors",
+    ),
+    "an absorbed LoRA": lambda source, out: edit_manifest(
+        out, lambda m: m["layers"]["0"].update(absorbed={"sha256": "0" * 64, "scale": 1.0})
+    ),
     "a byte of the target": lambda source, out: flip_a_byte(out / "model.safetensors"),
     "a version": lambda source, out: (out / "loraq.json").write_text(
         (out / "loraq.json").read_text().replace('"loraq": "', '"loraq": "9.')
@@ -222,6 +234,26 @@ def test_a_folder_of_other_settings_is_not_complete(source, tmp_path, options):
     quantize(source, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is not empty"):
         quantize(source, tmp_path / "out", **options)
+
+
+def edit_manifest(folder: Path, edit) -> None:
+    content = json.loads((folder / "loraq.json").read_text())
+    edit(content)
+    (folder / "loraq.json").write_text(json.dumps(content))
+
+
+def test_what_somebody_puts_among_the_files_of_a_run_is_not_published(source, tmp_path):
+    out = tmp_path / "out"
+
+    def meddle(done, *_):
+        files = out.with_name(".out.partial") / "files"
+        if done == 1:
+            (files / "model-late.safetensors").touch()
+            (files / "empty").mkdir()
+            (files / "link").symlink_to(tmp_path)
+
+    quantize(source, out, progress=meddle)
+    assert sorted(path.name for path in out.iterdir()) == ["loraq.json", "model.safetensors"]
 
 
 def flip_a_byte(path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from loraq.checkpoint.folder import resolve_target
 from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 
@@ -27,6 +28,7 @@ def require_apart(
             lost with it.
     """
     target = Path(target)
+    resolve_target(target)  # a name that no file can have is refused here already
     for place in _places_of(target):
         for given in (Path(path) for path in inputs if path is not None and os.path.lexists(path)):
             _require_apart(target, place, given)
@@ -48,6 +50,7 @@ def _require_apart(target: Path, place: Path, given: Path) -> None:
             f"'{given}' is where '{target}' would be prepared. Choose another target."
         )
     _require_no_links(given, target, place)
+    _require_no_mounts(given, source, target, place)
 
 
 def _require_outside(inner: Path, inner_place: Path, outer: Path, outer_place: Path) -> None:
@@ -65,6 +68,23 @@ def _require_no_links(given: Path, target: Path, place: Path) -> None:
                 f"'{link}' is a link into '{target}', which would be replaced. Choose another "
                 "target."
             )
+
+
+def _require_no_mounts(given: Path, source: Path, target: Path, place: Path) -> None:
+    """A folder may be mounted in two places: then one of the source is one of the target."""
+    in_target = {_identity(folder) for folder in _find_folders(place)}
+    for folder in _find_folders(source) if in_target else ():
+        if _identity(folder) in in_target:
+            raise CheckpointError(
+                f"'{folder}' in '{given}' is also a folder of '{target}', which would be replaced. "
+                "Choose another target."
+            )
+
+
+def _find_folders(folder: Path) -> Iterator[Path]:
+    """Yield a folder and all below it; links are not followed."""
+    for parent, _, _ in os.walk(folder):
+        yield Path(parent)
 
 
 def _resolve(path: Path) -> Path:

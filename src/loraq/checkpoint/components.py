@@ -83,7 +83,7 @@ def hash_components(files: Mapping[str, Path]) -> dict[str, StoredFile]:
 
 def check_components(root: Path, components: Mapping[str, StoredFile]) -> None:
     """Raise `CheckpointError` if a pipeline's other files are not those that were written."""
-    missing = [name for name in components if not (root / name).is_file()]
+    missing = {name: None for name in components if not (root / name).is_file()}
     changed = [
         name
         for name, stored in components.items()

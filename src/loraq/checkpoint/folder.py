@@ -4,17 +4,21 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loraq.errors import CheckpointError, list_some
 from loraq.json_files import read_json
+from loraq.regular_file import open_regular
 
+_VARIANT = r"(\.(fp16|fp32|bf16|fp8|ema|non_ema))?"
 #: What diffusers, transformers and loraq call the files of a model or of a pipeline's component.
 _KNOWN_FILES = re.compile(
-    r"(config|model_index|loraq)\.json|generation_config\.json"
-    r"|(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"(config|model_index|loraq|generation_config)\.json"
+    rf"|(diffusion_pytorch_)?model{_VARIANT}(-\d{{5}}-of-\d{{5}})?{_VARIANT}\.safetensors"
+    rf"|(diffusion_pytorch_)?model{_VARIANT}\.safetensors\.index{_VARIANT}\.json"
     r"|(scheduler|preprocessor|processor|video_preprocessor|feature_extractor)_config\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|(spiece|tokenizer|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
@@ -25,13 +29,23 @@ def resolve_target(target: Path) -> Path:
     """Return the folder or file that is to be made: a link stays, what it points to is replaced.
 
     Raises:
-        CheckpointError: no file can have this name.
+        CheckpointError: no file can have this name, or it is a link that a stranger may have put
+            there.
     """
     try:
         resolved = target.resolve()
         resolved.exists()
+        link = os.lstat(target) if target.is_symlink() else None
+        parent = os.stat(target.parent) if link else None
     except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
         raise CheckpointError(f"Cannot write '{target}': {error}. Choose another name.") from error
+    # As Linux does in folders such as /tmp: others can make links there to what is not theirs.
+    if link and parent and os.name == "posix" and parent.st_mode & 0o022:
+        if link.st_uid not in (os.geteuid(), parent.st_uid):
+            raise CheckpointError(
+                f"'{target}' is a link of another user, in a folder that others can write to. "
+                "Delete it, or choose another target."
+            )
     return resolved
 
 
@@ -49,7 +63,26 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
                 "overwriting (`--overwrite`)."
             )
         require_replaceable(folder)
+    _require_renamable(folder)
     require_writable(folder)
+
+
+def _require_renamable(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder whose name the system gives to no other."""
+    if not folder.exists():
+        return
+    if os.path.ismount(folder):
+        raise CheckpointError(
+            f"Cannot write '{folder}': it is a mount point, which cannot be replaced. Choose a "
+            "folder inside of it."
+        )
+    parent = folder.parent.stat()
+    owners = (parent.st_uid, folder.stat().st_uid)
+    is_sticky = os.name == "posix" and parent.st_mode & stat.S_ISVTX
+    if is_sticky and os.geteuid() not in (0, *owners):
+        raise CheckpointError(
+            f"Cannot write '{folder}': it is another user's. Choose another folder."
+        )
 
 
 def require_writable(path: Path) -> None:
@@ -74,8 +107,8 @@ def require_replaceable(folder: Path) -> None:
     pipeline = _read_object(folder / "model_index.json")
     if not _is_model(folder) and "_class_name" not in pipeline:
         raise CheckpointError(
-            f"Will not replace '{folder}': it is not a model's folder (it has no weights, and no "
-            "'config.json' or 'model_index.json' of diffusers). Choose another one, or delete it "
+            f"Will not replace '{folder}': it is not a model's folder (it has no 'config.json' or "
+            "'model_index.json' of diffusers, and no manifest). Choose another one, or delete it "
             "yourself."
         )
     components = [name for name, value in pipeline.items() if isinstance(value, list)]
@@ -95,11 +128,9 @@ def require_replaceable(folder: Path) -> None:
 
 def _is_model(folder: Path) -> bool:
     config = _read_object(folder / "config.json")
-    return (
-        bool({"_class_name", "model_type", "architectures"} & config.keys())
-        or bool(_read_object(folder / "loraq.json"))
-        or any(_KNOWN_FILES.fullmatch(path.name) for path in folder.glob("*.safetensors"))
-    )
+    return bool(
+        {"_class_name", "architectures"} & config.keys()
+    ) or "format_version" in _read_object(folder / "loraq.json")
 
 
 def _is_known(place: Path, components: list[str]) -> bool:
@@ -110,11 +141,20 @@ def _is_known(place: Path, components: list[str]) -> bool:
 
 def _find_files(folder: Path) -> Iterator[Path]:
     """Yield the path below a folder of all that is not a folder; a link is not followed."""
-    for parent, inner, files in os.walk(folder):
+    for parent, inner, files in os.walk(folder, onerror=_refuse_to_replace):
+        if not os.access(parent, os.W_OK | os.X_OK):
+            _refuse_to_replace(OSError(errno.EACCES, os.strerror(errno.EACCES), parent))
         paths = [Path(parent) / name for name in (*inner, *files)]
         yield from (
             path.relative_to(folder) for path in paths if path.is_symlink() or not path.is_dir()
         )
+
+
+def _refuse_to_replace(error: OSError) -> NoReturn:
+    raise CheckpointError(
+        f"Will not replace '{error.filename}': it cannot be looked into or cleared "
+        f"({error.strerror}). Change its permissions, or choose another folder."
+    ) from error
 
 
 def _list_recorded(folder: Path, components: list[str]) -> dict[str, int]:
@@ -136,13 +176,19 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def reason_of(error: OSError) -> str:
-    """Say why the disk refused."""
+def refusal(target: Path, error: OSError) -> str:
+    """Say that a target cannot be written, why, and what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
-    return "the disk is full" if full else str(error)
+    if full:
+        return f"Cannot write '{target}': the disk is full. Free space, and try again."
+    return f"Cannot write '{target}': {error}. Mend that and try again, or choose another target."
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read, or is not a file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

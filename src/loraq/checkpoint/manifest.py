@@ -16,6 +16,7 @@ from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
 from loraq.json_files import read_json, write_json
 from loraq.regular_file import is_plain_name
+from loraq.safetensors.header import read_header
 from loraq.scheme import Branch, Scheme
 from loraq.version import __version__
 
@@ -30,6 +31,7 @@ _RECORD: dict[str, Any] = {
     "bits_per_weight": float | int,
     "nbytes": int,
     "source_sha256": str,
+    "source_dtype": str,
     "stats_sha256": str,
     "absorbed": dict,
 }
@@ -133,8 +135,10 @@ class Manifest:
             raise CheckpointError(
                 f"'{folder}' holds weights that '{FILE_NAME}' does not list: {list_some(foreign)}."
             )
-        for file, (size, sha256) in files.items():
-            _check_file(folder, file, size, sha256 if verify else None)
+        for file, (size, _) in files.items():
+            _check_size(folder / file, size)
+        for file, (_, sha256) in files.items() if verify else ():
+            _check_hash(folder / file, sha256)
         return manifest
 
     def record(self, layer: str) -> dict[str, Any]:
@@ -233,15 +237,20 @@ def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
     return value
 
 
-def _check_file(folder: Path, file: str, size: int, sha256: str | None) -> None:
-    path = folder / file
+def _check_size(path: Path, size: int) -> None:
+    """Look at all that costs nothing, before gigabytes are hashed."""
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing. Copy the whole folder again.")
     if path.stat().st_size != size:
         raise CheckpointError(
             f"'{path}' has {path.stat().st_size} bytes, {size} are expected. Copy it again."
         )
-    if sha256 is not None and file_sha256(path) != sha256:
+    if path.suffix == ".safetensors":
+        read_header(path)
+
+
+def _check_hash(path: Path, sha256: str) -> None:
+    if file_sha256(path) != sha256:
         raise CheckpointError(
             f"'{path}' was changed after it was written: its hash differs. Copy it again."
         )

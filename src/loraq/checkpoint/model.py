@@ -12,7 +12,7 @@ from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import StoredFile
 from loraq.checkpoint.contents import require_numbers, require_ties
 from loraq.checkpoint.fit import require_kind, require_names
-from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.manifest import FILE_NAME, Manifest, StoredLayer
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.json_files import write_json
@@ -57,6 +57,7 @@ def save(
             folder that the module was loaded from, or the disk refuses.
     """
     require_apart(folder, in_memory=_part_of_origin(model))
+    _require_not_float_origin(model, Path(folder))
     _require_quantized(model)
     with atomic_folder(Path(folder), overwrite=overwrite) as partial:
         write_model(model, partial, shard_bytes=shard_bytes)
@@ -330,6 +331,17 @@ def origin_of(model: nn.Module) -> Path | None:
     """Return where diffusers or loraq loaded a model from, if its configuration says so."""
     origin = getattr(getattr(model, "config", None), "_name_or_path", None)
     return Path(origin) if isinstance(origin, str) and origin else None
+
+
+def _require_not_float_origin(model: nn.Module, folder: Path) -> None:
+    """Raise `CheckpointError` for the folder of the float weights that a model was made from."""
+    origin = origin_of(model)
+    is_origin = origin and origin.is_dir() and folder.is_dir() and origin.samefile(folder)
+    if is_origin and not (folder / FILE_NAME).is_file():
+        raise CheckpointError(
+            f"'{folder}' holds the float weights that this model was quantized from. Choose "
+            "another folder."
+        )
 
 
 def _part_of_origin(model: nn.Module) -> Path | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loraq import disk
-from loraq.checkpoint.folder import reason_of, require_free, require_writable, resolve_target
+from loraq.checkpoint.folder import refusal, require_free, require_writable, resolve_target
 from loraq.checkpoint.journal import Journal, describe_change
 from loraq.checkpoint.private import make_private, require_alone
 from loraq.errors import CheckpointError, LayerError, LoraqWarning
@@ -63,11 +63,16 @@ class PartialFolder:
             # one, or what is left of it.
             self.journal.layers = {}
 
+    def is_there(self) -> bool:
+        """Return whether nobody has removed the folder meanwhile."""
+        return (self.path / _JOURNAL).is_file() and self.folder.is_dir()
+
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Forget what an earlier run has left, and begin anew."""
         self.journal.forget()
         for name in (_FILES, _REPLACED):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
         self.journal.begin(fingerprint)
         os.mkdir(self.folder)
         disk.sync_folder(self.path)
@@ -85,6 +90,15 @@ class PartialFolder:
                 f"'{self.path}' holds {len(self.journal.layers)} of {n_layers} layers of a run "
                 f"with other settings. Changed: {changed}. Use the old settings to go on, "
                 "`--restart` to begin anew, or another target."
+            )
+
+    def require_no_layers(self) -> None:
+        """Raise `CheckpointError` if an interrupted run has finished layers here."""
+        if self.journal.layers:
+            raise CheckpointError(
+                f"'{self.path}' holds {len(self.journal.layers)} layers of a run for this target "
+                "that was interrupted. Run the same command to go on, delete that folder, or "
+                "choose another target."
             )
 
     def resume(self) -> None:
@@ -117,6 +131,14 @@ class PartialFolder:
             return
         for name in (_FILES, _REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
+            if (self.path / name).exists():
+                warnings.warn(
+                    f"'{self.path}' cannot be removed: something in it is protected. Delete it "
+                    "yourself.",
+                    LoraqWarning,
+                    stacklevel=2,
+                )
+                return
         # The journal last: it tells a next run what the rest is.
         with suppress(OSError):
             os.unlink(self.path / _JOURNAL)
@@ -182,12 +204,11 @@ def resumable_folder(
             partial.publish(overwrite=overwrite)
             journal.layers = {}
         except (CheckpointError, LayerError) as error:
-            raise type(error)(f"{error}{_describe_kept(len(journal.layers), n_layers)}") from error
+            kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
+            raise type(error)(f"{error}{kept}") from error
         except OSError as error:
-            raise CheckpointError(
-                f"Cannot write '{target}': {reason_of(error)}. Free space, and try "
-                f"again.{_describe_kept(len(journal.layers), n_layers)}"
-            ) from error
+            kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
+            raise CheckpointError(f"{refusal(target, error)}{kept}") from error
         finally:
             if not journal.layers:  # nothing that is worth keeping, or everything is in its place
                 partial.remove()
@@ -201,6 +222,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: the target is there, is written by another run right now, or an interrupted
             run waits to go on there; the disk refuses.
     """
+    remove_leftovers(folder)
     require_free(folder, overwrite=overwrite)
     with explain_refusals(folder), _open_alone(folder) as partial:
         yield partial.folder
@@ -238,10 +260,7 @@ def explain_refusals(target: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(
-            f"Cannot write '{target}': {reason_of(error)}. Nothing was left there. Free space, and "
-            "try again."
-        ) from error
+        raise CheckpointError(f"{refusal(target, error)} Nothing was left there.") from error
 
 
 def require_target(target: Path, *, overwrite: bool) -> None:
@@ -251,6 +270,13 @@ def require_target(target: Path, *, overwrite: bool) -> None:
     """
     if not os.path.lexists(partial_path(target)):
         require_free(target, overwrite=overwrite)
+
+
+def require_no_run(target: Path) -> None:
+    """Raise `CheckpointError` if another run for a target waits to go on, or is at work now."""
+    if os.path.lexists(partial_path(target)):
+        with _open_partial(target, restart=False) as partial:
+            partial.require_no_layers()
 
 
 def remove_leftovers(target: Path) -> None:
@@ -302,12 +328,7 @@ def _count_kept(target: Path) -> int:
 def _open_alone(target: Path) -> Iterator[PartialFolder]:
     """Yield a partial folder that is empty, and is removed whatever happens."""
     with _open_partial(target, restart=False) as partial:
-        if partial.journal.layers:
-            raise CheckpointError(
-                f"'{partial.path}' holds {len(partial.journal.layers)} layers of a run for this "
-                "target that was interrupted. Run the same command to go on, delete that folder, "
-                "or choose another target."
-            )
+        partial.require_no_layers()
         try:
             with explain_refusals(target):
                 partial.begin({})
@@ -327,9 +348,7 @@ def _open_partial(target: Path, *, restart: bool) -> Iterator[PartialFolder]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(
-            f"Cannot write '{target}': {reason_of(error)}. Choose another target."
-        ) from error
+        raise CheckpointError(refusal(target, error)) from error
     try:
         require_alone(descriptor, path / _JOURNAL, target)
         yield PartialFolder(target, path, descriptor, restart=restart)

@@ -34,6 +34,8 @@ def make_private(path: Path, may_hold: Collection[str]) -> None:
         raise _foreign(path, "is open to other users")
     if strange := sorted({inner.name for inner in path.iterdir()} - {*may_hold}):
         raise _foreign(path, f"holds '{strange[0]}', which loraq did not write")
+    if links := [inner.name for inner in path.iterdir() if inner.is_symlink()]:
+        raise _foreign(path, f"holds '{links[0]}', a link")
 
 
 def _foreign(path: Path, reason: str) -> CheckpointError:

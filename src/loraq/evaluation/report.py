@@ -13,6 +13,7 @@ from loraq.disk import write_file
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult
 from loraq.evaluation.digits import assets_folder
+from loraq.regular_file import open_regular
 
 _SHOWN = 10
 #: What a PNG says that it was made by.
@@ -42,10 +43,18 @@ def require_drawable(path: Path) -> None:
             f"Cannot write '{path}': it is a folder or a link, or its folder is read-only. Choose "
             "another folder."
         )
-    if path.exists() and _SOFTWARE.encode() not in path.read_bytes()[:1000]:
+    if path.exists() and not _is_report(path):
         raise LoraqError(
             f"Will not replace '{path}': the demo has not drawn it. Choose another folder."
         )
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return _SOFTWARE.encode() in file.read(1000)
+    except OSError:
+        return False
 
 
 def draw(result: DemoResult, path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import file_sha256, require_free
 from loraq.checkpoint.links import find_files, require_own_weights
+from loraq.checkpoint.partial import require_no_run
 from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
@@ -20,6 +21,7 @@ from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
+from loraq.safetensors.header import read_header
 from loraq.safetensors.reader import ShardReader
 
 
@@ -83,6 +85,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
         )
     require_apart(Path(target), model, find_lora_file(Path(lora)), source)
     require_free(Path(target), overwrite=overwrite)
+    require_no_run(Path(target))
     folder = transformer_folder(Path(model))
     component = "" if folder == Path(model) else folder.name
     require_own_weights(Path(model), folder)
@@ -121,7 +124,8 @@ def _absorb(
             finished = quantize_layer(job, weight)
             new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend
-            new[name].record |= {"source_sha256": layer.record["source_sha256"], "absorbed": mark}
+            origin = {key: layer.record[key] for key in ("source_sha256", "source_dtype")}
+            new[name].record |= {**origin, "absorbed": mark}
             reports.append(report)
             show(len(reports), len(quantized), name, report.relative_error)
         kept = {
@@ -145,7 +149,9 @@ def _absorb(
 
 def _read_lora(path: str | Path, model: nn.Module) -> tuple[Lora, str]:
     """Return a LoRA, and the hash of the file that it is in."""
-    before = file_sha256(find_lora_file(Path(path)))
+    file = find_lora_file(Path(path))
+    read_header(file)  # a file that is not one is not hashed for minutes
+    before = file_sha256(file)
     lora = Lora.read(path, model)
     if file_sha256(lora.file) != before:
         raise CheckpointError(f"'{lora.file}' changed while it was read. Try again.")
@@ -186,7 +192,7 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
 
 
 def _require_recipe(name: str, layer: QuantizedLinear) -> Recipe:
-    if layer.record.get("recipe") is None or "source_sha256" not in layer.record:
+    if not {"recipe", "source_sha256", "source_dtype"} <= layer.record.keys():
         raise LayerError(
             f"Layer '{name}' does not say how it was made. Quantize the model again with "
             "`loraq.quantize_`."

@@ -31,12 +31,15 @@ from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
 from loraq.pipeline.requirements import find_users, require_enough
 from loraq.recipe import Recipe, file_of
+from loraq.regular_file import read_regular
 from loraq.safetensors.header import DTYPES
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
 #: Images that are drawn unless the caller says otherwise.
 DEFAULT_SAMPLES = 8
+#: The longest file of prompts that is read.
+_MOST_PROMPT_BYTES = 16_000_000
 #: What the counts of layers take together unless the caller says otherwise.
 DEFAULT_MEMORY_BYTES = 8_000_000_000
 
@@ -175,7 +178,7 @@ def read_prompts(path: Path) -> list[str]:
         CalibrationError: there is no such file, it is not text, or it holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, _MOST_PROMPT_BYTES).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"Cannot read the prompts '{path}': {error}. A text file is required."

@@ -15,9 +15,11 @@ def fixed_arithmetic(device: torch.device) -> Iterator[None]:
     On a CPU one thread computes: then sums do not depend on the core count, and layers run side by
     side.
     """
-    threads = torch.get_num_threads()
+    threads, flushes = torch.get_num_threads(), _flushes_denormals()
     if device.type == "cpu":
         torch.set_num_threads(1)
+    if flushes:
+        torch.set_flush_denormal(False)
     try:
         # The meta device has no autocast.
         has_autocast = torch.amp.is_autocast_available(device.type)
@@ -28,6 +30,14 @@ def fixed_arithmetic(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+        if flushes:
+            torch.set_flush_denormal(True)
+
+
+def _flushes_denormals() -> bool:
+    """Return whether this thread computes with zeros in place of the smallest numbers."""
+    smallest = torch.tensor([1], dtype=torch.int32, device="cpu").view(torch.float32)
+    return not (2 * smallest).item()
 
 
 class _Settings:
@@ -44,7 +54,10 @@ class _Settings:
     def __enter__(self) -> None:
         with self._lock:
             if not self._n_inside:
-                self._put_back = [_set_default_dtype(), _make_products_exact()]
+                self._put_back = [
+                    _set_default_dtype(),
+                    _make_products_exact(),
+                ]
             self._n_inside += 1
 
     def __exit__(self, *_: object) -> None:

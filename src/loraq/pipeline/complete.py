@@ -17,6 +17,7 @@ from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.target import Target
 from loraq.recipe import Recipe
+from loraq.safetensors.header import TensorSpec
 from loraq.safetensors.reader import ShardReader
 from loraq.version import __version__
 
@@ -77,9 +78,15 @@ def _has_settings(home: Path, target: Target, recipe: Recipe) -> bool:
 
 def _has_numbers(home: Path, target: Target, manifest: Manifest) -> bool:
     """Return whether a folder was made from the numbers that the source has now."""
-    hashes, stored = target.source.hash_weights(), ShardReader(home)
+    source, stored = target.source, ShardReader(home)
+    # The headers first: the same bytes are other numbers in another dtype.
+    made = {name: TensorSpec(stored.dtype(name), stored.shape(name)) for name in stored.names}
+    if made != target.layout.specs:
+        return False
+    hashes = source.hash_weights()
     return all(
         layer.record["source_sha256"] == hashes[f"{name}.weight"]
+        and layer.record["source_dtype"] == source.reader.dtype(f"{name}.weight")
         for name, layer in manifest.layers.items()
     ) and all(hash_tensor(stored.read(name)) == hashes[name] for name in target.kept_names())
 
@@ -91,10 +98,12 @@ def _has_others(folder: Path, target: Target, manifest: Manifest) -> bool:
 
 
 def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, str]) -> LayerReport:
-    """Return the report of a layer; raises `KeyError` if it was made from other statistics."""
+    """Return the report of a layer; raises `KeyError` if it was made otherwise."""
     record: dict[str, Any] = manifest.layers[job.name].record
     if record.get("stats_sha256", "") != stats_hashes.get(job.name, ""):
         raise KeyError("stats_sha256")
+    if "absorbed" in record:
+        raise KeyError("absorbed")
     error = record["relative_error"]
     return LayerReport(
         name=job.name,
@@ -106,6 +115,7 @@ def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, s
         nbytes=record["nbytes"],
         seconds=0.0,
         source_sha256=record["source_sha256"],
+        source_dtype=record["source_dtype"],
         stats_sha256=record.get("stats_sha256", ""),
         output_error=record.get("output_error"),
     )

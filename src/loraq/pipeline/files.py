@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loraq.checkpoint.components import check_components
 from loraq.checkpoint.journal import Journal
 from loraq.checkpoint.partial import (
     explain_interrupt,
@@ -85,6 +86,7 @@ def _quantize_files(
     stats: Mapping[str, ActivationStats] | None,
     progress: ProgressCallback | bool,
 ) -> Report:
+    remove_leftovers(folder)
     target = Target.of(source, settings.shard_bytes)
     is_there = not settings.restart and may_be_complete(folder, target)
     if not is_there:
@@ -97,7 +99,6 @@ def _quantize_files(
     target = Target.of(source, settings.shard_bytes)
     if is_there:
         if complete := find_complete(folder, target, recipe, stats_hashes):
-            remove_leftovers(folder)
             return complete
         require_target(folder, overwrite=settings.overwrite)
         target.require_space(folder, link=settings.link)
@@ -121,7 +122,9 @@ def _quantize_files(
                     show(done, n_layers, entry["name"], entry["relative_error"])
         report = _report(recipe, plan, journal.layers, kept=n_kept)
         written = {name: str(e["written_sha256"]) for name, e in journal.layers.items()}
+        target.remove_strays(partial.folder)
         files = target.hash_shards(partial.folder, checked, written)
+        check_components(partial.folder, components)
         target.write_manifest(partial.folder, report, files, components)
     return report
 

@@ -15,6 +15,7 @@ from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
+from loraq.safetensors.header import DTYPE_NAMES
 from loraq.stats import ActivationStats
 
 
@@ -62,6 +63,7 @@ def quantize_layer(
         nbytes=solution.nbytes,
         seconds=solution.seconds,
         source_sha256=hash_tensor(weight),
+        source_dtype=DTYPE_NAMES[weight.dtype],
         stats_sha256=stats_sha256,
         output_error=solution.metrics.get("output_error"),
     )

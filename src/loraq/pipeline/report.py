@@ -25,6 +25,8 @@ class LayerReport:
     seconds: float
     #: SHA-256 of the float weight's bytes, in its own dtype.
     source_sha256: str
+    #: That dtype, as safetensors calls it.
+    source_dtype: str
     #: SHA-256 of the statistics that were used; empty for none.
     stats_sha256: str = ""
     #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None`
@@ -39,6 +41,7 @@ class LayerReport:
             "bits_per_weight",
             "nbytes",
             "source_sha256",
+            "source_dtype",
             "stats_sha256",
         )
         return {name: value for name in names if (value := getattr(self, name)) not in ("", None)}

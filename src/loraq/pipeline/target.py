@@ -1,6 +1,7 @@
 """What is written: where every byte of the quantized folder goes, and how it gets there."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -105,7 +106,7 @@ class Target:
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise CheckpointError(
-                f"'{parent}' has {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are "
+                f"'{parent}' has {free / 1e9:.3g} GB free and about {needed / 1e9:.3g} GB are "
                 "needed. Free space, or choose another target."
             )
         if link and any(path.resolve().stat().st_dev != parent.stat().st_dev for path in others):
@@ -130,7 +131,7 @@ class Target:
         Raises:
             CheckpointError: a tensor is not what was checked, or a file cannot be read.
         """
-        self._remove_strays(folder)
+        self.remove_strays(folder)
         components = copy_components(self.source.others, folder, link=link)
         for name in self.kept_names():
             tensor = self.source.read_checked(name, checked[name])
@@ -188,14 +189,20 @@ class Target:
         recipes = [report.recipe.to_dict()]
         Manifest(stored, recipes, self.find_ties(), dict(components)).write(folder, files)
 
-    def _remove_strays(self, folder: Path) -> None:
-        """Remove what an earlier run has copied and the source does not have any more."""
+    def remove_strays(self, folder: Path) -> None:
+        """Remove all that is not the target's: what an earlier run has copied, or anybody else."""
         home = folder / self.source.component
         ours = {home / name for name in self.layout.files}
         ours |= {folder / name for name in self.source.others}
-        for path in [path for path in folder.rglob("*") if not path.is_dir()]:
-            if path not in ours:
-                path.unlink()
+        ours |= {parent for path in (home / "any", *ours) for parent in path.parents}
+        for parent, inner, files in os.walk(folder, topdown=False):
+            for path in (Path(parent, name) for name in (*inner, *files)):
+                if path in ours and not path.is_symlink():
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink()
 
     def kept_names(self) -> list[str]:
         """Return the names of the tensors that stay as they are."""
