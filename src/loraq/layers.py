@@ -7,7 +7,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from loraq.errors import LayerError
 from loraq.kernels import check_for_all, resolve_backend
 from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
 from loraq.state import answer_for_weights
@@ -87,24 +86,6 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     swap(find_places(model, {name: new}))
     if isinstance(new, QuantizedLayer):
         answer_for_weights(model, [name])
-
-
-def dequantize_(model: nn.Module) -> None:
-    """Put float layers with the decoded weights in place of all quantized layers below a module.
-
-    They give the same output but for the rounding of activations.
-
-    Raises:
-        LayerError: the module itself is a quantized layer; use its own `dequantize`.
-    """
-    layers = quantized_layers(model)
-    if "" in layers:
-        raise LayerError(
-            "A quantized layer cannot be replaced in place. Use what its `dequantize()` returns, "
-            "or give the module that holds it."
-        )
-    for name, layer in layers.items():
-        replace_layer(model, name, layer.dequantize())
 
 
 def take_dtype(model: nn.Module) -> None:

@@ -12,8 +12,9 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer, LoraModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from loraq.checkpoint.floats import dequantize_
 from loraq.errors import LayerError
-from loraq.layers import dequantize_, quantized_layers
+from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
 
 
