@@ -35,6 +35,7 @@ class DenseWeight(Tensor):
         """Describe a weight.
 
         Args:
+            cls: the class.
             decode: makes it; called once for each operation that reads numbers.
             shape: of what `decode` returns.
             dtype: of what `decode` returns.
@@ -42,14 +43,14 @@ class DenseWeight(Tensor):
             strides: of what `decode` returns, unless it is contiguous.
         """
         with torch.inference_mode(False):  # as the parameters are, of which it is a view
-            self: DenseWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            self: DenseWeight = Tensor._make_wrapper_subclass(
                 cls, tuple(shape), strides, dtype=dtype, device=device
             )
         self._decode = decode
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -61,17 +62,24 @@ class DenseWeight(Tensor):
                 refuse_writing()
         if func is torch.ops.aten.detach.default:
             return _like(args[0], args[0]._decode)
-        args, kwargs = pytree.tree_map_only(cls, lambda weight: weight._decode(), (args, kwargs))
-        result = func(*args, **kwargs)
-        if any(returned.alias_info is not None for returned in schema.returns):
-            if not schema.is_mutable:
-                return pytree.tree_map_only(Tensor, _freeze, result)
-        return result
+        storages = set()
+
+        def read(weight: DenseWeight) -> Tensor:
+            numbers = weight._decode()
+            storages.add(_storage_of(numbers))
+            return numbers
+
+        args, kwargs = pytree.tree_map_only(cls, read, (args, kwargs))
+        return pytree.tree_map_only(
+            Tensor,
+            lambda new: _freeze(new) if _storage_of(new) in storages else new,
+            func(*args, **kwargs),
+        )
 
     # What torch does without an operation, or in several of them.
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The same weight, as read-only as it was."""
         return self.detach()
 
@@ -80,7 +88,7 @@ class DenseWeight(Tensor):
         refuse_writing()
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """Never: packed weights have no gradient."""
         return False
 
@@ -92,7 +100,7 @@ class DenseWeight(Tensor):
         """Refuse gradients, which nothing could use.
 
         Raises:
-            LayerError: they are asked for.
+            LayerError: they are asked for; `nn.Parameter` does.
         """
         return refuse_writing() if requires_grad else self
 
@@ -131,6 +139,10 @@ def _like(weight: Tensor, decode: Callable[[], Tensor]) -> DenseWeight:
 
 def _freeze(view: Tensor) -> DenseWeight:
     return _like(view, lambda: view)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _holds_one(value: Any) -> bool:

@@ -75,9 +75,7 @@ def quantized_class(layer: nn.Module) -> type[QuantizedLinear | QuantizedConv1x1
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return every quantized layer below a module by its dotted name."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer)
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
     }
 
 

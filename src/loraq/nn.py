@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from loraq.autocast import cast_input, without_autocast
 from loraq.dense import DenseWeight, refuse_writing
 from loraq.errors import KernelError
-from loraq.kernels import DEFAULT_BACKEND, LayerSpec, Prepared, choose, prepare, resolve_backend
+from loraq.kernels import (
+    DEFAULT_BACKEND,
+    LayerSpec,
+    Prepared,
+    choose,
+    prepare,
+    reconstruct,
+    resolve_backend,
+)
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 from loraq.state import mark_packed
@@ -206,7 +214,7 @@ class QuantizedLayer(nn.Module):
         return self.packed.reconstruct()
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weight as a float layer shows it, read-only; decoded when its numbers are read.
 
         It has the shape and device of the float weight and the dtype of the bias; without a bias
@@ -221,8 +229,10 @@ class QuantizedLayer(nn.Module):
 
         def decode() -> Tensor:
             with torch.no_grad():
-                return packed.reconstruct().to(dtype).view(shape)
+                return reconstruct(packed).to(dtype).view(shape)
 
+        if torch.compiler.is_compiling():  # which traces operations; unread ones leave the graph
+            return decode()
         return DenseWeight(decode, shape, dtype, packed.device)
 
     @weight.setter
@@ -343,11 +353,14 @@ class QuantizedLayer(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+# Both float layers declare a bias that is always there, which it is not.
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """Drop-in for `nn.Linear`."""
 
 
-class QuantizedConv1x1(QuantizedLayer, nn.Conv2d):
+class QuantizedConv1x1(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """Drop-in for a 1×1 `nn.Conv2d`: the same linear layer, on channels (…, in, height, width).
 
     Its weight is stored as the matrix (out, in), under the same names as that of any linear layer.

@@ -269,9 +269,7 @@ def _find_tensors(
         yield owner._parameters, leaf, parameters[source]
 
 
-def _find_places(
-    model: nn.Module, layers: dict[str, QuantizedLayer]
-) -> dict[str, QuantizedLayer]:
+def _find_places(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
     """Return the new layers by every name that the modules they replace have.
 
     One module may stand in two places.
@@ -300,7 +298,8 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
         raise CheckpointError(
             f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}."
         )
-    n_out, n_in = stored.shape
+    (n_out, n_in), weight = stored.shape, old.weight
+    assert isinstance(weight, Tensor)
     try:
         layer = quantized_class(old)(
             n_in,
@@ -308,7 +307,7 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
             stored.scheme,
             bias=old.bias is not None,
             device="meta",
-            dtype=old.weight.dtype,
+            dtype=weight.dtype,
         )
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error

@@ -105,9 +105,7 @@ def _absorb(
     (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
     mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)
-    quantized = {
-        name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)
-    }
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
     recipes = {name: _require_recipe(name, layer) for name, layer in quantized.items()}
     for name, layer in layers.items():  # everything that can be wrong, before long work
         _read_original(name, layer, source)

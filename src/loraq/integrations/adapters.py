@@ -43,7 +43,7 @@ class _Adapted(LoraLayer):
                 "DoRA adapters scale the dense weight, which a quantized layer does not keep. Use "
                 "LoRA."
             )
-        super().__init__(base_layer, adapter_name, **kwargs)
+        super().__init__(base_layer, adapter_name, **kwargs)  # type: ignore[arg-type]
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse, because a merged weight would have to be quantized again."""
@@ -55,8 +55,8 @@ class _Adapted(LoraLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: Any
     ) -> tuple[torch.device, torch.dtype | None]:
-        weight = super().get_base_layer().weight
-        return weight.device, weight.dtype
+        layer: Any = super().get_base_layer()
+        return layer.weight.device, layer.weight.dtype
 
 
 class AdaptedLinear(_Adapted, Linear):

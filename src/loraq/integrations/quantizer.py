@@ -293,14 +293,16 @@ class LoraqQuantizer(DiffusersQuantizer):
         """Return the model, which is a float one then."""
         return dequantize_(model)
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> Any:
         """Refuse to write packed weights without their manifest.
 
         Raises:
             CheckpointError: the model is quantized.
         """
         if self._is_float:
-            return model, {}
+            return state_dict, {}
         raise CheckpointError(
             "A quantized model is saved by its own `save_pretrained`, or by `loraq.save`, which "
             "write 'loraq.json' too."

@@ -25,7 +25,7 @@ class FinishedLayer:
     packed: PackedWeight
     report: LayerReport
 
-    def build_module(self, old: LinearLayer, recipe: Recipe) -> QuantizedLayer:
+    def build_module(self, old: LinearLayer | QuantizedLayer, recipe: Recipe) -> QuantizedLayer:
         """Return what takes the place of a linear layer: its kind and its bias, the new weight."""
         kind = quantized_class(old)
         module = kind.from_packed(self.packed, old.bias, dtype=old.weight.dtype)
