@@ -24,6 +24,7 @@ from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import insert_empty_layers
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
+from loraq.integrations.hub import fetch_manifest
 from loraq.layers import is_linear, matrix_of, replace_layer, take_dtype
 from loraq.pipeline.layer import quantize_layer, require_usable
 from loraq.pipeline.module import plan_model
@@ -186,7 +187,7 @@ class LoraqQuantizer(DiffusersQuantizer):
                 "from that folder."
             )
         if self.pre_quantized:
-            _fetch_manifest(self._folder)
+            fetch_manifest(self._folder)
             if self._is_float and not (self._folder / FILE_NAME).is_file():
                 return
             self._is_float = False
@@ -395,24 +396,3 @@ def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and name in stored and reader.dtype(name) in kinds:
             parameter.data = parameter.data.to(kinds[reader.dtype(name)])
-
-
-def _fetch_manifest(folder: Path) -> None:
-    """Download the manifest into a snapshot of the hub's cache.
-
-    diffusers fetches only the files it knows.
-    """
-    places = folder.parts
-    if (folder / FILE_NAME).is_file() or "snapshots" not in places:
-        return
-    from huggingface_hub import hf_hub_download
-
-    at = len(places) - 1 - places[::-1].index("snapshots")
-    kind, *repository = places[at - 1].split("--")
-    if kind == "models":
-        hf_hub_download(
-            "/".join(repository),
-            "/".join([*places[at + 2 :], FILE_NAME]),
-            revision=places[at + 1],
-            cache_dir=Path(*places[: at - 1]),
-        )
