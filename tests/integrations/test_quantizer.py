@@ -679,3 +679,20 @@ def test_a_float_model_with_the_configuration_of_a_quantized_one_is_a_float_mode
     assert quantized_layers(loaded)
     loraq.quantize_(fresh, "int8", progress=False)
     assert same(loaded, fresh)
+
+
+@pytest.mark.parametrize("kind", ["T5", "UMT5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_text_encoders_that_read_a_weight_in_their_forward_run(kind, dtype):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_layers=1)
+    model = getattr(transformers, f"{kind}EncoderModel")(config).eval().to(dtype)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        exact = model(tokens)[0]
+        loraq.quantize_(model, "int8-a16", progress=False)
+        ours = model(tokens)[0]
+    assert ours.dtype == dtype
+    assert (ours - exact).norm() < 0.03 * exact.norm()
