@@ -3,6 +3,7 @@ changes packed bytes.
 """
 
 import copy
+import pickle
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import loraq
 from benchmarks.worlds.matrices import dit_like, gaussian
-from loraq.errors import FormatError, KernelError, SchemeError
+from loraq.errors import FormatError, KernelError, LayerError, SchemeError
 from loraq.formats import CastFormat, get_format
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.packed import LayerSolution
@@ -757,3 +759,73 @@ def test_a_call_keeps_the_operands_it_made_though_another_thread_drops_them():
     packed = quantize_weight(torch.randn(32, 64), "mxfp4-a8+w8a8-r4", method="svdquant").packed
     x = torch.randn(3, 64)
     assert torch.equal(Dropped.from_packed(packed)(x), QuantizedLinear.from_packed(packed)(x))
+
+
+@each_variety
+def test_readers_of_the_weight_get_the_decoded_one_in_the_dtype_of_the_bias(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, conv = layer_of(name).to(dtype), conv_of(name).to(dtype)
+        wanted = layer.reconstruct().to(dtype)
+        assert layer.weight.dtype == conv.weight.dtype == dtype
+        assert torch.equal(layer.weight, wanted)
+        assert conv.weight.shape == (N_OUT, N_IN, 1, 1)
+        assert torch.equal(conv.weight[..., 0, 0], wanted)
+
+
+def test_without_a_bias_the_weight_has_the_dtype_that_the_float_layer_would_have():
+    layer = layer_of("mxfp4-a4+w8a8-r12", bias=False)
+    assert layer.weight.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert layer.to(dtype).weight.dtype == dtype
+        assert copy.deepcopy(layer).weight.dtype == dtype
+        assert pickle.loads(pickle.dumps(layer)).weight.dtype == dtype
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    loraq.quantize_(model, "int8", progress=False)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model.to("meta")[0].weight.is_meta
+
+
+def test_the_weight_is_no_parameter_and_cannot_be_replaced():
+    layer = layer_of("mxfp4-a4+w8a8-r12")
+    before = layer.reconstruct()
+    assert "weight" not in dict(layer.named_parameters())
+    assert not isinstance(layer.weight, nn.Parameter)
+    for value in (torch.zeros(N_OUT, N_IN), nn.Parameter(torch.zeros(N_OUT, N_IN))):
+        with pytest.raises(LayerError, match="read-only"):
+            layer.weight = value
+        with pytest.raises(LayerError, match="read-only"):
+            layer.weight.data = value
+    for reset in (layer.reset_parameters, conv_of("mxfp4-a4+w8a8-r12").reset_parameters):
+        with pytest.raises(LayerError, match="read-only"):
+            reset()
+    assert torch.equal(layer.reconstruct(), before)
+
+
+def test_a_layer_is_of_the_class_that_it_takes_the_place_of():
+    layer, conv = layer_of("mxfp4-a4+w8a8-r12"), conv_of("mxfp4-a4+w8a8-r12")
+    assert isinstance(layer, nn.Linear)
+    assert not isinstance(layer, nn.Conv2d)
+    assert isinstance(conv, nn.Conv2d)
+    assert not isinstance(conv, nn.Linear)
+    real = nn.Conv2d(N_IN, N_OUT, 1)
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(conv, name) == getattr(real, name)
+    assert (conv.transposed, conv.output_padding) == (real.transposed, real.output_padding)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_code_that_reads_the_weight_compiles_without_a_break(bias):
+    class Reader(nn.Module):
+        """What T5 does, and worse."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wo = layer_of("mxfp4-a16+w8a8-r12", bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.to(self.wo.weight.dtype)
+            return self.wo(x) + nn.functional.linear(x, self.wo.weight)
+
+    x, reader = torch.randn(2, N_IN), Reader()
+    compiled = torch.compile(reader, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), reader(x))

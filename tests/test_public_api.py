@@ -22,6 +22,7 @@ PUBLIC = [
     "absorb_lora",
     "collect_pipeline_stats",
     "collect_stats",
+    "dequantize_",
     "get_format",
     "load",
     "load_into",

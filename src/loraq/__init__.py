@@ -12,6 +12,7 @@ from loraq.version import __version__ as __version__
 if TYPE_CHECKING:
     from loraq.budget import Budget
     from loraq.checkpoint import load_into, save
+    from loraq.checkpoint.floats import dequantize_
     from loraq.checkpoint.stats_file import load_stats, save_stats
     from loraq.errors import LoraqError
     from loraq.formats import QTensor, get_format
@@ -44,6 +45,7 @@ _HOMES = {
     "absorb_lora": "loraq.integrations.absorb",
     "collect_pipeline_stats": "loraq.integrations.pipelines",
     "collect_stats": "loraq.pipeline.collect",
+    "dequantize_": "loraq.checkpoint.floats",
     "get_format": "loraq.formats",
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
@@ -72,6 +74,7 @@ __all__ = [
     "absorb_lora",
     "collect_pipeline_stats",
     "collect_stats",
+    "dequantize_",
     "get_format",
     "load",
     "load_into",

@@ -1,12 +1,15 @@
 """Find the linear layers of a module, replace them, and switch how they run."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from loraq.kernels import check_for_all, resolve_backend
-from loraq.nn import QuantizedConv1x1, QuantizedLinear
+from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
+from loraq.state import answer_for_weights
 
 #: What `linear_layers` finds: a matrix times every token, or times every pixel.
 LinearLayer = nn.Linear | nn.Conv2d
@@ -64,23 +67,38 @@ def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-def quantized_class(layer: nn.Module) -> type[QuantizedLinear]:
+def quantized_class(layer: nn.Module) -> type[QuantizedLinear | QuantizedConv1x1]:
     """Return the class that a linear layer becomes; a quantized layer keeps its own."""
     return QuantizedConv1x1 if isinstance(layer, nn.Conv2d | QuantizedConv1x1) else QuantizedLinear
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Return every `QuantizedLinear` below a module by its dotted name."""
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return every quantized layer below a module by its dotted name."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
     }
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     """Replace the module called `name` by another one, wherever it stands."""
     swap(find_places(model, {name: new}))
+    if isinstance(new, QuantizedLayer):
+        answer_for_weights(model, [name])
+
+
+def take_dtype(model: nn.Module) -> None:
+    """Give the weights of quantized layers without a bias the dtype of the model's other floats.
+
+    Packed bytes do not say it. It is the dtype that holds most numbers.
+    """
+    numbers = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            numbers[parameter.dtype] += parameter.numel()
+    if numbers:
+        (dtype, _), *_ = numbers.most_common(1)
+        for layer in quantized_layers(model).values():
+            layer.weight_dtype = dtype
 
 
 def find_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Change]:

@@ -1,24 +1,38 @@
-"""`QuantizedLinear`, `QuantizedConv1x1`: layers that hold packed bytes and run their scheme."""
+"""`QuantizedLinear`, `QuantizedConv1x1`: layers that hold packed bytes and run their scheme.
 
-from typing import Any, TypeGuard
+Each is what it takes the place of, an `nn.Linear` or an `nn.Conv2d`, for everyone who asks for its
+class, reads its `weight` or its sizes.
+"""
+
+from typing import Any, Self, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.autocast import cast_input, without_autocast
+from loraq.dense import DenseWeight, refuse_writing
 from loraq.errors import KernelError
-from loraq.kernels import DEFAULT_BACKEND, LayerSpec, Prepared, choose, prepare, resolve_backend
+from loraq.kernels import (
+    DEFAULT_BACKEND,
+    LayerSpec,
+    Prepared,
+    choose,
+    prepare,
+    reconstruct,
+    resolve_backend,
+)
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
+from loraq.state import mark_packed
 from loraq.transforms import rotate
 
 #: What a layer takes: what `nn.Linear` takes in one dtype or another.
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class QuantizedLinear(nn.Module):
-    """Drop-in for `nn.Linear`: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
+class QuantizedLayer(nn.Module):
+    """What all quantized layers are: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
 
     Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
     numbers alone: `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`,
@@ -28,6 +42,10 @@ class QuantizedLinear(nn.Module):
 
     #: Codes of the main weight; the other packed tensors stand beside it.
     weight_packed: nn.Parameter
+    #: Dtype of `weight` where there is no bias.
+    weight_dtype: torch.dtype
+    #: Axes of `weight` after (out, in).
+    _pixel: tuple[int, ...] = ()
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
     #: What runs the layer now, or `None` until the next call; never part of the state.
@@ -51,12 +69,12 @@ class QuantizedLinear(nn.Module):
             scheme: formats and rank.
             bias: whether there is a bias, the only tensor of `dtype`.
             device: of all parameters.
-            dtype: of the bias.
+            dtype: of the bias, and without one of `weight` too; `None` is fp32 for `weight`.
 
         Raises:
             SchemeError: the scheme does not fit the shape.
         """
-        super().__init__()
+        nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
         for name, stored in scheme.storage((out_features, in_features)).items():
@@ -66,16 +84,20 @@ class QuantizedLinear(nn.Module):
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.record = {}
+        self.weight_dtype = dtype or torch.float32
         self.ask_backend(DEFAULT_BACKEND, strict=False)
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> "QuantizedLinear":
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Self:
         """Return the layer that stores a packed weight, on its device.
 
-        The bias is taken over as it is, a `Parameter` stays the same object.
+        The bias is taken over as it is, a `Parameter` stays the same object. `dtype` is that of
+        `weight` where there is no bias.
         """
         n_out, n_in = packed.shape
-        layer = cls(n_in, n_out, packed.scheme, bias=False, device="meta")
+        layer = cls(n_in, n_out, packed.scheme, bias=False, device="meta", dtype=dtype)
         for name, tensor in packed.tensors.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -191,6 +213,44 @@ class QuantizedLinear(nn.Module):
         """Return the effective dense weight in fp32."""
         return self.packed.reconstruct()
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a float layer shows it, read-only; decoded when its numbers are read.
+
+        It has the shape and device of the float weight and the dtype of the bias; without a bias
+        that of the float layer, which moves and casts of the model change as they would there. It
+        is no parameter: optimizers, `parameters()` and `state_dict()` see the packed bytes.
+
+        Raises:
+            LayerError: it is assigned, or written to in place.
+        """
+        packed, shape = self.packed, (self.out_features, self.in_features, *self._pixel)
+        dtype = self.weight_dtype if self.bias is None else self.bias.dtype
+
+        def decode() -> Tensor:
+            with torch.no_grad():
+                return reconstruct(packed).to(dtype).view(shape)
+
+        if torch.compiler.is_compiling():  # which traces operations; unread ones leave the graph
+            return decode()
+        return DenseWeight(decode, shape, dtype, packed.device)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        refuse_writing()
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear | nn.Conv2d:
+        """Return the float layer with this weight; the bias stays the same object."""
+        sizes = self.in_features, self.out_features
+        new: nn.Linear | nn.Conv2d
+        if self._pixel:
+            new = nn.Conv2d(*sizes, 1, bias=False, device="meta")
+        else:
+            new = nn.Linear(*sizes, bias=False, device="meta")
+        new.weight, new.bias = nn.Parameter(self.weight.clone()), self.bias
+        return new.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, out) for x (…, in), in the dtype of x.
 
@@ -245,12 +305,22 @@ class QuantizedLinear(nn.Module):
 
     # The operands follow from the parameters: whatever may change those drops them.
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "QuantizedLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = None
-        return super()._apply(*args, **kwargs)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        mark_packed(destination, prefix[:-1])
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         self._prepared = None
         # Copied into a parameter, or assigned as one, other numbers would pass for bytes.
@@ -265,10 +335,17 @@ class QuantizedLinear(nn.Module):
                     f"Tensor '{prefix}{name}' of the state is of {found.dtype}. Raw bytes (uint8) "
                     "are required. Load what a quantized layer saved."
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        metadata = {**local_metadata}
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add or replace a parameter, as an assignment does."""
+        """Add or replace a parameter, as an assignment does.
+
+        Raises:
+            LayerError: it is the weight, which is no parameter here.
+        """
+        if name == "weight":
+            refuse_writing()
         self._prepared = None
         super().register_parameter(name, param)
 
@@ -276,19 +353,31 @@ class QuantizedLinear(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
 
-class QuantizedConv1x1(QuantizedLinear):
+# Both float layers declare a bias that is always there, which it is not.
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+    """Drop-in for `nn.Linear`."""
+
+
+class QuantizedConv1x1(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """Drop-in for a 1×1 `nn.Conv2d`: the same linear layer, on channels (…, in, height, width).
 
     Its weight is stored as the matrix (out, in), under the same names as that of any linear layer.
     """
 
+    _pixel = (1, 1)
+    kernel_size = stride = dilation = (1, 1)
+    padding = output_padding = (0, 0)
+    groups, transposed, padding_mode = 1, False, "zeros"
+
     @property
-    def in_channels(self) -> int:
+    def in_channels(self) -> int:  # type: ignore[override]
         """The same as `in_features`, under a convolution's name."""
         return self.in_features
 
     @property
-    def out_channels(self) -> int:
+    def out_channels(self) -> int:  # type: ignore[override]
         """The same as `out_features`, under a convolution's name."""
         return self.out_features
 

@@ -27,7 +27,7 @@ from loraq.autocast import cast_input, without_autocast
 from loraq.errors import KernelError
 from loraq.formats import BlockFormat, Format
 from loraq.kernels.base import decode_one, round_activation
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedLayer
 from loraq.options import Size, checked
 from loraq.scheme import Branch
 from loraq.transforms import block_side, rotate
@@ -145,7 +145,7 @@ class LoraqRowwise(ParallelStyle):
 class _Side(nn.Module):
     """The branch of a layer split by rows: a part of proj_down, all of proj_up, decoded."""
 
-    def __init__(self, layer: QuantizedLinear, branch: Branch) -> None:
+    def __init__(self, layer: QuantizedLayer, branch: Branch) -> None:
         super().__init__()
         self.branch = branch
         stored = layer.packed.branch
@@ -172,8 +172,8 @@ def _sum_over_ranks(y: Tensor, group: Any) -> Tensor:
     return y
 
 
-def _require_quantized(module: nn.Module) -> QuantizedLinear:
-    if not isinstance(module, QuantizedLinear):
+def _require_quantized(module: nn.Module) -> QuantizedLayer:
+    if not isinstance(module, QuantizedLayer):
         raise KernelError(
             f"A loraq parallel style was given a {type(module).__name__}. It splits "
             "QuantizedLinear layers only: use torch's own styles for the layers that are not "
@@ -182,7 +182,7 @@ def _require_quantized(module: nn.Module) -> QuantizedLinear:
     return module
 
 
-def _require_whole_blocks(layer: QuantizedLinear, n_ranks: int) -> None:
+def _require_whole_blocks(layer: QuantizedLayer, n_ranks: int) -> None:
     """Raise `KernelError` if a rank's input channels would cut a byte, a block or a rotation."""
     scheme, branch = layer.scheme, layer.scheme.branch
     formats: list[Format] = [scheme.weight_format, scheme.activation_format]

@@ -25,6 +25,7 @@ import loraq
 from loraq.checkpoint.folder import file_sha256
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.errors import CalibrationError, CheckpointError, LayerError, LoraqError, RecipeError
+from loraq.integrations.hub import fetch_manifest
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedLinear
 from loraq.recipe import Recipe
@@ -34,7 +35,6 @@ from loraq.diffusers import LoraqConfig  # noqa: E402
 from loraq.integrations.quantizer import (  # noqa: E402
     SUPPORTED,
     LoraqQuantizer,
-    _fetch_manifest,
     require_supported,
 )
 
@@ -556,7 +556,7 @@ def test_the_manifest_of_a_hub_model_is_fetched_too(tmp_path, monkeypatch):
         tmp_path / "hub" / "models--someone--model-x" / "snapshots" / "abc123" / "transformer"
     )
     snapshot.mkdir(parents=True)
-    _fetch_manifest(snapshot)
+    fetch_manifest(snapshot)
     assert asked == [
         (
             ("someone/model-x", "transformer/loraq.json"),
@@ -564,8 +564,8 @@ def test_the_manifest_of_a_hub_model_is_fetched_too(tmp_path, monkeypatch):
         )
     ]
     (snapshot / FILE_NAME).write_text("{}")
-    _fetch_manifest(snapshot)
-    _fetch_manifest(tmp_path)
+    fetch_manifest(snapshot)
+    fetch_manifest(tmp_path)
     assert len(asked) == 1
 
 
@@ -630,3 +630,69 @@ def test_a_pipeline_is_quantized_while_it_loads(pipelines):
     assert torch.equal(
         image(pipeline), image(diffusers.DiffusionPipeline.from_pretrained(quantized))
     )
+
+
+def flux():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1}
+    sizes |= {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16}
+    sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32}
+    return diffusers.FluxTransformer2DModel(**sizes, axes_dims_rope=(4, 4, 8)), sizes
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
+def test_a_controlnet_of_a_quantized_model_has_its_weights_or_is_refused(tmp_path):
+    model, sizes = flux()
+    loraq.quantize_(model, "int8", progress=False)
+    model.save_pretrained(tmp_path / "out")
+    loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "out")
+    build = diffusers.FluxControlNetModel.from_transformer
+    sizes = {name: sizes[name] for name in list(sizes)[:4]}
+    for quantized in (model, loaded):
+        with pytest.raises(LayerError, match=r"no quantized layer there.*dequantize_"):
+            build(quantized, **sizes)
+        weight = quantized.transformer_blocks[0].attn.to_q.reconstruct()
+        net = build(quantized.dequantize(), **sizes)
+        assert torch.equal(net.transformer_blocks[0].attn.to_q.weight, weight)
+
+
+def test_a_float_model_with_the_configuration_of_a_quantized_one_is_a_float_model(
+    model, source, tmp_path
+):
+    quantized = PixArt.from_pretrained(source, quantization_config=LoraqConfig(RECIPE))
+    quantized.save_pretrained(tmp_path / "out")
+    quantized = PixArt.from_pretrained(tmp_path / "out")
+    fresh = PixArt.from_config(quantized.config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.save_pretrained(tmp_path / "fresh")
+    for _ in range(2):
+        loaded = PixArt.from_pretrained(tmp_path / "fresh")
+        assert same(loaded, fresh)
+        assert not quantized_layers(loaded)
+        assert "quantization_config" not in loaded.config
+        loaded.save_pretrained(tmp_path / "fresh")
+        assert "quantization_config" not in json.loads((tmp_path / "fresh/config.json").read_text())
+        loaded.half()
+    fresh.save_pretrained(tmp_path / "fresh")
+    config = LoraqConfig("int8")
+    loaded = PixArt.from_pretrained(tmp_path / "fresh", quantization_config=config)
+    assert quantized_layers(loaded)
+    loraq.quantize_(fresh, "int8", progress=False)
+    assert same(loaded, fresh)
+
+
+@pytest.mark.parametrize("kind", ["T5", "UMT5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_text_encoders_that_read_a_weight_in_their_forward_run(kind, dtype):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_layers=1)
+    model = getattr(transformers, f"{kind}EncoderModel")(config).eval().to(dtype)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        exact = model(tokens)[0]
+        loraq.quantize_(model, "int8-a16", progress=False)
+        ours = model(tokens)[0]
+    assert ours.dtype == dtype
+    assert (ours - exact).norm() < 0.03 * exact.norm()

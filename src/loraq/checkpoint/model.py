@@ -25,11 +25,13 @@ from loraq.layers import (
     quantized_class,
     quantized_layers,
     swap,
+    take_dtype,
 )
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedLayer
 from loraq.options import Size, checked
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
 from loraq.safetensors.reader import ShardReader
+from loraq.state import answer_for_weights
 
 
 @checked
@@ -107,7 +109,7 @@ def write_model(
     Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
 
 
-def _require_quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
+def _require_quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of a model, if there are any with a name."""
     layers = quantized_layers(model)
     if not layers:
@@ -116,7 +118,7 @@ def _require_quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
         )
     if "" in layers:
         raise CheckpointError(
-            "A bare QuantizedLinear has no name to save it under. Save the module that holds it."
+            "A bare quantized layer has no name to save it under. Save the module that holds it."
         )
     return layers
 
@@ -155,6 +157,8 @@ def load_into(
         if source not in read:
             read[source] = reader.read(source).to(device)
     swap([*find_places(model, layers), *_find_tensors(model, layers, devices, manifest.tied, read)])
+    take_dtype(model)
+    answer_for_weights(model, layers)
 
 
 def insert_empty_layers(
@@ -174,12 +178,13 @@ def insert_empty_layers(
         model, folder, backend=DEFAULT_BACKEND, verify=verify
     )
     swap(find_places(model, layers))
+    answer_for_weights(model, layers)
     return manifest, reader
 
 
 def _check_folder(
     model: nn.Module, folder: Path, *, backend: str, verify: bool
-) -> tuple[Manifest, ShardReader, dict[str, torch.device], dict[str, QuantizedLinear]]:
+) -> tuple[Manifest, ShardReader, dict[str, torch.device], dict[str, QuantizedLayer]]:
     """Check a whole folder against a model, which stays as it is.
 
     Returns:
@@ -201,7 +206,7 @@ def _check_folder(
 
 def _check(
     model: nn.Module,
-    layers: dict[str, QuantizedLinear],
+    layers: dict[str, QuantizedLayer],
     reader: ShardReader,
     manifest: Manifest,
     folder: Path,
@@ -251,7 +256,7 @@ def _check(
 
 def _find_tensors(
     model: nn.Module,
-    layers: dict[str, QuantizedLinear],
+    layers: dict[str, QuantizedLayer],
     names: Iterable[str],
     tied: dict[str, str],
     read: dict[str, Tensor],
@@ -271,9 +276,7 @@ def _find_tensors(
         yield owner._parameters, leaf, parameters[source]
 
 
-def _find_places(
-    model: nn.Module, layers: dict[str, QuantizedLinear]
-) -> dict[str, QuantizedLinear]:
+def _find_places(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
     """Return the new layers by every name that the modules they replace have.
 
     One module may stand in two places.
@@ -286,7 +289,7 @@ def _find_places(
     }
 
 
-def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLinear:
+def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLayer:
     stored = manifest.layers[name]
     try:
         old = model.get_submodule(name)
@@ -294,7 +297,7 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
         raise CheckpointError(
             f"The model has no layer '{name}'. Load into the architecture it was made from."
         ) from error
-    if isinstance(old, QuantizedLinear):
+    if isinstance(old, QuantizedLayer):
         fits = (old.out_features, old.in_features) == stored.shape
     else:
         fits = is_linear(old) and matrix_of(old).shape == stored.shape
@@ -302,10 +305,16 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
         raise CheckpointError(
             f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}."
         )
-    n_out, n_in = stored.shape
+    (n_out, n_in), weight = stored.shape, old.weight
+    assert isinstance(weight, Tensor)
     try:
         layer = quantized_class(old)(
-            n_in, n_out, stored.scheme, bias=old.bias is not None, device="meta"
+            n_in,
+            n_out,
+            stored.scheme,
+            bias=old.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
         )
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error

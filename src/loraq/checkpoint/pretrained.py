@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from loraq.checkpoint.floats import attach_float_methods
 from loraq.checkpoint.model import save
 from loraq.errors import CheckpointError
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
@@ -22,9 +23,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def attach_save_pretrained(model: nn.Module) -> None:
     """Let the `save_pretrained` of a quantized model write the folder that `save` writes.
 
-    A model without that method is left as it is.
+    It gets `dequantize()` too. A model without `save_pretrained` is left as it is.
     """
     if callable(getattr(model, "save_pretrained", None)):
+        attach_float_methods(model)
         setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
 
 

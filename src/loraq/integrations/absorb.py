@@ -14,7 +14,7 @@ from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import find_places, swap
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedLayer
 from loraq.options import checked
 from loraq.pipeline.layer import hash_tensor, quantize_layer
 from loraq.pipeline.plan import LayerJob
@@ -108,9 +108,7 @@ def _absorb(
     (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
     mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)
-    quantized = {
-        name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)
-    }
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
     recipes = {name: _require_recipe(name, layer) for name, layer in quantized.items()}
     for name, layer in layers.items():  # everything that can be wrong, before long work
         _read_original(name, layer, source)
@@ -191,7 +189,7 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
     return {name: present[name] for name in lora.adapters}
 
 
-def _require_recipe(name: str, layer: QuantizedLinear) -> Recipe:
+def _require_recipe(name: str, layer: QuantizedLayer) -> Recipe:
     if not {"recipe", "source_sha256", "source_dtype"} <= layer.record.keys():
         raise LayerError(
             f"Layer '{name}' does not say how it was made. Quantize the model again with "
@@ -216,7 +214,7 @@ def _read_original(name: str, layer: nn.Module, source: ShardReader) -> Tensor:
     stored = source.read(f"{name}.weight")
     for dtype in (stored.dtype, torch.bfloat16, torch.float16, torch.float32):
         weight = stored.to(dtype)
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLayer):
             same = hash_tensor(weight) == layer.record["source_sha256"]
         else:
             kept = layer.get_parameter("weight").detach().cpu()

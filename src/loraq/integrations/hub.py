@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from loraq.checkpoint.manifest import FILE_NAME
 from loraq.errors import CheckpointError, LoraqError
 
 #: What is fetched of a repository besides the weights: configurations and tokenizers.
@@ -51,3 +52,24 @@ def _fetch(repository: str) -> Path:
             f"'{repository}' is not a file or folder here, and cannot be fetched from the hub: "
             f"{error}"
         ) from error
+
+
+def fetch_manifest(folder: Path) -> None:
+    """Download the manifest into a snapshot of the hub's cache.
+
+    diffusers fetches only the files it knows.
+    """
+    places = folder.parts
+    if (folder / FILE_NAME).is_file() or "snapshots" not in places:
+        return
+    from huggingface_hub import hf_hub_download
+
+    at = len(places) - 1 - places[::-1].index("snapshots")
+    kind, *repository = places[at - 1].split("--")
+    if kind == "models":
+        hf_hub_download(
+            "/".join(repository),
+            "/".join([*places[at + 2 :], FILE_NAME]),
+            revision=places[at + 1],
+            cache_dir=Path(*places[: at - 1]),
+        )

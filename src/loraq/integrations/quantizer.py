@@ -19,11 +19,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from loraq.checkpoint.floats import dequantize_, forget_quantization
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import insert_empty_layers
 from loraq.checkpoint.pretrained import attach_save_pretrained
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
-from loraq.layers import is_linear, matrix_of, replace_layer
+from loraq.integrations.hub import fetch_manifest
+from loraq.layers import is_linear, matrix_of, replace_layer, take_dtype
 from loraq.pipeline.layer import quantize_layer, require_usable
 from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import LayerJob
@@ -135,6 +137,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         self._jobs: dict[str, LayerJob] = {}
         self._tied: dict[str, str] = {}
         self._folder: Path | None = None
+        self._is_float = False
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -163,8 +166,17 @@ class LoraqQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
-        """Remember where the files are, which diffusers tells here only; the keys stay."""
+        """Remember where the files are, which diffusers tells here only; the keys stay.
+
+        A float model that was built from the configuration of a quantized one (`from_config`, a
+        ControlNet) saves that configuration with its own weights: it is loaded as what it is.
+        """
         self._folder = Path(checkpoint_files[0]).parent
+        has_packed = any(key.endswith(".weight_packed") for key in loaded_keys)
+        self._is_float = bool(self.pre_quantized) and not has_packed
+        passed = getattr(self.quantization_config, "ignored_config", None)
+        if self._is_float and isinstance(passed, LoraqConfig) and passed.recipe is not None:
+            self.recipe, self.pre_quantized, self._is_float = passed.recipe, False, False
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -175,7 +187,10 @@ class LoraqQuantizer(DiffusersQuantizer):
                 "from that folder."
             )
         if self.pre_quantized:
-            _fetch_manifest(self._folder)
+            fetch_manifest(self._folder)
+            if self._is_float and not (self._folder / FILE_NAME).is_file():
+                return
+            self._is_float = False
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
             manifest, reader = insert_empty_layers(model, self._folder, verify=verify)
             self._tied = {
@@ -260,6 +275,11 @@ class LoraqQuantizer(DiffusersQuantizer):
         replace_layer(model, job.name, finished.build_module(layer, self.recipe))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._is_float:
+            model.is_quantized = False  # type: ignore[assignment]
+            del model.quantization_method
+            forget_quantization(model)
+            return
         if self._jobs:
             raise CheckpointError(
                 f"'{self._folder}' has no weights for these layers: {', '.join(self._jobs)}."
@@ -267,10 +287,23 @@ class LoraqQuantizer(DiffusersQuantizer):
         for name, source in self._tied.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+        take_dtype(model)
         attach_save_pretrained(model)
 
-    def get_state_dict_and_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to write weights without their manifest."""
+    def dequantize(self, model: Any) -> Any:
+        """Return the model, which is a float one then."""
+        return dequantize_(model)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> Any:
+        """Refuse to write packed weights without their manifest.
+
+        Raises:
+            CheckpointError: the model is quantized.
+        """
+        if self._is_float:
+            return state_dict, {}
         raise CheckpointError(
             "A quantized model is saved by its own `save_pretrained`, or by `loraq.save`, which "
             "write 'loraq.json' too."
@@ -363,24 +396,3 @@ def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and name in stored and reader.dtype(name) in kinds:
             parameter.data = parameter.data.to(kinds[reader.dtype(name)])
-
-
-def _fetch_manifest(folder: Path) -> None:
-    """Download the manifest into a snapshot of the hub's cache.
-
-    diffusers fetches only the files it knows.
-    """
-    places = folder.parts
-    if (folder / FILE_NAME).is_file() or "snapshots" not in places:
-        return
-    from huggingface_hub import hf_hub_download
-
-    at = len(places) - 1 - places[::-1].index("snapshots")
-    kind, *repository = places[at - 1].split("--")
-    if kind == "models":
-        hf_hub_download(
-            "/".join(repository),
-            "/".join([*places[at + 2 :], FILE_NAME]),
-            revision=places[at + 1],
-            cache_dir=Path(*places[: at - 1]),
-        )

@@ -1,6 +1,6 @@
 """How a quantized layer runs: back ends, and the rules that pick one."""
 
-from loraq.kernels.base import Backend, LayerSpec, Prepared
+from loraq.kernels.base import Backend, LayerSpec, Prepared, reconstruct
 from loraq.kernels.dispatch import (
     BACKENDS,
     DEFAULT_BACKEND,
@@ -21,5 +21,6 @@ __all__ = [
     "choose",
     "get_backend",
     "prepare",
+    "reconstruct",
     "resolve_backend",
 ]

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, library
 from torch.nn.functional import linear
 
+from loraq.autocast import without_autocast
 from loraq.formats import CastFormat, Format, QTensor, get_format
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Scheme
+from loraq.transforms import unrotate
 
 
 class LayerSpec(NamedTuple):
@@ -95,6 +97,15 @@ def decode(packed: PackedWeight, dtype: torch.dtype) -> Operands:
 def decode_one(q: QTensor, dtype: torch.dtype) -> Tensor:
     """Return one stored tensor as a dense one of `dtype`."""
     return _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+
+
+def reconstruct(packed: PackedWeight) -> Tensor:
+    """Return what `PackedWeight.reconstruct` does, by operators that a compiler can trace."""
+    dense, up, down = decode(packed, torch.float32)
+    with without_autocast(packed.device):
+        if up is not None and down is not None:
+            dense = dense + up @ down
+        return unrotate(dense, packed.scheme.rotation)
 
 
 def decode_factors(branch: LowRankBranch | None) -> tuple[Tensor, Tensor] | None:

@@ -4,12 +4,12 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraq.errors import LayerError, layer_failure
 from loraq.formats.faults import find_fault
 from loraq.layers import LinearLayer, quantized_class
-from loraq.nn import QuantizedLinear
+from loraq.nn import QuantizedLayer
 from loraq.packed import LayerSolution, PackedWeight
 from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.plan import LayerJob
@@ -26,11 +26,10 @@ class FinishedLayer:
     packed: PackedWeight
     report: LayerReport
 
-    def build_module(self, old: nn.Module, recipe: Recipe) -> QuantizedLinear:
+    def build_module(self, old: LinearLayer | QuantizedLayer, recipe: Recipe) -> QuantizedLayer:
         """Return what takes the place of a linear layer: its kind and its bias, the new weight."""
-        bias = old.bias
-        assert bias is None or isinstance(bias, Tensor)
-        module = quantized_class(old).from_packed(self.packed, bias)
+        kind = quantized_class(old)
+        module = kind.from_packed(self.packed, old.bias, dtype=old.weight.dtype)
         module.record = {**self.report.record(), "recipe": recipe.to_dict()}
         return module
 
