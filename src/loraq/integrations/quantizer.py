@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -29,6 +28,7 @@ from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
+from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
@@ -135,6 +135,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         self._jobs: dict[str, LayerJob] = {}
         self._tied: dict[str, str] = {}
         self._folder: Path | None = None
+        self._files: list[str] = []
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -165,6 +166,7 @@ class LoraqQuantizer(DiffusersQuantizer):
     ) -> list[str]:
         """Remember where the files are, which diffusers tells here only; the keys stay."""
         self._folder = Path(checkpoint_files[0]).parent
+        self._files = [Path(file).name for file in checkpoint_files]
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -182,12 +184,8 @@ class LoraqQuantizer(DiffusersQuantizer):
                 name: source for name, source in manifest.tied.items() if name not in reader.names
             }
             self._tell_recipe(manifest.recipe)
-            _take_dtypes(model, reader)
             return
-        if (self._folder / FILE_NAME).is_file():
-            raise CheckpointError(
-                f"'{self._folder}' is quantized already. Load it without `quantization_config`."
-            )
+        self._require_readable(self._folder)
         plan = plan_model(model, self.recipe)
         try:
             hash_used_stats(None, plan, self.recipe)
@@ -202,8 +200,17 @@ class LoraqQuantizer(DiffusersQuantizer):
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
                 "`loraq plan` shows why."
             )
-        if any(self._folder.glob("*.safetensors")):
-            _take_dtypes(model, ShardReader(self._folder))
+
+    def _require_readable(self, folder: Path) -> None:
+        """Raise `CheckpointError` for weights whose scales diffusers would leave out."""
+        if not all(file.endswith(".safetensors") for file in self._files):
+            return
+        decoded = decode_fp8(ShardReader(folder, files=self._files))
+        if isinstance(decoded, Fp8Reader) and decoded.scales:
+            raise CheckpointError(
+                f"'{folder}' has FP8 weights with scales, which diffusers does not apply while it "
+                "loads. Run `loraq quantize` once and load that."
+            )
 
     def _tell_recipe(self, stored: dict[str, Any] | None) -> None:
         """Put the stored recipe into the model's configuration; warn if another was passed."""
@@ -320,7 +327,8 @@ def _load_weights(cls: Any, model: Any, state_dict: Any, files: Any, *args: Any,
     which it reports missing and unexpected names in its log, and fills the layers with anything.
     """
     names = args[1] if len(args) > 1 else kw["loaded_keys"]
-    ours = isinstance(kw.get("hf_quantizer"), LoraqQuantizer)
+    quantizer = kw.get("hf_quantizer")
+    ours = isinstance(quantizer, LoraqQuantizer) and quantizer.pre_quantized
     if not ours and any(str(name).endswith(".weight_packed") for name in names):
         where = Path(files[0]).parent if files else "The state dict"
         raise CheckpointError(
@@ -349,20 +357,6 @@ def register() -> None:
     setattr(ModelMixin, "_load_pretrained_model", classmethod(_load_weights))  # noqa: B010 (a method, says mypy)
     AUTO_QUANTIZER_MAPPING[LoraqMethod.LORAQ.value] = LoraqQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[LoraqMethod.LORAQ.value] = LoraqConfig
-
-
-def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
-    """Give empty parameters the dtypes of the file, which decide when `dtype` is not given."""
-    kinds = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
-    stored = set(reader.names)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and name in stored and reader.dtype(name) in kinds:
-            parameter.data = parameter.data.to(kinds[reader.dtype(name)])
 
 
 def _fetch_manifest(folder: Path) -> None:
