@@ -202,7 +202,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             run waits to go on there; the disk refuses.
     """
     require_free(folder, overwrite=overwrite)
-    with explain_refusals(folder), _open_alone(folder) as partial:
+    with explain_refusals(folder), open_alone(folder) as partial:
         yield partial.folder
         partial.publish(overwrite=overwrite)
 
@@ -218,7 +218,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     path = resolve_target(path)
     require_writable(path)
-    with _open_alone(path) as partial:
+    with open_alone(path) as partial:
         yield partial.folder / path.name
         with explain_refusals(path):
             disk.sync_tree(partial.folder)
@@ -299,7 +299,7 @@ def _count_kept(target: Path) -> int:
 
 
 @contextmanager
-def _open_alone(target: Path) -> Iterator[PartialFolder]:
+def open_alone(target: Path) -> Iterator[PartialFolder]:
     """Yield a partial folder that is empty, and is removed whatever happens."""
     with _open_partial(target, restart=False) as partial:
         if partial.journal.layers:

@@ -122,7 +122,9 @@ def plan_checkpoint(
     return Source.open(checkpoint, recipe).plan
 
 
-def _locate(source: str | Path, config: str | Path | None, variant: str | None) -> Checkpoint:
+def _locate(
+    source: str | Path, config: str | Path | None, variant: str | None = None
+) -> Checkpoint:
     """Find weights and configuration, and build the model on the meta device.
 
     Raises:

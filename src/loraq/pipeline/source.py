@@ -95,7 +95,8 @@ class Source:
         if is_file and checkpoint.convert is not None and not set(expected) <= set(decoded.names):
             reader = checkpoint.convert(decoded)
             expected, tied = list_tensors(model, reader.names)
-        unused = _find_unused(model, reader) if is_file else []
+        is_whole = is_file and set(expected) <= set(reader.names)
+        unused = _find_unused(model, reader) if is_whole else []
         if unused:
             notes.append(
                 f"{len(unused)} tensors of the file belong to other models and are left out: "
