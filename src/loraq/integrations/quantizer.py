@@ -28,7 +28,7 @@ from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
-from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
+from loraq.safetensors.fp8 import require_unscaled
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
@@ -185,7 +185,8 @@ class LoraqQuantizer(DiffusersQuantizer):
             }
             self._tell_recipe(manifest.recipe)
             return
-        self._require_readable(self._folder)
+        if all(file.endswith(".safetensors") for file in self._files):
+            require_unscaled(ShardReader(self._folder, files=self._files))
         plan = plan_model(model, self.recipe)
         try:
             hash_used_stats(None, plan, self.recipe)
@@ -199,17 +200,6 @@ class LoraqQuantizer(DiffusersQuantizer):
             raise LoraqError(
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
                 "`loraq plan` shows why."
-            )
-
-    def _require_readable(self, folder: Path) -> None:
-        """Raise `CheckpointError` for weights whose scales diffusers would leave out."""
-        if not all(file.endswith(".safetensors") for file in self._files):
-            return
-        decoded = decode_fp8(ShardReader(folder, files=self._files))
-        if isinstance(decoded, Fp8Reader) and decoded.scales:
-            raise CheckpointError(
-                f"'{folder}' has FP8 weights with scales, which diffusers does not apply while it "
-                "loads. Run `loraq quantize` once and load that."
             )
 
     def _tell_recipe(self, stored: dict[str, Any] | None) -> None:

@@ -36,6 +36,16 @@ def decode_fp8(files: ShardReader) -> "ShardReader | Fp8Reader":
     return reader if reader.coded else files
 
 
+def require_unscaled(files: ShardReader) -> None:
+    """Raise `CheckpointError` for weights that a loader would take without their scales."""
+    decoded = decode_fp8(files)
+    if isinstance(decoded, Fp8Reader) and decoded.scales:
+        raise CheckpointError(
+            f"'{files.folder}' has FP8 weights with scales, which diffusers does not apply when it "
+            "loads them. Start from the 16-bit weights; `loraq quantize` alone reads these."
+        )
+
+
 class Fp8Reader:
     """A `TensorReader` of files with FP8 tensors, which hides the scales."""
 
@@ -63,7 +73,8 @@ class Fp8Reader:
             scales = [scale for scale in beside if scale in stored]
             if len(scales) > 1:
                 raise self._error(f"'{name}' has the scales {list_some(scales)}. Keep one")
-            self.scales |= dict.fromkeys([name] * len(scales), *scales)
+            if scales:
+                self.scales[name] = scales[0]
             hidden |= {f"{layer}.{part}" for part in _BESIDE} | set(scales)
         is_scaled |= bool(self.scales)
         without = [n for n in self.coded if n.endswith(".weight") and n not in self.scales]
