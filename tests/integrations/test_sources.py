@@ -264,3 +264,25 @@ def test_without_a_dtype_diffusers_loads_fp32(tmp_path):
     loaded = PixArt.from_pretrained(tmp_path / "q")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32, torch.uint8}
     assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+
+
+# --- guards ---------------------------------------------------------------------------------------
+
+
+def test_an_index_of_a_variant_that_is_a_link_out_of_the_folder_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "source", variant="fp16", max_shard_size="60KB")
+    index = tmp_path / "source" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.rename(tmp_path / "elsewhere.json")
+    index.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match=r"index\.fp16\.json' \(a link out of it"):
+        quantize(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_quantized_folder_reads_no_weights_that_its_manifest_does_not_list(source, tmp_path):
+    quantize(source, tmp_path / "q")
+    (tmp_path / "q" / WEIGHTS).rename(tmp_path / "q" / "other.safetensors")
+    shutil.copy(tmp_path / "q" / "other.safetensors", tmp_path / "q" / WEIGHTS)
+    manifest = tmp_path / "q" / "loraq.json"
+    manifest.write_text(manifest.read_text().replace(WEIGHTS, "other.safetensors"))
+    with pytest.raises(CheckpointError, match=rf"does not list: {WEIGHTS}"):
+        loraq.load(tmp_path / "q")

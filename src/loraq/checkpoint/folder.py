@@ -14,7 +14,7 @@ from loraq.json_files import read_json
 #: What diffusers, transformers and loraq call the files of a model or of a pipeline's component.
 _KNOWN_FILES = re.compile(
     r"(config|model_index|loraq)\.json|generation_config\.json"
-    r"|(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"|(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index(\.[\w-]+)?\.json)?"
     r"|(scheduler|preprocessor|processor|video_preprocessor|feature_extractor)_config\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|(spiece|tokenizer|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
