@@ -73,7 +73,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("before", ["float", "quantized", "nothing"])
+@pytest.mark.parametrize(
+    "before",
+    ["float", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("quantized", "nothing"))],
+)
 def test_a_kill_at_any_moment_leaves_a_model_or_a_refusal(model, quantized, clone, before):
     other = small_pixart(torch.float32)
     with torch.no_grad():

@@ -166,15 +166,15 @@ def to_fp8(source: Path, spelling: str, scale_dtype: torch.dtype, rows: bool, ki
     return meant
 
 
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize(
-    ("spelling", "scale_dtype", "rows"),
+    ("kind", "spelling", "scale_dtype", "rows"),
     [
-        ("", torch.float32, False),
-        ("weight_scale", torch.float32, True),
-        ("weight_scale", torch.bfloat16, False),
-        ("scale_weight", torch.bfloat16, True),
-        ("scale_weight", torch.float32, False),
+        (torch.float8_e4m3fn, "", torch.float32, False),
+        (torch.float8_e5m2, "", torch.float32, False),
+        (torch.float8_e4m3fn, "weight_scale", torch.float32, True),
+        (torch.float8_e4m3fn, "weight_scale", torch.bfloat16, False),
+        (torch.float8_e5m2, "scale_weight", torch.bfloat16, True),
+        (torch.float8_e4m3fn, "scale_weight", torch.float32, False),
     ],
 )
 def test_fp8_weights_are_what_they_stand_for(source, tmp_path, kind, spelling, scale_dtype, rows):
