@@ -68,7 +68,8 @@ def test_a_module_without_the_method_gets_none():
     ("option", "match"),
     [
         ({"safe_serialization": False}, "safe_serialization=False"),
-        ({"variant": "fp16"}, "variant"),
+        ({"variant": "a/b"}, "variant"),
+        ({"use_flashpack": True}, "use_flashpack"),
         ({"push_to_hub": True}, "push_to_hub"),
         ({"max_shard_size": "5 parsecs"}, "5 parsecs"),
         ({"max_shard_size": 0}, "max_shard_size is 0"),
@@ -80,12 +81,12 @@ def test_options_that_this_format_does_not_have(model, tmp_path, option, match):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(model, tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "Net"}')
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(CheckpointError, match=r"also holds thesis\.tex"):
-        model.save_pretrained(tmp_path)
-    assert sorted(contents(tmp_path)) == ["config.json", "thesis.tex"]
+def test_the_other_files_of_a_folder_stay(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    (tmp_path / "a" / "thesis.tex").write_text("the work of years")
+    model.save_pretrained(tmp_path / "a")
+    assert contents(tmp_path / "a") == before | {"thesis.tex": b"the work of years"}
 
 
 def test_a_pipeline_is_not_replaced_by_one_of_its_models(model, tmp_path):

@@ -39,6 +39,8 @@ from loraq.integrations.quantizer import (  # noqa: E402
 )
 
 PixArt = diffusers.PixArtTransformer2DModel
+#: Of the models here; without a dtype, diffusers loads fp32.
+BF16 = {"dtype": torch.bfloat16}
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -139,7 +141,7 @@ def test_whatever_a_configuration_says_packed_weights_are_loaded_right_or_refuse
     relist(damaged)
     loads = [lambda: loraq.load(damaged)]
     if not (isinstance(said, dict) and "bitsandbytes" in said.values()):  # wants a GPU first
-        loads.append(lambda: PixArt.from_pretrained(damaged))
+        loads.append(lambda: PixArt.from_pretrained(damaged, **BF16))
     right = []
     for load in loads:
         try:
@@ -164,7 +166,7 @@ def test_whatever_a_configuration_says_packed_weights_are_loaded_right_or_refuse
 
 
 def test_a_quantized_folder_loads_as_it_was_saved(folder):
-    loaded = PixArt.from_pretrained(folder)
+    loaded = PixArt.from_pretrained(folder, **BF16)
     assert same(loaded, loraq.load(folder))
     assert len(quantized_layers(loaded)) == 16
     assert not loaded.training
@@ -205,18 +207,18 @@ def test_dtype_is_of_what_stays_float(folder):
 def test_sharded_folders_load(folder, tmp_path):
     loraq.save(loraq.load(folder), tmp_path / "shards", shard_bytes=20_000)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert same(PixArt.from_pretrained(tmp_path / "shards"), loraq.load(folder))
+    assert same(PixArt.from_pretrained(tmp_path / "shards", **BF16), loraq.load(folder))
 
 
 def test_the_configuration_of_a_loaded_model_has_the_stored_recipe(folder, tmp_path):
-    loaded = PixArt.from_pretrained(folder)
+    loaded = PixArt.from_pretrained(folder, **BF16)
     assert loaded.config.quantization_config.recipe == RECIPE
     assert loaded.config.quantization_config is loaded.hf_quantizer.quantization_config
     assert json.loads(loaded.to_json_string())["quantization_config"]["recipe"] == RECIPE.to_dict()
     # It is a whole configuration: float weights quantized with it give the same folder.
     small_pixart().save_pretrained(tmp_path / "float")
     again = PixArt.from_pretrained(
-        tmp_path / "float", quantization_config=loaded.config.quantization_config
+        tmp_path / "float", quantization_config=loaded.config.quantization_config, **BF16
     )
     assert same(again, loaded)
 
@@ -255,7 +257,7 @@ def test_the_recipe_of_most_layers_is_shown_and_an_unreadable_one_is_none(damage
 def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder):
     other = replace(RECIPE, seed=5)
     with pytest.warns(UserWarning, match="quantized already") as caught:
-        loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig(other))
+        loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig(other), **BF16)
     assert [str(warning.message) for warning in caught] == [
         f"'{folder}' is quantized already and loads as it is stored: LoraqConfig with "
         f"seed={RECIPE.seed}. The `quantization_config` that was passed is not used: LoraqConfig "
@@ -290,7 +292,7 @@ def test_tied_tensors_stay_tied(tmp_path):
     model.transformer_blocks[1].attn1.to_q.bias = model.transformer_blocks[0].attn1.to_q.bias
     loraq.quantize_(model, RECIPE, progress=False)
     loraq.save(model, tmp_path / "out")
-    loaded = PixArt.from_pretrained(tmp_path / "out")
+    loaded = PixArt.from_pretrained(tmp_path / "out", **BF16)
     assert (
         loaded.transformer_blocks[1].attn1.to_q.bias is loaded.transformer_blocks[0].attn1.to_q.bias
     )
@@ -301,7 +303,7 @@ def test_tied_tensors_stay_tied(tmp_path):
 
 
 def test_quantizing_while_loading_gives_the_bytes_of_quantizing_afterwards(model, source, tmp_path):
-    loaded = PixArt.from_pretrained(source, quantization_config=LoraqConfig(RECIPE))
+    loaded = PixArt.from_pretrained(source, quantization_config=LoraqConfig(RECIPE), **BF16)
     expected = copy.deepcopy(model)
     loraq.quantize_(expected, RECIPE, progress=False)
     assert same(loaded, expected)
@@ -370,7 +372,8 @@ def test_a_single_file_says_what_to_do_instead(model):
 
 
 def test_save_pretrained_writes_the_folder_back(folder, tmp_path):
-    for name, loaded in (("native", PixArt.from_pretrained(folder)), ("ours", loraq.load(folder))):
+    native = PixArt.from_pretrained(folder, **BF16)
+    for name, loaded in (("native", native), ("ours", loraq.load(folder))):
         loaded.save_pretrained(tmp_path / name)
         assert files_of(tmp_path / name) == files_of(folder)
 

@@ -1,6 +1,6 @@
 """Whether the tensors of a checkpoint are those of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,18 +14,25 @@ from loraq.safetensors.reader import TensorReader
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8"})
 
 
-def require_fit(reader: TensorReader, expected: Mapping[str, Tensor], weights: Path) -> None:
+def require_fit(
+    reader: TensorReader,
+    expected: Mapping[str, Tensor],
+    weights: Path,
+    unused: Collection[str] = (),
+) -> None:
     """Require that a file has the tensors of a model, floats where the model has floats.
 
     Args:
         reader: the file's tensors.
         expected: the model's tensors by name; only their shapes and dtypes matter.
         weights: where the file is from, for messages.
+        unused: tensors of the file that belong to other models.
 
     Raises:
         CheckpointError: names, shapes or dtypes differ.
     """
-    require_names(reader.names, expected, f"The weights in '{weights}' do not fit its config.json")
+    found = [name for name in reader.names if name not in unused]
+    require_names(found, expected, f"The weights in '{weights}' do not fit its config.json")
     for name, tensor in expected.items():
         shape, dtype = reader.shape(name), reader.dtype(name)
         if shape != tuple(tensor.shape):

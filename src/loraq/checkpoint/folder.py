@@ -104,7 +104,7 @@ def require_replaceable(folder: Path) -> None:
     That is a model with its configuration, or a pipeline of such. Other files must be listed with
     their size in a `loraq.json` there: those that went along with a pipeline.
     """
-    pipeline = _read_object(folder / "model_index.json")
+    pipeline = read_object(folder / "model_index.json")
     if not _is_model(folder) and "_class_name" not in pipeline:
         raise CheckpointError(
             f"Will not replace '{folder}': it is not a model's folder (it has no 'config.json' or "
@@ -126,11 +126,20 @@ def require_replaceable(folder: Path) -> None:
         )
 
 
+def is_replaceable(folder: Path) -> bool:
+    """Return whether all that a folder holds was written by loraq or diffusers."""
+    try:
+        require_replaceable(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _is_model(folder: Path) -> bool:
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     return bool(
         {"_class_name", "architectures"} & config.keys()
-    ) or "format_version" in _read_object(folder / "loraq.json")
+    ) or "format_version" in read_object(folder / "loraq.json")
 
 
 def _is_known(place: Path, components: list[str]) -> bool:
@@ -161,14 +170,14 @@ def _list_recorded(folder: Path, components: list[str]) -> dict[str, int]:
     """Return the sizes of a pipeline's other files that the manifests in it list, by their path."""
     sizes = {}
     for component in components:
-        recorded = _read_object(folder / component / "loraq.json").get("components")
+        recorded = read_object(folder / component / "loraq.json").get("components")
         for name, entry in recorded.items() if isinstance(recorded, dict) else ():
             if isinstance(entry, dict) and isinstance(entry.get("bytes"), int):
                 sizes[str(name)] = entry["bytes"]
     return sizes
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if it is anything else."""
     try:
         return read_json(path)

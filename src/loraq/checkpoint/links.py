@@ -70,7 +70,7 @@ def require_own_weights(root: Path, weights: Path) -> None:
         weights: the folder of the transformer.
     """
     read = [weights / "config.json"]
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+    for pattern in ("*.safetensors", "*.safetensors.index*.json"):
         read += sorted(weights.glob(pattern))
     home = _resolve(root)
     judged = {path.name: _judge(path, home) for path in read if os.path.lexists(path)}

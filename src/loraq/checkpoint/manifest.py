@@ -17,6 +17,7 @@ from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
 from loraq.json_files import read_json, write_json
 from loraq.regular_file import is_plain_name
 from loraq.safetensors.header import read_header
+from loraq.safetensors.selection import is_model_weights, select_weights
 from loraq.scheme import Branch, Scheme
 from loraq.version import __version__
 
@@ -129,16 +130,15 @@ class Manifest:
             raise CheckpointError(
                 f"'{path}' is damaged: {error} Quantize again, or restore the file."
             ) from error
-        if foreign := sorted(
-            path.name for path in folder.glob("*.safetensors") if path.name not in files
-        ):
-            raise CheckpointError(
-                f"'{folder}' holds weights that '{FILE_NAME}' does not list: {list_some(foreign)}."
-            )
+        unlisted = {path.name for path in folder.glob("*.safetensors")} - files.keys()
+        if foreign := sorted(filter(is_model_weights, unlisted)):
+            raise _foreign(folder, foreign)
         for file, (size, _) in files.items():
             _check_size(folder / file, size)
         for file, (_, sha256) in files.items() if verify else ():
             _check_hash(folder / file, sha256)
+        if foreign := sorted(unlisted.intersection(select_weights(folder).files)):
+            raise _foreign(folder, foreign)
         return manifest
 
     def record(self, layer: str) -> dict[str, Any]:
@@ -147,6 +147,13 @@ class Manifest:
         if record.get("recipe") is not None:
             record["recipe"] = self.recipes[record["recipe"]]
         return record
+
+
+def _foreign(folder: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"'{folder}' holds weights that '{FILE_NAME}' does not list: {list_some(names)}. If a "
+        f"float model was saved there, delete '{FILE_NAME}'; otherwise take these files away."
+    )
 
 
 def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]]]:

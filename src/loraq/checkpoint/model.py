@@ -58,9 +58,9 @@ def save(
         CheckpointError: the module has no quantized layer, the folder is not empty or holds the
             folder that the module was loaded from, or the disk refuses.
     """
-    require_apart(folder, in_memory=_part_of_origin(model))
-    _require_not_float_origin(model, Path(folder))
-    _require_quantized(model)
+    require_apart(folder, in_memory=part_of_origin(model))
+    require_not_float_origin(model, Path(folder))
+    require_quantized(model)
     with atomic_folder(Path(folder), overwrite=overwrite) as partial:
         write_model(model, partial, shard_bytes=shard_bytes)
 
@@ -70,6 +70,7 @@ def write_model(
     folder: Path,
     *,
     shard_bytes: Size = DEFAULT_SHARD_BYTES,
+    variant: str = "",
     components: Mapping[str, StoredFile] | None = None,
 ) -> None:
     """Write the files of `save` into an empty folder that is not yet under its name.
@@ -78,6 +79,7 @@ def write_model(
         model: a module after `quantize_`.
         folder: where to.
         shard_bytes: largest shard, unless one tensor alone is larger.
+        variant: goes into the names of the weight files, such as "fp16".
         components: other files of the pipeline that the folder will be in.
 
     Raises:
@@ -93,7 +95,7 @@ def write_model(
             )
     recipes: list[dict[str, object]] = []
     stored = {}
-    for name, layer in _require_quantized(model).items():
+    for name, layer in require_quantized(model).items():
         record = dict(layer.record)
         recipe = record.pop("recipe", None)
         if recipe is not None:
@@ -102,14 +104,15 @@ def write_model(
             record["recipe"] = recipes.index(recipe)
         stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
     config = model_config(model)
-    files = write_shards(tensors, folder, weights_stem(config), shard_bytes)
+    stem = ".".join(part for part in (weights_stem(config), variant) if part)
+    files = write_shards(tensors, folder, stem, shard_bytes)
     if config:
         raw = write_json(folder / "config.json", config)
         files["config.json"] = hashlib.sha256(raw).hexdigest()
     Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
 
 
-def _require_quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
+def require_quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of a model, if there are any with a name."""
     layers = quantized_layers(model)
     if not layers:
@@ -342,7 +345,7 @@ def origin_of(model: nn.Module) -> Path | None:
     return Path(origin) if isinstance(origin, str) and origin else None
 
 
-def _require_not_float_origin(model: nn.Module, folder: Path) -> None:
+def require_not_float_origin(model: nn.Module, folder: Path) -> None:
     """Raise `CheckpointError` for the folder of the float weights that a model was made from."""
     origin = origin_of(model)
     is_origin = origin and origin.is_dir() and folder.is_dir() and origin.samefile(folder)
@@ -353,7 +356,7 @@ def _require_not_float_origin(model: nn.Module, folder: Path) -> None:
         )
 
 
-def _part_of_origin(model: nn.Module) -> Path | None:
+def part_of_origin(model: nn.Module) -> Path | None:
     """Return where a model came from; of a pipeline, what must outlive its transformer.
 
     The configuration does not say which of a pipeline's folders it was.

@@ -224,7 +224,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     remove_leftovers(folder)
     require_free(folder, overwrite=overwrite)
-    with explain_refusals(folder), _open_alone(folder) as partial:
+    with explain_refusals(folder), open_alone(folder) as partial:
         yield partial.folder
         partial.publish(overwrite=overwrite)
 
@@ -240,7 +240,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     path = resolve_target(path)
     require_writable(path)
-    with _open_alone(path) as partial:
+    with open_alone(path) as partial:
         yield partial.folder / path.name
         with explain_refusals(path):
             disk.sync_tree(partial.folder)
@@ -325,7 +325,7 @@ def _count_kept(target: Path) -> int:
 
 
 @contextmanager
-def _open_alone(target: Path) -> Iterator[PartialFolder]:
+def open_alone(target: Path) -> Iterator[PartialFolder]:
     """Yield a partial folder that is empty, and is removed whatever happens."""
     with _open_partial(target, restart=False) as partial:
         partial.require_no_layers()

@@ -12,11 +12,20 @@ from typing import Any
 
 from torch import nn
 
+from loraq.checkpoint.apart import require_apart
+from loraq.checkpoint.beside import replaced_model
 from loraq.checkpoint.floats import attach_float_methods
-from loraq.checkpoint.model import save
+from loraq.checkpoint.model import (
+    part_of_origin,
+    require_not_float_origin,
+    require_quantized,
+    write_model,
+)
 from loraq.errors import CheckpointError
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
+#: What diffusers hands on to the hub.
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -30,28 +39,38 @@ def attach_save_pretrained(model: nn.Module) -> None:
         setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
 
 
-def _save_pretrained(
+def _save_pretrained(  # noqa: PLR0913 - those of diffusers
     model: nn.Module,
     save_directory: str | Path,
     is_main_process: bool = True,
     safe_serialization: bool = True,
     variant: str | None = None,
     max_shard_size: int | str | None = None,
+    push_to_hub: bool = False,
     **others: Any,
 ) -> None:
     """Write the model as `loraq.save` does; the arguments are those of diffusers.
 
+    Files of others in the folder, such as those of a repository's clone, stay as they are.
+
     Raises:
         CheckpointError: an option that this format does not have, adapters that are not part of it,
-            or a folder with other files in it.
+            or a pipeline's folder.
     """
-    refused = {name: value for name, value in others.items() if value} | (
-        {"variant": variant} if variant else {}
-    )
-    if refused or not safe_serialization:
-        named = ", ".join(refused) or "safe_serialization=False"
+    refused = {name for name, value in others.items() if value and name not in _HUB_OPTIONS}
+    if not safe_serialization:
+        refused.add("safe_serialization=False")
+    if push_to_hub and not callable(getattr(model, "push_to_hub", None)):
+        refused.add("push_to_hub")
+    if refused:
         raise CheckpointError(
-            f"A quantized model cannot be saved with {named}. Save it plainly, as safetensors."
+            f"A quantized model cannot be saved with {', '.join(sorted(refused))}. Save it "
+            "plainly, as safetensors."
+        )
+    if variant and not re.fullmatch(r"[\w-]+", variant):
+        raise CheckpointError(
+            f"The variant {variant!r} cannot be part of a file's name. Letters, digits, '_' and "
+            "'-' are required, as in 'fp16'."
         )
     adapters: Any = getattr(model, "peft_config", None)
     if adapters:
@@ -60,6 +79,7 @@ def _save_pretrained(
             "checkpoint. Save them with `save_lora_adapter` and unload them, or make them "
             "permanent with `loraq.absorb_lora`."
         )
+    shard_bytes = _parse_size(max_shard_size)
     if not is_main_process:
         return
     folder = Path(save_directory)
@@ -68,7 +88,16 @@ def _save_pretrained(
             f"Will not replace '{folder}': it is a pipeline, and this is one model of it. Choose "
             "the folder of a component."
         )
-    save(model, folder, overwrite=True, shard_bytes=_parse_size(max_shard_size))
+    require_apart(folder, in_memory=part_of_origin(model))
+    require_not_float_origin(model, folder)
+    require_quantized(model)
+    with replaced_model(folder) as partial:
+        write_model(model, partial, shard_bytes=shard_bytes, variant=variant or "")
+    if push_to_hub:
+        asked = {name: value for name, value in others.items() if value}
+        repository = asked.pop("repo_id", folder.resolve().name)
+        push: Any = model.push_to_hub
+        push(repository, **asked, **({"variant": variant} if variant else {}))
 
 
 def _parse_size(size: int | str | None) -> int:

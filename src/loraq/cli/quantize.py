@@ -58,6 +58,19 @@ config_option = click.option(
 )
 
 
+variant_option = click.option(
+    "--variant",
+    metavar="NAME",
+    help="Which copy of the weights in a folder that holds several, such as fp16.",
+)
+
+
+def show_notes(plan: "Plan") -> None:
+    """Say on stderr what of the source was chosen, decoded or left out."""
+    for note in plan.notes:
+        click.echo(f"Note: {show(note)}", err=True)
+
+
 def size_option_value(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
     """Read a size such as "2GB", "500 MB" or "1GiB"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
@@ -110,6 +123,7 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @config_option
+@variant_option
 @click.option(
     "--stats",
     type=click.Path(path_type=Path),
@@ -156,12 +170,14 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     require_apart(target, file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
+    show_notes(report.plan)
     if as_json:
         print_json(
             {
                 "target": str(target),
                 "already_complete": report.already_complete,
                 "recipe": report.recipe.to_dict(),
+                "notes": report.plan.notes,
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
                 "mean_output_error": report.mean_output_error,
@@ -192,12 +208,14 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @command
 @click.argument("source", type=click.Path(path_type=Path))
 @config_option
+@variant_option
 @recipe_options
-def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> None:
+def plan(
+    source: Path, config: Path | None, variant: str | None, as_json: bool, **recipe: Any
+) -> None:
     """Show what `quantize` would do with SOURCE, layer by layer; what is kept, and why.
 
-    Only the configuration is read, or the names and shapes of the tensors if there is none; with
-    --allocate every weight, once.
+    Of the weights only names, shapes and dtypes are read; with --allocate every weight, once.
 
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0
@@ -205,7 +223,8 @@ def plan(source: Path, config: Path | None, as_json: bool, **recipe: Any) -> Non
     from loraq.integrations.checkpoints import plan_checkpoint
 
     _warn_of_unknown_class(source, config)
-    planned = plan_checkpoint(source, read_recipe(**recipe), config=config)
+    planned = plan_checkpoint(source, read_recipe(**recipe), config=config, variant=variant)
+    show_notes(planned)
     if as_json:
         print_json(_plan_document(planned))
         return
@@ -262,4 +281,4 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         "nbytes_bf16": planned.nbytes_bf16,
         "bits_per_weight": planned.bits_per_weight,
     }
-    return {"layers": layers, "others": others, **totals}
+    return {"layers": layers, "others": others, "notes": planned.notes, **totals}

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.links import require_own_weights
-from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.stats_file import file_of_stats
 from loraq.errors import CheckpointError
-from loraq.integrations.diffusers import model_of, transformer_folder
+from loraq.integrations.diffusers import model_of, require_float, transformer_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
 from loraq.json_files import read_json
@@ -18,10 +17,10 @@ from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, open_stats
-from loraq.pipeline.source import Checkpoint, Source, plan_tensors
+from loraq.pipeline.source import Checkpoint, Source
 from loraq.recipe import Recipe, file_of
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
-from loraq.safetensors.reader import ShardReader
+from loraq.safetensors.selection import may_hold_weights
 from loraq.scheme import Scheme
 
 
@@ -32,6 +31,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     recipe: str | Path | Scheme | Recipe,
     *,
     config: str | Path | None = None,
+    variant: str | None = None,
     stats: Stats | None = None,
     workers: Workers = 1,
     shard_bytes: Size = DEFAULT_SHARD_BYTES,
@@ -56,6 +56,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         config: for a source without a configuration, the diffusers `config.json` or the folder it
             is in; without one, layers are found by their tensors, and the target is for
             `loraq.load_into`.
+        variant: which of several copies of the weights in a folder is read, such as "fp16"; by
+            default the one whose name says none, or else the only one.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
             needs no data.
         workers: processes that solve layers at a time, on one thread each. A script that asks for
@@ -79,7 +81,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe_file, recipe = Path(target), file_of(recipe), Recipe.of(recipe)
-    checkpoint = _locate(source, config)
+    checkpoint = _locate(source, config, variant)
     # Of the folder that a configuration is in, nothing else is read.
     files = _find_config(checkpoint.weights, config), file_of_stats(stats), recipe_file
     require_apart(target, checkpoint.root, *files)
@@ -96,13 +98,14 @@ def plan_checkpoint(
     recipe: str | Path | Scheme | Recipe,
     *,
     config: str | Path | None = None,
+    variant: str | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Plan:
-    """Return what `quantize_checkpoint` would do.
+    """Return what `quantize_checkpoint` would do, or refuse what it would refuse.
 
-    A model that has a configuration is planned without its weights, unless the recipe allocates:
-    then each is read.
+    Of the weights only names, shapes and dtypes are read, unless the recipe allocates: then each
+    is. A folder with a configuration and no weights at all can be planned, too.
 
     Raises:
         CheckpointError, RecipeError, SchemeError: the source or the recipe cannot be used.
@@ -110,23 +113,25 @@ def plan_checkpoint(
             it.
     """
     recipe = Recipe.of(recipe)
-    checkpoint = _locate(source, config)
+    checkpoint = _locate(source, config, variant)
     if recipe.allocation != "uniform":
         opened = Source.open(checkpoint, recipe)
         return share_from_files(opened, recipe, workers=workers, progress=progress)
-    if checkpoint.model is not None:
+    if checkpoint.model is not None and not may_hold_weights(checkpoint.weights):
         return Plan.of_model(checkpoint.model, recipe)
-    return plan_tensors(ShardReader(checkpoint.weights), recipe)
+    return Source.open(checkpoint, recipe).plan
 
 
-def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
+def _locate(
+    source: str | Path, config: str | Path | None, variant: str | None = None
+) -> Checkpoint:
     """Find weights and configuration, and build the model on the meta device.
 
     Raises:
         CheckpointError: there is no such source, it is quantized already, or its configuration
             cannot be read, or a link leads out of it.
     """
-    root = local_path(source)
+    root = local_path(source, variant)
     weights = root if root.is_file() else transformer_folder(root)
     if root.is_file() and root.suffix != ".safetensors":
         raise CheckpointError(
@@ -136,12 +141,12 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
         require_own_weights(root, weights)
     config_file = _find_config(weights, config)
     content = {} if config_file is None else read_json(config_file)
-    if (weights / FILE_NAME).is_file() or "quantization_config" in content:
-        raise CheckpointError(f"'{weights}' is quantized already. Start from the float weights.")
+    require_float(weights, content)
     if config_file is None or "_class_name" not in content:
-        return Checkpoint(root, weights, content)
+        return Checkpoint(root, weights, content, variant=variant)
     convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
-    return Checkpoint(root, weights, content, model_of(content, config_file, weights), convert)
+    model = model_of(content, config_file, weights)
+    return Checkpoint(root, weights, content, model, convert, variant)
 
 
 def _find_config(weights: Path, config: str | Path | None) -> Path | None:

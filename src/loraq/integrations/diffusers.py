@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraq.checkpoint import load_into, save
@@ -180,7 +182,8 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
         verify: whether the files' hashes are checked.
 
     Returns:
-        The diffusers model in evaluation mode, with `QuantizedLinear` layers.
+        The diffusers model in evaluation mode, with `QuantizedLinear` layers. It has the dtype of
+        the file; the widest one if the file mixes several.
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files.
@@ -197,12 +200,42 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
             f"'{home}' has no 'config.json' that says what to build. Build the model, and use "
             "`loraq.load_into`."
         )
-    model = empty_model(home)
+    config = read_json(home / "config.json")
+    if "quantization_config" not in config and not _holds_packed(home):
+        raise CheckpointError(
+            f"'{home}' holds a float model beside the '{FILE_NAME}' of a quantized one: its "
+            f"'config.json' has no `quantization_config`. Delete '{FILE_NAME}', and load the model "
+            "with diffusers; or copy the quantized folder again."
+        )
+    model = model_of(config, home / "config.json")
     load_into(model, home, backend=backend, verify=verify)
+    _unify_dtypes(model)
     _cast_unsaved(model)
     attach_save_pretrained(model)
     model.register_to_config(_name_or_path=str(home))  # type: ignore[operator]
     return model.eval()
+
+
+def _holds_packed(folder: Path) -> bool:
+    return any(name.endswith("weight_packed") for name in ShardReader(folder).names)
+
+
+def _unify_dtypes(model: nn.Module) -> None:
+    """Let a model whose file mixes float dtypes have the widest of them, so that it runs.
+
+    Nothing is lost by that. What its class keeps in fp32 beside 16-bit weights stays as stored.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    tensors = [
+        tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and kept.isdisjoint(name.split("."))
+    ]
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        widest = reduce(torch.promote_types, sorted(dtypes, key=str))
+        for tensor in tensors:
+            tensor.data = tensor.data.to(widest)
 
 
 def _cast_unsaved(model: nn.Module) -> None:
@@ -222,6 +255,20 @@ def _cast_unsaved(model: nn.Module) -> None:
                 module._buffers[name] = buffer.to(*dtypes)
 
 
+def require_float(folder: Path, config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if a folder holds a quantized model.
+
+    Its configuration says so. A float model that was saved over a quantized one leaves a
+    `loraq.json` that belongs to nothing; it counts only where no configuration says more.
+
+    Args:
+        folder: where the weights are, or a file of weights.
+        config: what was read of its `config.json`; empty for none.
+    """
+    if "quantization_config" in config or (not config and (folder / FILE_NAME).is_file()):
+        raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")
+
+
 def float_folder(source: Path) -> Path:
     """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
 
@@ -229,8 +276,7 @@ def float_folder(source: Path) -> Path:
         CheckpointError: it is quantized already, or is not such a folder.
     """
     folder = transformer_folder(source)
-    if (folder / FILE_NAME).is_file() or "quantization_config" in read_json(folder / "config.json"):
-        raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")
+    require_float(folder, read_json(folder / "config.json"))
     return folder
 
 
@@ -249,6 +295,7 @@ def load_float(folder: Path) -> nn.Module:
     expected = model.state_dict()
     require_fit(reader, expected, folder)
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
+    _unify_dtypes(model)
     return model.eval()
 
 

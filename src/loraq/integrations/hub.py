@@ -17,10 +17,11 @@ _OTHER_VARIANTS = [
 ]
 
 
-def local_path(source: str | Path) -> Path:
+def local_path(source: str | Path, variant: str | None = None) -> Path:
     """Return a path as it is, or the folder of a repository of the hub.
 
-    A repository is named like "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS".
+    A repository is named like "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS". Second copies of the
+    weights, such as those in fp16, are fetched only if a variant is asked for.
 
     Raises:
         CheckpointError: the source was not found, neither locally nor on the hub.
@@ -28,11 +29,11 @@ def local_path(source: str | Path) -> Path:
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        return _fetch(str(source))
+        return _fetch(str(source), variant)
     return path
 
 
-def _fetch(repository: str) -> Path:
+def _fetch(repository: str, variant: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -44,7 +45,9 @@ def _fetch(repository: str) -> Path:
         inside = "*/*.safetensors" if (folder / "model_index.json").is_file() else "*.safetensors"
         return Path(
             snapshot_download(
-                repository, allow_patterns=[*_SMALL_FILES, inside], ignore_patterns=_OTHER_VARIANTS
+                repository,
+                allow_patterns=[*_SMALL_FILES, inside],
+                ignore_patterns=None if variant else _OTHER_VARIANTS,
             )
         )
     except Exception as error:  # the hub has many errors of its own

@@ -32,6 +32,7 @@ from loraq.pipeline.progress import ImageCallback, show_images
 from loraq.pipeline.requirements import find_users, require_enough
 from loraq.recipe import Recipe, file_of
 from loraq.regular_file import read_regular
+from loraq.safetensors.fp8 import decode_fp8, require_unscaled
 from loraq.safetensors.header import DTYPES
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
@@ -120,7 +121,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     folder = _pipeline_folder(local_path(source))
     component, target = float_folder(folder), Path(target)
     require_apart(target, folder, file_of(recipe))
-    recipe = Recipe.of(recipe)
+    recipe, weights = Recipe.of(recipe), ShardReader(component)
+    require_unscaled(weights)
     using = find_users(Plan.of_model(empty_model(component), recipe), recipe)
     if not second_moment:
         require_enough(using, recipe)
@@ -143,7 +145,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         f"{memory_bytes / 1e9:.3g} GB, runs of {sampling.samples} images: {len(groups)}. Loading "
         "the pipeline.",
     )
-    dtype = dtype or DTYPES[ShardReader(component).dtype(f"{using[0].name}.weight")]
+    dtype = dtype or DTYPES[decode_fp8(weights).dtype(f"{using[0].name}.weight")]
     done = 0
 
     def run() -> None:

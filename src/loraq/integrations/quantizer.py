@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -31,6 +30,7 @@ from loraq.pipeline.module import plan_model
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
+from loraq.safetensors.fp8 import require_unscaled
 from loraq.safetensors.reader import ShardReader
 from loraq.scheme import Scheme
 
@@ -138,6 +138,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         self._tied: dict[str, str] = {}
         self._folder: Path | None = None
         self._is_float = False
+        self._files: list[str] = []
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -172,6 +173,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         ControlNet) saves that configuration with its own weights: it is loaded as what it is.
         """
         self._folder = Path(checkpoint_files[0]).parent
+        self._files = [Path(file).name for file in checkpoint_files]
         has_packed = any(key.endswith(".weight_packed") for key in loaded_keys)
         self._is_float = bool(self.pre_quantized) and not has_packed
         passed = getattr(self.quantization_config, "ignored_config", None)
@@ -197,12 +199,9 @@ class LoraqQuantizer(DiffusersQuantizer):
                 name: source for name, source in manifest.tied.items() if name not in reader.names
             }
             self._tell_recipe(manifest.recipe)
-            _take_dtypes(model, reader)
             return
-        if (self._folder / FILE_NAME).is_file():
-            raise CheckpointError(
-                f"'{self._folder}' is quantized already. Load it without `quantization_config`."
-            )
+        if all(file.endswith(".safetensors") for file in self._files):
+            require_unscaled(ShardReader(self._folder, files=self._files))
         plan = plan_model(model, self.recipe)
         try:
             hash_used_stats(None, plan, self.recipe)
@@ -217,8 +216,6 @@ class LoraqQuantizer(DiffusersQuantizer):
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
                 "`loraq plan` shows why."
             )
-        if any(self._folder.glob("*.safetensors")):
-            _take_dtypes(model, ShardReader(self._folder))
 
     def _tell_recipe(self, stored: dict[str, Any] | None) -> None:
         """Put the stored recipe into the model's configuration; warn if another was passed."""
@@ -353,7 +350,8 @@ def _load_weights(cls: Any, model: Any, state_dict: Any, files: Any, *args: Any,
     which it reports missing and unexpected names in its log, and fills the layers with anything.
     """
     names = args[1] if len(args) > 1 else kw["loaded_keys"]
-    ours = isinstance(kw.get("hf_quantizer"), LoraqQuantizer)
+    quantizer = kw.get("hf_quantizer")
+    ours = isinstance(quantizer, LoraqQuantizer) and quantizer.pre_quantized
     if not ours and any(str(name).endswith(".weight_packed") for name in names):
         where = Path(files[0]).parent if files else "The state dict"
         raise CheckpointError(
@@ -382,17 +380,3 @@ def register() -> None:
     setattr(ModelMixin, "_load_pretrained_model", classmethod(_load_weights))  # noqa: B010 (a method, says mypy)
     AUTO_QUANTIZER_MAPPING[LoraqMethod.LORAQ.value] = LoraqQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[LoraqMethod.LORAQ.value] = LoraqConfig
-
-
-def _take_dtypes(model: nn.Module, reader: ShardReader) -> None:
-    """Give empty parameters the dtypes of the file, which decide when `dtype` is not given."""
-    kinds = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
-    stored = set(reader.names)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and name in stored and reader.dtype(name) in kinds:
-            parameter.data = parameter.data.to(kinds[reader.dtype(name)])

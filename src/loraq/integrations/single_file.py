@@ -13,14 +13,17 @@ from torch import Tensor
 
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import _quiet_diffusers
+from loraq.safetensors.fp8 import Fp8Reader
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES
-from loraq.safetensors.reader import ShardReader
+from loraq.safetensors.reader import ShardReader, TensorReader
 
 
 class ConvertedReader:
     """The tensors of an original checkpoint under the names of the diffusers class."""
 
-    def __init__(self, files: ShardReader, class_name: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, files: ShardReader | Fp8Reader, class_name: str, config: dict[str, Any]
+    ) -> None:
         """Run the converter of a class.
 
         Raises:
@@ -114,7 +117,7 @@ class Deferred:
         raise TypeError("the numbers are needed, and are not read yet")
 
 
-def _stand_in(files: ShardReader, name: str) -> Deferred:
+def _stand_in(files: TensorReader, name: str) -> Deferred:
     meta = torch.empty(files.shape(name), dtype=DTYPES[files.dtype(name)], device="meta")
     return Deferred(meta, lambda: files.read(name))
 

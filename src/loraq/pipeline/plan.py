@@ -117,6 +117,8 @@ class Plan:
     #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only
     #: shapes were known.
     others: tuple[OtherWeight, ...] = ()
+    #: What of the source was chosen, decoded or left out: sentences for the user.
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(

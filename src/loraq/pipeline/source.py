@@ -1,7 +1,7 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.links import find_files
 from loraq.checkpoint.model import add_quantization_config, model_config
-from loraq.errors import CheckpointError, RecipeError
+from loraq.errors import CheckpointError, RecipeError, list_some
 from loraq.formats.faults import find_fault
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
+from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
 from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader, TensorReader
 
@@ -32,7 +33,9 @@ class Checkpoint:
     #: The model on the meta device, or `None` if the configuration names none.
     model: nn.Module | None = None
     #: Reads an original layout under the names of the model.
-    convert: Callable[[ShardReader], TensorReader] | None = None
+    convert: Callable[[ShardReader | Fp8Reader], TensorReader] | None = None
+    #: Which of several copies of the weights is read, as `select_weights`.
+    variant: str | None = None
 
     @property
     def component(self) -> str:
@@ -77,21 +80,32 @@ class Source:
             CheckpointError: the files cannot be read, or do not fit the configuration.
             LayerError, SchemeError: a layer cannot be quantized as asked.
         """
-        files, model = ShardReader(checkpoint.weights), checkpoint.model
+        files, model = ShardReader(checkpoint.weights, checkpoint.variant), checkpoint.model
+        decoded = decode_fp8(files)
+        notes = [note for note in dict.fromkeys((files.note, decoded.note)) if note]
         if model is None:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
-            _require_floats(files)
-            return cls(files, files, tuple(files.names), {}, config, plan_tensors(files, recipe))
+            _require_floats(decoded, checkpoint.weights)
+            plan = replace(plan_tensors(decoded, recipe), notes=tuple(notes))
+            return cls(files, decoded, tuple(decoded.names), {}, config, plan)
         config = model_config(model)
-        reader: TensorReader = files
-        expected, tied = list_tensors(model, files.names)
-        in_other_layout = checkpoint.weights.is_file() and not set(expected) <= set(files.names)
-        if in_other_layout and checkpoint.convert is not None:
-            reader = checkpoint.convert(files)
+        reader: TensorReader = decoded
+        expected, tied = list_tensors(model, decoded.names)
+        is_file = checkpoint.weights.is_file()
+        if is_file and checkpoint.convert is not None and not set(expected) <= set(decoded.names):
+            reader = checkpoint.convert(decoded)
             expected, tied = list_tensors(model, reader.names)
-        require_fit(reader, expected, checkpoint.weights)
+        is_whole = is_file and set(expected) <= set(reader.names)
+        unused = _find_unused(model, reader) if is_whole else []
+        if unused:
+            notes.append(
+                f"{len(unused)} tensors of the file belong to other models and are left out: "
+                f"{list_some(unused, most=4)}."
+            )
+        require_fit(reader, expected, checkpoint.weights, unused)
         names = tuple(name for name in expected if name not in tied)
         others, plan = checkpoint.find_others(), Plan.of_model(model, recipe)
+        plan = replace(plan, notes=tuple(notes))
         return cls(files, reader, names, tied, config, plan, others, checkpoint.component)
 
     def require_layers(self) -> None:
@@ -149,7 +163,16 @@ def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor]
     return expected, tied
 
 
-def plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
+def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:
+    """Return the names in a file that holds several models that are of none of this one's modules.
+
+    Names within its modules are its own: if it does not have them, the configuration is another's.
+    """
+    own = {name.partition(".")[0] for name in model.state_dict()}
+    return sorted(name for name in reader.names if name.partition(".")[0] not in own)
+
+
+def plan_tensors(files: TensorReader, recipe: Recipe) -> Plan:
     """Plan a model of an unknown class: every matrix `….weight` is taken for a linear layer."""
     shapes = {}
     for name in files.names:
@@ -161,13 +184,13 @@ def plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
     return Plan.of(shapes, recipe)
 
 
-def _require_floats(files: ShardReader) -> None:
+def _require_floats(files: TensorReader, weights: Path) -> None:
     for name in files.names:
         dtype = files.dtype(name)
         if dtype not in FLOATS and (
             dtype.startswith("F8") or name.endswith(("weight", "weight_packed"))
         ):
             raise CheckpointError(
-                f"'{files.folder}': tensor '{name}' is {dtype}. Float weights of 16 bits or more "
+                f"'{weights}': tensor '{name}' is {dtype}. Float weights of 16 bits or more "
                 "are required."
             )

@@ -52,7 +52,8 @@ class ShardLayout:
 
         The layout is that of the Hugging Face libraries. A tensor larger than a shard gets one of
         its own. Within a file wide dtypes stand first, which aligns every tensor; otherwise the
-        order is kept. The metadata go into the header of every file.
+        order is kept. A variant of a model is a part of the stem, such as "model.fp16". The
+        metadata go into the header of every file.
         """
         shards: list[dict[str, TensorSpec]] = [{}]
         filled = 0
@@ -68,6 +69,7 @@ class ShardLayout:
             if n == 1
             else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
         )
+        base, dot, variant = stem.partition(".")  # as the libraries call an index
         headers, sizes = {}, {}
         locations: dict[str, tuple[str, int]] = {}
         for file, shard in zip(files, shards, strict=True):
@@ -80,7 +82,7 @@ class ShardLayout:
             headers,
             sizes,
             locations,
-            None if n == 1 else f"{stem}.safetensors.index.json",
+            None if n == 1 else f"{base}.safetensors.index{dot}{variant}.json",
         )
 
     @property

@@ -1,5 +1,6 @@
 """Read tensors from a folder of safetensors shards, one at a time, trusting nothing in it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor
 
 from loraq.errors import CheckpointError, list_some
-from loraq.json_files import read_json
-from loraq.regular_file import is_plain_name, open_regular
+from loraq.regular_file import open_regular
 from loraq.safetensors.header import DTYPES, Header, read_header
+from loraq.safetensors.selection import read_weight_map, select_weights
 
 
 class TensorReader(Protocol):
@@ -44,47 +45,35 @@ class ShardReader:
     another process.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, variant: str | None = None, *, files: Sequence[str] | None = None
+    ) -> None:
         """Find the shards and read their headers.
 
         Args:
-            folder: with one safetensors file, or with shards and their index; or a safetensors
-                file.
+            folder: with weights as `select_weights` chooses them; or a safetensors file.
+            variant: which of several copies, as `select_weights`.
+            files: the files of the folder, for a caller who knows them: nothing is chosen.
 
         Raises:
             CheckpointError: no weights, a missing or truncated shard, an absurd header, a tensor in
                 two shards, or an index that contradicts the shards.
         """
         self.folder = folder
+        #: What a user should know of the choice of files; empty if there was none.
+        self.note = ""
         if folder.is_file():
             self.folder = folder.parent
             self._open([folder.name])
             return
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"'{folder}' is not a folder. A folder with safetensors files is required."
-            )
-        indexes = sorted(folder.glob("*.safetensors.index.json"))
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if len(indexes) > 1:
-            raise CheckpointError(
-                f"'{folder}' has {len(indexes)} index files: "
-                f"{list_some([index.name for index in indexes])}. Keep one."
-            )
-        if indexes:
-            files = sorted(set(_read_weight_map(indexes[0]).values()))
-        if not files:
-            raise CheckpointError(
-                f"'{folder}' has no .safetensors file. Other weight files are not read."
-            )
-        if len(files) > 1 and not indexes:
-            raise CheckpointError(
-                f"'{folder}' has {len(files)} weight files and no index: {list_some(files)}. "
-                "Keep one variant, or add the missing '.safetensors.index.json'."
-            )
-        self._open(files)
-        if indexes:
-            self._check_index(_read_weight_map(indexes[0]), indexes[0])
+        if files is not None:
+            self._open(files)
+            return
+        weights = select_weights(folder, variant)
+        self.note = weights.note
+        self._open(weights.files)
+        if weights.index:
+            self._check_index(read_weight_map(weights.index), weights.index)
 
     @property
     def names(self) -> list[str]:
@@ -136,7 +125,7 @@ class ShardReader:
             ) from error
         return raw.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
-    def _open(self, files: list[str]) -> None:
+    def _open(self, files: Sequence[str]) -> None:
         self._shards = {file: read_header(self.folder / file) for file in files}
         self._home: dict[str, str] = {}
         for file, header in self._shards.items():
@@ -155,20 +144,3 @@ class ShardReader:
                 f"'{index.name}' contradicts the shards in '{self.folder}' on {len(wrong)} "
                 f"tensors: {list_some(wrong)}. Download the folder again."
             )
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
-        raise CheckpointError(
-            f"'{index}' has no usable 'weight_map'. It must map tensor names to file names."
-        )
-    for file in weight_map.values():
-        if not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"'{index}' names the file '{file}'. Only .safetensors files beside the index are "
-                "read."
-            )
-    return weight_map
