@@ -92,29 +92,41 @@ class Recipe:
             return RTN()
         return replace(method.at(self.effort), **self.options)
 
-    def rule_for(self, name: str, model_class: str = "") -> Rule | None:
-        """Return the first rule that matches a layer of a model class, or `None`."""
-        rules = (*self.rules, *family_rules(model_class))
-        return next((rule for rule in rules if rule.matches(name)), None)
+    def rule_for(self, name: str, model_class: str = "", within: str = "") -> Rule | None:
+        """Return the first rule that matches a layer of a model class, or `None`.
 
-    def requested_scheme(self, name: str, model_class: str = "") -> Scheme | None:
+        Args:
+            name: dotted name of the layer; the recipe's own rules are for this one.
+            model_class: selects the rules of its families.
+            within: what stands before the name that the layer has in the model of that class, as in
+                "transformer.".
+        """
+        inner = name.removeprefix(within)
+        of_class = (rule for rule in family_rules(model_class) if rule.matches(inner))
+        return next((rule for rule in self.rules if rule.matches(name)), next(of_class, None))
+
+    def requested_scheme(self, name: str, model_class: str = "", within: str = "") -> Scheme | None:
         """Return the scheme of one layer as requested, or `None` if the layer is skipped.
 
-        Its rank is 0 if a budget is to settle it.
+        Its rank is 0 if a budget is to settle it. The arguments are those of `rule_for`.
         """
-        rule = self.rule_for(name, model_class)
+        rule = self.rule_for(name, model_class, within)
         if rule is not None and rule.skip:
             return None
         scheme = self.scheme if rule is None else rule.apply(self.scheme)
         return replace(scheme, branch=None) if METHODS[self.method].branch == "none" else scheme
 
-    def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
+    def scheme_for(
+        self, name: str, shape: tuple[int, int], model_class: str = "", within: str = ""
+    ) -> Scheme | None:
         """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.
+
+        The arguments beside the shape, (out, in), are those of `rule_for`.
 
         Raises:
             SchemeError: the request does not fit the shape; the message carries the layer's name.
         """
-        scheme = self.requested_scheme(name, model_class)
+        scheme = self.requested_scheme(name, model_class, within)
         if scheme is None:
             return None
         try:

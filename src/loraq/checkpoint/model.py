@@ -19,11 +19,13 @@ from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
 from loraq.layers import (
     Change,
+    bare_model,
     find_places,
     is_linear,
     matrix_of,
     quantized_class,
     quantized_layers,
+    require_bare,
     swap,
 )
 from loraq.nn import QuantizedLinear
@@ -56,8 +58,10 @@ def save(
         CheckpointError: the module has no quantized layer, the folder is not empty or holds the
             folder that the module was loaded from, or the disk refuses.
     """
+    model = bare_model(model)
     require_apart(folder, in_memory=_part_of_origin(model))
     _require_quantized(model)
+    require_bare(model)
     with atomic_folder(Path(folder), overwrite=overwrite) as partial:
         write_model(model, partial, shard_bytes=shard_bytes)
 
@@ -138,6 +142,8 @@ def load_into(
             keys are listed.
         KernelError: there is no such back end, or it refuses every layer.
     """
+    model = bare_model(model)
+    require_bare(model)
     manifest, reader, devices, layers = _check_folder(
         model, Path(folder), backend=backend, verify=verify
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 from loraq.checkpoint.model import save
 from loraq.errors import CheckpointError
+from loraq.layers import quantized_layers
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -22,10 +23,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def attach_save_pretrained(model: nn.Module) -> None:
     """Let the `save_pretrained` of a quantized model write the folder that `save` writes.
 
-    A model without that method is left as it is.
+    So do the models in it. One without that method, or without quantized layers, is left as it is.
     """
-    if callable(getattr(model, "save_pretrained", None)):
-        setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
+    for part in model.modules():
+        if callable(getattr(part, "save_pretrained", None)) and quantized_layers(part):
+            setattr(part, "save_pretrained", partial(_save_pretrained, part))  # noqa: B010 (a module, says mypy)
 
 
 def _save_pretrained(
