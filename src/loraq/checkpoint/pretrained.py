@@ -1,8 +1,8 @@
-"""A model's own `save_pretrained` writes what `save` writes.
+"""A model's own `save_pretrained` writes what `save` writes, its footprint counts what is kept.
 
 Without the manifest nobody could read the weights.
 
-Nothing here knows diffusers: any module with a method of this name is served.
+Nothing here knows diffusers: any module with methods of these names is served.
 """
 
 import re
@@ -20,14 +20,27 @@ from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def attach_save_pretrained(model: nn.Module) -> None:
-    """Let the `save_pretrained` of a quantized model write the folder that `save` writes.
+def attach_methods(model: nn.Module) -> None:
+    """Let a quantized model's own methods know of its packed weights.
+
+    `save_pretrained` writes the folder that `save` writes, and `get_memory_footprint` counts what
+    the back ends keep beside the packed bytes.
 
     So do the models in it. One without that method, or without quantized layers, is left as it is.
     """
     for part in model.modules():
-        if callable(getattr(part, "save_pretrained", None)) and quantized_layers(part):
+        if not quantized_layers(part):
+            continue
+        if callable(getattr(part, "save_pretrained", None)):
             setattr(part, "save_pretrained", partial(_save_pretrained, part))  # noqa: B010 (a module, says mypy)
+        if callable(getattr(part, "get_memory_footprint", None)):
+            setattr(part, "get_memory_footprint", partial(_memory_footprint, part))  # noqa: B010 (a module, says mypy)
+
+
+def _memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """Return the bytes of a model's tensors, with those that back ends keep now."""
+    kept = sum(layer.kept_nbytes for layer in quantized_layers(model).values())
+    return int(type(model).get_memory_footprint(model, return_buffers)) + kept
 
 
 def _save_pretrained(

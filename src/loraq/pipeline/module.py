@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraq.checkpoint.pretrained import attach_save_pretrained
+from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import RecipeError, SchemeError, unknown
 from loraq.layers import (
     LinearLayer,
@@ -194,7 +194,7 @@ def quantize_(
                 reports.append(report)
                 show(len(reports), len(plan.quantized), name, report.relative_error)
     finally:
-        attach_save_pretrained(model)
+        attach_methods(model)
     return Report(recipe, plan, tuple(reports))
 
 
