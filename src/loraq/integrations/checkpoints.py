@@ -11,6 +11,7 @@ from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, transformer_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
+from loraq.integrations.transformers import linear_names
 from loraq.json_files import read_json
 from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
@@ -116,7 +117,7 @@ def plan_checkpoint(
         return share_from_files(opened, recipe, workers=workers, progress=progress)
     if checkpoint.model is not None:
         return Plan.of_model(checkpoint.model, recipe)
-    return plan_tensors(ShardReader(checkpoint.weights), recipe)
+    return plan_tensors(ShardReader(checkpoint.weights), recipe, checkpoint.linear)
 
 
 def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
@@ -139,7 +140,8 @@ def _locate(source: str | Path, config: str | Path | None) -> Checkpoint:
     if (weights / FILE_NAME).is_file() or "quantization_config" in content:
         raise CheckpointError(f"'{weights}' is quantized already. Start from the float weights.")
     if config_file is None or "_class_name" not in content:
-        return Checkpoint(root, weights, content)
+        linear = linear_names(content, config_file) if config_file else None
+        return Checkpoint(root, weights, content, linear=linear)
     convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
     return Checkpoint(root, weights, content, model_of(content, config_file, weights), convert)
 

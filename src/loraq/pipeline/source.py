@@ -1,5 +1,6 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,11 @@ from loraq.recipe import Recipe
 from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader, TensorReader
 
+#: Names of embeddings: look-up tables, which look like the matrix of a linear layer.
+_TABLE = re.compile(
+    r"(?:^|\.)(?:shared|wte|wpe|embed_tokens|\w*embeddings?|relative_attention_bias)$"
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -33,6 +39,8 @@ class Checkpoint:
     model: nn.Module | None = None
     #: Reads an original layout under the names of the model.
     convert: Callable[[ShardReader], TensorReader] | None = None
+    #: Names of its linear layers, where the configuration names another library's class.
+    linear: frozenset[str] | None = None
 
     @property
     def component(self) -> str:
@@ -81,7 +89,14 @@ class Source:
         if model is None:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(files)
-            return cls(files, files, tuple(files.names), {}, config, plan_tensors(files, recipe))
+            return cls(
+                files,
+                files,
+                tuple(files.names),
+                {},
+                config,
+                plan_tensors(files, recipe, checkpoint.linear),
+            )
         config = model_config(model)
         reader: TensorReader = files
         expected, tied = list_tensors(model, files.names)
@@ -149,14 +164,22 @@ def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor]
     return expected, tied
 
 
-def plan_tensors(files: ShardReader, recipe: Recipe) -> Plan:
-    """Plan a model of an unknown class: every matrix `….weight` is taken for a linear layer."""
+def plan_tensors(files: ShardReader, recipe: Recipe, linear: frozenset[str] | None = None) -> Plan:
+    """Plan a model of which no module is built.
+
+    Args:
+        files: its tensors.
+        recipe: what is asked.
+        linear: names of its linear layers; where nobody knows them, every matrix `….weight` is
+            taken for one, unless its name is one that only tables have.
+    """
     shapes = {}
     for name in files.names:
         layer, _, leaf = name.rpartition(".")
         shape = files.shape(name)
         is_matrix = len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0
-        if layer and leaf == "weight" and is_matrix:
+        is_known = layer in linear if linear is not None else not _TABLE.search(layer)
+        if layer and leaf == "weight" and is_matrix and is_known:
             shapes[layer] = (shape[0], shape[1])
     return Plan.of(shapes, recipe)
 
