@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -188,6 +189,8 @@ def _check_folder(
     asked = resolve_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
+    own = _find_own_ties(model, manifest, reader)
+    manifest = replace(manifest, tied={**own, **manifest.tied})
     layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
     require_ties(manifest, reader)
@@ -196,6 +199,22 @@ def _check_folder(
     for layer in layers.values():
         layer.ask_backend(backend, strict=False)
     return manifest, reader, devices, layers
+
+
+def _find_own_ties(model: nn.Module, manifest: Manifest, reader: ShardReader) -> dict[str, str]:
+    """Return the names of parameters that a model shares with one in the folder, by that one.
+
+    A text encoder's table of tokens stands in two places, and its library stores it once.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {id(parameters[name]): name for name in reader.names if name in parameters}
+    return {
+        name: stored[id(parameter)]
+        for name, parameter in parameters.items()
+        if name not in reader.names
+        and id(parameter) in stored
+        and name.rpartition(".")[0] not in manifest.layers
+    }
 
 
 def _check(
