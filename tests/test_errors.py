@@ -17,6 +17,7 @@ BUILT_IN_BASE = {
     "CalibrationError": ValueError,
     "CheckpointError": OSError,
     "KernelError": RuntimeError,
+    "MissingLibraryError": ImportError,
 }
 
 

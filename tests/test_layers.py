@@ -1,14 +1,20 @@
 """Finding, replacing and switching the linear layers of a module."""
 
 import copy
+import re
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.worlds.matrices import gaussian
-from loraq.errors import KernelError
+from loraq.checkpoint import load_into, save
+from loraq.errors import KernelError, LayerError
 from loraq.layers import (
+    bare_model,
     is_linear,
     linear_layers,
     matrix_of,
@@ -17,15 +23,25 @@ from loraq.layers import (
     quantized_class,
     quantized_layers,
     replace_layer,
+    require_bare,
     set_backend,
 )
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
-from loraq.pipeline.module import quantize_weight
+from loraq.pipeline.module import quantize_, quantize_weight
 from loraq.scheme import Scheme
 
 
 class OwnLinear(nn.Linear):
     """A subclass may compute something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class NamedLinear(nn.Linear):
+    """A subclass that computes the same is the same layer."""
+
+    label = "a"
 
 
 class Tower(nn.Module):
@@ -56,8 +72,105 @@ def test_linear_layers_are_found_once_in_the_order_of_the_tree():
     assert all(found[name] is tower.get_submodule(name) for name in found)
 
 
-def test_subclasses_are_left_out():
+def test_subclasses_that_compute_something_else_are_left_out():
     assert not {"own", "attention.out_proj"} & set(linear_layers(Tower()))
+
+
+def test_subclasses_that_compute_the_same_are_linear():
+    computed = parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(NamedLinear(8, 8), computed)
+    assert list(linear_layers(model)) == ["0", "1"]
+    require_bare(model)
+
+
+def test_hooks_go_over_to_the_new_layer_and_their_handles_still_remove_them():
+    tower, seen = Tower(), []
+    handles = [
+        tower.steps[0].register_forward_hook(lambda *_: seen.append("after")),
+        tower.steps[0].register_forward_pre_hook(
+            lambda *_, **__: seen.append("before"), with_kwargs=True
+        ),
+    ]
+    replace_layer(tower, "steps.0", quantized())
+    tower.steps[0](torch.ones(1, 8))
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    tower.steps[0](torch.ones(1, 8))
+    assert len(seen) == 2
+
+
+def sharded() -> nn.Module:
+    """Stands for FSDP: this child is what it is known by."""
+    wrapper = nn.Module()
+    wrapper._fsdp_wrapped_module = Tower()
+    return wrapper
+
+
+def adapted() -> nn.Module:
+    """Stands for PEFT: this child is what it is known by."""
+    layer = nn.Module()
+    layer.base_layer = nn.Linear(8, 8)
+    return layer
+
+
+def patched() -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: x
+    return layer
+
+
+def foreign() -> nn.Linear:
+    class Packed(nn.Parameter):
+        pass
+
+    layer = nn.Linear(8, 8)
+    layer.weight = Packed(layer.weight.detach())
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (adapted, "'0' carries an adapter"),
+        (lambda: torch.compile(Tower()), r"'0' is compiled.*`module.compile\(\)`"),
+        (sharded, r"'0' is sharded \(FSDP\)"),
+        (patched, "Layer '0' runs a function that was put in place"),
+        (lambda: prune.identity(nn.Linear(8, 8), "weight"), "layer '0' is not a parameter"),
+        (foreign, "layer '0' is a Packed, not a plain tensor"),
+    ],
+)
+def test_layers_that_are_a_part_of_something_else_are_refused_before_work(make, match):
+    model = nn.Sequential(make(), nn.Linear(8, 8))
+    for refuse in (require_bare, partial(quantize_, recipe="mxfp4", progress=False)):
+        with pytest.raises(LayerError, match=match):
+            refuse(model)
+    assert not quantized_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, nn.DataParallel, AveragedModel, lambda m: torch.compile(AveragedModel(m))],
+)
+def test_a_wrapped_model_is_treated_and_saved_as_the_model_itself(wrap, tmp_path):
+    torch.manual_seed(0)
+    alone, wrapped = Tower(), Tower()
+    wrapped.load_state_dict(alone.state_dict())
+    wrapped = wrap(wrapped)
+    for name, model in {"alone": alone, "wrapped": wrapped}.items():
+        report = quantize_(model, "mxfp4", progress=False)
+        assert [layer.name for layer in report.layers] == list(quantized_layers(alone))
+        save(model, tmp_path / name)
+        again = wrap(Tower())
+        load_into(again, tmp_path / "alone")
+        assert list(quantized_layers(bare_model(again))) == list(quantized_layers(alone))
+    for file in ("model.safetensors", "loraq.json"):
+        texts = [(tmp_path / name / file).read_bytes() for name in ("alone", "wrapped")]
+        if file == "loraq.json":  # all but how long it took
+            texts = [re.sub(rb'"seconds": [^,}]*', b"", text) for text in texts]
+        assert texts[0] == texts[1]
 
 
 def test_a_layer_that_is_the_whole_module_is_left_out_because_it_stands_in_no_place():
@@ -189,6 +302,9 @@ def test_a_replaced_layer_computes_in_place_of_the_old_one():
 
 class OwnConv(nn.Conv2d):
     """A subclass may compute something else."""
+
+    def _conv_forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return super()._conv_forward(*args) * 2
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -35,6 +35,15 @@ WRONG = {
 FLAG = {"True"}
 WORKERS = SEED = SIZE = STEPS = set()
 TEXT = {"'x'"}
+QUANTIZE = {
+    "effort": TEXT | {"None"},
+    "budget": TEXT | {"None", "-1", "0", "1.5"},
+    "rank": {"None"},
+    "modules_to_not_convert": {"None"},
+    "stats": TEXT | {"None"},
+    "workers": WORKERS,
+    "progress": FLAG,
+}
 #: Options of public functions by what they take; the functions are called with nothing else.
 FUNCTIONS = {
     loraq.quantize_weight: {
@@ -44,7 +53,8 @@ FUNCTIONS = {
         "stats": {"None"},
     },
     loraq.plan_model: {"workers": WORKERS, "progress": FLAG},
-    loraq.quantize_: {"stats": TEXT | {"None"}, "workers": WORKERS, "progress": FLAG},
+    loraq.quantize: QUANTIZE,
+    loraq.quantize_: QUANTIZE,
     loraq.quantize_checkpoint: {
         "config": TEXT | {"None"},
         "stats": TEXT | {"None"},
@@ -58,7 +68,12 @@ FUNCTIONS = {
     plan_checkpoint: {"config": TEXT | {"None"}, "workers": WORKERS, "progress": FLAG},
     loraq.save: {"overwrite": FLAG, "shard_bytes": SIZE},
     loraq.load_into: {"backend": TEXT, "verify": FLAG},
-    loraq.load: {"backend": TEXT, "verify": FLAG},
+    loraq.load: {
+        "backend": TEXT,
+        "verify": FLAG,
+        "device": TEXT,
+        "dtype": {"None"},
+    },
     loraq.absorb_lora: {
         "scale": {"-1", "0", "1.5"},
         "target": TEXT | {"None"},

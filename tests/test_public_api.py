@@ -28,6 +28,7 @@ PUBLIC = [
     "load_into",
     "load_stats",
     "plan_model",
+    "quantize",
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",
@@ -77,7 +78,13 @@ def test_every_public_name_documents_its_own_members():
     ("name", "parameters"),
     [
         ("quantize_weight", ["weight", "recipe", "*method", "*seed", "*name", "*stats"]),
-        ("quantize_", ["model", "recipe", "*stats", "*workers", "*progress"]),
+        (
+            "quantize_",
+            [
+                *("model", "recipe", "*effort", "*budget", "*rank", "*modules_to_not_convert"),
+                *("*stats", "*workers", "*progress"),
+            ],
+        ),
         (
             "absorb_lora",
             ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"],

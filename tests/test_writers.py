@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraq
-from loraq.checkpoint.pretrained import attach_save_pretrained
+from loraq.checkpoint.pretrained import attach_methods
 from loraq.cli import main
 from loraq.errors import CheckpointError, LoraqError
 from loraq.evaluation.report import draw
@@ -54,6 +54,7 @@ READING = {
         "load_into",
         "load_stats",
         "plan_model",
+        "quantize",
         "quantize_",
         "quantize_weight",
         "set_backend",
@@ -93,7 +94,7 @@ class Model(nn.Module):
 def quantized(origin: Path) -> Any:
     model = Model(origin)
     loraq.quantize_(model, RECIPE, progress=False)
-    attach_save_pretrained(model)
+    attach_methods(model)
     return model
 
 

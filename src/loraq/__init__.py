@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from loraq.integrations.absorb import absorb_lora
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
+    from loraq.integrations.models import quantize, quantize_
     from loraq.integrations.pipelines import collect_pipeline_stats
     from loraq.layers import set_backend
     from loraq.nn import QuantizedLinear
     from loraq.packed import LayerSolution, PackedWeight
     from loraq.pipeline.collect import collect_stats
-    from loraq.pipeline.module import plan_model, quantize_, quantize_weight
+    from loraq.pipeline.module import plan_model, quantize_weight
     from loraq.recipe import Recipe
     from loraq.rules import Rule
     from loraq.scheme import Branch, Scheme
@@ -51,7 +52,8 @@ _HOMES = {
     "load_into": "loraq.checkpoint",
     "load_stats": "loraq.checkpoint.stats_file",
     "plan_model": "loraq.pipeline.module",
-    "quantize_": "loraq.pipeline.module",
+    "quantize": "loraq.integrations.models",
+    "quantize_": "loraq.integrations.models",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
     "quantize_weight": "loraq.pipeline.module",
     "save": "loraq.checkpoint",
@@ -80,6 +82,7 @@ __all__ = [
     "load_into",
     "load_stats",
     "plan_model",
+    "quantize",
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",

@@ -5,7 +5,15 @@ Nothing else of loraq touches diffusers: `import loraq` alone leaves it as it is
 
 from importlib.util import find_spec
 
-from loraq.integrations.quantizer import LoraqConfig, register
+from loraq.errors import MissingLibraryError
+
+try:
+    from loraq.integrations.config import LoraqConfig
+    from loraq.integrations.quantizer import register
+except ImportError as error:
+    raise MissingLibraryError(
+        f'diffusers cannot be imported ({error}). Run: pip install "loraq[diffusers]"'
+    ) from error
 
 register()
 if find_spec("peft"):

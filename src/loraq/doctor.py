@@ -136,8 +136,8 @@ def _choice(asked: str, scheme: Scheme, device: torch.device) -> Choice:
 def self_test(device: torch.device) -> list[Trial]:
     """Run a layer on every back end that takes it, against the reference and bf16 `F.linear`."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn((_TOKENS, _SHAPE[1]), generator=random).bfloat16().to(device)
-    w = torch.randn(_SHAPE, generator=random) / _SHAPE[1] ** 0.5
+    x = torch.randn((_TOKENS, _SHAPE[1]), generator=random, device="cpu").bfloat16().to(device)
+    w = torch.randn(_SHAPE, generator=random, device="cpu") / _SHAPE[1] ** 0.5
     trials = []
     for recipe in _TESTED:
         scheme = parse_scheme(recipe)
@@ -160,7 +160,9 @@ def _random_layer(w: Tensor, scheme: Scheme, random: torch.Generator) -> PackedW
     if scheme.branch is not None:
         shapes = (_SHAPE[0], scheme.branch.rank), (scheme.branch.rank, _SHAPE[1])
         up, down = (
-            scheme.branch.weight_format.quantize(0.03 * torch.randn(shape, generator=random))
+            scheme.branch.weight_format.quantize(
+                0.03 * torch.randn(shape, generator=random, device="cpu")
+            )
             for shape in shapes
         )
         branch = LowRankBranch(proj_up=up, proj_down=down)

@@ -57,6 +57,10 @@ class LoraqError(Exception):
         super().__init__(_cut(show(_cut(str(message), 4 * MOST_BYTES)), MOST_BYTES))
 
 
+class MissingLibraryError(LoraqError, ImportError):
+    """A library that is no dependency of loraq itself is needed, and not installed."""
+
+
 class FormatError(LoraqError, ValueError):
     """A number format is unknown or does not fit the tensor."""
 

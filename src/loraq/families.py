@@ -1,6 +1,7 @@
 """Families of model classes: which of their layers stay in 16 bits, and which are weight-only."""
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -33,6 +34,16 @@ def families() -> dict[str, Family]:
         )
         for name, table in tables.items()
     }
+
+
+def known_class(names: Sequence[str]) -> str:
+    """Return the first of some class names that a family has, or ""."""
+    return next((name for name in names if name in _classes()), "")
+
+
+@cache
+def _classes() -> frozenset[str]:
+    return frozenset(name for family in families().values() for name in family.classes)
 
 
 @cache

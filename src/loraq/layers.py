@@ -6,7 +6,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
+from loraq.errors import LayerError
 from loraq.kernels import check_for_all, resolve_backend
 from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
 from loraq.state import answer_for_weights
@@ -16,24 +20,118 @@ LinearLayer = nn.Linear | nn.Conv2d
 #: One of a module's tables (of modules, parameters or buffers), a name in it, and its new value.
 Change = tuple[dict[str, Any], str, Any]
 
+#: Modules that run another one, their `module`, and add nothing to what it computes.
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+#: What was registered to be called around a layer's forward or backward pass.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper around all of it runs: `torch.compile`, DDP, an average.
+
+    Its names are those that belong on the disk, and its class is the one whose rules apply.
+    """
+    while True:
+        inner = model._modules.get(
+            "_orig_mod"
+        )  # of `torch.compile`, whose class takes long to load
+        if inner is None and isinstance(model, _WRAPPERS):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def require_bare(model: nn.Module) -> None:
+    """Require that every linear layer of a model is itself, and not a part of something else.
+
+    Raises:
+        LayerError: the model, or a part of it, is wrapped in a way that changes names or weights;
+            the message says how to undo it.
+    """
+    for name, module in model.named_modules():
+        children = module._modules
+        if "base_layer" in children or "original_module" in children:
+            raise LayerError(
+                f"'{name}' carries an adapter ({type(module).__name__}), which must not become a "
+                "part of the packed weights. Fuse the adapters or remove them (`unload_lora`, "
+                "`delete_adapters`), quantize, and add them again."
+            )
+        if "_orig_mod" in children:
+            raise LayerError(
+                f"'{name}' is compiled, which changes the names of its layers. Quantize the model "
+                "first; or compile with `module.compile()`, which leaves the names alone."
+            )
+        if "_fsdp_wrapped_module" in children:
+            raise LayerError(
+                f"'{name or type(model).__name__}' is sharded (FSDP), so that no layer has its "
+                "whole weight. Quantize the model first, and shard it then."
+            )
+        if is_linear(module):
+            _require_own_weight(name, module)
+
+
+def _require_own_weight(name: str, layer: LinearLayer) -> None:
+    """Require that a linear layer multiplies with a plain parameter, and nobody intervenes."""
+    if "forward" in vars(layer):
+        raise LayerError(
+            f"Layer '{name}' runs a function that was put in place of its own `forward`, which "
+            "quantizing would lose. Remove it first: a hook of accelerate with "
+            "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`, an adapter by its "
+            "own library."
+        )
+    is_computed = parametrize.is_parametrized(layer, "weight")
+    if not is_computed and layer._parameters.get("weight") is None:
+        raise LayerError(
+            f"The weight of layer '{name}' is not a parameter but is set by a hook (such as the "
+            "older `weight_norm`, or pruning). Make it permanent, with `remove_weight_norm` or "
+            "`prune.remove`, and quantize then."
+        )
+    if not is_computed and type(layer.weight) is not nn.Parameter:
+        raise LayerError(
+            f"The weight of layer '{name}' is a {type(layer.weight).__name__}, not a plain tensor: "
+            "it is sharded, quantized by another library, or not there yet. Start from plain float "
+            "weights."
+        )
+
 
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     """Return every linear layer below a module by its dotted name, in the order of the module tree.
 
     Linear are `nn.Linear` and an `nn.Conv2d` of 1×1 pixel, which multiplies every pixel with a
-    matrix. A layer that stands in several places appears once, under its first name. Subclasses are
-    left out, because they may compute something else, and so is the module itself, because it
-    cannot be replaced in place.
+    matrix; subclasses too, as long as they compute the same. A layer that stands in several places
+    appears once, under its first name. The module itself is left out, because it cannot be replaced
+    in place.
     """
     return {name: module for name, module in model.named_modules() if name and is_linear(module)}
 
 
 def is_linear(module: nn.Module) -> TypeGuard[LinearLayer]:
-    """Return whether a module multiplies with one matrix, adds a bias, and does nothing else."""
-    if type(module) is nn.Conv2d:
+    """Return whether a module multiplies with one matrix, adds a bias, and does nothing else.
+
+    The projection in `nn.MultiheadAttention` is none: its owner reads the weight, and never calls
+    it.
+    """
+    kind: Any = type(module)
+    if isinstance(module, nn.Conv2d):
         steps = (module.kernel_size, module.stride, module.padding, module.groups)
-        return steps == ((1, 1), (1, 1), (0, 0), 1)
-    return type(module) is nn.Linear
+        is_plain = kind.forward is nn.Conv2d.forward
+        is_plain &= kind._conv_forward is nn.Conv2d._conv_forward
+        return is_plain and steps == ((1, 1), (1, 1), (0, 0), 1)
+    return (
+        isinstance(module, nn.Linear)
+        and kind.forward is nn.Linear.forward
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+    )
 
 
 def matrix_of(layer: LinearLayer) -> Tensor:
@@ -57,6 +155,7 @@ def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     found = {}
     for name, parameter in model.named_parameters():
         owner_name, _, _ = name.rpartition(".")
+        owner_name, _, _ = owner_name.partition(".parametrizations.")
         owner = model.get_submodule(owner_name)
         if (
             parameter.dim() >= 2
@@ -105,11 +204,13 @@ def find_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Chang
     """Return the changes that put new layers where old ones stand, for `swap`.
 
     A layer that stands in several places is replaced in all of them. The new one takes over whether
-    it is in training mode.
+    it is in training mode, and the hooks that were registered; their handles remove them there too.
     """
     new_of = {model.get_submodule(name): new for name, new in layers.items()}
     for old, new in new_of.items():
         new.train(old.training)
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks))
     return [
         (parent._modules, child, new_of[old])
         for parent in model.modules()

@@ -48,6 +48,8 @@ class Range:
 
 #: How many threads or processes may be asked for.
 Workers = Annotated[int, Range(1, 4096)]
+#: Of a branch.
+Rank = Annotated[int, Range(1, 10**9)]
 #: Of everything random.
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 #: Bytes, at least one.

@@ -59,7 +59,11 @@ class LoraqColwise(ParallelStyle):
                 f"{layer.out_features} output channels ({self.fused} fused projections) cannot be "
                 f"split over {n_ranks} ranks evenly. Use fewer ranks, or leave this layer whole."
             )
-        rows = torch.arange(layer.out_features).view(self.fused, n_ranks, -1)[:, rank].flatten()
+        rows = (
+            torch.arange(layer.out_features, device="cpu")
+            .view(self.fused, n_ranks, -1)[:, rank]
+            .flatten()
+        )
         for name, parameter in list(layer.named_parameters(recurse=False)):
             if name == "bias" or (
                 name.startswith(("weight", "proj_up")) and not name.endswith("global_scale")

@@ -1,6 +1,7 @@
 """Which scheme and method a model's layers get: `Recipe`, and its forms as a table or a file."""
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -85,6 +86,60 @@ class Recipe:
                 )
             rule.apply(self.scheme)  # unknown formats are found now, not at the layer
 
+    def adjusted(
+        self,
+        *,
+        effort: str | None = None,
+        budget: str | float | None = None,
+        rank: int | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+    ) -> "Recipe":
+        """Return the recipe with some of what is changed most often; `None` changes nothing.
+
+        Args:
+            effort: how long the method works.
+            budget: storage of a layer, for a recipe that leaves the rank open.
+            rank: of every layer's branch, in place of the recipe's.
+            modules_to_not_convert: modules that stay as they are, with all that is in them: whole
+                dotted names, or the end or the middle of one ("proj_out", "blocks.0", "ff");
+                patterns of the shell too.
+
+        Raises:
+            RecipeError: the recipe has nothing that an argument could change, or it contradicts
+                another.
+        """
+        changes: dict[str, Any] = {}
+        if effort is not None:
+            if not METHODS[self.method].efforts:
+                raise RecipeError(
+                    f"effort={effort!r}: method '{self.method}' has no levels of effort. Leave it "
+                    "out."
+                )
+            changes["effort"] = effort
+        if rank is not None or budget is not None:
+            branch, given = self.scheme.branch, f"rank={rank}" if rank else f"budget={budget!r}"
+            if branch is None:
+                raise RecipeError(
+                    f"{given}: the recipe has no branch, whose rank it would set. Use one that "
+                    "has, such as 'mxfp4-a8+w8a8'."
+                )
+            if budget is not None and (rank or branch.rank):
+                raise RecipeError(
+                    f"budget={budget!r}: the rank is {rank or branch.rank} already, and a budget "
+                    "settles it. Leave one of them out."
+                )
+            if budget is not None:
+                changes["budget"] = str(budget)
+            elif rank is not None:
+                changes["scheme"] = replace(self.scheme, branch=replace(branch, rank=rank))
+        if modules_to_not_convert:
+            kept = (_keep_module(name) for name in modules_to_not_convert)
+            changes["rules"] = (*kept, *self.rules)
+        try:
+            return replace(self, **changes)
+        except SchemeError as error:
+            raise RecipeError(str(error)) from error
+
     def solver(self, scheme: Scheme) -> Method:
         """Return the method for a layer of this scheme."""
         method = METHODS[self.method]
@@ -92,29 +147,41 @@ class Recipe:
             return RTN()
         return replace(method.at(self.effort), **self.options)
 
-    def rule_for(self, name: str, model_class: str = "") -> Rule | None:
-        """Return the first rule that matches a layer of a model class, or `None`."""
-        rules = (*self.rules, *family_rules(model_class))
-        return next((rule for rule in rules if rule.matches(name)), None)
+    def rule_for(self, name: str, model_class: str = "", within: str = "") -> Rule | None:
+        """Return the first rule that matches a layer of a model class, or `None`.
 
-    def requested_scheme(self, name: str, model_class: str = "") -> Scheme | None:
+        Args:
+            name: dotted name of the layer; the recipe's own rules are for this one.
+            model_class: selects the rules of its families.
+            within: what stands before the name that the layer has in the model of that class, as in
+                "transformer.".
+        """
+        inner = name.removeprefix(within)
+        of_class = (rule for rule in family_rules(model_class) if rule.matches(inner))
+        return next((rule for rule in self.rules if rule.matches(name)), next(of_class, None))
+
+    def requested_scheme(self, name: str, model_class: str = "", within: str = "") -> Scheme | None:
         """Return the scheme of one layer as requested, or `None` if the layer is skipped.
 
-        Its rank is 0 if a budget is to settle it.
+        Its rank is 0 if a budget is to settle it. The arguments are those of `rule_for`.
         """
-        rule = self.rule_for(name, model_class)
+        rule = self.rule_for(name, model_class, within)
         if rule is not None and rule.skip:
             return None
         scheme = self.scheme if rule is None else rule.apply(self.scheme)
         return replace(scheme, branch=None) if METHODS[self.method].branch == "none" else scheme
 
-    def scheme_for(self, name: str, shape: tuple[int, int], model_class: str = "") -> Scheme | None:
+    def scheme_for(
+        self, name: str, shape: tuple[int, int], model_class: str = "", within: str = ""
+    ) -> Scheme | None:
         """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.
+
+        The arguments beside the shape, (out, in), are those of `rule_for`.
 
         Raises:
             SchemeError: the request does not fit the shape; the message carries the layer's name.
         """
-        scheme = self.requested_scheme(name, model_class)
+        scheme = self.requested_scheme(name, model_class, within)
         if scheme is None:
             return None
         try:
@@ -208,6 +275,12 @@ class Recipe:
             return cls(scheme=what)
         file = file_of(what)
         return cls.named(str(what)) if file is None else cls.read(file)
+
+
+def _keep_module(name: str) -> Rule:
+    """Return the rule that leaves a module, and all that is in it, as it is."""
+    places = f"{name}|{name}.*|*.{name}|*.{name}.*"
+    return Rule(places, skip=True, reason=f"modules_to_not_convert: '{name}'")
 
 
 def file_of(what: object) -> Path | None:

@@ -13,7 +13,7 @@ from loraq.scheme import Branch, Scheme
 class Rule:
     """What is different for the layers whose name matches; a field of `None` changes nothing."""
 
-    #: Shell pattern for the dotted layer name; `*` also matches dots.
+    #: Shell pattern for the dotted layer name, or several with "|" between; `*` also matches dots.
     match: str
     #: True leaves the layer as it is; False quantizes it even where the model's class skips it.
     skip: bool | None = None
@@ -34,7 +34,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """Return whether the rule is for a layer of this dotted name."""
-        return fnmatchcase(name, self.match)
+        return any(fnmatchcase(name, pattern) for pattern in self.match.split("|"))
 
     def apply(self, scheme: Scheme) -> Scheme:
         """Return the scheme of a layer that this rule is for, given that of all others.

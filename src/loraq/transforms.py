@@ -44,7 +44,7 @@ def block_side(n: int, side: int) -> int:
 @lru_cache(maxsize=32)
 def signed_hadamard(side: int) -> Float[Tensor, "side side"]:
     """Return diag(signs) H / √side, orthogonal, on the CPU; H is Sylvester's."""
-    index = torch.arange(side)
+    index = torch.arange(side, device="cpu")
     # The entry (i, j) of Sylvester's matrix is −1 to the number of bits that i and j share; the
     # sign of row i is −1 to the number of neighbouring pairs of ones in i.
     shared = _parity(index[:, None] & index[None]) ^ _parity(index & (index >> 1))[:, None]

@@ -467,6 +467,8 @@ def test_a_diffusers_model_is_built_from_its_folder(pixart, folder, shard_bytes)
     assert not loaded.training
     config = dict(loaded.config)
     assert config.pop("_name_or_path") == str(folder)  # as diffusers notes it
+    stated = config.pop("quantization_config").recipe
+    assert stated == pixart.config.quantization_config.recipe
     assert {key: pixart.config[key] for key in config} == config
     assert_same_state(pixart, loaded)
     assert torch.equal(velocity(loaded), velocity(pixart))

@@ -479,6 +479,19 @@ def test_a_configuration_survives_json():
     assert json.loads(str(config).removeprefix("LoraqConfig "))["quant_method"] == "loraq"
 
 
+def test_a_configuration_takes_what_adjusts_a_recipe(source):
+    config = LoraqConfig("mxfp4+w8a8", effort="fast", rank=4, modules_to_not_convert=["ff"])
+    assert (config.recipe.effort, config.recipe.scheme.branch.rank) == ("fast", 4)
+    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    assert mapping.quant_mapping["transformer"].recipe == config.recipe
+    layers = quantized_layers(PixArt.from_pretrained(source, quantization_config=config))
+    assert {layer.scheme.branch.rank for layer in layers.values()} == {4}
+    assert layers
+    assert not [name for name in layers if ".ff." in name]
+    with pytest.raises(LoraqError, match="'rank' of `__init__` is 0"):
+        LoraqConfig("mxfp4+w8a8", rank=0)
+
+
 def test_arguments_that_it_does_not_have():
     with pytest.raises(LoraqError, match="got bits"):
         LoraqConfig("mxfp4", bits=4)

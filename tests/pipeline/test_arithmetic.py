@@ -1,8 +1,11 @@
 """What a process has set for its own work changes no byte, and stays as it was."""
 
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -10,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
+from loraq import transforms
+from loraq.formats import element
+from loraq.kernels import resident
 from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.recipe import Recipe
 from loraq.stats import ActivationStats
@@ -162,3 +168,42 @@ def test_the_smallest_numbers_count_whatever_the_process_has_set():
         assert (torch.tensor([3e-39]) * 0.5).item() == 0  # as it was
     finally:
         torch.set_flush_denormal(False)
+
+
+def forget_tables() -> None:
+    """Drop what earlier calls have kept, which would hide what a setting changes."""
+    for cached in (element._decode_table, resident._pairs, transforms.signed_hadamard):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "resident", "low_memory", "int8_row"])
+def test_no_setting_changes_what_is_saved_loaded_and_computed(backend, tmp_path):
+    name = "int8-a8+int8-r8-h32" if backend == "int8_row" else "mxfp4-a8+w8a8-r8-h32"
+    recipe = replace(Recipe.named(name), effort="fast")
+    torch.manual_seed(0)
+    source = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
+    x = torch.randn(5, 64)
+
+    def outputs(folder: Path) -> list[torch.Tensor]:
+        model = copy.deepcopy(source)
+        loraq.quantize_(model, recipe, progress=False)
+        loraq.save(model, folder)
+        forget_tables()
+        again = copy.deepcopy(source)
+        loraq.load_into(again, folder, backend=backend)
+        forget_tables()
+        with torch.no_grad():
+            return [again(x), *again.state_dict().values()]
+
+    wanted = outputs(tmp_path / "wanted")
+    # The others are asked of the products themselves, of this model as of a float one.
+    settings = {name: SETTINGS[name] for name in SETTINGS if "by default" in name}
+    settings["deterministic"] = lambda: set_by(deterministic, True, False)
+    for setting_name, setting in settings.items():
+        with setting():
+            found = outputs(tmp_path / setting_name)
+        assert all(map(torch.equal, wanted, found)), setting_name
+
+
+def deterministic(on: bool) -> None:
+    torch.use_deterministic_algorithms(on)

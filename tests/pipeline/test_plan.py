@@ -105,6 +105,41 @@ def test_the_class_of_the_model_selects_its_rules():
     assert plan.layers[0].reason == "text-side projection of the cross-attention"
 
 
+class FluxTransformer2DModel(nn.Module):
+    """Named as a class of the families, with a layer that they skip, and one that they do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_out = nn.Linear(64, 64)
+        self.norm_out = nn.Linear(64, 64)
+        self.to_q = nn.Linear(64, 64)
+
+
+class Finetuned(FluxTransformer2DModel):
+    """A subclass is what it is derived from."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda model: model, "to_q"),
+        (torch.compile, "to_q"),
+        (nn.DataParallel, "to_q"),
+        (lambda model: nn.ModuleDict({"net": nn.Sequential(model)}), "net.0.to_q"),
+        (lambda model: nn.ModuleDict({"net": torch.nn.ModuleList([model])}), "net.0.to_q"),
+    ],
+)
+@pytest.mark.parametrize("kind", [FluxTransformer2DModel, Finetuned])
+def test_the_rules_of_a_class_hold_wherever_its_model_is(kind, wrap, name):
+    plan = plan_model(wrap(kind()), RECIPE)
+    assert [layer.name for layer in plan.quantized] == [name]
+    assert [layer.reason for layer in plan.kept] == [
+        "output projection",
+        "adaptive norm of the output",
+    ]
+
+
 def test_a_layer_that_does_not_fit_is_named():
     with pytest.raises(
         SchemeError,

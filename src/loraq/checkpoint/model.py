@@ -3,27 +3,30 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import StoredFile
 from loraq.checkpoint.contents import require_numbers, require_ties
 from loraq.checkpoint.fit import require_kind, require_names
-from loraq.checkpoint.manifest import FILE_NAME, Manifest, StoredLayer
+from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.origin import require_origin_kept
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
 from loraq.layers import (
     Change,
+    bare_model,
     find_places,
     is_linear,
     matrix_of,
     quantized_class,
     quantized_layers,
+    require_bare,
     swap,
     take_dtype,
 )
@@ -58,9 +61,10 @@ def save(
         CheckpointError: the module has no quantized layer, the folder is not empty or holds the
             folder that the module was loaded from, or the disk refuses.
     """
-    require_apart(folder, in_memory=part_of_origin(model))
-    require_not_float_origin(model, Path(folder))
+    model = bare_model(model)
+    require_origin_kept(model, Path(folder))
     require_quantized(model)
+    require_bare(model)
     with atomic_folder(Path(folder), overwrite=overwrite) as partial:
         write_model(model, partial, shard_bytes=shard_bytes)
 
@@ -150,6 +154,8 @@ def load_into(
             keys are listed.
         KernelError: there is no such back end, or it refuses every layer.
     """
+    model = bare_model(model)
+    require_bare(model)
     manifest, reader, devices, layers = _check_folder(
         model, Path(folder), backend=backend, verify=verify
     )
@@ -197,6 +203,8 @@ def _check_folder(
     asked = resolve_backend(backend)
     manifest = Manifest.read(folder, verify=verify)
     reader = ShardReader(folder)
+    own = _find_own_ties(model, manifest, reader)
+    manifest = replace(manifest, tied={**own, **manifest.tied})
     layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
     require_ties(manifest, reader)
@@ -205,6 +213,22 @@ def _check_folder(
     for layer in layers.values():
         layer.ask_backend(backend, strict=False)
     return manifest, reader, devices, layers
+
+
+def _find_own_ties(model: nn.Module, manifest: Manifest, reader: ShardReader) -> dict[str, str]:
+    """Return the names of parameters that a model shares with one in the folder, by that one.
+
+    A text encoder's table of tokens stands in two places, and its library stores it once.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {id(parameters[name]): name for name in reader.names if name in parameters}
+    return {
+        name: stored[id(parameter)]
+        for name, parameter in parameters.items()
+        if name not in reader.names
+        and id(parameter) in stored
+        and name.rpartition(".")[0] not in manifest.layers
+    }
 
 
 def _check(
@@ -337,33 +361,6 @@ def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             seen[key] = name
             tensors[name] = tensor
     return tensors, tied
-
-
-def origin_of(model: nn.Module) -> Path | None:
-    """Return where diffusers or loraq loaded a model from, if its configuration says so."""
-    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return Path(origin) if isinstance(origin, str) and origin else None
-
-
-def require_not_float_origin(model: nn.Module, folder: Path) -> None:
-    """Raise `CheckpointError` for the folder of the float weights that a model was made from."""
-    origin = origin_of(model)
-    is_origin = origin and origin.is_dir() and folder.is_dir() and origin.samefile(folder)
-    if is_origin and not (folder / FILE_NAME).is_file():
-        raise CheckpointError(
-            f"'{folder}' holds the float weights that this model was quantized from. Choose "
-            "another folder."
-        )
-
-
-def part_of_origin(model: nn.Module) -> Path | None:
-    """Return where a model came from; of a pipeline, what must outlive its transformer.
-
-    The configuration does not say which of a pipeline's folders it was.
-    """
-    origin = origin_of(model)
-    index = origin / "model_index.json" if origin else None
-    return index if index and index.is_file() else origin
 
 
 def model_config(model: nn.Module) -> dict[str, object]:

@@ -1,8 +1,8 @@
-"""A model's own `save_pretrained` writes what `save` writes.
+"""A model's own `save_pretrained` writes what `save` writes, its footprint counts what is kept.
 
 Without the manifest nobody could read the weights.
 
-Nothing here knows diffusers: any module with a method of this name is served.
+Nothing here knows diffusers: any module with methods of these names is served.
 """
 
 import re
@@ -12,16 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.beside import replaced_model
 from loraq.checkpoint.floats import attach_float_methods
-from loraq.checkpoint.model import (
-    part_of_origin,
-    require_not_float_origin,
-    require_quantized,
-    write_model,
-)
+from loraq.checkpoint.model import require_quantized, write_model
+from loraq.checkpoint.origin import require_origin_kept
 from loraq.errors import CheckpointError
+from loraq.layers import quantized_layers
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
 #: What diffusers hands on to the hub.
@@ -29,14 +25,28 @@ _HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "s
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def attach_save_pretrained(model: nn.Module) -> None:
-    """Let the `save_pretrained` of a quantized model write the folder that `save` writes.
+def attach_methods(model: nn.Module) -> None:
+    """Let a quantized model's own methods know of its packed weights.
 
-    It gets `dequantize()` too. A model without `save_pretrained` is left as it is.
+    `save_pretrained` writes the folder that `save` writes, and `get_memory_footprint` counts what
+    the back ends keep beside the packed bytes. It gets `dequantize()` too.
+
+    So do the models in it. One without that method, or without quantized layers, is left as it is.
     """
-    if callable(getattr(model, "save_pretrained", None)):
-        attach_float_methods(model)
-        setattr(model, "save_pretrained", partial(_save_pretrained, model))  # noqa: B010 (a module, says mypy)
+    for part in model.modules():
+        if not quantized_layers(part):
+            continue
+        if callable(getattr(part, "save_pretrained", None)):
+            attach_float_methods(part)
+            setattr(part, "save_pretrained", partial(_save_pretrained, part))  # noqa: B010 (a module, says mypy)
+        if callable(getattr(part, "get_memory_footprint", None)):
+            setattr(part, "get_memory_footprint", partial(_memory_footprint, part))  # noqa: B010 (a module, says mypy)
+
+
+def _memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """Return the bytes of a model's tensors, with those that back ends keep now."""
+    kept = sum(layer.kept_nbytes for layer in quantized_layers(model).values())
+    return int(type(model).get_memory_footprint(model, return_buffers)) + kept
 
 
 def _save_pretrained(  # noqa: PLR0913 - those of diffusers
@@ -88,8 +98,7 @@ def _save_pretrained(  # noqa: PLR0913 - those of diffusers
             f"Will not replace '{folder}': it is a pipeline, and this is one model of it. Choose "
             "the folder of a component."
         )
-    require_apart(folder, in_memory=part_of_origin(model))
-    require_not_float_origin(model, folder)
+    require_origin_kept(model, folder)
     require_quantized(model)
     with replaced_model(folder) as partial:
         write_model(model, partial, shard_bytes=shard_bytes, variant=variant or "")

@@ -119,7 +119,7 @@ def run(
     """
     trained = load_transformer(torch.float32)
     judge = Judge.from_assets()
-    labels = torch.arange(n_images) % 10
+    labels = torch.arange(n_images, device="cpu") % 10
     real = judge.features(real_digits()[0])
     velocity = velocity_probe(trained)
     reference = sample(trained, labels, seed=0, steps=steps)
@@ -176,7 +176,7 @@ def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
     No row is judged by samples from the same noise.
     """
     names = [layer.name for layer in plan_model(trained, NAMED["default"]).quantized]
-    labels = torch.arange(N_OWN_SAMPLES) % 10
+    labels = torch.arange(N_OWN_SAMPLES, device="cpu") % 10
     return collect_stats(trained, lambda: sample(trained, labels, seed=1), names)
 
 

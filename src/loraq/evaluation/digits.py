@@ -140,8 +140,10 @@ def velocity_probe(
     images, labels = real_digits()
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[:count]
-    times = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    noise = torch.randn(count, *images.shape[1:], generator=generator)
+    times = (
+        torch.arange(count, device="cpu") + torch.rand(count, generator=generator, device="cpu")
+    ) / count
+    noise = torch.randn(count, *images.shape[1:], generator=generator, device="cpu")
     noised = flow.interpolate(images[chosen], noise, times)
     device = flow.first_weight(transformer).device
     return predict_velocity(
@@ -199,4 +201,6 @@ def _token_table() -> Tensor:
 
 def _noise(count: int, seed: int) -> Tensor:
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(count)]
-    return torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in generators])
+    return torch.stack(
+        [torch.randn(1, 8, 8, generator=generator, device="cpu") for generator in generators]
+    )

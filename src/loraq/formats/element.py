@@ -123,7 +123,7 @@ class ElementFormat:
 
     def grid(self) -> Tensor:
         """Return the value of each of the `2**bits` codes, in the order of the codes, as fp32."""
-        codes = torch.arange(2**self.bits)
+        codes = torch.arange(2**self.bits, device="cpu")
         if not self.is_float:
             signed = torch.where(codes >= 2 ** (self.bits - 1), codes - 2**self.bits, codes)
             return signed.float() * 2.0**-self.mantissa_bits

@@ -10,6 +10,7 @@ from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, require_float, transformer_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.single_file import ConvertedReader
+from loraq.integrations.transformers import linear_names
 from loraq.json_files import read_json
 from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
@@ -143,7 +144,8 @@ def _locate(
     content = {} if config_file is None else read_json(config_file)
     require_float(weights, content)
     if config_file is None or "_class_name" not in content:
-        return Checkpoint(root, weights, content, variant=variant)
+        linear = linear_names(content, config_file) if config_file else None
+        return Checkpoint(root, weights, content, variant=variant, linear=linear)
     convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
     model = model_of(content, config_file, weights)
     return Checkpoint(root, weights, content, model, convert, variant)

@@ -16,15 +16,19 @@ from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import write_model
 from loraq.checkpoint.partial import atomic_folder
-from loraq.checkpoint.pretrained import attach_save_pretrained
+from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.construction import (
     MOST_PARAMETERS,
     bounded_construction,
     require_plausible,
 )
+from loraq.integrations.hub import local_path
+from loraq.integrations.marking import mark_quantized
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
+from loraq.layers import take_dtype
+from loraq.nn import INPUT_DTYPES
 from loraq.options import checked
 from loraq.safetensors.reader import ShardReader
 
@@ -173,13 +177,24 @@ def save_beside(
 
 
 @checked
-def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = True) -> nn.Module:
-    """Build the model of a folder that loraq wrote, and load it on the CPU.
+def load(
+    folder: str | Path,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    verify: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build the model of a folder that loraq wrote, and load it.
 
     Args:
-        folder: a quantized transformer folder, or a pipeline folder with one in it.
+        folder: a quantized transformer folder, a pipeline folder with one in it, or a repository of
+            the hub such as "user/name" that is one.
         backend: back end of the quantized layers.
         verify: whether the files' hashes are checked.
+        device: where the model goes.
+        dtype: of what stays float, but for what its class keeps in fp32; by default each tensor
+            keeps the dtype of its file.
 
     Returns:
         The diffusers model in evaluation mode, with `QuantizedLinear` layers. It has the dtype of
@@ -187,9 +202,11 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files.
-        LoraqError: diffusers is not installed. `loraq.load_into` works without it.
+        LoraqError: diffusers is not installed (`loraq.load_into` works without it); or there is no
+            such device, or the dtype is none of floats.
     """
-    home = transformer_folder(Path(folder))
+    _require_usable(device, dtype)
+    home = transformer_folder(local_path(folder))
     if not (home / FILE_NAME).is_file():
         raise CheckpointError(
             f"'{home}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
@@ -209,11 +226,48 @@ def load(folder: str | Path, *, backend: str = DEFAULT_BACKEND, verify: bool = T
         )
     model = model_of(config, home / "config.json")
     load_into(model, home, backend=backend, verify=verify)
-    _unify_dtypes(model)
+    if dtype is None:
+        _unify_dtypes(model)
+    else:
+        _cast_saved(model, dtype)
+        take_dtype(model)
     _cast_unsaved(model)
-    attach_save_pretrained(model)
+    attach_methods(model)
     model.register_to_config(_name_or_path=str(home))  # type: ignore[operator]
-    return model.eval()
+    mark_quantized(model)
+    return model.to(device).eval()
+
+
+def _require_usable(device: str | torch.device, dtype: torch.dtype | None) -> None:
+    """Raise `LoraqError` for a device that is not there, or a dtype of no floats."""
+    if dtype not in (None, *INPUT_DTYPES):
+        raise LoraqError(
+            f"dtype is {dtype}. What stays float can be of "
+            f"{', '.join(str(each) for each in INPUT_DTYPES)}."
+        )
+    try:
+        torch.empty(1, device=device)
+    except (
+        ImportError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # what a build without the device raises
+        raise LoraqError(
+            f"device is {str(device)!r}, which cannot be used here: {error}. `loraq doctor` lists "
+            "the devices."
+        ) from error
+
+
+def _cast_saved(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what stays float, except what the class keeps in fp32, as `from_pretrained` does."""
+    named = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = {named} if isinstance(named, str) else set(named)
+    for module_name, module in model.named_modules():
+        tables = module._parameters, module._buffers
+        for name, tensor in [item for table in tables for item in table.items()]:
+            path = {*module_name.split("."), name}
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if kept & path else dtype)
 
 
 def _holds_packed(folder: Path) -> bool:

@@ -1,9 +1,8 @@
-"""The quantizer that diffusers calls in `from_pretrained`, and its configuration."""
+"""The quantizer that diffusers calls in `from_pretrained`."""
 
 import os
 import warnings
 from dataclasses import fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from loraq.checkpoint.floats import dequantize_, forget_quantization
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import insert_empty_layers
-from loraq.checkpoint.pretrained import attach_save_pretrained
+from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
+from loraq.integrations.config import LoraqConfig, LoraqMethod
 from loraq.integrations.hub import fetch_manifest
 from loraq.layers import is_linear, matrix_of, replace_layer, take_dtype
 from loraq.pipeline.layer import quantize_layer, require_usable
@@ -32,7 +32,6 @@ from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import require_unscaled
 from loraq.safetensors.reader import ShardReader
-from loraq.scheme import Scheme
 
 #: The minors of diffusers that this was tested with. The two dictionaries it registers in are not a
 #: stable interface.
@@ -41,79 +40,6 @@ SUPPORTED = ("0.42",)
 #: Set to "0" to skip the hashes of the files in `from_pretrained`; sizes, names, shapes and dtypes
 #: are always checked.
 VERIFY_VARIABLE = "LORAQ_VERIFY"
-
-
-class LoraqMethod(StrEnum):
-    """What `config.json` calls us; diffusers wants an enumeration."""
-
-    LORAQ = "loraq"
-
-
-class LoraqConfig(QuantizationConfigMixin):
-    """Asks diffusers to quantize while it loads: `from_pretrained(…, quantization_config=…)`.
-
-    A folder that is quantized already says by itself what it is, and needs none; its model has the
-    stored recipe in `model.config.quantization_config`.
-    """
-
-    #: How layers are, or were, quantized; `None` for a folder that does not say.
-    recipe: Recipe | None
-    #: What `from_pretrained` was given for a folder that is quantized already; it is not used.
-    ignored_config: Any = None
-
-    def __init__(
-        self, recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default", **others: Any
-    ) -> None:
-        """Settle the recipe.
-
-        Args:
-            recipe: a recipe, a scheme, a name such as "mxfp4+w8a8", a path to a .toml or .json
-                file, or plain data.
-            others: only `quant_method`, which diffusers hands back.
-
-        Raises:
-            LoraqError: an unknown argument.
-            RecipeError: the recipe cannot be read.
-        """
-        method = others.pop("quant_method", LoraqMethod.LORAQ)
-        if others or method != LoraqMethod.LORAQ.value:
-            raise LoraqError(
-                f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes "
-                "`recipe`; everything else is a field of a `loraq.Recipe`."
-            )
-        self.quant_method: Any = LoraqMethod.LORAQ
-        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **others: Any
-    ) -> Any:
-        """Return the configuration that a `config.json` describes.
-
-        Raises:
-            LoraqError: an unknown key.
-            RecipeError: the recipe cannot be read, or is a file, which only a caller may name.
-        """
-        recipe = config_dict.get("recipe")
-        if recipe is None:  # of a folder that does not say how it was made
-            return cls(**{key: value for key, value in config_dict.items() if key != "recipe"})
-        is_name = isinstance(recipe, str) and not recipe.endswith((".toml", ".json"))
-        if not is_name and not isinstance(recipe, dict):
-            raise RecipeError(
-                f"The configuration's recipe is {recipe!r}. A recipe's name or table is required."
-            )
-        return cls(**config_dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data from which `from_dict` makes an equal configuration."""
-        return {
-            "quant_method": self.quant_method.value,
-            "recipe": self.recipe and self.recipe.to_dict(),
-        }
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return what `repr` shows: all of it."""
-        return self.to_dict()
 
 
 class LoraqQuantizer(DiffusersQuantizer):
@@ -285,7 +211,7 @@ class LoraqQuantizer(DiffusersQuantizer):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
         take_dtype(model)
-        attach_save_pretrained(model)
+        attach_methods(model)
 
     def dequantize(self, model: Any) -> Any:
         """Return the model, which is a float one then."""

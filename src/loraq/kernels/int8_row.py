@@ -175,7 +175,7 @@ def _packed_linear(
     dtype = _sum_dtype(x.dtype)
     tokens, scale = encode_rows(x, UNSIGNED)  # (tokens, in), (tokens)
     y = x.new_empty((len(x), len(weight.scale)))
-    shift = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
+    shift = x.new_zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
     scale = scale.to(dtype)[:, None]
     for part in parts_of(len(x), _CHUNK_TOKENS_PACKED):
         if down is None or up is None:

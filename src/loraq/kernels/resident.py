@@ -155,6 +155,6 @@ def _pairs(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Both values of every byte, as one integer a byte: a single look-up then moves both."""
     fmt = get_format(name)
     assert isinstance(fmt, BlockFormat)
-    byte, grid = torch.arange(256), fmt.element.grid().to(dtype)
+    byte, grid = torch.arange(256, device="cpu"), fmt.element.grid().to(dtype)
     pairs = torch.stack((grid[byte & 15], grid[byte >> 4]), -1)
     return pairs.view(torch.int32 if dtype == torch.bfloat16 else torch.int64).flatten().to(device)

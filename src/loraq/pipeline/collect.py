@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from loraq.checkpoint.apart import require_apart
-from loraq.checkpoint.model import origin_of
+from loraq.checkpoint.origin import origin_of
 from loraq.checkpoint.stats_file import load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
-from loraq.layers import LinearLayer, is_linear, matrix_of
+from loraq.layers import LinearLayer, bare_model, is_linear, matrix_of
 from loraq.options import checked
 from loraq.stats import ActivationStats
 
@@ -68,6 +68,7 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
             was not finite, or it alone takes more than `memory_bytes`.
         CheckpointError: the target cannot be written, or lies in the folder of the model.
     """
+    model = bare_model(model)
     if target is not None:
         require_apart(target, origin_of(model))
     for name, limit in {"max_tokens": max_tokens, "tokens_per_call": tokens_per_call}.items():

@@ -10,9 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraq.checkpoint.pretrained import attach_save_pretrained
+from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import RecipeError, SchemeError, unknown
-from loraq.layers import LinearLayer, linear_layers, matrix_of, quantized_layers, replace_layer
+from loraq.layers import (
+    LinearLayer,
+    bare_model,
+    linear_layers,
+    matrix_of,
+    quantized_layers,
+    replace_layer,
+)
 from loraq.methods import METHODS
 from loraq.methods.prediction import Prediction
 from loraq.options import Seed, Workers, checked
@@ -91,19 +98,21 @@ def plan_model(
     at.
 
     Args:
-        model: any module; its class name selects the rules of its families.
+        model: any module, or a wrapper of one (compiled, DDP); its class selects the rules of its
+            families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         workers: layers looked at at a time, if the recipe allocates; the plan does not depend on
             it.
         progress: as for `quantize_`; a function is not called here.
 
     Raises:
-        LayerError: the module itself is a linear layer; or the recipe allocates, and a layer's
+        LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or
+            the recipe allocates, and a layer's
             weights cannot be used: the message names it.
         RecipeError: the recipe cannot be read, or allocates where it cannot.
         SchemeError: a layer cannot be quantized as asked; the message carries its name.
     """
-    recipe = Recipe.of(recipe)
+    recipe, model = Recipe.of(recipe), bare_model(model)
     return _share_budget(model, Plan.of_model(model, recipe), recipe, workers, progress)
 
 
@@ -143,7 +152,8 @@ def quantize_(
     quantized is left alone, so a run that was interrupted is finished by calling again.
 
     Args:
-        model: any module; its class name selects the rules of its families.
+        model: any module, or a wrapper of one (compiled, DDP); its class selects the rules of its
+            families.
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
             needs no data.
@@ -157,11 +167,12 @@ def quantize_(
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
-        LayerError: the module itself is a linear layer; or a layer failed: the message names it,
-            and the layers before it are quantized.
+        LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or a
+            layer failed: the message names it, and the layers before it are quantized.
         RecipeError: the recipe cannot be read, or leaves nothing to quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
+    model = bare_model(model)
     recipe, layers = Recipe.of(recipe), linear_layers(model)
     stats, plan = open_stats(stats), Plan.of_model(model, recipe)
     if not plan.quantized and not quantized_layers(model):
@@ -174,14 +185,16 @@ def quantize_(
         require_usable(job.name, layers[job.name])
     hashes = hash_used_stats(stats, plan, recipe)
     plan = _share_budget(model, plan, recipe, workers, progress)
-    attach_save_pretrained(model)
     reports = []
-    with show_layers(progress, "quantize") as show:
-        for finished in _quantize_layers(layers, plan.quantized, stats or {}, hashes, workers):
-            name, report = finished.report.name, finished.report
-            replace_layer(model, name, finished.build_module(layers.pop(name), recipe))
-            reports.append(report)
-            show(len(reports), len(plan.quantized), name, report.relative_error)
+    try:
+        with show_layers(progress, "quantize") as show:
+            for finished in _quantize_layers(layers, plan.quantized, stats or {}, hashes, workers):
+                name, report = finished.report.name, finished.report
+                replace_layer(model, name, finished.build_module(layers.pop(name), recipe))
+                reports.append(report)
+                show(len(reports), len(plan.quantized), name, report.relative_error)
+    finally:
+        attach_methods(model)
     return Report(recipe, plan, tuple(reports))
 
 

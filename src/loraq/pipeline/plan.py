@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from loraq.errors import LayerError, LoraqError, SchemeError
-from loraq.layers import is_linear, matrix_shapes, other_weights
+from loraq.families import known_class
+from loraq.layers import bare_model, is_linear, matrix_shapes, other_weights, require_bare
 from loraq.methods import Method, layer_seed
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -122,7 +122,11 @@ class Plan:
 
     @classmethod
     def of(
-        cls, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, model_class: str = ""
+        cls,
+        shapes: Mapping[str, tuple[int, int]],
+        recipe: Recipe,
+        model_class: str = "",
+        inner_models: Mapping[str, str] | None = None,
     ) -> "Plan":
         """Settle the scheme of every layer.
 
@@ -133,20 +137,27 @@ class Plan:
             shapes: (out, in) of every linear layer by dotted name.
             recipe: what is asked.
             model_class: class name of the model, which selects the rules of its families.
+            inner_models: class names of models that the model holds, by their dotted names; their
+                layers get what they get in a model that stands alone.
 
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.
         """
-        layers = tuple(
-            _plan_layer(name, shape, recipe, model_class) for name, shape in shapes.items()
-        )
+        inner_models = inner_models or {}
+        layers = []
+        for name, shape in shapes.items():
+            place = next((place for place in inner_models if name.startswith(f"{place}.")), None)
+            kind, within = (
+                (model_class, "") if place is None else (inner_models[place], f"{place}.")
+            )
+            layers.append(_plan_layer(name, shape, recipe, kind, within))
         for rule in recipe.rules:
-            if not any(fnmatchcase(name, rule.match) for name in shapes):
+            if not any(map(rule.matches, shapes)):
                 _LOGGER.warning(
                     "The recipe's rule '%s' matches no linear layer. Is its pattern right?",
                     rule.match,
                 )
-        planned = cls(layers)
+        planned = cls(tuple(layers))
         if large := [
             layer for layer in planned.quantized if layer.sized and _has_large_branch(layer)
         ]:
@@ -166,15 +177,18 @@ class Plan:
     def of_model(cls, model: nn.Module, recipe: Recipe) -> "Plan":
         """Settle the scheme of every layer of a module, and find large weights outside of them.
 
-        The module may be on the meta device. Raises `SchemeError` as `of`, and `LayerError` for a
-        module that is itself a linear layer.
+        The module may be on the meta device, or wrapped as a whole (`bare_model`); the rules of its
+        class are those of the class that it is derived from. Raises `SchemeError` as `of`, and
+        `LayerError` for a module that is itself a linear layer, or is not bare.
         """
+        model = bare_model(model)
         if is_linear(model):
             raise LayerError(
                 f"The module is itself a linear layer ({type(model).__name__}), which cannot be "
                 "replaced in place. Wrap it, as in `torch.nn.Sequential(layer)`, or use "
                 "`loraq.quantize_weight(layer.weight, recipe)`."
             )
+        require_bare(model)
         found = other_weights(model)
         sizes: Counter[str] = Counter()
         for name, (shape, _) in found.items():
@@ -185,7 +199,9 @@ class Plan:
             for name, (shape, kind) in found.items()
             if sizes[_without_numbers(name)] > least
         )
-        return replace(cls.of(matrix_shapes(model), recipe, type(model).__name__), others=others)
+        model_class, *inner = _find_models(model).items()
+        planned = cls.of(matrix_shapes(model), recipe, model_class[1], dict(inner))
+        return replace(planned, others=others)
 
     @property
     def quantized(self) -> tuple[LayerJob, ...]:
@@ -214,13 +230,33 @@ class Plan:
         return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
 
 
+def _find_models(model: nn.Module) -> dict[str, str]:
+    """Return the class of a module, and of the models that it holds, by their dotted names.
+
+    A model is what a family names, or what can be saved alone; the outermost one counts.
+    """
+    found = {"": _model_class(model) or type(model).__name__}
+    if not _model_class(model):
+        for name, module in model.named_modules():
+            is_inside = any(name.startswith(f"{outer}.") for outer in found if outer)
+            if name and not is_inside and (kind := _model_class(module)):
+                found[name] = kind
+    return found
+
+
+def _model_class(module: nn.Module) -> str:
+    """Return the class of a model by which its rules are found, or "" for a part of one."""
+    bases = [base.__name__ for base in type(module).__mro__]
+    return known_class(bases) or (bases[0] if hasattr(module, "save_pretrained") else "")
+
+
 def _plan_layer(
-    name: str, shape: tuple[int, int], recipe: Recipe, model_class: str
+    name: str, shape: tuple[int, int], recipe: Recipe, model_class: str, within: str
 ) -> LayerJob | KeptLayer:
-    rule = recipe.rule_for(name, model_class)
+    rule = recipe.rule_for(name, model_class, within)
     reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
-    scheme = recipe.scheme_for(name, shape, model_class)
-    requested = recipe.requested_scheme(name, model_class)
+    scheme = recipe.scheme_for(name, shape, model_class, within)
+    requested = recipe.requested_scheme(name, model_class, within)
     if scheme is None or requested is None:
         return KeptLayer(name, shape, reason)
     sized = requested.branch is not None and requested.branch.rank == 0

@@ -1,5 +1,6 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,11 @@ from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
 from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader, TensorReader
 
+#: Names of embeddings: look-up tables, which look like the matrix of a linear layer.
+_TABLE = re.compile(
+    r"(?:^|\.)(?:shared|wte|wpe|embed_tokens|\w*embeddings?|relative_attention_bias)$"
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -36,6 +42,8 @@ class Checkpoint:
     convert: Callable[[ShardReader | Fp8Reader], TensorReader] | None = None
     #: Which of several copies of the weights is read, as `select_weights`.
     variant: str | None = None
+    #: Names of its linear layers, where the configuration names another library's class.
+    linear: frozenset[str] | None = None
 
     @property
     def component(self) -> str:
@@ -86,7 +94,8 @@ class Source:
         if model is None:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(decoded, checkpoint.weights)
-            plan = replace(plan_tensors(decoded, recipe), notes=tuple(notes))
+            plan = plan_tensors(decoded, recipe, checkpoint.linear)
+            plan = replace(plan, notes=tuple(notes))
             return cls(files, decoded, tuple(decoded.names), {}, config, plan)
         config = model_config(model)
         reader: TensorReader = decoded
@@ -172,14 +181,22 @@ def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:
     return sorted(name for name in reader.names if name.partition(".")[0] not in own)
 
 
-def plan_tensors(files: TensorReader, recipe: Recipe) -> Plan:
-    """Plan a model of an unknown class: every matrix `….weight` is taken for a linear layer."""
+def plan_tensors(files: TensorReader, recipe: Recipe, linear: frozenset[str] | None = None) -> Plan:
+    """Plan a model of which no module is built.
+
+    Args:
+        files: its tensors.
+        recipe: what is asked.
+        linear: names of its linear layers; where nobody knows them, every matrix `….weight` is
+            taken for one, unless its name is one that only tables have.
+    """
     shapes = {}
     for name in files.names:
         layer, _, leaf = name.rpartition(".")
         shape = files.shape(name)
         is_matrix = len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0
-        if layer and leaf == "weight" and is_matrix:
+        is_known = layer in linear if linear is not None else not _TABLE.search(layer)
+        if layer and leaf == "weight" and is_matrix and is_known:
             shapes[layer] = (shape[0], shape[1])
     return Plan.of(shapes, recipe)
 

@@ -1,0 +1,105 @@
+"""`LoraqConfig`: how diffusers is asked to quantize, and what a loaded model says of itself."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from loraq.errors import LoraqError, RecipeError
+from loraq.options import Rank, checked
+from loraq.recipe import Recipe
+from loraq.scheme import Scheme
+
+
+class LoraqMethod(StrEnum):
+    """What `config.json` calls us; diffusers wants an enumeration."""
+
+    LORAQ = "loraq"
+
+
+class LoraqConfig(QuantizationConfigMixin):
+    """Asks diffusers to quantize while it loads: `from_pretrained(…, quantization_config=…)`.
+
+    A folder that is quantized already says by itself what it is, and needs none; its model has the
+    stored recipe in `model.config.quantization_config`.
+    """
+
+    #: How layers are, or were, quantized; `None` for a folder that does not say.
+    recipe: Recipe | None
+    #: What `from_pretrained` was given for a folder that is quantized already; it is not used.
+    ignored_config: Any = None
+
+    @checked
+    def __init__(
+        self,
+        recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default",
+        *,
+        effort: str | None = None,
+        budget: str | float | None = None,
+        rank: Rank | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        **others: Any,
+    ) -> None:
+        """Settle the recipe.
+
+        Args:
+            recipe: a recipe, a scheme, a name such as "mxfp4+w8a8", a path to a .toml or .json
+                file, or plain data.
+            effort: as for `Recipe.adjusted`, like the other three.
+            budget: storage of a layer.
+            rank: of every branch.
+            modules_to_not_convert: modules that stay as they are.
+            others: only `quant_method`, which diffusers hands back.
+
+        Raises:
+            LoraqError: an unknown argument.
+            RecipeError: the recipe cannot be read.
+        """
+        method = others.pop("quant_method", LoraqMethod.LORAQ)
+        if others or method != LoraqMethod.LORAQ.value:
+            raise LoraqError(
+                f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes "
+                "`recipe`, `effort`, `budget`, `rank` and `modules_to_not_convert`; everything "
+                "else is a field of a `loraq.Recipe`."
+            )
+        self.quant_method: Any = LoraqMethod.LORAQ
+        given = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
+        self.recipe = given.adjusted(
+            effort=effort,
+            budget=budget,
+            rank=rank,
+            modules_to_not_convert=modules_to_not_convert,
+        )
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **others: Any
+    ) -> Any:
+        """Return the configuration that a `config.json` describes.
+
+        Raises:
+            LoraqError: an unknown key.
+            RecipeError: the recipe cannot be read, or is a file, which only a caller may name.
+        """
+        recipe = config_dict.get("recipe")
+        if recipe is None:  # of a folder that does not say how it was made
+            return cls(**{key: value for key, value in config_dict.items() if key != "recipe"})
+        is_name = isinstance(recipe, str) and not recipe.endswith((".toml", ".json"))
+        if not is_name and not isinstance(recipe, dict):
+            raise RecipeError(
+                f"The configuration's recipe is {recipe!r}. A recipe's name or table is required."
+            )
+        return cls(**config_dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data from which `from_dict` makes an equal configuration."""
+        return {
+            "quant_method": self.quant_method.value,
+            "recipe": self.recipe and self.recipe.to_dict(),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what `repr` shows: all of it."""
+        return self.to_dict()

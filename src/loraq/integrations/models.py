@@ -1,0 +1,208 @@
+"""`quantize_` and `quantize`: what is in memory, be it a model or a whole pipeline of diffusers."""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from torch import nn
+
+from loraq.errors import LoraqError
+from loraq.integrations.marking import mark_quantized
+from loraq.layers import bare_model
+from loraq.options import Rank, Workers, checked
+from loraq.pipeline import module
+from loraq.pipeline.plan import Plan
+from loraq.pipeline.progress import ProgressCallback
+from loraq.pipeline.report import Report
+from loraq.pipeline.requirements import Stats
+from loraq.recipe import Recipe
+from loraq.scheme import Scheme
+
+#: A component whose name or class contains one of these is a denoiser, which is quantized.
+_DENOISERS = ("transformer", "unet")
+
+_LOGGER = logging.getLogger("loraq")
+
+
+@overload
+def quantize_(
+    model: nn.Module,
+    recipe: str | Path | Scheme | Recipe = "default",
+    *,
+    effort: str | None = None,
+    budget: str | float | None = None,
+    rank: Rank | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    stats: Stats | None = None,
+    workers: Workers = 1,
+    progress: ProgressCallback | bool = True,
+) -> Report: ...
+
+
+@overload
+def quantize_(
+    model: Any,
+    recipe: str | Path | Scheme | Recipe = "default",
+    *,
+    effort: str | None = None,
+    budget: str | float | None = None,
+    rank: Rank | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    stats: Stats | None = None,
+    workers: Workers = 1,
+    progress: ProgressCallback | bool = True,
+) -> Report | dict[str, Report]: ...
+
+
+@checked
+def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what people ask for by name
+    model: Any,
+    recipe: str | Path | Scheme | Recipe = "default",
+    *,
+    effort: str | None = None,
+    budget: str | float | None = None,
+    rank: Rank | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    stats: Stats | None = None,
+    workers: Workers = 1,
+    progress: ProgressCallback | bool = True,
+) -> Report | dict[str, Report]:
+    """Quantize the linear layers of a module in place, layer by layer; or a pipeline's denoisers.
+
+    Each float weight is freed as soon as its layer is done, so memory peaks at the model plus one
+    layer for each worker. The result does not depend on `workers`. A layer that is already
+    quantized is left alone, so a run that was interrupted is finished by calling again.
+    Afterwards a model of diffusers is in the state in which `from_pretrained` leaves a quantized
+    one. Of a pipeline, every transformer and U-Net is quantized; a warning of the logger `loraq`
+    says which components were left.
+
+    Args:
+        model: any module, a wrapper of one (`torch.compile`, DDP), or a pipeline of diffusers. Its
+            class selects the rules of its families.
+        recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
+        effort: how long the method works, in place of the recipe's.
+        budget: storage of a layer, such as "5.25" (bits per weight), for a recipe without a rank.
+        rank: of every layer's branch, in place of the recipe's.
+        modules_to_not_convert: modules that stay as they are, as for `Recipe.adjusted`.
+        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
+            needs no data.
+        workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
+            use cores.
+        progress: False for silence, True for a display on stderr, or a function to call after each
+            layer.
+
+    Returns:
+        The plan and what became of each layer; of a pipeline, by the names of its components.
+
+    Raises:
+        CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
+        LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or a
+            layer failed: the message names it, and the layers before it are quantized.
+        LoraqError: it is neither a module nor a pipeline, or a pipeline without a denoiser.
+        RecipeError: the recipe cannot be read, contradicts an argument, or leaves nothing to
+            quantize.
+        SchemeError: a layer cannot be quantized as asked. Nothing was changed.
+    """
+    recipe = Recipe.of(recipe).adjusted(
+        effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
+    )
+    if isinstance(model, nn.Module):
+        try:
+            return module.quantize_(model, recipe, stats=stats, workers=workers, progress=progress)
+        finally:
+            mark_quantized(model)
+    denoisers, left = _split_pipeline(model)
+    if stats is not None and len(denoisers) > 1:
+        raise LoraqError(
+            f"Statistics are of one model, and {type(model).__name__} has {len(denoisers)}: "
+            f"{', '.join(denoisers)}. Quantize each with its own: `quantize_(pipeline.NAME, …)`."
+        )
+    for component in denoisers.values():
+        Plan.of_model(component, recipe)  # what cannot be done is refused before the first is
+    reports = {
+        name: quantize_(component, recipe, stats=stats, workers=workers, progress=progress)
+        for name, component in denoisers.items()
+    }
+    if left:
+        _LOGGER.warning(
+            "Quantized %s of %s. Left as they were: %s.",
+            ", ".join(denoisers),
+            type(model).__name__,
+            ", ".join(f"{name} ({type(part).__name__})" for name, part in left.items()),
+        )
+    return reports
+
+
+def _split_pipeline(pipeline: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the denoisers of a pipeline by their names, and its other models."""
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        raise LoraqError(
+            f"Cannot quantize a {type(pipeline).__name__}. Give a module or a pipeline of "
+            "diffusers; for files, use `loraq.quantize_checkpoint` or `loraq quantize`."
+        )
+    models = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    denoisers = {
+        name: part
+        for name, part in models.items()
+        if any(word in f"{name} {type(bare_model(part)).__name__}".lower() for word in _DENOISERS)
+    }
+    if not denoisers:
+        raise LoraqError(
+            f"{type(pipeline).__name__} has no transformer and no U-Net; its models are "
+            f"{', '.join(models) or 'none'}. Quantize one of them: `quantize_(pipeline.NAME)`."
+        )
+    return denoisers, {name: part for name, part in models.items() if name not in denoisers}
+
+
+@checked
+def quantize(  # noqa: PLR0913 - as `quantize_`
+    model: nn.Module,
+    recipe: str | Path | Scheme | Recipe = "default",
+    *,
+    effort: str | None = None,
+    budget: str | float | None = None,
+    rank: Rank | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    stats: Stats | None = None,
+    workers: Workers = 1,
+    progress: ProgressCallback | bool = True,
+) -> nn.Module:
+    """Return a quantized copy of a module, which stays as it is.
+
+    The copy never holds the float weights of the layers that are quantized; `quantize_` needs less
+    still, because it frees them. Of a wrapper, the copy is one of the model inside.
+
+    Args:
+        model: as for `quantize_`, but no pipeline.
+        recipe: as for `quantize_`, like all others.
+        effort: how long the method works.
+        budget: storage of a layer.
+        rank: of every layer's branch.
+        modules_to_not_convert: modules that stay as they are.
+        stats: statistics by layer.
+        workers: layers solved at a time.
+        progress: what is shown.
+
+    Raises:
+        LoraqError: as for `quantize_`, or it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise LoraqError(
+            f"Cannot copy a {type(model).__name__}. Use `quantize_`, which works in place and "
+            "takes a pipeline too; for files, `loraq.quantize_checkpoint`."
+        )
+    recipe = Recipe.of(recipe).adjusted(
+        effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
+    )
+    model = bare_model(model)
+    weights = [
+        weight
+        for job in Plan.of_model(model, recipe).quantized
+        if (weight := model.get_submodule(job.name)._parameters.get("weight")) is not None
+    ]
+    copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
+    quantize_(copied, recipe, stats=stats, workers=workers, progress=progress)
+    return copied
