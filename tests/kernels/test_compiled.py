@@ -42,8 +42,10 @@ def fresh():
     torch.compiler.reset()
 
 
-def layer_of(backend: str, name: str, device: str = "cpu") -> QuantizedLinear:
-    layer = random_layer((WIDTH, WIDTH), parse_scheme(name), torch.device(device))
+def layer_of(
+    backend: str, name: str, device: str = "cpu", *, n_out: int = WIDTH
+) -> QuantizedLinear:
+    layer = random_layer((n_out, WIDTH), parse_scheme(name), torch.device(device))
     layer.backend = backend
     return layer
 
@@ -98,9 +100,10 @@ def test_a_layer_prepares_itself_outside_of_the_one_graph(backend, name):
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_those_of_the_layer_that_is_not_compiled(backend, name, dtype):
-    layer = layer_of(backend, name)
+    n_out = WIDTH // 2  # not square: a shape that is the wrong way round must not pass
+    layer = layer_of(backend, name, n_out=n_out)
     compiled = torch.compile(layer, backend=counted(), fullgraph=True)
-    layer.bias = nn.Parameter(gaussian(1, WIDTH, 3)[0].to(dtype))
+    layer.bias = nn.Parameter(gaussian(1, n_out, 3)[0].to(dtype))
     gradients = []
     for run in (compiled, layer):
         x = gaussian(24, WIDTH).to(dtype).requires_grad_()

@@ -239,14 +239,15 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scales, up, bias = inputs
-    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.n_in, ctx.dtype = x.shape[1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*codes, *scales, up)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     *saved, up = ctx.saved_tensors
     codes, scales = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-    back = _int8_linear_back(gradient, codes, scales, up, ctx.dtype)
+    back = _int8_linear_back(gradient, codes, scales, up, ctx.n_in, ctx.dtype)
     bias = None if ctx.bias_dtype is None else gradient.float().sum(0).to(ctx.bias_dtype)
     nothing = [None] * len(codes)
     return back, nothing, nothing, None, bias
@@ -260,6 +261,7 @@ def _int8_linear_back(
     codes: list[Tensor],
     scales: list[Tensor],
     up: Tensor | None,
+    n_in: int,
     dtype: torch.dtype,
 ) -> Tensor:
     codes = [code.to_dense().t() if code.is_mkldnn else code for code in codes]
@@ -273,9 +275,9 @@ def _(
     codes: list[Tensor],
     scales: list[Tensor],
     up: Tensor | None,
+    n_in: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    n_in = codes[0].shape[1]
     return gradient.new_empty((gradient.shape[0], n_in), dtype=dtype)
 
 
