@@ -14,6 +14,12 @@ from tests.fuzz.readers import READERS, FolderWeights, OneFile, relist
 from tests.fuzz.runs import Tally, run
 
 
+@pytest.fixture(autouse=True)
+def slow_shapes(monkeypatch):
+    """Shapes are checked in the tests, which takes its time: `make fuzz` is what holds seconds."""
+    monkeypatch.setattr("tests.fuzz.runs.MOST_SECONDS", 10.0)
+
+
 def require_clean(tally: Tally, inputs: int) -> None:
     assert not tally.failures, tally.failures[0]
     assert tally.inputs == inputs == tally.accepted + tally.refused

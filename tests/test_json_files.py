@@ -21,6 +21,7 @@ def nested(levels: int) -> str:
         ("NaN", "has the number nan"),
         ('{"a": [-Infinity]}', "has the number -inf"),
         ("1e999", "has the number inf"),
+        ('{"data_offsets": [-0, 4]}', "has the integer -0"),
         (str(2**64), "a number of 65 bits"),
         (str(-(2**63) - 1), "a number of 64 bits"),
         ("9" * 5000, "5000 digits"),

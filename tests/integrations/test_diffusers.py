@@ -363,7 +363,7 @@ def test_a_target_that_cannot_be_made(no_work, source, tmp_path):
 def test_a_disk_without_space(no_work, request, tmp_path, monkeypatch, place):
     folder = request.getfixturevalue(place)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    match = r"has 0\.00 GB free and about \d+\.\d\d GB are needed\. Free space, or choose another"
+    match = r"has 1e-06 GB free and about \S+e-05 GB are needed\. Free space, or choose another"
     refused(folder, tmp_path / "deep" / "out", match)
 
 
