@@ -63,9 +63,15 @@ FUNCTIONS = {
         "overwrite": FLAG,
         "restart": FLAG,
         "link": FLAG,
+        "variant": TEXT | {"None"},
         "progress": FLAG,
     },
-    plan_checkpoint: {"config": TEXT | {"None"}, "workers": WORKERS, "progress": FLAG},
+    plan_checkpoint: {
+        "config": TEXT | {"None"},
+        "workers": WORKERS,
+        "variant": TEXT | {"None"},
+        "progress": FLAG,
+    },
     loraq.save: {"overwrite": FLAG, "shard_bytes": SIZE},
     loraq.load_into: {"backend": TEXT, "verify": FLAG},
     loraq.load: {

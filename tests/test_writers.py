@@ -49,6 +49,7 @@ WRITING = {
 READING = {
     "commands": {"plan", "inspect", "compare", "formats", "methods", "doctor"},
     "calls": {
+        "dequantize_",
         "get_format",
         "load",
         "load_into",

@@ -107,9 +107,12 @@ def test_the_state_is_the_same_however_a_model_came_to_be_quantized(source, made
         "quantize_": made[0],
         "quantize": loraq.quantize(source, RECIPE, progress=False),
         "load": loraq.load(made[1]),
-        "from_pretrained": PixArt.from_pretrained(made[1]),
+        # Without a dtype, diffusers makes what stays float fp32.
+        "from_pretrained": PixArt.from_pretrained(made[1], torch_dtype=torch.bfloat16),
         "while loading": PixArt.from_pretrained(
-            tmp_path / "float", quantization_config=loraq.diffusers.LoraqConfig(RECIPE)
+            tmp_path / "float",
+            quantization_config=loraq.diffusers.LoraqConfig(RECIPE),
+            torch_dtype=torch.bfloat16,
         ),
     }
     for way, model in ways.items():
@@ -155,7 +158,9 @@ def test_every_denoiser_of_a_pipeline_is_quantized_and_the_rest_is_named(
     pipeline.save_pretrained(tmp_path / "saved")
     for component in ("transformer", "vae"):
         assert (tmp_path / "saved" / component / "config.json").is_file()
-    again = PixArt.from_pretrained(tmp_path / "saved", subfolder="transformer")
+    again = PixArt.from_pretrained(
+        tmp_path / "saved", subfolder="transformer", torch_dtype=torch.bfloat16
+    )
     assert same(again, made[0])
 
 
