@@ -355,6 +355,24 @@ def test_linking_resolves_the_links_of_the_hub_cache(pipeline, tmp_path):
     assert linked.stat().st_ino == (blobs / "vae-weights.safetensors").stat().st_ino
 
 
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("change", ["deleted", "changed"])
+def test_a_component_that_changes_during_a_run_is_not_published(pipeline, tmp_path, link, change):
+    file = tmp_path / ".out.partial" / "files" / "vae" / "weights.safetensors"
+
+    def meddle(done, *_):
+        if done == 1 and change == "deleted":
+            file.unlink()
+        elif done == 1:
+            file.write_bytes(bytes(256))
+
+    with pytest.raises(
+        CheckpointError, match=r"vae/weights\.safetensors' (is missing|was changed)"
+    ):
+        quantize_checkpoint(pipeline, tmp_path / "out", RECIPE, link=link, progress=meddle)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("linked", ["vae/key", "transformer/config.json", f"transformer/{WEIGHTS}"])
 def test_a_link_out_of_a_pipeline_is_refused_before_work(pipeline, tmp_path, linked):
     (tmp_path / "secret").write_bytes(b"private")
