@@ -729,3 +729,12 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="Only finite numbers can be read back"):
         loraq.save(model, tmp_path / "target")
     assert names(tmp_path) == []
+
+
+def test_a_manifest_of_more_layers_than_any_model_has_is_refused_at_once(one):
+    content = json.loads((one / "loraq.json").read_text())
+    layer = content["layers"]["first"]
+    content["layers"] = {f"layers.{i}": layer for i in range(10_001)}
+    (one / "loraq.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="it has 10001 layers, and at most 10000 are read"):
+        Manifest.read(one)

@@ -466,3 +466,9 @@ def test_what_a_converter_drops_is_refused_by_name(tmp_path, flux, monkeypatch):
     tensors = {f"lora_unet_q.{name}": t for name, t in (("a", A), ("b", B), ("c", B + 1))}
     with pytest.raises(CheckpointError, match=r"not of a plain LoRA: lora_unet_q\.c\. Only"):
         Lora.read(write(tmp_path / "x.safetensors", tensors), flux)
+
+
+def test_a_file_of_more_tensors_than_any_lora_has_is_refused_at_once(tmp_path):
+    save_file({f"a.{i}.alpha": torch.ones(1) for i in range(10_001)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="has 10001 tensors; a LoRA of at most 10000"):
+        Lora.read(tmp_path / "a.safetensors")

@@ -23,6 +23,8 @@ from loraq.version import __version__
 
 FILE_NAME = "loraq.json"
 FORMAT_VERSION = 1
+#: The most layers that are read, which takes a second; the largest models have 2000.
+_MOST_LAYERS = 10_000
 
 #: Types of what a layer's record may have.
 _RECORD: dict[str, Any] = {
@@ -166,10 +168,10 @@ def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]
     recipes = _take(content, "recipes", list, "the manifest")
     if not all(isinstance(recipe, dict) for recipe in recipes):
         raise ValueError("'recipes' is not a list of tables.")
-    layers = {
-        name: _parse_layer(name, entry, len(recipes))
-        for name, entry in _take(content, "layers", dict, "the manifest").items()
-    }
+    entries = _take(content, "layers", dict, "the manifest")
+    if len(entries) > _MOST_LAYERS:
+        raise ValueError(f"it has {len(entries)} layers, and at most {_MOST_LAYERS} are read.")
+    layers = {name: _parse_layer(name, entry, len(recipes)) for name, entry in entries.items()}
     tied = _take(content, "tied", dict, "the manifest")
     if not all(isinstance(name, str) for name in tied.values()):
         raise ValueError("'tied' does not map names to names.")

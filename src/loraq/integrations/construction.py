@@ -19,7 +19,7 @@ from loraq.errors import CheckpointError
 
 #: The most parameters of a model whose weights are not known; those of diffusers have at most 5000.
 #: A thousand take a tenth of a second.
-MOST_PARAMETERS = 20_000
+MOST_PARAMETERS = 7_500
 #: The most bytes that one operation of a constructor may compute, and all of them; the largest
 #: table of positions, OmniGen's, takes 0.9 GB at a time and 4 in all.
 _MOST_AT_ONCE, _MOST_BYTES = 1 << 30, 8 << 30

@@ -22,6 +22,8 @@ from loraq.safetensors.reader import ShardReader
 
 #: Names of the weights in a folder, the first that is there.
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+#: The most tensors of a LoRA; one of FLUX with text encoders has 2000.
+_MOST_TENSORS = 10_000
 #: What trainers put in front of a layer's name.
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
 #: Where the names of other components of a pipeline begin, kohya's too.
@@ -78,6 +80,11 @@ class Lora:
         """
         file = find_lora_file(Path(path))
         reader = ShardReader(file)
+        if len(reader.names) > _MOST_TENSORS:
+            raise CheckpointError(
+                f"'{file}' has {len(reader.names)} tensors; a LoRA of at most {_MOST_TENSORS} is "
+                "read. Is it one?"
+            )
         tensors = {name: reader.read(name) for name in reader.names}
         others = {match[0] for name in tensors if (match := _OTHER_COMPONENT.match(name))}
         tensors = {name: t for name, t in tensors.items() if not _OTHER_COMPONENT.match(name)}
