@@ -12,6 +12,7 @@ from torch import nn
 from loraq.errors import CheckpointError
 from loraq.integrations.construction import bounded_construction
 from loraq.integrations.diffusers import empty_model
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,7 @@ def test_a_configuration_that_asks_for_too_much(tmp_path, config, changes, match
     with pytest.raises(CheckpointError, match=match) as raised:
         empty_model(tmp_path)
     assert len(str(raised.value)) < 1000
-    if changes != {"num_layers": 10**7}:  # 7500 parameters take a second or two
-        assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < PATIENCE
 
 
 def test_a_model_has_no_more_parameters_than_its_weights_can_be(tmp_path, config):
@@ -53,7 +53,7 @@ def test_a_model_has_no_more_parameters_than_its_weights_can_be(tmp_path, config
     begin = time.monotonic()
     with pytest.raises(CheckpointError, match="asks for more than 1004 parameters"):
         empty_model(tmp_path)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < PATIENCE
 
 
 def test_memory_that_is_only_reserved_does_not_count():

@@ -15,6 +15,7 @@ from loraq.errors import CheckpointError
 from loraq.integrations.lora import Lora
 from loraq.integrations.lora_names import find_mixin
 from loraq.safetensors.reader import ShardReader
+from tests.patience import PATIENCE
 
 A, B = torch.ones(2, 6), torch.full((4, 2), 3.0)
 
@@ -276,7 +277,7 @@ def test_thousands_of_patterns_take_no_time(tmp_path):
     file = write(tmp_path / "x.safetensors", tensors, metadata)
     begin = time.monotonic()
     assert Lora.read(file).adapters["blocks.999.to_q"].scale == 999 / 2
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < PATIENCE
 
 
 def test_factors_of_two_adapters_are_not_one(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from loraq.errors import CheckpointError
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
+from tests.patience import PATIENCE
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -139,7 +140,7 @@ def test_a_header_that_asks_for_work_is_refused_within_a_second(tmp_path, header
     begin = time.process_time()
     with pytest.raises(CheckpointError, match=match) as raised:
         read_header(path)
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < PATIENCE
     assert len(str(raised.value).encode()) <= 4096
 
 
@@ -148,7 +149,7 @@ def test_tens_of_thousands_of_tensors_are_read_in_a_second(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(first + bytes(30_000))
     begin = time.process_time()
     assert read_header(tmp_path / "a.safetensors").specs == MANY
-    assert time.process_time() - begin < 1.5
+    assert time.process_time() - begin < PATIENCE
 
 
 @pytest.mark.parametrize(
