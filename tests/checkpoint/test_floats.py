@@ -103,3 +103,15 @@ def test_a_loaded_model_forgets_that_it_was_quantized(tmp_path):
     assert "quantization_config" not in back.config
     back.half()
     loraq.quantize_(loaded, "int8", progress=False)
+
+
+def test_a_model_that_another_module_holds_is_a_float_model_again(tmp_path):
+    held = transformer()
+    holder = nn.ModuleDict({"net": held})
+    loraq.quantize_(holder, "int8-a16", progress=False)
+    assert held.is_quantized
+    loraq.dequantize_(holder)
+    assert not held.is_quantized
+    assert not {"hf_quantizer", "get_memory_footprint", "save_pretrained"} & vars(held).keys()
+    held.save_pretrained(tmp_path / "float")
+    assert "quantization_config" not in (tmp_path / "float" / "config.json").read_text()

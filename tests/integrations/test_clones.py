@@ -187,3 +187,28 @@ def test_saving_and_pushing(quantized, tmp_path, monkeypatch):
     assert asked["commit_message"] == "4 bits"
     for folder in (tmp_path / "out", tmp_path / "hub"):
         assert torch.equal(velocity(PixArt.from_pretrained(folder)), velocity(quantized))
+
+
+def test_weights_that_nobody_lists_are_not_taken_for_old_ones(quantized, clone):
+    """Loaders would take it for a variant; it may be the only copy of somebody's work."""
+    quantized.save_pretrained(clone)
+    (clone / "diffusion_pytorch_model.my-only-copy.safetensors").write_bytes(b"precious")
+    before = files_of(clone)
+    with pytest.raises(CheckpointError, match=r"also holds .*my-only-copy\.safetensors"):
+        quantized.save_pretrained(clone)
+    assert files_of(clone) == before
+
+
+def test_a_save_that_stops_halfway_says_so(quantized, clone, monkeypatch):
+    quantized.save_pretrained(clone)
+
+    def failing(one, other):
+        raise OSError("Input/output error")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match="save the model once"),
+    ):
+        patch.setattr(os, "replace", failing) or quantized.save_pretrained(clone)
+    quantized.save_pretrained(clone)
+    assert torch.equal(velocity(loraq.load(clone)), velocity(quantized))

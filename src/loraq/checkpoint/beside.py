@@ -13,7 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraq import disk
-from loraq.checkpoint.folder import is_replaceable, read_object, resolve_target
+from loraq.checkpoint.folder import (
+    is_known,
+    is_replaceable,
+    read_object,
+    refusal,
+    resolve_target,
+)
 from loraq.checkpoint.partial import atomic_folder, explain_refusals, open_alone
 from loraq.errors import CheckpointError, list_some
 from loraq.regular_file import is_plain_name
@@ -40,7 +46,13 @@ def replaced_model(folder: Path) -> Iterator[Path]:
         yield private.folder
         disk.sync_tree(private.folder)
         _require_movable(private.folder, place)
-        _move(private.folder, place)
+        try:
+            _move(private.folder, place)
+        except OSError as error:
+            raise CheckpointError(
+                f"{refusal(folder, error)} Some of the model's files there are new and some are "
+                "old, which loaders refuse: save the model once more."
+            ) from error
 
 
 def _require_ours(folder: Path) -> None:
@@ -97,13 +109,14 @@ def _move(source: Path, folder: Path) -> None:
 def _find_ours(folder: Path, new: set[str]) -> set[str]:
     """Return the names in a folder that belong to the model there: its weights and its manifest.
 
-    Its weights are what its manifest lists, and what is called like the new ones.
+    Its weights are what its manifest lists, and what is called like the new ones by diffusers or
+    by us; any other name that loaders would take is somebody else's.
     """
     listed = read_object(folder / _MANIFEST).get("files")
     names = {name for name in listed if is_plain_name(name)} if isinstance(listed, dict) else set()
     stems = {name.partition(".")[0].partition("-")[0] for name in new if is_model_weights(name)}
     for path in folder.iterdir():
-        is_weights = is_model_weights(path.name) or ".safetensors.index." in path.name
+        is_weights = ".safetensors" in path.name and is_known(path.name)
         if is_weights and path.name.partition(".")[0].partition("-")[0] in stems:
             names.add(path.name)
     return {name for name in names if os.path.lexists(folder / name)} - {_MANIFEST}

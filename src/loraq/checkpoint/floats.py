@@ -9,7 +9,7 @@ from loraq.errors import LayerError
 from loraq.layers import quantized_layers, replace_layer
 
 #: What a quantized model has of its own, in place of the methods of its class.
-_OWN = ("save_pretrained", "dequantize", "num_parameters")
+_OWN = ("save_pretrained", "dequantize", "num_parameters", "get_memory_footprint")
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
@@ -42,15 +42,15 @@ def dequantize_(model: nn.Module) -> nn.Module:
             f"{len(adapted)} quantized layers carry adapters, '{adapted[0]}' first. Unload the "
             "adapters, dequantize, and load them again."
         )
+    parts = [part for part in model.modules() if quantized_layers(part)]
     for name, layer in layers.items():
         replace_layer(model, name, layer.dequantize())
-    for name in _OWN:
-        model.__dict__.pop(name, None)
-    if hasattr(model, "is_quantized"):
-        model.is_quantized = False  # type: ignore[assignment]
-    for name in ("hf_quantizer", "quantization_method"):
-        model.__dict__.pop(name, None)
-    forget_quantization(model)
+    for part in parts:  # a model may be held by another module
+        for name in (*_OWN, "hf_quantizer", "quantization_method"):
+            part.__dict__.pop(name, None)
+        if hasattr(part, "is_quantized"):
+            part.is_quantized = False  # type: ignore[assignment]
+        forget_quantization(part)
     return model
 
 

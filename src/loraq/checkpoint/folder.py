@@ -142,10 +142,15 @@ def _is_model(folder: Path) -> bool:
     ) or "format_version" in read_object(folder / "loraq.json")
 
 
+def is_known(name: str) -> bool:
+    """Return whether loraq or diffusers gives a file of a model or pipeline this name."""
+    return _KNOWN_FILES.fullmatch(name) is not None
+
+
 def _is_known(place: Path, components: list[str]) -> bool:
     folders = place.parts[:-1]
     in_place = not folders or (len(folders) == 1 and folders[0] in components)
-    return in_place and _KNOWN_FILES.fullmatch(place.name) is not None
+    return in_place and is_known(place.name)
 
 
 def _find_files(folder: Path) -> Iterator[Path]:

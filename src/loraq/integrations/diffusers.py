@@ -30,10 +30,8 @@ from loraq.kernels import DEFAULT_BACKEND
 from loraq.layers import take_dtype
 from loraq.nn import INPUT_DTYPES
 from loraq.options import checked
+from loraq.pipeline.source import DENOISERS
 from loraq.safetensors.reader import ShardReader
-
-#: Component of a pipeline that is quantized, the first that is there.
-_COMPONENTS = ("transformer", "unet")
 
 
 def transformer_folder(source: Path) -> Path:
@@ -48,7 +46,7 @@ def transformer_folder(source: Path) -> Path:
             "pipeline's."
         )
     if (source / "model_index.json").is_file():
-        for component in _COMPONENTS:
+        for component in DENOISERS:  # the first that is there
             if (source / component / "config.json").is_file():
                 return source / component
         raise CheckpointError(
@@ -193,12 +191,11 @@ def load(
         backend: back end of the quantized layers.
         verify: whether the files' hashes are checked.
         device: where the model goes.
-        dtype: of what stays float, but for what its class keeps in fp32; by default each tensor
-            keeps the dtype of its file.
+        dtype: of what stays float, but for what its class keeps in fp32; by default that of the
+            file, the widest one if it mixes several.
 
     Returns:
-        The diffusers model in evaluation mode, with `QuantizedLinear` layers. It has the dtype of
-        the file; the widest one if the file mixes several.
+        The diffusers model in evaluation mode, with `QuantizedLinear` layers.
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files.
@@ -260,14 +257,19 @@ def _require_usable(device: str | torch.device, dtype: torch.dtype | None) -> No
 
 def _cast_saved(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what stays float, except what the class keeps in fp32, as `from_pretrained` does."""
-    named = getattr(model, "_keep_in_fp32_modules", None) or ()
-    kept = {named} if isinstance(named, str) else set(named)
+    kept = _kept_in_fp32(model)
     for module_name, module in model.named_modules():
         tables = module._parameters, module._buffers
         for name, tensor in [item for table in tables for item in table.items()]:
             path = {*module_name.split("."), name}
             if tensor is not None and tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if kept & path else dtype)
+
+
+def _kept_in_fp32(model: nn.Module) -> set[str]:
+    """Return the names of modules that the class of a model of diffusers keeps in fp32."""
+    named = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return {named} if isinstance(named, str) else set(named)
 
 
 def _holds_packed(folder: Path) -> bool:
@@ -279,7 +281,7 @@ def _unify_dtypes(model: nn.Module) -> None:
 
     Nothing is lost by that. What its class keeps in fp32 beside 16-bit weights stays as stored.
     """
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = _kept_in_fp32(model)
     tensors = [
         tensor
         for name, tensor in model.state_dict(keep_vars=True).items()

@@ -17,11 +17,9 @@ from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats
+from loraq.pipeline.source import DENOISERS
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
-
-#: A component whose name or class contains one of these is a denoiser, which is quantized.
-_DENOISERS = ("transformer", "unet")
 
 _LOGGER = logging.getLogger("loraq")
 
@@ -147,7 +145,7 @@ def _split_pipeline(pipeline: Any) -> tuple[dict[str, nn.Module], dict[str, nn.M
     denoisers = {
         name: part
         for name, part in models.items()
-        if any(word in f"{name} {type(bare_model(part)).__name__}".lower() for word in _DENOISERS)
+        if any(word in f"{name} {type(bare_model(part)).__name__}".lower() for word in DENOISERS)
     }
     if not denoisers:
         raise LoraqError(

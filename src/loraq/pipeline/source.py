@@ -26,6 +26,10 @@ _TABLE = re.compile(
 )
 
 
+#: What the name or the class of a component contains that denoises: it is worth quantizing.
+DENOISERS = ("transformer", "unet")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where the parts of a float checkpoint are; nothing of its weights is read yet."""
@@ -114,6 +118,11 @@ class Source:
         require_fit(reader, expected, checkpoint.weights, unused)
         names = tuple(name for name in expected if name not in tied)
         others, plan = checkpoint.find_others(), Plan.of_model(model, recipe)
+        if left := _find_denoisers(others):
+            notes.append(
+                f"Only '{checkpoint.component}' is quantized; {list_some(left)} of the pipeline "
+                "stay as they are. Give their folders to quantize each by itself."
+            )
         plan = replace(plan, notes=tuple(notes))
         return cls(files, reader, names, tied, config, plan, others, checkpoint.component)
 
@@ -170,6 +179,12 @@ def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor]
         if source == name or name in stored:
             expected[name] = tensor
     return expected, tied
+
+
+def _find_denoisers(others: dict[str, Path]) -> list[str]:
+    """Return the components among a pipeline's other files that could be quantized as well."""
+    folders = {name.partition("/")[0] for name in others if name.endswith("/config.json")}
+    return sorted(name for name in folders if any(word in name for word in DENOISERS))
 
 
 def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:
