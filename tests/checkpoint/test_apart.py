@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
+from loraq.checkpoint import apart
 from loraq.checkpoint.apart import require_apart
 from loraq.errors import CheckpointError
 from loraq.safetensors.layout import write_shards
@@ -85,3 +86,17 @@ def test_a_target_beside_a_configuration_or_an_adapter_is_no_danger(tmp_path):
     assert (tmp_path / "out/loraq.json").is_file()
     with pytest.raises(CheckpointError, match="lies inside"):
         loraq.quantize_checkpoint(file, tmp_path / "config.json/out", "mxfp4-a16", config=tmp_path)
+
+
+def test_a_folder_that_is_mounted_in_source_and_target_is_seen(tree, monkeypatch):
+    """A bind mount gives one folder two names, which no link tells."""
+    (tree / "models/out/inner").mkdir()
+    identity = apart._identity
+
+    def mounted(path):
+        return identity(tree / "models/out/inner" if path.name == "vae" else path)
+
+    monkeypatch.setattr(apart, "_identity", mounted)
+    with pytest.raises(CheckpointError, match=r"vae' in '.*source' is also a folder of '.*out'"):
+        require_apart(tree / "models/out", tree / "models/source")
+    require_apart(tree / "models/new", tree / "models/source")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import struct
 import time
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from small.models import small_model
 
 from loraq.errors import CheckpointError
+from loraq.integrations.absorb import _read_lora
 from loraq.integrations.lora import Lora
 from loraq.integrations.lora_names import find_mixin
 from loraq.safetensors.reader import ShardReader
@@ -473,3 +475,14 @@ def test_a_file_of_more_tensors_than_any_lora_has_is_refused_at_once(tmp_path):
     save_file({f"a.{i}.alpha": torch.ones(1) for i in range(10_001)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="has 10001 tensors; a LoRA of at most 10000"):
         Lora.read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_in_the_place_of_a_lora_is_refused_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "style.safetensors")
+    for path in (tmp_path / "folder", tmp_path / "folder" / "style.safetensors"):
+        with pytest.raises(CheckpointError, match=r"is not a (file|folder|LoRA)|and not a file"):
+            Lora.read(path)
+        with pytest.raises(CheckpointError, match=r"is not a (file|folder|LoRA)|and not a file"):
+            _read_lora(path, torch.nn.Linear(1, 1))

@@ -3,6 +3,7 @@ and what is refused.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -366,4 +367,14 @@ def test_a_file_without_prompts(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     for name in ("none.txt", "binary.txt"):
         with pytest.raises(CalibrationError, match=f"Cannot read the prompts '.*{name}'"):
+            read_prompts(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_or_an_endless_file_of_prompts_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "endless").open("wb") as file:
+        file.truncate(10**12)
+    for name in ("pipe", "endless"):
+        with pytest.raises(CalibrationError, match="Cannot read the prompts"):
             read_prompts(tmp_path / name)
