@@ -486,3 +486,16 @@ def test_a_pipe_in_the_place_of_a_lora_is_refused_at_once(tmp_path):
             Lora.read(path)
         with pytest.raises(CheckpointError, match=r"is not a (file|folder|LoRA)|and not a file"):
             _read_lora(path, torch.nn.Linear(1, 1))
+
+
+def test_an_option_that_is_said_twice_and_differently_is_refused(tmp_path):
+    factors = {"a.lora_A.weight": torch.ones(4, 8), "a.lora_B.weight": torch.ones(8, 4)}
+    for said, other in ((8, 16), (8, 8)):
+        options = {"transformer.lora_alpha": said, "lora_alpha": other}
+        metadata = {"lora_adapter_metadata": json.dumps(options)}
+        save_file(factors, tmp_path / "a.safetensors", metadata=metadata)
+        if said == other:
+            assert Lora.read(tmp_path / "a.safetensors").adapters["a"].scale == 2
+            continue
+        with pytest.raises(CheckpointError, match="'lora_alpha' is both 8 and 16"):
+            Lora.read(tmp_path / "a.safetensors")

@@ -15,6 +15,7 @@ from pathlib import Path
 from loraq import disk
 from loraq.checkpoint.folder import (
     is_known,
+    is_model_config,
     is_replaceable,
     read_object,
     refusal,
@@ -58,9 +59,7 @@ def replaced_model(folder: Path) -> Iterator[Path]:
 def _require_ours(folder: Path) -> None:
     """Raise `CheckpointError` if something else has a name that a model's file would take."""
     config = folder / _CONFIG
-    if os.path.lexists(config) and not (
-        {"_class_name", "model_type", "architectures"} & read_object(config).keys()
-    ):
+    if os.path.lexists(config) and not is_model_config(config):
         raise CheckpointError(
             f"Will not replace '{config}': it is not a model's. Choose another folder, or move it "
             "elsewhere."

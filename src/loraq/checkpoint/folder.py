@@ -136,10 +136,13 @@ def is_replaceable(folder: Path) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    config = read_object(folder / "config.json")
-    return bool(
-        {"_class_name", "architectures"} & config.keys()
-    ) or "format_version" in read_object(folder / "loraq.json")
+    manifest = read_object(folder / "loraq.json")
+    return is_model_config(folder / "config.json") or "format_version" in manifest
+
+
+def is_model_config(path: Path) -> bool:
+    """Return whether a `config.json` is that of a model of diffusers or transformers."""
+    return not {"_class_name", "architectures"}.isdisjoint(read_object(path))
 
 
 def is_known(name: str) -> bool:

@@ -195,11 +195,7 @@ def _read_options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise _build_options_error(file, f"it is {options!r}, not an object")
     if not options and os.path.lexists(beside):
         options = read_json(beside)
-    options = {
-        _strip_prefix(key): value
-        for key, value in options.items()
-        if not _OTHER_COMPONENT.match(key)
-    }
+    options = _strip_prefixes(file, options)
     for key, kinds in _OPTIONS.items():
         value = options.get(key)
         wrong_bool = isinstance(value, bool) and bool not in kinds
@@ -208,6 +204,18 @@ def _read_options(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     for key in ("alpha_pattern", "rank_pattern"):
         options[key] = _parse_patterns(file, key, options.get(key) or {})
     return options
+
+
+def _strip_prefixes(file: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the transformer under their plain names."""
+    plain: dict[str, Any] = {}
+    for key, value in options.items():
+        if _OTHER_COMPONENT.match(key):
+            continue
+        name = _strip_prefix(key)
+        if plain.setdefault(name, value) != value:
+            raise _build_options_error(file, f"'{name}' is both {plain[name]!r} and {value!r}")
+    return plain
 
 
 #: Types of the options that are read.
