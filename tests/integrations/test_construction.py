@@ -10,7 +10,7 @@ from small.pixart import small_pixart
 from torch import nn
 
 from loraq.errors import CheckpointError
-from loraq.integrations.construction import bounded_construction
+from loraq.integrations.construction import MOST_PARAMETERS, bounded_construction
 from loraq.integrations.diffusers import empty_model
 from tests.patience import PATIENCE
 
@@ -23,7 +23,7 @@ def config() -> dict:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"num_layers": 10**7}, "asks for more than 7500 parameters"),
+        ({"num_layers": 10**7}, f"asks for more than {MOST_PARAMETERS} parameters"),
         ({"num_layers": 10**9}, "has the number 1000000000, and at most 16777216"),
         ({"attention_head_dim": 10**12}, "has the number 1000000000000"),
         ({"num_attention_heads": -(10**12)}, "has the number -1000000000000"),
