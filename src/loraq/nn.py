@@ -4,6 +4,7 @@ Each is what it takes the place of, an `nn.Linear` or an `nn.Conv2d`, for everyo
 class, reads its `weight` or its sizes.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -44,12 +45,14 @@ class QuantizedLayer(nn.Module):
     weight_packed: nn.Parameter
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
+    #: Axes of `weight` before (out, in): how many experts are stacked.
+    _experts: tuple[int, ...] = ()
     #: Axes of `weight` after (out, in).
     _pixel: tuple[int, ...] = ()
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
-    #: What runs the layer now, or `None` until the next call; never part of the state.
-    _prepared: Prepared | None
+    #: What runs the layer now (`Prepared`), or `None` until the next call; never part of the state.
+    _prepared: Any
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class QuantizedLayer(nn.Module):
         nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
-        for name, stored in scheme.storage((out_features, in_features)).items():
+        for name, stored in scheme.storage(self.packed_shape).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = (
@@ -104,6 +107,11 @@ class QuantizedLayer(nn.Module):
         return layer
 
     @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """(out, in); of stacked experts (experts, out, in)."""
+        return *self._experts, self.out_features, self.in_features
+
+    @property
     def scheme(self) -> Scheme:
         """Formats and rank; assign another scheme to read the same bytes in another way.
 
@@ -115,9 +123,8 @@ class QuantizedLayer(nn.Module):
 
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
-        shape = self.out_features, self.in_features
-        scheme.check(shape)
-        PackedWeight.from_tensors(dict(self.named_parameters(recurse=False)), scheme, shape)
+        scheme.check((self.out_features, self.in_features))
+        self._read_packed(scheme, dict(self.named_parameters(recurse=False)))
         self._scheme, self._prepared = scheme, None
 
     @property
@@ -195,9 +202,13 @@ class QuantizedLayer(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is stored: a view of the layer's parameters."""
-        shape = self.out_features, self.in_features
-        stored = {name: getattr(self, name).detach() for name in self.scheme.storage(shape)}
-        return PackedWeight.from_tensors(stored, self.scheme, shape)
+        names = self.scheme.storage(self.packed_shape)
+        stored = {name: getattr(self, name).detach() for name in names}
+        return self._read_packed(self.scheme, stored)
+
+    def _read_packed(self, scheme: Scheme, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        """Return the weight that tensors hold; raises `FormatError` if they are not its bytes."""
+        return PackedWeight.from_tensors(tensors, scheme, (self.out_features, self.in_features))
 
     @property
     def nbytes(self) -> int:
@@ -325,18 +336,13 @@ class QuantizedLayer(nn.Module):
         self._prepared = None
         # Copied into a parameter, or assigned as one, other numbers would pass for bytes.
         for name, parameter in self.named_parameters(recurse=False):
-            found = state_dict.get(prefix + name)
-            if (
-                isinstance(found, Tensor)
-                and parameter.dtype == torch.uint8
-                and found.dtype != torch.uint8
-            ):
+            found, raw = state_dict.get(prefix + name), torch.uint8
+            if isinstance(found, Tensor) and parameter.dtype == raw and found.dtype != raw:
                 raise KernelError(
                     f"Tensor '{prefix}{name}' of the state is of {found.dtype}. Raw bytes (uint8) "
                     "are required. Load what a quantized layer saved."
                 )
-        metadata = {**local_metadata}
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata}, *args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add or replace a parameter, as an assignment does.
