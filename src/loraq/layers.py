@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from loraq.errors import LayerError
-from loraq.experts import QuantizedExperts
 from loraq.kernels import check_for_all, resolve_backend
 from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
 from loraq.stacks import Stack, stacks_in
@@ -234,9 +233,7 @@ def take_dtype(model: nn.Module) -> None:
             layer.weight_dtype = dtype
 
 
-def find_places(
-    model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]
-) -> list[Change]:
+def find_places(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]) -> list[Change]:
     """Return the changes that put new layers where old ones stand, for `swap`.
 
     What stands for a stack of experts is a parameter in floats, and a module when quantized.
@@ -249,13 +246,13 @@ def find_places(
     for name, new in layers.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if leaf in owner._parameters:  # a stack of experts becomes a module
+        if isinstance(new, nn.Parameter):  # a stack of experts again
+            changes += [(owner._modules, leaf, GONE), (owner._parameters, leaf, new)]
+        elif leaf in owner._parameters:  # which has become a module
             new.train(owner.training)
             changes += [(owner._parameters, leaf, GONE), (owner._modules, leaf, new)]
-        elif isinstance(new, nn.Parameter):  # and again a stack
-            changes += [(owner._modules, leaf, GONE), (owner._parameters, leaf, new)]
         else:
-            new_of[owner._modules[leaf]] = new
+            new_of[model.get_submodule(name)] = new
     for old, new in new_of.items():
         new.train(old.training)
         for hooks in _HOOKS:

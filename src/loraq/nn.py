@@ -45,6 +45,8 @@ class QuantizedLayer(nn.Module):
     weight_packed: nn.Parameter
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
+    #: What follows the layer's name in that of the float weight.
+    weight_leaf = "weight"
     #: Axes of `weight` before (out, in): how many experts are stacked.
     _experts: tuple[int, ...] = ()
     #: Axes of `weight` after (out, in).
@@ -207,7 +209,6 @@ class QuantizedLayer(nn.Module):
         return self._read_packed(self.scheme, stored)
 
     def _read_packed(self, scheme: Scheme, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """Return the weight that tensors hold; raises `FormatError` if they are not its bytes."""
         return PackedWeight.from_tensors(tensors, scheme, (self.out_features, self.in_features))
 
     @property
@@ -323,7 +324,8 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        mark_packed(destination, prefix[:-1])
+        name = prefix[:-1]
+        mark_packed(destination, name, name if self.weight_leaf else name.rpartition(".")[0])
 
     def _load_from_state_dict(
         self,

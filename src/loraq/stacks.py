@@ -10,7 +10,7 @@ class Stack:
     """How a parameter holds the matrices of experts."""
 
     #: (experts, out, in).
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     #: Whether the parameter has the axes (experts, in, out) instead, as `x @ weight` needs them.
     transposed: bool
 
