@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from loraq.errors import LayerError
+from loraq.experts import QuantizedExperts
 from loraq.kernels import check_for_all, resolve_backend
 from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
 from loraq.stacks import Stack, stacks_in
@@ -243,7 +244,7 @@ def find_places(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]
     """
     changes: list[Change] = []
     new_of: dict[nn.Module, nn.Module] = {}
-    for name, new in layers.items():
+    for name, new in sorted(layers.items()):
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if isinstance(new, nn.Parameter):  # a stack of experts again
@@ -251,6 +252,10 @@ def find_places(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]
         elif leaf in owner._parameters:  # which has become a module
             new.train(owner.training)
             changes += [(owner._parameters, leaf, GONE), (owner._modules, leaf, new)]
+            # In whatever order they come, they stand by name: so all ways write the same bytes.
+            for other, child in owner._modules.items():
+                if other > leaf and isinstance(child, QuantizedExperts):
+                    changes += [(owner._modules, other, GONE), (owner._modules, other, child)]
         else:
             new_of[model.get_submodule(name)] = new
     for old, new in new_of.items():

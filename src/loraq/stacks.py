@@ -23,7 +23,7 @@ class Stack:
 
 
 def stacks_in(module: nn.Module) -> dict[str, Stack]:
-    """Return the stacks among a module's own parameters, by their names in it.
+    """Return the stacks among a module's own parameters by their names in it, in that order.
 
     Nothing on a parameter says what it is: its owner multiplies with it as it likes. Two things
     are enough to know. Experts of transformers say whether they are `is_transposed`. And where a
@@ -33,7 +33,7 @@ def stacks_in(module: nn.Module) -> dict[str, Stack]:
     """
     found = {
         name: parameter
-        for name, parameter in module._parameters.items()
+        for name, parameter in sorted(module._parameters.items())
         if parameter is not None
         and parameter.dim() == 3
         and parameter.is_floating_point()

@@ -108,7 +108,8 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
             raise CheckpointError(
                 f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'."
             )
-        differences.append(LayerDifference(name, tuple(x.shape), relative_error(x, y)))
+        error = relative_error(x.flatten(0, -2), y.flatten(0, -2))
+        differences.append(LayerDifference(name, tuple(x.shape), error))
     return differences
 
 

@@ -59,7 +59,8 @@ def build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quanti
         )
         wanted = "stack of experts" if stored.is_stack else "linear layer"
         raise CheckpointError(
-            f"Layer '{name}' is {found}. The checkpoint has a {wanted} of shape {stored.shape}."
+            f"Layer '{name}' is {found}. The checkpoint has a {wanted} of shape {stored.shape}"
+            f"{', transposed' if stored.transposed else ''}."
         )
     layer.record = manifest.record(name)
     return layer

@@ -182,8 +182,14 @@ class Target:
         if self.source.config:
             raw = write_json(folder / "config.json", self.source.config)
             files["config.json"] = hashlib.sha256(raw).hexdigest()
+        transposed = {job.name for job in self.source.plan.quantized if job.transposed}
         stored = {
-            layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
+            layer.name: StoredLayer(
+                layer.shape,
+                layer.scheme,
+                {**layer.record(), "recipe": 0},
+                layer.name in transposed,
+            )
             for layer in report.layers
         }
         recipes = [report.recipe.to_dict()]
