@@ -177,8 +177,6 @@ class QuantizedExperts(QuantizedLayer):
         Raises:
             LayerError: it is assigned, or written to in place.
         """
-        if torch.compiler.is_compiling():
-            return self.decode(range(self.n_experts))
         return ExpertWeight.show(self, tuple(range(self.n_experts)), (0, 1, 2), self.weight_dtype)
 
     @weight.setter
@@ -215,6 +213,11 @@ class QuantizedExperts(QuantizedLayer):
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.weight[index]
+
+    # What `torch.compiler.disable` does, which would load the whole compiler: which expert sees
+    # which token is known only as it runs, so there is no graph to be had of it.
+    __getitem__._torchdynamo_disable = True  # type: ignore[attr-defined]
+    __getattr__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return self.n_experts

@@ -82,6 +82,8 @@ def require_bare(model: nn.Module) -> None:
             )
         if is_linear(module):
             _require_own_weight(name, module)
+        for leaf in stacks_in(module):
+            _require_plain(f"{name}.{leaf}", module._parameters[leaf])
 
 
 def _require_own_weight(name: str, layer: LinearLayer) -> None:
@@ -100,9 +102,14 @@ def _require_own_weight(name: str, layer: LinearLayer) -> None:
             "older `weight_norm`, or pruning). Make it permanent, with `remove_weight_norm` or "
             "`prune.remove`, and quantize then."
         )
-    if not is_computed and type(layer.weight) is not nn.Parameter:
+    if not is_computed:
+        _require_plain(name, layer.weight)
+
+
+def _require_plain(name: str, weight: Tensor | None) -> None:
+    if type(weight) is not nn.Parameter:
         raise LayerError(
-            f"The weight of layer '{name}' is a {type(layer.weight).__name__}, not a plain tensor: "
+            f"The weight of layer '{name}' is a {type(weight).__name__}, not a plain tensor: "
             "it is sharded, quantized by another library, or not there yet. Start from plain float "
             "weights."
         )
