@@ -18,7 +18,7 @@ ROWS = (
     "disk errors regular_file version",
     "autocast dense formats json_files options transforms",
     "safetensors scheme linalg state stats",
-    "budget packed recipe_names rules",
+    "budget packed precision recipe_names rules",
     "families kernels",
     "methods nn",
     "layers recipe parallel",

@@ -34,6 +34,7 @@ PUBLIC = [
     "quantize_weight",
     "save",
     "save_stats",
+    "set_activations",
     "set_backend",
 ]
 

@@ -14,7 +14,7 @@ from loraq.checkpoint.components import check_components
 from loraq.checkpoint.contents import require_contents
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.errors import CheckpointError, FormatError, KernelError
-from loraq.kernels import BACKENDS, prepare
+from loraq.kernels import BACKENDS, DEFAULT_BACKEND, prepare
 from loraq.linalg import relative_error
 from loraq.packed import PackedWeight
 from loraq.safetensors.header import FLOATS
@@ -136,7 +136,7 @@ class Memory:
     kept: int
     #: Everything that is not quantized.
     others: int
-    #: Layers that the back end refuses; they are counted on `resident`.
+    #: Layers that the back end refuses; they are counted on the automatic choice.
     refused: int
 
     @property
@@ -170,7 +170,7 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
                 prepared = prepare(name, packed, dtype)
             except KernelError:
                 refused[name] += 1
-                prepared = prepare("resident", packed, dtype)
+                prepared = prepare(DEFAULT_BACKEND, packed, dtype)
             kept[name] += prepared.backend.kept_nbytes(prepared.operands, packed)
     others = sum(
         spec.nbytes
