@@ -553,12 +553,15 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
         row["backend"]: row
         for row in document("inspect", place / "quantized", "--memory")["memory"]
     }
-    assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    names = ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    assert list(rows) == ["float", "auto", *names]
     layers = document("inspect", place / "quantized")["layers"].values()
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    factors = sum(layer["scheme"]["branch"]["rank"] * sum(layer["shape"]) for layer in layers)
-    assert rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
-    assert rows["resident"]["kept"] == 2 * (weights + factors)  # decoded to bf16
+    assert rows["auto"]["kept"] == rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
+    # Decoded to bf16, the branch added: the memory of the model before beside the packed bytes.
+    assert rows["resident"]["kept"] == rows["float"]["kept"] == 2 * weights
+    assert rows["float"]["others"] == rows["auto"]["others"]
+    assert rows["auto"]["packed"] < rows["float"]["kept"] / 2
     assert rows["int8_row"]["refused"] == len(layers)  # its activations are not INT8
     assert rows["low_memory"]["packed"] < weights
     files = sum(path.stat().st_size for path in (place / "quantized").glob("*.safetensors"))
