@@ -51,8 +51,8 @@ class Resident(Backend):
 
 
 def merge(operands: Operands) -> Operands:
-    """Return operands whose main weight has the branch in it."""
+    """Add the branch to the main weight, whose memory is used for the sum."""
     main, up, down = operands
     if up is None or down is None:
         return operands
-    return Operands(torch.addmm(main, up, down), None, None)
+    return Operands(main.addmm_(up, down), None, None)
