@@ -588,8 +588,10 @@ def test_doctor_shows_the_machine_the_choices_and_its_numbers():
     chosen = {(choice["weight"], choice["activation"]): choice for choice in report["choices"]}
     if "cuda:0" not in report["devices"]:
         assert chosen["int8", "int8"]["backend"] == "int8_row"
-        assert chosen["mxfp4", "mxint8"]["backend"] == "resident"
+        assert chosen["mxfp4", "mxint8"]["backend"] == "low_memory"
         assert "not int8_row: its activations are 'mxint8'" in chosen["mxfp4", "mxint8"]["reason"]
+        assert "activations run in 16 bits" in chosen["mxfp4", "mxint8"]["reason"]
+        assert "16 bits" not in chosen["mxfp4", "bf16"]["reason"]
 
 
 def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):

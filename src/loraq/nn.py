@@ -22,14 +22,12 @@ from loraq.kernels import (
     reconstruct,
     resolve_backend,
 )
+from loraq.layer_input import require_input
 from loraq.packed import PackedWeight
 from loraq.precision import schemes_at
 from loraq.scheme import Scheme
 from loraq.state import mark_packed
 from loraq.transforms import rotate
-
-#: What a layer takes: what `nn.Linear` takes in one dtype or another.
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class QuantizedLayer(nn.Module):
@@ -275,7 +273,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             KernelError: x is no float of 16, 32 or 64 bits, or its last axis is not `in_features`.
         """
-        self._require_input(x, -1)
+        require_input(x, -1, self.in_features)
         x = cast_input(x)
         if torch.compiler.is_compiling():
             self._prepare_untraced(x.dtype)
@@ -288,19 +286,6 @@ class QuantizedLayer(nn.Module):
             if not backend.keeps_operands:
                 operands = backend.prepare(self.packed, scheme, x.dtype)
             return backend.linear(rotate(x, scheme.rotation), operands, scheme, self.bias)
-
-    def _require_input(self, x: Tensor, axis: int) -> None:
-        """Raise `KernelError` for an input that no linear layer of this width takes."""
-        if x.dtype not in INPUT_DTYPES:
-            raise KernelError(
-                f"The input of a quantized layer is of {x.dtype}. It takes floats: "
-                f"{', '.join(str(dtype) for dtype in INPUT_DTYPES)}. Cast the input."
-            )
-        if x.dim() < -axis or x.shape[axis] != self.in_features:
-            raise KernelError(
-                f"The input of a quantized layer has shape {tuple(x.shape)}. Axis {axis} must have "
-                f"the layer's {self.in_features} input channels."
-            )
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
@@ -403,7 +388,7 @@ class QuantizedConv1x1(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
         Raises:
             KernelError: as for `QuantizedLinear`, of the third axis from the end.
         """
-        self._require_input(x, -3)
+        require_input(x, -3, self.in_features)
         # Free in SANA; and the sums do not depend on the layout.
         pixels = x.movedim(-3, -1).contiguous()
         y = super().forward(pixels).movedim(-1, -3)
