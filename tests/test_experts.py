@@ -35,7 +35,10 @@ def make(
         for seed in range(E)
     ]
     stack = QuantizedExperts.from_stack(PackedStack.of(solved), transposed=transposed, dtype=dtype)
-    return stack, [QuantizedLinear.from_packed(packed, dtype=dtype) for packed in solved]
+    layers = [QuantizedLinear.from_packed(packed, dtype=dtype) for packed in solved]
+    for layer in (stack, *layers):
+        layer.ask_activations("stored", simulate=True)
+    return stack, layers
 
 
 def right(stack: QuantizedExperts) -> Tensor:
@@ -140,7 +143,7 @@ def test_readers_meet_the_parameter(transposed):
     with pytest.raises(IndexError):
         stack.expert(E)
     with pytest.raises(AttributeError):
-        stack.nothing_of_the_kind
+        stack.nothing_of_the_kind  # noqa: B018 - reading is what raises
 
 
 def test_it_cannot_be_written_to():

@@ -125,6 +125,7 @@ class QuantizedExperts(QuantizedLayer):
             self._prepared = views = _Views(addresses, {})
         if index not in views.layers:
             layer = QuantizedLinear.from_packed(self.packed[index], dtype=self.weight_dtype)
+            layer.ask_activations(self.activations, simulate=self.simulate)
             layer.ask_backend(self._asked, strict=self._strict)
             views.layers[index] = layer
         return views.layers[index]
@@ -147,7 +148,7 @@ class QuantizedExperts(QuantizedLayer):
         """Name of the back end that runs the experts, of the first that ran if they differ."""
         for layer in self._prepared.layers.values() if self._prepared is not None else ():
             return layer.backend
-        return choose(self._asked, *self.spec, strict=self._strict).name
+        return choose(self._asked, self.spec, strict=self._strict).name
 
     @backend.setter
     def backend(self, name: str) -> None:

@@ -85,16 +85,18 @@ class PackedMetadata(OrderedDict[str, Any]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
-def mark_packed(state: Any, name: str, reader: str) -> None:
+def mark_packed(state: Any, name: str, weight_leaf: str) -> None:
     """Note in a state dict under construction that a layer of it is quantized.
 
     Args:
         state: the state dict.
         name: of the layer.
-        reader: name of the module that reads its weight from a float state: the layer, or what a
-            stack of experts is a parameter of.
+        weight_leaf: what follows it in the name of the float weight; with nothing, as for a stack
+            of experts, the module above reads that weight from a float state.
     """
-    metadata = getattr(state, "_metadata", None)
+    metadata, reader = getattr(state, "_metadata", None), name
+    if not weight_leaf:
+        reader = name.rpartition(".")[0]
     if metadata is not None:
         metadata[reader] = PackedMetadata(metadata.get(reader, {}))
         metadata[reader].name = name

@@ -21,7 +21,7 @@ from loraq.pipeline.module import plan_model
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from small.models import run, small_model
+from small.models import run, small_model  # noqa: E402
 
 RECIPE = loraq.Recipe.from_dict({"scheme": "mxfp4+w8a8-r4", "method": "lqer"})
 EXACT = loraq.Recipe.from_dict(

@@ -54,9 +54,7 @@ def build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quanti
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
     if layer is None:
-        found = (
-            f"a parameter of shape {tuple(old.shape)}" if old is not None else owner._modules[leaf]
-        )
+        found = model.get_submodule(name) if old is None else f"of shape {tuple(old.shape)}"
         wanted = "stack of experts" if stored.is_stack else "linear layer"
         raise CheckpointError(
             f"Layer '{name}' is {found}. The checkpoint has a {wanted} of shape {stored.shape}"
