@@ -190,6 +190,30 @@ def test_parameters_are_counted_as_those_of_floats():
     assert quantized("Nucleus").num_parameters() == built("Nucleus").num_parameters()
 
 
+def test_a_copy_is_quantized_and_the_model_stays():
+    model = built("Qwen3Moe")
+    exact = answers(model)
+    copied = loraq.quantize(model, RECIPE, progress=False)
+    assert all_equal(answers(copied), answers(quantized("Qwen3Moe")))
+    assert all_equal(answers(model), exact)
+    assert not quantized_layers(model)
+
+
+def test_precision_of_activations_reaches_the_experts():
+    model = quantized("Qwen3Moe", FEW)
+    rounded = copy.deepcopy(model)
+    loraq.set_activations(rounded, "stored", simulate=True)
+    assert not all_equal(answers(rounded), answers(model))
+
+
+def test_the_hooks_of_an_owner_stay():
+    model, seen = built("Qwen3Moe"), []
+    model.layers[0].mlp.experts.register_forward_hook(lambda *_: seen.append(1))
+    loraq.quantize_(model, FEW, progress=False)
+    answers(model)
+    assert seen
+
+
 def test_a_state_goes_to_quantized_stacks_only():
     recipe = FEW  # of which this model has the experts alone
     model = quantized("Qwen3Moe", recipe)
