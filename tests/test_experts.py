@@ -14,6 +14,7 @@ from loraq.experts import QuantizedExperts
 from loraq.layers import set_backend
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedStack
+from loraq.parallel import _require_quantized
 from loraq.pipeline.module import quantize_weight
 
 E, OUT, IN = 3, 24, 64
@@ -240,3 +241,8 @@ def test_it_shows_what_it_is():
     assert stack.packed_shape == (E, OUT, IN)
     assert stack.packed[1].shape == (OUT, IN)
     assert stack.bits_per_weight == 8 * stack.nbytes / (E * OUT * IN)
+
+
+def test_tensor_parallelism_refuses_a_stack():
+    with pytest.raises(KernelError, match="was given a QuantizedExperts"):
+        _require_quantized(make()[0])
