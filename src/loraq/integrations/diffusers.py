@@ -15,6 +15,7 @@ from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import write_model
+from loraq.checkpoint.model_index import INDEX, choose_model, is_pipeline
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import CheckpointError, LoraqError
@@ -30,33 +31,36 @@ from loraq.kernels import DEFAULT_BACKEND
 from loraq.layers import take_dtype
 from loraq.nn import INPUT_DTYPES
 from loraq.options import checked
-from loraq.pipeline.source import DENOISERS
 from loraq.safetensors.reader import ShardReader
 
 
-def transformer_folder(source: Path) -> Path:
-    """Return the folder with the transformer: `source` itself, or that component of a pipeline.
+def model_folder(source: Path, component: str | None = None, *, quantized: bool = False) -> Path:
+    """Return the folder of a model: `source` itself, or that of a pipeline's component.
+
+    Args:
+        source: folder of a model or of a pipeline.
+        component: name of the component; `None` takes the only denoiser.
+        quantized: whether a quantized one is meant: then it may be another if no denoiser is.
 
     Raises:
-        CheckpointError: `source` is neither.
+        CheckpointError: `source` is neither, or it is not clear which component is meant.
     """
     if not source.is_dir():
         raise CheckpointError(
             f"'{source}' is not a folder. Give a transformer's folder (config.json) or a "
             "pipeline's."
         )
-    if (source / "model_index.json").is_file():
-        for component in DENOISERS:  # the first that is there
-            if (source / component / "config.json").is_file():
-                return source / component
+    if is_pipeline(source):
+        return choose_model(source, component, quantized=quantized).folder
+    if component is not None:
         raise CheckpointError(
-            f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize "
-            "itself."
+            f"'{source}' is no pipeline (it has no '{INDEX}'), and has no component "
+            f"'{component}'. Leave that out, or give the pipeline's folder."
         )
     if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
-            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no "
-            "model's folder."
+            f"'{source}' has neither 'config.json' nor '{INDEX}' nor weights: it is no model's "
+            "folder."
         )
     return source
 
@@ -178,6 +182,7 @@ def save_beside(
 def load(
     folder: str | Path,
     *,
+    component: str | None = None,
     backend: str = DEFAULT_BACKEND,
     verify: bool = True,
     device: str | torch.device = "cpu",
@@ -188,6 +193,8 @@ def load(
     Args:
         folder: a quantized transformer folder, a pipeline folder with one in it, or a repository of
             the hub such as "user/name" that is one.
+        component: which model of a pipeline, such as "transformer_2"; by default the only quantized
+            denoiser, or the only quantized component if no denoiser is.
         backend: back end of the quantized layers.
         verify: whether the files' hashes are checked.
         device: where the model goes.
@@ -198,12 +205,13 @@ def load(
         The diffusers model in evaluation mode, with `QuantizedLinear` layers.
 
     Raises:
-        CheckpointError: truncated, foreign, changed or mismatched files.
+        CheckpointError: truncated, foreign, changed or mismatched files; or the pipeline has
+            several quantized models, and none was named.
         LoraqError: diffusers is not installed (`loraq.load_into` works without it); or there is no
             such device, or the dtype is none of floats.
     """
     _require_usable(device, dtype)
-    home = transformer_folder(local_path(folder))
+    home = model_folder(local_path(folder), component, quantized=True)
     if not (home / FILE_NAME).is_file():
         raise CheckpointError(
             f"'{home}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
@@ -325,13 +333,13 @@ def require_float(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")
 
 
-def float_folder(source: Path) -> Path:
-    """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
+def float_folder(source: Path, component: str | None = None) -> Path:
+    """Return the folder of a model, as `model_folder`, if its weights are floats.
 
     Raises:
         CheckpointError: it is quantized already, or is not such a folder.
     """
-    folder = transformer_folder(source)
+    folder = model_folder(source, component)
     require_float(folder, read_json(folder / "config.json"))
     return folder
 

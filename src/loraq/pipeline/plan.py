@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -110,6 +110,20 @@ class OtherWeight:
 
 
 @dataclass(frozen=True)
+class ComponentSize:
+    """How large a model of a pipeline is, with all that is in it and not in linear layers."""
+
+    name: str
+    class_name: str
+    #: Bytes of all its weights in bf16.
+    nbytes_bf16: int
+    #: Bytes after the run; `None` if it is left as it is.
+    nbytes: int | None = None
+    #: What they would be if it were quantized; `None` if it is, or if that is not known.
+    if_quantized: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
@@ -119,6 +133,28 @@ class Plan:
     others: tuple[OtherWeight, ...] = ()
     #: What of the source was chosen, decoded or left out: sentences for the user.
     notes: tuple[str, ...] = ()
+    #: Of a pipeline of which several models are quantized: the plan of each, by component.
+    components: Mapping[str, "Plan"] = field(default_factory=dict)
+    #: Of a pipeline that is planned and not quantized: all its models.
+    sizes: tuple[ComponentSize, ...] = ()
+
+    @classmethod
+    def join(cls, plans: Mapping[str, "Plan"], notes: tuple[str, ...] = ()) -> "Plan":
+        """Return the plan of several models: a layer's name begins with `component/` then.
+
+        Args:
+            plans: by component; that of a single model is returned as it is, with the notes.
+            notes: what is to be said of all of them.
+        """
+        if len(plans) == 1:
+            (plan,) = plans.values()
+            return replace(plan, notes=(*plan.notes, *notes))
+        layers, others, of_parts = [], [], []
+        for component, plan in plans.items():
+            layers += [replace(each, name=f"{component}/{each.name}") for each in plan.layers]
+            others += [replace(each, name=f"{component}/{each.name}") for each in plan.others]
+            of_parts += [f"{component}: {note}" for note in plan.notes]
+        return cls(tuple(layers), tuple(others), (*of_parts, *notes), dict(plans))
 
     @classmethod
     def of(
