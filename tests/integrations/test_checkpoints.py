@@ -327,18 +327,6 @@ def test_a_configuration_without_a_class_is_copied_with_the_mark(folder, tmp_pat
     }
 
 
-def test_a_second_transformer_is_not_left_in_floats_without_a_word(pipeline, tmp_path):
-    report = quantize(pipeline, tmp_path / "one")
-    assert report.plan.notes == ()
-    shutil.copytree(pipeline / "transformer", pipeline / "transformer_2")
-    for plan in (
-        plan_checkpoint(pipeline, RECIPE),
-        quantize(pipeline, tmp_path / "two").plan,
-    ):
-        (note,) = plan.notes
-        assert note.startswith("Only 'transformer' is quantized; transformer_2 of the pipeline")
-
-
 def test_other_components_can_be_linked(pipeline, tmp_path):
     quantize(pipeline, tmp_path / "copied")
     quantize(pipeline, tmp_path / "linked", link=True)

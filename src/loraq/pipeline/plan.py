@@ -136,7 +136,7 @@ class Plan:
     #: Of a pipeline of which several models are quantized: the plan of each, by component.
     components: Mapping[str, "Plan"] = field(default_factory=dict)
     #: Of a pipeline that is planned and not quantized: all its models.
-    sizes: tuple[ComponentSize, ...] = ()
+    sizes: tuple[ComponentSize, ...] = field(default=(), compare=False)
 
     @classmethod
     def join(cls, plans: Mapping[str, "Plan"], notes: tuple[str, ...] = ()) -> "Plan":
