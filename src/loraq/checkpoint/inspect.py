@@ -149,7 +149,12 @@ def find_packed(root: Path) -> dict[str, Path]:
         CheckpointError: there are none.
     """
     components = read_components(root)
-    if found := {name: part.folder for name, part in components.items() if part.is_packed}:
+    found = {
+        name: part.folder
+        for name, part in components.items()
+        if part.is_packed or (part.folder / FILE_NAME).is_file()
+    }
+    if found:
         return found
     raise CheckpointError(
         f"'{root}' is not a loraq checkpoint: of its components ({list_some(components)}) none is "

@@ -218,7 +218,7 @@ def _locate_components(
             "one (`--components`), or leave the configuration out."
         )
     notes, checkpoints = [], {}
-    having = [part for part in chosen if _has_variant(part.folder, variant)] or chosen
+    having = [part for part in chosen if variant and _has_variant(part.folder, variant)] or chosen
     for part in chosen:
         if part not in having:
             notes.append(f"{part.name} has no weights of variant '{variant}': its default is used.")
@@ -248,7 +248,7 @@ def _locate_components(
     return Located(root, checkpoints, others, tuple(notes))
 
 
-def _has_variant(folder: Path, variant: str | None) -> bool:
+def _has_variant(folder: Path, variant: str) -> bool:
     try:
         select_weights(folder, variant)
     except CheckpointError:

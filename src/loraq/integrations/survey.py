@@ -38,6 +38,7 @@ def survey(
             continue
         before, after, if_quantized = _measure(part.folder, variant), None, None
         if name in plans:
+            before = before or plans[name].nbytes_bf16  # of a configuration without weights
             after = before + plans[name].nbytes - plans[name].nbytes_bf16
         elif part.is_text_encoder and not part.is_quantized:
             try:

@@ -190,8 +190,9 @@ class Plan:
         for rule in recipe.rules:
             if not any(map(rule.matches, shapes)):
                 _LOGGER.warning(
-                    "The recipe's rule '%s' matches no linear layer. Is its pattern right?",
+                    "The recipe's rule '%s' matches no linear layer of %s. Is its pattern right?",
                     rule.match,
+                    model_class or "the model",
                 )
         planned = cls(tuple(layers))
         if large := [
