@@ -21,6 +21,7 @@ from loraq.integrations.diffusers import load_float
 from loraq.layers import linear_layers, quantized_layers
 from loraq.recipe import Recipe
 from loraq.rules import Rule
+from loraq.safetensors.header import read_header
 from loraq.stats import ActivationStats
 from tests.folders import alone, files_of
 
@@ -239,6 +240,22 @@ def test_a_changed_weight_is_named_with_its_component(source, tmp_path):
         CheckpointError, match=r"layer 'transformer_2/blocks\.0\.attn1\.to_q' is not what it was"
     ):
         quantize(source, tmp_path / "out")
+
+
+def test_a_byte_that_something_else_changes_is_named_with_its_component(written, tmp_path):
+    def change(done: int, *_: object) -> None:
+        if done == 22:
+            folder = tmp_path / ".out.partial" / "files" / "transformer_2"
+            (file,) = folder.glob("*.safetensors")
+            raw = bytearray(file.read_bytes())
+            raw[read_header(file).offsets["blocks.0.attn1.to_q.weight_packed"]] ^= 1
+            file.write_bytes(raw)
+
+    with pytest.raises(
+        CheckpointError, match=r"something else has changed transformer_2/blocks\.0\.attn1\.to_q\."
+    ):
+        quantize(written, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_has_ended_is_complete_and_is_recognised_as_ours(source, tmp_path):
@@ -573,6 +590,22 @@ def test_diffusers_loads_all_of_them(made, written):
         assert len(quantized_layers(getattr(pipeline, name))) == 11
         state = getattr(pipeline, name).state_dict()
         assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
+
+
+def test_diffusers_loads_a_text_encoder_too(written, tmp_path):
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    import loraq.diffusers
+
+    if "loraq" not in AUTO_QUANTIZER_MAPPING:
+        pytest.skip("no quantizer for models of transformers is registered")
+    quantize(written, tmp_path / "out", components="all")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "out", tokenizer=None, vae=None, dtype=torch.bfloat16
+    )
+    assert len(quantized_layers(pipeline.text_encoder)) == 28
+    assert len(quantized_layers(pipeline.transformer_2)) == 11
+    assert len(quantized_layers(loraq.load(tmp_path / "out", component="text_encoder"))) == 28
 
 
 def test_which_model_is_loaded(written, made, tmp_path):

@@ -102,19 +102,21 @@ def _show_memory(path: Path, *, as_json: bool) -> None:
         tables = {name: [asdict(each) for each in table] for name, table in found.items()}
         print_json({"memory": tables.popitem()[1] if len(tables) == 1 else tables})
         return
-    headings = ("back end", "packed", "kept", "not quantized", "total", "× stored")
+    headings = ("back end", "packed", "kept", "not quantized", "total", "× bf16")
     for name, table in found.items():
         if len(found) > 1:
             click.echo(f"{show(name)}:")
+        base = max(1, table[0].total)
         rows = (
-            (m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in table
+            (m.backend, *map(size_of, m.parts), f"{m.total / base:.2f}", str(m.refused))
+            for m in table
         )
         print_table((*headings, "layers refused"), rows)
         if len(found) > 1:
             click.echo()
     click.echo(
-        "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
-        "'resident'."
+        "'float' is the model before, in 16 bits; 'auto' is what runs unless another is asked for. "
+        "The memory of activations is not counted. A refused layer is counted on 'auto'."
     )
 
 
