@@ -1,7 +1,6 @@
 """`save` and `load_into`: a module with quantized layers to a folder and back, bit for bit."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from loraq.checkpoint.components import StoredFile
+from loraq.checkpoint.configuration import (
+    GENERATION_FILE,
+    generation_config,
+    model_config,
+    weights_stem,
+)
 from loraq.checkpoint.contents import require_numbers, require_ties
 from loraq.checkpoint.fit import require_kind, require_names
 from loraq.checkpoint.manifest import Manifest, StoredLayer
@@ -113,6 +118,8 @@ def write_model(
     if config:
         raw = write_json(folder / "config.json", config)
         files["config.json"] = hashlib.sha256(raw).hexdigest()
+    if generation := generation_config(model):
+        write_json(folder / GENERATION_FILE, generation)
     Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
 
 
@@ -361,31 +368,3 @@ def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             seen[key] = name
             tensors[name] = tensor
     return tensors, tied
-
-
-def model_config(model: nn.Module) -> dict[str, object]:
-    """Return the configuration of a diffusers model, which says that it is quantized.
-
-    So nothing loads it as floats.
-    """
-    to_json = getattr(model, "to_json_string", None)
-    if to_json is None:
-        return {}
-    return add_quantization_config(json.loads(to_json()))
-
-
-def add_quantization_config(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration that says it is quantized.
-
-    It is sorted, so that all ways write the same bytes.
-
-    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights
-    give the same file.
-    """
-    config = {**config, "quantization_config": {"quant_method": "loraq"}}
-    return {name: config[name] for name in sorted(config) if name != "_name_or_path"}
-
-
-def weights_stem(config: dict[str, object]) -> str:
-    """Return what the weight files of a model with this configuration are called."""
-    return "diffusion_pytorch_model" if "_class_name" in config else "model"

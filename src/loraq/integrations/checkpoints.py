@@ -1,5 +1,6 @@
 """`quantize_checkpoint`: from a folder, pipeline, single file or the hub to a quantized folder."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from loraq.checkpoint.stats_file import file_of_stats
 from loraq.errors import CheckpointError
 from loraq.integrations.diffusers import model_of, require_float, transformer_folder
 from loraq.integrations.hub import local_path
-from loraq.integrations.single_file import ConvertedReader
-from loraq.integrations.transformers import linear_names
+from loraq.integrations.single_file import read_own_layout
+from loraq.integrations.transformers import is_config_of_transformers, read_under_own_names
 from loraq.json_files import read_json
 from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
@@ -20,7 +21,9 @@ from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, open_stats
 from loraq.pipeline.source import Checkpoint, Source
 from loraq.recipe import Recipe, file_of
+from loraq.safetensors.fp8 import Fp8Reader
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.safetensors.reader import ShardReader, TensorReader
 from loraq.safetensors.selection import may_hold_weights
 from loraq.scheme import Scheme
 
@@ -143,11 +146,21 @@ def _locate(
     config_file = _find_config(weights, config)
     content = {} if config_file is None else read_json(config_file)
     require_float(weights, content)
-    if config_file is None or "_class_name" not in content:
-        linear = linear_names(content, config_file) if config_file else None
-        return Checkpoint(root, weights, content, variant=variant, linear=linear)
-    convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
+    names_a_class = "_class_name" in content or is_config_of_transformers(content)
+    if config_file is None or not names_a_class:
+        return Checkpoint(root, weights, content, variant=variant)
     model = model_of(content, config_file, weights)
+    convert: Callable[[ShardReader | Fp8Reader], TensorReader] | None = None
+    if is_config_of_transformers(content):
+        convert = partial(
+            read_under_own_names,
+            model=model,
+            config=content,
+            config_file=config_file,
+            weights=weights,
+        )
+    elif root.is_file():
+        convert = partial(read_own_layout, model=model, config=content)
     return Checkpoint(root, weights, content, model, convert, variant)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from loraq.checkpoint.components import StoredFile, copy_components
 from loraq.checkpoint.manifest import Manifest, StoredLayer
-from loraq.checkpoint.model import weights_stem
+from loraq.checkpoint.configuration import GENERATION_FILE, weights_stem
 from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
@@ -182,6 +182,8 @@ class Target:
         if self.source.config:
             raw = write_json(folder / "config.json", self.source.config)
             files["config.json"] = hashlib.sha256(raw).hexdigest()
+        if self.source.generation:
+            write_json(folder / GENERATION_FILE, self.source.generation)
         stored = {
             layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
             for layer in report.layers
