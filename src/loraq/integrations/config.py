@@ -10,7 +10,6 @@ from loraq.options import Rank, checked
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
-
 # Each library asks whether a configuration is one of its own. Either may be missing.
 try:
     from diffusers.quantizers.quantization_config import QuantizationConfigMixin as _OfDiffusers

@@ -28,7 +28,7 @@ from loraq.integrations.loading import (
     require_said,
     require_supported,
 )
-from loraq.integrations.transformers import SUPPORTED
+from loraq.integrations.transformers import SUPPORTED, name_in
 from loraq.safetensors.reader import ShardReader
 
 
@@ -64,7 +64,8 @@ class LoraqHfQuantizer(PackedLoading, HfQuantizer):
             for second, first in model.all_tied_weights_keys.items():
                 owner, _, leaf = second.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-            self._prepare(model)
+            is_whole = type(model).__name__ in (model.config.architectures or [])
+            self._prepare(model, name_in(model, is_whole))
         # So that names without a tensor of their own do not count as missing.
         model.all_tied_weights_keys.update(self._tied)
 
@@ -72,7 +73,7 @@ class LoraqHfQuantizer(PackedLoading, HfQuantizer):
         """Leave the names of our folders as they are: they are those of the model."""
         if self.pre_quantized and not self._is_float:
             return []
-        return super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-any-return]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a tensor is the weight of a layer that is to be packed now."""

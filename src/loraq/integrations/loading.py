@@ -6,7 +6,7 @@ weights are packed one by one as the library reads them.
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,12 @@ class PackedLoading:
         if self._is_float and isinstance(passed, LoraqConfig) and passed.recipe is not None:
             self.recipe, self.pre_quantized, self._is_float = passed.recipe, False, False
 
-    def _prepare(self, model: nn.Module) -> None:
+    def _prepare(self, model: nn.Module, rename: Callable[[str], str | None] | None = None) -> None:
         """Put empty packed layers into a model, or plan which of its layers are to be packed.
+
+        Args:
+            model: what is loaded.
+            rename: as for `insert_empty_layers`.
 
         Raises:
             LoraqError: the folder is damaged or does not fit, or the recipe does not.
@@ -109,7 +113,9 @@ class PackedLoading:
                 return
             self._is_float = False
             verify = os.environ.get(VERIFY_VARIABLE) != "0"
-            manifest, reader = insert_empty_layers(model, self._folder, verify=verify)
+            manifest, reader = insert_empty_layers(
+                model, self._folder, verify=verify, rename=rename
+            )
             self._tied = {
                 name: source for name, source in manifest.tied.items() if name not in reader.names
             }

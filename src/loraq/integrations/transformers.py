@@ -2,15 +2,17 @@
 
 import copy
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from loraq.checkpoint.renaming import RenamedReader
 from loraq.errors import CheckpointError, LoraqError, MissingLibraryError
 from loraq.integrations.construction import (
     bound_parameters,
@@ -57,7 +59,7 @@ def transformers_model(config: dict[str, Any], config_file: Path, weights: Path)
         from accelerate import init_empty_weights
         from transformers.modeling_utils import local_torch_dtype
 
-        kind = _find_class(transformers, name)
+        kind = _find_class(transformers, name, str(config["model_type"]))
         if kind is None:
             raise CheckpointError(
                 f"'{config_file}' names the class {name!r}, which transformers "
@@ -67,8 +69,6 @@ def transformers_model(config: dict[str, Any], config_file: Path, weights: Path)
         try:
             require_plausible(config)
             made = transformers.AutoConfig.for_model(str(config.pop("model_type")), **config)
-            if not isinstance(made, kind.config_class):
-                raise CheckpointError(f"its model type is {made.model_type!r}")
             made.architectures = [name]
             with (
                 bounded_construction(bound_parameters(weights)),
@@ -104,12 +104,24 @@ def _imported(config_file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _find_class(transformers: Any, name: str) -> Any:
+def _find_class(transformers: Any, name: str, model_type: str) -> Any:
     """Return the model class of a name; some are only in the module that defines them."""
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
+    kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES.get(model_type)
+    config = getattr(transformers, str(kind), None)
+    module = str(getattr(config, "__module__", "")).replace(".configuration_", ".modeling_")
+    for place in (transformers, sys.modules.get(module) or _import(module)):
+        found = getattr(place, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     return None
+
+
+def _import(module: str) -> Any:
+    """Return a module of transformers, or `None` if it has no such one."""
+    try:
+        return import_module(module) if module.startswith("transformers.models.") else None
+    except ImportError:
+        return None
 
 
 def _stored_dtype(weights: Path) -> torch.dtype:
@@ -154,29 +166,7 @@ def read_under_own_names(
         return _ConvertedReader(files, config, config_file, weights)
     if set(names) == set(files.names) and all(new == old for new, old in names.items()):
         return files
-    return _RenamedReader(files, names)
-
-
-@dataclass(frozen=True)
-class _RenamedReader:
-    """The tensors of a file under other names."""
-
-    files: ShardReader | Fp8Reader
-    #: In the file, by their new names.
-    stored: dict[str, str]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.files.shape(self.stored[name])
-
-    def dtype(self, name: str) -> str:
-        return self.files.dtype(self.stored[name])
-
-    def read(self, name: str) -> Tensor:
-        return self.files.read(self.stored[name])
+    return RenamedReader(files, names)
 
 
 class _ConvertedReader(DeferredReader):
@@ -247,3 +237,26 @@ def _left_out(model: Any) -> re.Pattern[str]:
     """Return what matches the names that transformers leaves out of checkpoints of a model."""
     patterns = (*_LEFT_OUT, *(model._keys_to_ignore_on_load_unexpected or ()))
     return re.compile("|".join(f"({pattern})" for pattern in patterns))
+
+
+def name_in(model: Any, whole: bool) -> Callable[[str], str | None]:
+    """Return how a tensor of a folder is called in a model of transformers that is loaded from it.
+
+    A model without a head is loaded from the folder of one with a head, and the other way round:
+    the names differ in what stands before them.
+
+    Args:
+        model: what is loaded.
+        whole: whether the folder is of its class: then no name is left out.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    prefix = model.base_model_prefix
+
+    def rename(name: str) -> str | None:
+        for tried in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            owner, _, leaf = tried.rpartition(".")
+            if owner in modules and (owner or hasattr(model, leaf)):
+                return tried
+        return name if whole else None
+
+    return rename

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraq.checkpoint.fit import require_fit
-from loraq.checkpoint.links import find_files
 from loraq.checkpoint.configuration import (
     add_quantization_config,
     generation_config,
     model_config,
 )
+from loraq.checkpoint.fit import require_fit
+from loraq.checkpoint.links import find_files
 from loraq.errors import CheckpointError, RecipeError, list_some
 from loraq.formats.faults import find_fault
 from loraq.pipeline.layer import hash_tensor

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from loraq.checkpoint.components import StoredFile, copy_components
-from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.configuration import GENERATION_FILE, weights_stem
+from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json

@@ -1,0 +1,118 @@
+"""Every class of transformers that a pipeline of the installed diffusers names.
+
+The classes are found by annotations and none is left out, so a diffusers that names a new one fails
+here until `small` can build it.
+"""
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import loraq
+from loraq.layers import linear_layers, quantized_layers
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+
+from small.encoders import SETTINGS, run, small_encoder  # noqa: E402
+
+import loraq.diffusers  # noqa: E402
+from benchmarks.encoders import NOTHING, encoder_classes  # noqa: E402
+from loraq.nn import QuantizedLayer  # noqa: E402
+
+CLASSES = encoder_classes()
+RECIPE = loraq.Recipe.from_dict({"scheme": "mxfp4-a8", "method": "rtn"})
+each_class = pytest.mark.parametrize("name", sorted(CLASSES.keys() - NOTHING.keys()))
+
+#: Classes that `AutoModel` makes something else of, which has parts that the folder has not.
+NO_AUTO = {
+    "T5EncoderModel": "T5Model has a decoder",
+    "UMT5EncoderModel": "UMT5Model has a decoder",
+    "T5GemmaEncoderModel": "T5GemmaModel has a decoder",
+    "T5GemmaEncoder": "a part of a model has no automatic class",
+}
+
+
+@cache
+def _float_model(name: str) -> nn.Module:
+    return small_encoder(CLASSES[name])
+
+
+def float_model(name: str) -> nn.Module:
+    return copy.deepcopy(_float_model(name))
+
+
+def all_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_class_that_pipelines_name_is_known():
+    assert CLASSES.keys() == SETTINGS.keys() | NOTHING.keys()
+    assert len(CLASSES) > 35
+
+
+@each_class
+def test_a_class_is_quantized_from_files_as_in_memory_and_comes_back_bit_for_bit(name, tmp_path):
+    model = float_model(name)
+    exact = run(model)
+    model.save_pretrained(tmp_path / "float")
+    loraq.quantize_checkpoint(tmp_path / "float", tmp_path / "q", RECIPE, progress=False)
+    loraq.quantize_(model, RECIPE, progress=False)
+    outputs = run(model)
+    assert [output.shape for output in outputs] == [output.shape for output in exact]
+    assert not all_equal(outputs, exact)
+    model.save_pretrained(tmp_path / "saved")
+    assert files_of(tmp_path / "saved") == files_of(tmp_path / "q")
+    loaders = [loraq.load, CLASSES[name].from_pretrained]
+    loaders += [] if name in NO_AUTO else [transformers.AutoModel.from_pretrained]
+    for load in loaders:
+        loaded = load(tmp_path / "q")
+        if type(loaded) is CLASSES[name]:
+            assert all_equal(run(loaded), outputs), load
+            assert {n: p.dtype for n, p in loaded.named_parameters()} == {
+                n: p.dtype for n, p in model.named_parameters()
+            }
+        assert quantized_layers(loaded)
+        assert not any(p.is_meta for p in loaded.parameters())
+
+
+@each_class
+def test_only_what_multiplies_tokens_is_quantized_and_activations_stay(name):
+    model = float_model(name)
+    layers = linear_layers(model)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    plan = loraq.plan_model(model, "mxfp4-a8+w8a8-r4")
+    assert not {id(layers[job.name].weight) for job in plan.quantized} & tables
+    assert {job.scheme.activation for job in plan.quantized} == {"bf16"}
+    assert {job.scheme.rotation for job in plan.quantized} == {0}
+    for layer in plan.kept:
+        assert layer.reason, layer.name
+    # The blocks of the model are quantized whole.
+    blocks = ("layers.", "layer.", "block.", "blocks.")
+    kept = [kept.name for kept in plan.kept if any(b in kept.name for b in blocks)]
+    assert all("neck" in name or "audio" in name for name in kept), kept
+
+
+@pytest.mark.parametrize("name", NO_AUTO)
+def test_an_automatic_class_that_wants_more_than_the_folder_has_is_refused(name, tmp_path):
+    model = float_model(name)
+    loraq.quantize_(model, RECIPE, progress=False)
+    loraq.save(model, tmp_path / "q")
+    with pytest.raises((loraq.LoraqError, ValueError)):
+        transformers.AutoModel.from_pretrained(tmp_path / "q")
+
+
+def test_a_layer_that_is_quantized_is_no_table():
+    for name in CLASSES.keys() - NOTHING.keys():
+        model = float_model(name)
+        loraq.quantize_(model, RECIPE, progress=False)
+        packed = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+        assert packed
