@@ -28,7 +28,7 @@ from loraq.integrations.loading import (
     require_said,
     require_supported,
 )
-from loraq.integrations.transformers import SUPPORTED, name_in
+from loraq.integrations.transformers import SUPPORTED, name_in, renamings_of
 from loraq.safetensors.reader import ShardReader
 
 
@@ -44,6 +44,8 @@ class LoraqHfQuantizer(PackedLoading, HfQuantizer):
         self._begin()
         #: Why a layer could not be packed: transformers would log the error and go on.
         self._failure: Exception | None = None
+        #: Whether the folder is of the class that is loaded.
+        self._is_whole = True
 
     def is_serializable(self) -> bool:
         """Return that a quantized model can be saved."""
@@ -64,15 +66,15 @@ class LoraqHfQuantizer(PackedLoading, HfQuantizer):
             for second, first in model.all_tied_weights_keys.items():
                 owner, _, leaf = second.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-            is_whole = type(model).__name__ in (model.config.architectures or [])
-            self._prepare(model, name_in(model, is_whole))
+            self._is_whole = type(model).__name__ in (model.config.architectures or [])
+            self._prepare(model, None if self._is_whole else name_in(model))
         # So that names without a tensor of their own do not count as missing.
         model.all_tied_weights_keys.update(self._tied)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Leave the names of our folders as they are: they are those of the model."""
+        """Leave the names of our folders as they are: they are those of the model in it."""
         if self.pre_quantized and not self._is_float:
-            return []
+            return [] if self._is_whole else renamings_of(model)
         return super().update_weight_conversions(weight_conversions, model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

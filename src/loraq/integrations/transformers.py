@@ -239,24 +239,35 @@ def _left_out(model: Any) -> re.Pattern[str]:
     return re.compile("|".join(f"({pattern})" for pattern in patterns))
 
 
-def name_in(model: Any, whole: bool) -> Callable[[str], str | None]:
-    """Return how a tensor of a folder is called in a model of transformers that is loaded from it.
+def name_in(model: Any) -> Callable[[str], str | None]:
+    """Return how a tensor of a folder is called in a model of another class than the folder's.
 
     A model without a head is loaded from the folder of one with a head, and the other way round:
-    the names differ in what stands before them.
-
-    Args:
-        model: what is loaded.
-        whole: whether the folder is of its class: then no name is left out.
+    transformers renames, and leaves out what the model does not have.
     """
-    modules = {name for name, _ in model.named_modules()}
-    prefix = model.base_model_prefix
+    modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix
+    renamings = renamings_of(model)
 
     def rename(name: str) -> str | None:
-        for tried in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            owner, _, leaf = tried.rpartition(".")
-            if owner in modules and (owner or hasattr(model, leaf)):
-                return tried
-        return name if whole else None
+        for known in dict.fromkeys((_rename(name, renamings), name)):
+            for tried in (known, known.removeprefix(f"{prefix}."), f"{prefix}.{known}"):
+                owner, _, leaf = tried.rpartition(".")
+                if owner in modules and (owner or hasattr(model, leaf)):
+                    return tried
+        return None
 
     return rename
+
+
+def renamings_of(model: Any) -> list[Any]:
+    """Return how transformers renames the tensors of checkpoints of a model, whole names only."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+
+
+def _rename(name: str, renamings: list[Any]) -> str:
+    from transformers.core_model_loading import apply_renamings
+
+    return str(apply_renamings(name, renamings))
