@@ -151,7 +151,9 @@ def section(recipe: Recipe) -> list[str]:
     lines = [INTRO]
     headings = ["parameters", "layers", "4-bit", "tables and others", "kept, and why"]
     of_classes = {
-        f"`{name}`": empty_encoder(kind, {}) for name, kind in classes.items() if name not in NOTHING
+        f"`{name}`": empty_encoder(kind, {})
+        for name, kind in classes.items()
+        if name not in NOTHING
     }
     for first, models in (("published model", rows), ("class", of_classes)):
         body = [[name, *_cells(model, recipe)] for name, model in models.items()]

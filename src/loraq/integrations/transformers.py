@@ -264,7 +264,9 @@ def renamings_of(model: Any) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return [
+        each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)
+    ]
 
 
 def _rename(name: str, renamings: list[Any]) -> str:
