@@ -84,9 +84,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 INTRO = """
 ## Text encoders
 
-Every class of transformers that a pipeline of diffusers names in its constructor, found by the annotations there. A
-test quantizes, runs, saves and loads each of them at a small size, from files and in memory, by all loaders, bit for
-bit. All layers are weight-only. Embeddings are tables and stay, and what shares its weight with one stays with it.
+Every class of transformers that a pipeline of diffusers names in its constructor, found by the
+annotations there, in its default configuration, planned with the same recipe. A test quantizes,
+runs, saves and loads each of them at a small size, from files and in memory, by all loaders, bit
+for bit. Every layer is weight-only. Embeddings are tables and stay, and what shares its weight with
+one stays with it.
 """
 
 

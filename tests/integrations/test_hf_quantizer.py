@@ -1,5 +1,5 @@
-"""After `import loraq.transformers`, transformers' own `from_pretrained` and `save_pretrained` serve
-quantized models.
+"""After `import loraq.transformers`, transformers' own `from_pretrained`
+and `save_pretrained` serve quantized models.
 """
 
 import copy
@@ -159,7 +159,7 @@ def test_a_damaged_or_foreign_folder_is_refused(copied):
     save_file(
         weights | {"shared.weight": weights["shared.weight"] + 1}, copied / "model.safetensors"
     )
-    with pytest.raises(CheckpointError, match="hash differs|bytes"):
+    with pytest.raises(CheckpointError, match=r"hash differs|bytes"):
         T5EncoderModel.from_pretrained(copied)
     (copied / FILE_NAME).unlink()
     with pytest.raises(CheckpointError, match="is not a loraq checkpoint"):
@@ -168,13 +168,13 @@ def test_a_damaged_or_foreign_folder_is_refused(copied):
 
 def test_packed_weights_are_never_taken_for_floats(copied):
     change_config(copied, {}, drop=("quantization_config",))
-    with pytest.raises(CheckpointError, match="its 'config.json' does not say so"):
+    with pytest.raises(CheckpointError, match=r"its 'config.json' does not say so"):
         T5EncoderModel.from_pretrained(copied)
 
 
 def test_another_configuration_is_refused(copied):
     change_config(copied, {"num_layers": 1})
-    with pytest.raises(CheckpointError, match="was changed after|bytes, .* are expected"):
+    with pytest.raises(CheckpointError, match=r"was changed after|bytes, .* are expected"):
         T5EncoderModel.from_pretrained(copied)
     with pytest.raises(CheckpointError):
         loraq.load(copied)
