@@ -159,7 +159,7 @@ def section(recipe: Recipe) -> list[str]:
     }
     for first, models in (("published model", rows), ("class", of_classes)):
         body = [[name, *_cells(model, recipe)] for name, model in models.items()]
-        lines += table([first, *headings], body)
+        lines += table([first, *headings], body, "lrrrrl")
     lines += ["Nothing is quantized of:", ""]
     lines += [f"* `{name}`: {reason}." for name, reason in NOTHING.items()]
     return lines
