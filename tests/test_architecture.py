@@ -25,6 +25,7 @@ ROWS = (
     "checkpoint doctor",
     "pipeline",
     "integrations",
+    "transformers",
     "diffusers evaluation",
     "cli",
 )

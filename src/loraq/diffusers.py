@@ -1,6 +1,7 @@
 """`import loraq.diffusers` teaches diffusers to load quantized folders, and PEFT to adapt them.
 
-Nothing else of loraq touches diffusers: `import loraq` alone leaves it as it is.
+It teaches transformers too, of which the text encoders of pipelines are, where it is installed.
+Nothing else of loraq touches these libraries: `import loraq` alone leaves them as they are.
 """
 
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ except ImportError as error:
     ) from error
 
 register()
+if find_spec("transformers"):
+    import loraq.transformers  # noqa: F401 (imported for what it does)
 if find_spec("peft"):
     from loraq.integrations.adapters import register_adapters
 

@@ -1,6 +1,6 @@
 """`quantize_checkpoint`: from a folder, pipeline, single file or the hub to a quantized folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from loraq.checkpoint.stats_file import file_of_stats
 from loraq.errors import CheckpointError, list_some
 from loraq.integrations.diffusers import model_folder, model_of, require_float
 from loraq.integrations.hub import local_path
-from loraq.integrations.single_file import ConvertedReader
+from loraq.integrations.single_file import read_own_layout
 from loraq.integrations.survey import survey
-from loraq.integrations.transformers import linear_names
+from loraq.integrations.transformers import is_config_of_transformers, read_under_own_names
 from loraq.json_files import read_json
 from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
@@ -30,7 +30,9 @@ from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, StatsByComponent, open_stats, split_stats
 from loraq.pipeline.source import Checkpoint, Origin, Source, name_component
 from loraq.recipe import Recipe, file_of
+from loraq.safetensors.fp8 import Fp8Reader
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.safetensors.reader import ShardReader, TensorReader
 from loraq.safetensors.selection import WEIGHT_FILES, may_hold_weights, select_weights
 from loraq.scheme import Scheme
 
@@ -269,11 +271,21 @@ def _locate(
     config_file = _find_config(weights, config)
     content = {} if config_file is None else read_json(config_file)
     require_float(weights, content)
-    if config_file is None or "_class_name" not in content:
-        linear = linear_names(content, config_file) if config_file else None
-        return Checkpoint(weights, content, variant=variant, linear=linear)
-    convert = partial(ConvertedReader, class_name=content["_class_name"], config=content)
+    names_a_class = "_class_name" in content or is_config_of_transformers(content)
+    if config_file is None or not names_a_class:
+        return Checkpoint(weights, content, variant=variant)
     model = model_of(content, config_file, weights)
+    convert: Callable[[ShardReader | Fp8Reader], TensorReader] | None = None
+    if is_config_of_transformers(content):
+        convert = partial(
+            read_under_own_names,
+            model=model,
+            config=content,
+            config_file=config_file,
+            weights=weights,
+        )
+    elif root.is_file():
+        convert = partial(read_own_layout, model=model, config=content)
     return Checkpoint(weights, content, model, convert, variant)
 
 

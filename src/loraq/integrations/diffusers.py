@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.construction import (
-    MOST_PARAMETERS,
+    bound_parameters,
     bounded_construction,
     require_plausible,
 )
+from loraq.integrations.dtypes import cast_saved, cast_unsaved, take_kept_dtypes, unify_dtypes
 from loraq.integrations.hub import local_path
-from loraq.integrations.marking import mark_quantized
+from loraq.integrations.marking import mark_quantized, note_origin
+from loraq.integrations.transformers import is_config_of_transformers, transformers_model
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
 from loraq.layer_input import INPUT_DTYPES
-from loraq.layers import take_dtype
 from loraq.options import checked
 from loraq.safetensors.reader import ShardReader
 
@@ -93,6 +93,9 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
         LoraqError: diffusers is not installed.
     """
     config = {key: value for key, value in config.items() if key != "quantization_config"}
+    weights = config_file.parent if weights is None else weights
+    if is_config_of_transformers(config):
+        return transformers_model(config, config_file, weights)
     with _quiet_diffusers() as diffusers:
         from accelerate import init_empty_weights
 
@@ -106,7 +109,7 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
             )
         try:
             require_plausible(config)
-            most = _bound_parameters(config_file.parent if weights is None else weights)
+            most = bound_parameters(weights)
             with bounded_construction(most), init_empty_weights(include_buffers=False):
                 return kind.from_config(config)  # type: ignore[attr-defined]
         except Exception as error:  # constructors of diffusers raise what they like
@@ -122,17 +125,6 @@ def find_class(diffusers: Any, name: object) -> Any:
         return getattr(diffusers, name) if isinstance(name, str) else None
     except Exception:  # names are imported when they are asked for, and that may fail in any way
         return None
-
-
-def _bound_parameters(weights: Path) -> int:
-    """Return the most parameters that a model with these weights may have.
-
-    An original layout joins up to four of them in one tensor.
-    """
-    try:
-        return 4 * len(ShardReader(weights).names) + 1000
-    except CheckpointError:  # whoever reads the weights will say so
-        return MOST_PARAMETERS
 
 
 def transformer_classes() -> dict[str, type[nn.Module]]:
@@ -232,13 +224,13 @@ def load(
     model = model_of(config, home / "config.json")
     load_into(model, home, backend=backend, verify=verify)
     if dtype is None:
-        _unify_dtypes(model)
+        unify_dtypes(model)
     else:
-        _cast_saved(model, dtype)
-        take_dtype(model)
-    _cast_unsaved(model)
+        cast_saved(model, dtype)
+    take_kept_dtypes(model)
+    cast_unsaved(model)
     attach_methods(model)
-    model.register_to_config(_name_or_path=str(home))  # type: ignore[operator]
+    note_origin(model, home)
     mark_quantized(model)
     return model.to(device).eval()
 
@@ -263,60 +255,8 @@ def _require_usable(device: str | torch.device, dtype: torch.dtype | None) -> No
         ) from error
 
 
-def _cast_saved(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what stays float, except what the class keeps in fp32, as `from_pretrained` does."""
-    kept = _kept_in_fp32(model)
-    for module_name, module in model.named_modules():
-        tables = module._parameters, module._buffers
-        for name, tensor in [item for table in tables for item in table.items()]:
-            path = {*module_name.split("."), name}
-            if tensor is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.float32 if kept & path else dtype)
-
-
-def _kept_in_fp32(model: nn.Module) -> set[str]:
-    """Return the names of modules that the class of a model of diffusers keeps in fp32."""
-    named = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return {named} if isinstance(named, str) else set(named)
-
-
 def _holds_packed(folder: Path) -> bool:
     return any(name.endswith("weight_packed") for name in ShardReader(folder).names)
-
-
-def _unify_dtypes(model: nn.Module) -> None:
-    """Let a model whose file mixes float dtypes have the widest of them, so that it runs.
-
-    Nothing is lost by that. What its class keeps in fp32 beside 16-bit weights stays as stored.
-    """
-    kept = _kept_in_fp32(model)
-    tensors = [
-        tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if tensor.is_floating_point() and kept.isdisjoint(name.split("."))
-    ]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
-        widest = reduce(torch.promote_types, sorted(dtypes, key=str))
-        for tensor in tensors:
-            tensor.data = tensor.data.to(widest)
-
-
-def _cast_unsaved(model: nn.Module) -> None:
-    """Give buffers that no file holds the dtype of the weights, as diffusers does.
-
-    Such buffers are position tables, for example.
-
-    Without this the output after a round trip would not be that of the model that was saved.
-    """
-    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    if len(dtypes) != 1:
-        return
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(*dtypes)
 
 
 def require_float(folder: Path, config: dict[str, Any]) -> None:
@@ -359,7 +299,7 @@ def load_float(folder: Path) -> nn.Module:
     expected = model.state_dict()
     require_fit(reader, expected, folder)
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
-    _unify_dtypes(model)
+    unify_dtypes(model)
     return model.eval()
 
 

@@ -94,5 +94,5 @@ def require_usable(name: str, layer: LinearLayer) -> None:
 
 def hash_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order."""
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # one number has no axis
     return hashlib.sha256(memoryview(raw.numpy().data)).hexdigest()

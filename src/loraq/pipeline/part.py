@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loraq.checkpoint.components import StoredFile
+from loraq.checkpoint.configuration import GENERATION_FILE, weights_stem
 from loraq.checkpoint.manifest import Manifest, StoredLayer
-from loraq.checkpoint.model import weights_stem
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
 from loraq.packed import PackedWeight
@@ -130,6 +130,8 @@ class Part:
         if self.source.config:
             raw = write_json(home / "config.json", self.source.config)
             hashes["config.json"] = hashlib.sha256(raw).hexdigest()
+        if self.source.generation:
+            write_json(home / GENERATION_FILE, self.source.generation)
         return {
             name: StoredFile((home / name).stat().st_size, sha256)
             for name, sha256 in hashes.items()

@@ -11,7 +11,14 @@ from torch import nn
 
 from loraq.errors import LayerError, LoraqError, SchemeError
 from loraq.families import known_class
-from loraq.layers import bare_model, is_linear, matrix_shapes, other_weights, require_bare
+from loraq.layers import (
+    bare_model,
+    is_linear,
+    matrix_shapes,
+    other_weights,
+    require_bare,
+    tied_layers,
+)
 from loraq.methods import Method, layer_seed
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -163,6 +170,7 @@ class Plan:
         recipe: Recipe,
         model_class: str = "",
         inner_models: Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
     ) -> "Plan":
         """Settle the scheme of every layer.
 
@@ -175,13 +183,17 @@ class Plan:
             model_class: class name of the model, which selects the rules of its families.
             inner_models: class names of models that the model holds, by their dotted names; their
                 layers get what they get in a model that stands alone.
+            tied: layers that share their weight, and with what; they stay whatever a rule says.
 
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.
         """
-        inner_models = inner_models or {}
-        layers = []
+        inner_models, tied = inner_models or {}, tied or {}
+        layers: list[LayerJob | KeptLayer] = []
         for name, shape in shapes.items():
+            if name in tied:
+                layers.append(KeptLayer(name, shape, f"shares its weight with '{tied[name]}'"))
+                continue
             place = next((place for place in inner_models if name.startswith(f"{place}.")), None)
             kind, within = (
                 (model_class, "") if place is None else (inner_models[place], f"{place}.")
@@ -237,7 +249,8 @@ class Plan:
             if sizes[_without_numbers(name)] > least
         )
         model_class, *inner = _find_models(model).items()
-        planned = cls.of(matrix_shapes(model), recipe, model_class[1], dict(inner))
+        shapes, tied = matrix_shapes(model), tied_layers(model)
+        planned = cls.of(shapes, recipe, model_class[1], dict(inner), tied)
         return replace(planned, others=others)
 
     @property

@@ -9,8 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loraq.checkpoint.configuration import (
+    add_quantization_config,
+    generation_config,
+    model_config,
+)
 from loraq.checkpoint.fit import require_fit
-from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError, LoraqError, RecipeError, list_some
 from loraq.formats.faults import find_fault
 from loraq.pipeline.layer import hash_tensor
@@ -36,12 +40,10 @@ class Checkpoint:
     config: dict[str, Any]
     #: The model on the meta device, or `None` if the configuration names none.
     model: nn.Module | None = None
-    #: Reads an original layout under the names of the model.
+    #: Reads another layout under the names of the model.
     convert: Callable[[ShardReader | Fp8Reader], TensorReader] | None = None
     #: Which of several copies of the weights is read, as `select_weights`.
     variant: str | None = None
-    #: Names of its linear layers, where the configuration names another library's class.
-    linear: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Source:
     config: dict[str, Any]
     #: What its linear layers get.
     plan: Plan
+    #: What `generation_config.json` of the target says; empty for none.
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, recipe: Recipe) -> "Source":
@@ -75,17 +79,13 @@ class Source:
         if model is None:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(decoded, checkpoint.weights)
-            plan = plan_tensors(decoded, recipe, checkpoint.linear)
+            plan = plan_tensors(decoded, recipe)
             plan = replace(plan, notes=tuple(notes))
             return cls(files, decoded, tuple(decoded.names), {}, config, plan)
         config = model_config(model)
-        reader: TensorReader = decoded
-        expected, tied = list_tensors(model, decoded.names)
-        is_file = checkpoint.weights.is_file()
-        if is_file and checkpoint.convert is not None and not set(expected) <= set(decoded.names):
-            reader = checkpoint.convert(decoded)
-            expected, tied = list_tensors(model, reader.names)
-        is_whole = is_file and set(expected) <= set(reader.names)
+        reader = decoded if checkpoint.convert is None else checkpoint.convert(decoded)
+        expected, tied = list_tensors(model, reader.names)
+        is_whole = checkpoint.weights.is_file() and set(expected) <= set(reader.names)
         unused = _find_unused(model, reader) if is_whole else []
         if unused:
             notes.append(
@@ -95,7 +95,7 @@ class Source:
         require_fit(reader, expected, checkpoint.weights, unused)
         names = tuple(name for name in expected if name not in tied)
         plan = replace(Plan.of_model(model, recipe), notes=tuple(notes))
-        return cls(files, reader, names, tied, config, plan)
+        return cls(files, reader, names, tied, config, plan, generation_config(model))
 
     def require_layers(self) -> None:
         """Raise `RecipeError` if no layer is quantized."""
@@ -191,14 +191,13 @@ def name_component(component: str, of: int) -> Iterator[None]:
 def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors a model wants stored, and the names that share one of them.
 
-    A module may stand in two places: then its second names may be stored, or not.
+    A module may stand in two places, or two modules may hold one parameter: then the second names
+    may be stored, or not.
     """
-    owners = dict(model.named_modules(remove_duplicate=False))
-    first: dict[tuple[int, str], str] = {}
+    first: dict[int, str] = {}
     expected, tied = {}, {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        source = first.setdefault((id(owners[owner]), leaf), name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        source = first.setdefault(id(tensor), name)
         if source != name:
             tied[name] = source
         if source == name or name in stored:
@@ -215,22 +214,22 @@ def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:
     return sorted(name for name in reader.names if name.partition(".")[0] not in own)
 
 
-def plan_tensors(files: TensorReader, recipe: Recipe, linear: frozenset[str] | None = None) -> Plan:
+def plan_tensors(files: TensorReader, recipe: Recipe) -> Plan:
     """Plan a model of which no module is built.
+
+    Every matrix `….weight` is taken for a linear layer, unless its name is one that only tables
+    have.
 
     Args:
         files: its tensors.
         recipe: what is asked.
-        linear: names of its linear layers; where nobody knows them, every matrix `….weight` is
-            taken for one, unless its name is one that only tables have.
     """
     shapes = {}
     for name in files.names:
         layer, _, leaf = name.rpartition(".")
         shape = files.shape(name)
         is_matrix = len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0
-        is_known = layer in linear if linear is not None else not _TABLE.search(layer)
-        if layer and leaf == "weight" and is_matrix and is_known:
+        if layer and leaf == "weight" and is_matrix and not _TABLE.search(layer):
             shapes[layer] = (shape[0], shape[1])
     return Plan.of(shapes, recipe)
 
