@@ -23,7 +23,8 @@ def diffusers():
     with _quiet_diffusers() as module:
         for family in families().values():
             for name in family.classes:
-                getattr(module, name)  # loaded on first use
+                if name != "PreTrainedModel":  # of transformers
+                    getattr(module, name)  # loaded on first use
         return module
 
 
