@@ -179,9 +179,7 @@ def test_every_rule_of_a_family_gives_a_reason_and_says_what_to_do(diffusers):
     assert not last[1].classes
     for name, family in named:
         assert family.classes, name
-        assert all(
-            hasattr(diffusers, kind) or kind == "PreTrainedModel" for kind in family.classes
-        )
+        assert all(hasattr(diffusers, kind) or kind == "PreTrainedModel" for kind in family.classes)
     for _, family in families().items():
         assert all(
             rule.reason and (rule.weight_only or rule.skip is not None) for rule in family.rules

@@ -28,7 +28,7 @@ from loraq.integrations.marking import mark_quantized, note_origin
 from loraq.integrations.transformers import is_config_of_transformers, transformers_model
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
-from loraq.nn import INPUT_DTYPES
+from loraq.layer_input import INPUT_DTYPES
 from loraq.options import checked
 from loraq.pipeline.source import DENOISERS
 from loraq.safetensors.reader import ShardReader
@@ -178,8 +178,8 @@ def load(
     """Build the model of a folder that loraq wrote, and load it.
 
     Args:
-        folder: a quantized transformer folder, a pipeline folder with one in it, or a repository of
-            the hub such as "user/name" that is one.
+        folder: a quantized folder of a model of diffusers or transformers, a pipeline folder with a
+            transformer in it, or a repository of the hub such as "user/name" that is one.
         backend: back end of the quantized layers.
         verify: whether the files' hashes are checked.
         device: where the model goes.
@@ -187,12 +187,12 @@ def load(
             file, the widest one if it mixes several.
 
     Returns:
-        The diffusers model in evaluation mode, with `QuantizedLinear` layers.
+        The model in evaluation mode, with `QuantizedLinear` layers.
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files.
-        LoraqError: diffusers is not installed (`loraq.load_into` works without it); or there is no
-            such device, or the dtype is none of floats.
+        LoraqError: the library of the model is not installed (`loraq.load_into` works without it);
+            or there is no such device, or the dtype is none of floats.
     """
     _require_usable(device, dtype)
     home = transformer_folder(local_path(folder))
