@@ -5,8 +5,9 @@ Nothing else of loraq touches these libraries: `import loraq` alone leaves them 
 """
 
 from importlib.util import find_spec
+from logging import getLogger
 
-from loraq.errors import MissingLibraryError
+from loraq.errors import LoraqError, MissingLibraryError
 
 try:
     from loraq.integrations.config import LoraqConfig
@@ -18,7 +19,10 @@ except ImportError as error:
 
 register()
 if find_spec("transformers"):
-    import loraq.transformers  # noqa: F401 (imported for what it does)
+    try:
+        import loraq.transformers  # noqa: F401 (imported for what it does)
+    except LoraqError as error:  # what diffusers loads itself does not need it
+        getLogger("loraq").warning("Text encoders of transformers are not served: %s", error)
 if find_spec("peft"):
     from loraq.integrations.adapters import register_adapters
 

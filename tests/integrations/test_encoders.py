@@ -136,9 +136,7 @@ def test_only_what_multiplies_tokens_is_quantized_and_activations_stay(name):
     assert all("neck" in name or "audio" in name for name in kept), kept
 
 
-@pytest.mark.parametrize(
-    "name", sorted(NO_AUTO.keys() - {"T5GemmaEncoder"})
-)  # whose default is huge
+@pytest.mark.parametrize("name", REFUSED)
 def test_an_automatic_class_that_wants_more_than_the_folder_has_is_refused(name, tmp_path):
     model = float_model(name)
     loraq.quantize_(model, RECIPE, progress=False)

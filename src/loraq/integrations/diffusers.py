@@ -183,8 +183,8 @@ def load(
     """Build the model of a folder that loraq wrote, and load it.
 
     Args:
-        folder: a quantized transformer folder, a pipeline folder with one in it, or a repository of
-            the hub such as "user/name" that is one.
+        folder: a quantized folder of a model of diffusers or transformers, a pipeline folder with a
+            quantized model in it, or a repository of the hub such as "user/name" that is one.
         component: which model of a pipeline, such as "transformer_2"; by default the only quantized
             denoiser, or the only quantized component if no denoiser is.
         backend: back end of the quantized layers.
@@ -194,13 +194,13 @@ def load(
             file, the widest one if it mixes several.
 
     Returns:
-        The diffusers model in evaluation mode, with `QuantizedLinear` layers.
+        The model in evaluation mode, with `QuantizedLinear` layers.
 
     Raises:
         CheckpointError: truncated, foreign, changed or mismatched files; or the pipeline has
             several quantized models, and none was named.
-        LoraqError: diffusers is not installed (`loraq.load_into` works without it); or there is no
-            such device, or the dtype is none of floats.
+        LoraqError: the library of the model is not installed (`loraq.load_into` works without it);
+            or there is no such device, or the dtype is none of floats.
     """
     _require_usable(device, dtype)
     home = model_folder(local_path(folder), component, quantized=True)
