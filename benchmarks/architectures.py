@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.encoders import section
 from benchmarks.pages import table
 from benchmarks.record import options, report
 from loraq.integrations.diffusers import transformer_classes
@@ -153,6 +154,7 @@ def page() -> str:
         "configuration. Parts of",
         f"other models ({', '.join(f'`{name}`' for name in PARTS)}) have none.",
     ]
+    lines += section(recipe)
     return "\n".join(lines) + "\n"
 
 

@@ -26,6 +26,7 @@ ROWS = (
     "checkpoint doctor",
     "pipeline",
     "integrations",
+    "transformers",
     "diffusers evaluation",
     "cli",
 )

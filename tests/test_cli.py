@@ -18,8 +18,8 @@ from torch import nn
 
 import loraq
 from loraq.cli import main
+from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
-from loraq.cli.quantize import size_option_value
 from loraq.errors import CheckpointError, LoraqError
 from loraq.recipe import Recipe
 
@@ -82,7 +82,8 @@ def place(tmp_path_factory) -> Path:
     model = small_pixart(torch.float32, num_layers=1)
     model.save_pretrained(place / "float")
     model.save_pretrained(place / "pipeline" / "transformer")
-    (place / "pipeline" / "model_index.json").write_text("{}")
+    index = {"transformer": ["diffusers", "PixArt"], "vae": ["diffusers", "AutoencoderKL"]}
+    (place / "pipeline" / "model_index.json").write_text(json.dumps(index))
     succeeds("quantize", place / "float", place / "quantized", *FAST)
     succeeds("quantize", place / "pipeline", place / "quantized-pipeline", *FAST)
     return place
@@ -397,7 +398,11 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
     assert planned["others"] == []
     kept = [layer for layer in planned["layers"] if layer["scheme"] is None]
     assert all(layer["reason"] for layer in kept)
-    assert planned == document("plan", place / "pipeline", *FAST)
+    of_pipeline = document("plan", place / "pipeline", *FAST)
+    (size,) = of_pipeline["sizes"]
+    assert (size["name"], size["class_name"]) == ("transformer", "PixArt")
+    assert size["nbytes"] < size["nbytes_bf16"]
+    assert planned == of_pipeline | {"sizes": []}
 
 
 def test_a_budget_sets_the_rank(place):

@@ -84,12 +84,15 @@ def test_every_public_name_documents_its_own_members():
             "quantize_",
             [
                 *("model", "recipe", "*effort", "*budget", "*rank", "*modules_to_not_convert"),
-                *("*stats", "*workers", "*progress"),
+                *("*stats", "*components", "*workers", "*progress"),
             ],
         ),
         (
             "absorb_lora",
-            ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"],
+            [
+                *("model", "lora", "source", "*scale", "*component", "*variant", "*target"),
+                *("*overwrite", "*progress"),
+            ],
         ),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
         ("set_activations", ["model", "precision", "*simulate"]),

@@ -185,6 +185,26 @@ def _walk(
         yield prefix + leaf, stack.shape
 
 
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Return every linear layer whose weight another module has too, and the name it has there.
+
+    That is how a language model shares its table of tokens with its output layer. Packed, the two
+    would not be one weight any longer.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner_name, owner in model.named_modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                name = f"{owner_name}.{leaf}" if owner_name else leaf
+                places.setdefault(id(parameter), []).append((owner, name))
+    found = {}
+    for name, layer in linear_layers(model).items():
+        holders = places.get(id(layer._parameters.get("weight")), [])
+        if others := [place for owner, place in holders if owner is not layer]:
+            found[name] = others[0]
+    return found
+
+
 def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shape and kind of every float weight that no linear layer holds, by its name.
 

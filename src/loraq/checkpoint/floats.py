@@ -61,8 +61,9 @@ def forget_quantization(model: nn.Module) -> None:
     if isinstance(config, dict) and "quantization_config" in config:  # of diffusers, frozen
         plain = {name: value for name, value in config.items() if name != "quantization_config"}
         setattr(model, "_internal_dict", type(config)(plain))  # noqa: B010 (a module, says mypy)
-    elif hasattr(config, "quantization_config"):
-        del config.quantization_config
+    elif hasattr(config, "to_diff_dict"):  # of transformers
+        for name in ("quantization_config", "_is_quantized"):
+            vars(config).pop(name, None)
 
 
 def attach_float_methods(model: nn.Module) -> None:

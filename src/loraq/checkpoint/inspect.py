@@ -4,6 +4,7 @@ What each layer is, how two folders differ, and how much memory a folder takes o
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.components import check_components
+from loraq.checkpoint.components import StoredFile, check_components
 from loraq.checkpoint.contents import require_contents
 from loraq.checkpoint.manifest import FILE_NAME, Manifest, StoredLayer
-from loraq.errors import CheckpointError, FormatError, KernelError
+from loraq.checkpoint.model_index import is_pipeline, read_components
+from loraq.errors import CheckpointError, FormatError, KernelError, list_some
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, prepare
 from loraq.linalg import relative_error
 from loraq.packed import PackedStack, PackedWeight
@@ -121,24 +123,77 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
     return differences
 
 
-def inspect_pipeline(folder: Path, manifest: Manifest) -> bool:
-    """Check the other files of the pipeline that a transformer's folder is in.
+@dataclass(frozen=True)
+class Inspected:
+    """What was found in a folder, all of it as it was written."""
 
-    Args:
-        folder: of the transformer.
-        manifest: what is in it.
+    #: By component of a pipeline; of a model's folder the name is "".
+    manifests: dict[str, Manifest]
+    #: The other files of the pipeline, by their path in it.
+    others: dict[str, StoredFile]
+    #: Whether these were checked too; they are not if the folder stands alone.
+    is_checked: bool
 
-    Returns:
-        Whether there are such files and they were checked; they are not if the folder stands alone.
+
+def inspect_folder(path: Path) -> Inspected:
+    """Check a quantized model's folder, or a pipeline's with all that is in it.
+
+    A model's folder in a pipeline lets the rest of the pipeline be checked, too.
 
     Raises:
-        CheckpointError: some are missing or were changed; they are listed.
+        CheckpointError: nothing there is quantized, or files are missing or were changed; they are
+            listed.
     """
-    root = Path(os.path.abspath(folder)).parent
-    if not manifest.components or not (root / "model_index.json").is_file():
-        return False
-    check_components(root, manifest.components)
-    return True
+    if is_pipeline(path):
+        found = find_packed(path)
+        manifests = {name: read_checked(folder) for name, folder in found.items()}
+        return Inspected(manifests, _check_others(path, manifests), True)
+    manifest, root = read_checked(path), Path(os.path.abspath(path)).parent
+    if not manifest.components or not is_pipeline(root):
+        return Inspected({"": manifest}, manifest.components, False)
+    manifests = {
+        name: manifest if folder.samefile(path) else read_checked(folder)
+        for name, folder in find_packed(root).items()
+    }
+    return Inspected({"": manifest}, _check_others(root, manifests), True)
+
+
+def find_packed(root: Path) -> dict[str, Path]:
+    """Return the folders of a pipeline's quantized models, by component.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    components = read_components(root)
+    found = {
+        name: part.folder
+        for name, part in components.items()
+        if part.is_packed or (part.folder / FILE_NAME).is_file()
+    }
+    if found:
+        return found
+    raise CheckpointError(
+        f"'{root}' is not a loraq checkpoint: of its components ({list_some(components)}) none is "
+        "quantized. `loraq quantize SRC DST` makes one."
+    )
+
+
+def _check_others(root: Path, manifests: Mapping[str, Manifest]) -> dict[str, StoredFile]:
+    """Check the files of a pipeline that are not a quantized model's, which has its own manifest.
+
+    Returns:
+        What they hold.
+    """
+    others: dict[str, StoredFile] = {}
+    for manifest in manifests.values():
+        listed = {
+            name: stored
+            for name, stored in manifest.components.items()
+            if name.partition("/")[0] not in manifests and others.get(name) != stored
+        }
+        check_components(root, listed)
+        others |= listed
+    return others
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,22 @@ class Manifest:
         return record
 
 
+def list_files(folder: Path) -> dict[str, StoredFile]:
+    """Return what `loraq.json` says of the files beside it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    listed = read_json(folder / FILE_NAME).get("files")
+    try:
+        files = {name: _parse_file(name, entry) for name, entry in dict(listed or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"'{folder / FILE_NAME}' is damaged: {error} Copy it again."
+        ) from error
+    return {name: StoredFile(*stored) for name, stored in files.items()}
+
+
 def _foreign(folder: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"'{folder}' holds weights that '{FILE_NAME}' does not list: {list_some(names)}. If a "

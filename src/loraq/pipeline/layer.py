@@ -62,6 +62,7 @@ def quantize_layer(
     stats: ActivationStats | None = None,
     *,
     stats_sha256: str = "",
+    prefix: str = "",
 ) -> FinishedLayer:
     """Solve one layer and report on it; of a stack of experts, one after the other.
 
@@ -71,6 +72,7 @@ def quantize_layer(
             holds them.
         stats: of its inputs, for the methods that use them.
         stats_sha256: hash of the statistics, for the report.
+        prefix: what stands before the layer's name in messages and in the report.
 
     Raises:
         LayerError: the layer failed; the message names it, and the expert.
@@ -80,7 +82,7 @@ def quantize_layer(
         try:
             solutions.append(solve_layer(part, matrix, stats))
         except Exception as error:
-            raise layer_failure(part.name, error) from error
+            raise layer_failure(prefix + part.name, error) from error
         digest.update(tensor_bytes(stored))
         dtype = DTYPE_NAMES[stored.dtype]
     packed = (
@@ -90,7 +92,7 @@ def quantize_layer(
     )
     relative_error = root_mean_square([solution.relative_error for solution in solutions])
     report = LayerReport(
-        name=job.name,
+        name=prefix + job.name,
         shape=job.shape,
         scheme=job.scheme,
         relative_error=relative_error,

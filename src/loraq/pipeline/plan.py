@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from loraq.layers import (
     matrix_shapes,
     other_weights,
     require_bare,
+    tied_layers,
 )
 from loraq.methods import Method, layer_seed
 from loraq.recipe import Recipe
@@ -143,6 +144,20 @@ class OtherWeight:
 
 
 @dataclass(frozen=True)
+class ComponentSize:
+    """How large a model of a pipeline is, with all that is in it and not in linear layers."""
+
+    name: str
+    class_name: str
+    #: Bytes of all its weights in bf16.
+    nbytes_bf16: int
+    #: Bytes after the run; `None` if it is left as it is.
+    nbytes: int | None = None
+    #: What they would be if it were quantized; `None` if it is, or if that is not known.
+    if_quantized: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
@@ -152,6 +167,28 @@ class Plan:
     others: tuple[OtherWeight, ...] = ()
     #: What of the source was chosen, decoded or left out: sentences for the user.
     notes: tuple[str, ...] = ()
+    #: Of a pipeline of which several models are quantized: the plan of each, by component.
+    components: Mapping[str, "Plan"] = field(default_factory=dict)
+    #: Of a pipeline that is planned and not quantized: all its models.
+    sizes: tuple[ComponentSize, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def join(cls, plans: Mapping[str, "Plan"], notes: tuple[str, ...] = ()) -> "Plan":
+        """Return the plan of several models: a layer's name begins with `component/` then.
+
+        Args:
+            plans: by component; that of a single model is returned as it is, with the notes.
+            notes: what is to be said of all of them.
+        """
+        if len(plans) == 1:
+            (plan,) = plans.values()
+            return replace(plan, notes=(*plan.notes, *notes))
+        layers, others, of_parts = [], [], []
+        for component, plan in plans.items():
+            layers += [replace(each, name=f"{component}/{each.name}") for each in plan.layers]
+            others += [replace(each, name=f"{component}/{each.name}") for each in plan.others]
+            of_parts += [f"{component}: {note}" for note in plan.notes]
+        return cls(tuple(layers), tuple(others), (*of_parts, *notes), dict(plans))
 
     @classmethod
     def of(
@@ -160,6 +197,7 @@ class Plan:
         recipe: Recipe,
         model_class: str = "",
         inner_models: Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
     ) -> "Plan":
         """Settle the scheme of every layer.
 
@@ -172,13 +210,17 @@ class Plan:
             model_class: class name of the model, which selects the rules of its families.
             inner_models: class names of models that the model holds, by their dotted names; their
                 layers get what they get in a model that stands alone.
+            tied: layers that share their weight, and with what; they stay whatever a rule says.
 
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.
         """
-        inner_models = inner_models or {}
-        layers = []
+        inner_models, tied = inner_models or {}, tied or {}
+        layers: list[LayerJob | KeptLayer] = []
         for name, shape in shapes.items():
+            if name in tied:
+                layers.append(KeptLayer(name, shape, f"shares its weight with '{tied[name]}'"))
+                continue
             place = next((place for place in inner_models if name.startswith(f"{place}.")), None)
             kind, within = (
                 (model_class, "") if place is None else (inner_models[place], f"{place}.")
@@ -187,8 +229,9 @@ class Plan:
         for rule in recipe.rules:
             if not any(map(rule.matches, shapes)):
                 _LOGGER.warning(
-                    "The recipe's rule '%s' matches no linear layer. Is its pattern right?",
+                    "The recipe's rule '%s' matches no linear layer of %s. Is its pattern right?",
                     rule.match,
+                    model_class or "the model",
                 )
         planned = cls(tuple(layers))
         if large := [
@@ -233,7 +276,8 @@ class Plan:
             if sizes[_without_numbers(name)] > least
         )
         model_class, *inner = _find_models(model).items()
-        planned = cls.of(matrix_shapes(model), recipe, model_class[1], dict(inner))
+        shapes, tied = matrix_shapes(model), tied_layers(model)
+        planned = cls.of(shapes, recipe, model_class[1], dict(inner), tied)
         transposed = {name for name, stack in find_stacks(model).items() if stack.transposed}
         layers = tuple(
             replace(layer, transposed=True)

@@ -12,6 +12,8 @@ from loraq.stats import ActivationStats
 
 #: Statistics by layer, or the file they are in.
 Stats = Mapping[str, ActivationStats] | str | Path
+#: Those of several models, by the component that each is of a pipeline.
+StatsByComponent = Mapping[str, Stats]
 
 
 def open_stats(stats: Stats | None) -> Mapping[str, ActivationStats] | None:
@@ -21,6 +23,41 @@ def open_stats(stats: Stats | None) -> Mapping[str, ActivationStats] | None:
         CalibrationError, CheckpointError: it is not a file of statistics.
     """
     return load_stats(stats) if isinstance(stats, str | Path) else stats
+
+
+def split_stats(stats: Stats | StatsByComponent | None, components: list[str]) -> dict[str, Stats]:
+    """Return statistics by component.
+
+    Raises:
+        CalibrationError: they are of a component that is not quantized, or do not say of which.
+    """
+    if stats is None:
+        return {}
+    if isinstance(stats, dict) and any(
+        isinstance(each, str | Path | Mapping) for each in stats.values()
+    ):
+        if wrong := [name for name in stats if name not in components]:
+            raise CalibrationError(
+                f"There are statistics of {list_some(wrong)}, which is not quantized. Components "
+                f"that are: {', '.join(components) or 'none'}."
+            )
+        return stats
+    if len(components) > 1:
+        raise CalibrationError(
+            f"Statistics are of one model, and {len(components)} are quantized: "
+            f"{', '.join(components)}. Give them by component (`--stats NAME=FILE`, "
+            "`stats={NAME: …}`), or quantize one (`--components`)."
+        )
+    return {components[0]: stats}  # type: ignore[dict-item]
+
+
+def only_stats(stats: Stats | StatsByComponent | None) -> Stats | None:
+    """Return the statistics of a model that is no component of a pipeline.
+
+    Raises:
+        CalibrationError: they are given by component.
+    """
+    return split_stats(stats, [""]).get("")
 
 
 def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
