@@ -132,10 +132,10 @@ def _entry(deferred: Deferred, index: int) -> Deferred:
         function, (parts, *rest), kwargs = deferred.made
         axis = kwargs.get("dim", rest[0] if rest else 0)
         if function is torch.stack and axis == 0:
-            return parts[index]  # type: ignore[no-any-return]
+            return parts[index]
         if function is torch.cat and axis > 0:
-            return _note(torch.cat, ([_entry(part, index) for part in parts], axis - 1), {})  # type: ignore[no-any-return]
-    return deferred[index]  # type: ignore[no-any-return]
+            return _note(torch.cat, ([_entry(part, index) for part in parts], axis - 1), {})
+    return deferred[index]
 
 
 def _replace_stand_ins(values: Any, swap: Callable[[Deferred], Tensor]) -> Any:
