@@ -393,3 +393,16 @@ def test_a_pipeline_is_quantized_while_it_loads_by_both_libraries(tmp_path):
         )
     copied = copy.deepcopy(again.text_encoder)
     assert torch.equal(encode(copied), encode(again.text_encoder))
+
+
+def test_what_the_process_has_set_changes_nothing(folder, source):
+    expected = loraq.load(folder)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = loraq.load(folder)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert same(loaded, expected)
+    assert torch.equal(encode(loaded), encode(expected))

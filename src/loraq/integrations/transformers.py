@@ -71,6 +71,7 @@ def transformers_model(config: dict[str, Any], config_file: Path, weights: Path)
             made = transformers.AutoConfig.for_model(str(config.pop("model_type")), **config)
             made.architectures = [name]
             with (
+                torch.device("cpu"),  # whatever the process has set
                 bounded_construction(bound_parameters(weights)),
                 local_torch_dtype(_stored_dtype(weights), name),
                 init_empty_weights(include_buffers=False),
