@@ -34,6 +34,10 @@ class RenamedReader:
         """Return a tensor on the CPU; raises `CheckpointError` if it cannot be read."""
         return self.reader.read(self.stored[name])
 
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Return one entry of the first axis of a tensor."""
+        return self.reader.read_slice(self.stored[name], index)
+
 
 def rename_tensors(
     manifest: Manifest, reader: TensorReader, rename: Callable[[str], str | None]

@@ -131,7 +131,7 @@ class PackedLoading:
                 f"Method '{self.recipe.method}' needs activation statistics, which loading does "
                 "not take. Run `loraq quantize --stats` once and load that."
             ) from error
-        self._jobs = {job.name: job for job in plan.quantized}
+        self._jobs = {job.weight_name: job for job in plan.quantized}
         if not self._jobs:
             raise LoraqError(
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
@@ -158,8 +158,7 @@ class PackedLoading:
 
     def _is_waiting(self, name: str) -> bool:
         """Return whether a tensor is the weight of a layer that is to be packed now."""
-        layer, _, leaf = name.rpartition(".")
-        return leaf == "weight" and layer in self._jobs
+        return name in self._jobs
 
     def _pack(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Solve the layer of a weight on its device, and put the packed one in its place.
@@ -168,18 +167,23 @@ class PackedLoading:
             LayerError: the weight cannot be used, or the layer failed.
             CheckpointError: the weight has another shape than the model's.
         """
-        job = self._jobs.pop(name.rpartition(".")[0])
-        layer = model.get_submodule(job.name)
-        assert is_linear(layer)
-        if weight.shape != layer.weight.shape:
+        job = self._jobs.pop(name)
+        expected = model.get_parameter(name).shape
+        if weight.shape != expected:
             raise CheckpointError(
                 f"'{self._folder}': tensor '{name}' has shape {tuple(weight.shape)}, the model "
-                f"wants {tuple(layer.weight.shape)}."
+                f"wants {tuple(expected)}."
             )
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        require_usable(job.name, layer)
-        finished = quantize_layer(job, matrix_of(layer))
-        replace_layer(model, job.name, finished.build_module(layer, self.recipe))
+        weight = nn.Parameter(weight, requires_grad=False)
+        require_usable(job, weight)
+        if job.is_stack:
+            module = quantize_layer(job, weight).build_module(weight, self.recipe)
+        else:
+            layer = model.get_submodule(job.name)
+            assert is_linear(layer)
+            layer.weight = weight
+            module = quantize_layer(job, matrix_of(layer)).build_module(layer, self.recipe)
+        replace_layer(model, job.name, module)
 
     def _finish(self, model: nn.Module) -> None:
         """Settle what the library leaves open, once all weights are read.
@@ -188,13 +192,12 @@ class PackedLoading:
             CheckpointError: a layer that was to be packed had no weight.
         """
         for name in list(self._jobs):  # those that a library made of others
-            weight = model.get_submodule(name).weight
-            if isinstance(weight, Tensor) and not weight.is_meta and _is_loaded(weight):
-                self._pack(model, f"{name}.weight", weight.detach())
+            weight = model.get_parameter(name)
+            if not weight.is_meta and _is_loaded(weight):
+                self._pack(model, name, weight.detach())
         if self._jobs:
-            raise CheckpointError(
-                f"'{self._folder}' has no weights for these layers: {', '.join(self._jobs)}."
-            )
+            names = ", ".join(job.name for job in self._jobs.values())
+            raise CheckpointError(f"'{self._folder}' has no weights for these layers: {names}.")
         for name, source in self._tied.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))

@@ -247,6 +247,7 @@ def name_in(model: Any) -> Callable[[str], str | None]:
     transformers renames, and leaves out what the model does not have.
     """
     modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix
+    modules |= {name for name, _ in model.named_parameters()}  # stacks of experts take their places
     renamings = renamings_of(model)
 
     def rename(name: str) -> str | None:
