@@ -19,7 +19,7 @@ ROWS = (
     "autocast dense formats json_files options transforms",
     "safetensors scheme linalg state stats",
     "budget packed recipe_names rules",
-    "families kernels",
+    "appended families kernels",
     "methods nn",
     "layers recipe parallel",
     "checkpoint doctor",

@@ -51,7 +51,7 @@ class QuantizedLayer(nn.Module):
     #: What runs the layer now, or `None` until the next call; never part of the state.
     _prepared: Prepared | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options are keyword-only)
         self,
         in_features: int,
         out_features: int,
@@ -60,6 +60,7 @@ class QuantizedLayer(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        appended: int = 0,
     ) -> None:
         """Make an empty layer to load into.
 
@@ -70,12 +71,13 @@ class QuantizedLayer(nn.Module):
             bias: whether there is a bias, the only tensor of `dtype`.
             device: of all parameters.
             dtype: of the bias, and without one of `weight` too; `None` is fp32 for `weight`.
+            appended: as for `Scheme.check`.
 
         Raises:
             SchemeError: the scheme does not fit the shape.
         """
         nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
-        scheme.check((out_features, in_features))
+        scheme.check((out_features, in_features), appended=appended)
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
         for name, stored in scheme.storage((out_features, in_features)).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
@@ -96,8 +98,9 @@ class QuantizedLayer(nn.Module):
         The bias is taken over as it is, a `Parameter` stays the same object. `dtype` is that of
         `weight` where there is no bias.
         """
-        n_out, n_in = packed.shape
-        layer = cls(n_in, n_out, packed.scheme, bias=False, device="meta", dtype=dtype)
+        (n_out, n_in), scheme = packed.shape, packed.scheme
+        rank = scheme.branch.rank if scheme.branch else 0  # whatever it is, it is there
+        layer = cls(n_in, n_out, scheme, bias=False, device="meta", dtype=dtype, appended=rank)
         for name, tensor in packed.tensors.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)

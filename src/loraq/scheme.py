@@ -127,15 +127,20 @@ class Scheme:
         """Return the bytes that a weight of shape (out, in) takes, scales counted, bias not."""
         return self.weight_format.nbytes(shape) + (self.branch.nbytes(shape) if self.branch else 0)
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raise `SchemeError` unless a weight of this shape can be stored this way."""
+    def check(self, shape: tuple[int, ...], *, appended: int = 0) -> None:
+        """Raise `SchemeError` unless a weight of this shape can be stored this way.
+
+        Args:
+            shape: (out, in).
+            appended: how much of the rank is that of LoRAs, which come on top of any rank.
+        """
         if len(shape) != 2 or min(shape) < 1:
             raise SchemeError(f"Weight has shape {tuple(shape)}. A matrix (out, in) is required.")
         if self.branch and self.branch.rank == 0:
             raise SchemeError(
                 "The branch has no rank yet (0). Give it one, or let a budget choose: `with_rank`."
             )
-        if self.branch and self.branch.rank > min(shape):
+        if self.branch and self.branch.rank - appended > min(shape):
             raise SchemeError(
                 f"Branch rank {self.branch.rank} is larger than min(out, in) of shape "
                 f"{tuple(shape)}. Use a rank of at most {min(shape)}, or skip this layer."

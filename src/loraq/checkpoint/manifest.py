@@ -11,10 +11,12 @@ from typing import Any, get_type_hints
 
 import torch
 
+from loraq.appended import Stack
 from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
 from loraq.json_files import read_json, write_json
+from loraq.nn import QuantizedLayer
 from loraq.regular_file import is_plain_name
 from loraq.safetensors.header import read_header
 from loraq.safetensors.selection import is_model_weights, select_weights
@@ -53,6 +55,11 @@ class StoredLayer:
     #: `Manifest.recipes`.
     record: dict[str, Any]
 
+    @property
+    def stack(self) -> Stack:
+        """What its branch is made of."""
+        return Stack.of(self.record, self.scheme)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -65,6 +72,27 @@ class Manifest:
     tied: dict[str, str]
     #: Other files of the pipeline that the folder is in, by their path from the folder above.
     components: dict[str, StoredFile] = field(default_factory=dict)
+
+    @classmethod
+    def of_layers(
+        cls,
+        layers: Mapping[str, QuantizedLayer],
+        tied: dict[str, str],
+        components: Mapping[str, StoredFile],
+    ) -> "Manifest":
+        """Return what stands in the manifest of a model with these layers."""
+        recipes: list[dict[str, Any]] = []
+        stored = {}
+        for name, layer in layers.items():
+            record = dict(layer.record)
+            recipe = record.pop("recipe", None)
+            if recipe is not None:
+                if recipe not in recipes:
+                    recipes.append(recipe)
+                record["recipe"] = recipes.index(recipe)
+            shape = layer.out_features, layer.in_features
+            stored[name] = StoredLayer(shape, layer.scheme, record)
+        return cls(stored, recipes, tied, dict(components))
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -201,10 +229,14 @@ def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
             scheme | {"branch": branch and Branch(**_take_fields(branch, Branch, of))}, Scheme, of
         )
     )
-    built.check((shape[0], shape[1]))
     record = {key: value for key, value in entry.items() if key not in ("shape", "scheme")}
     _check_record(record, n_recipes, of)
-    return StoredLayer((shape[0], shape[1]), built, record)
+    layer = StoredLayer((shape[0], shape[1]), built, record)
+    try:
+        layer.stack.check(built, layer.shape)
+    except ValueError as error:
+        raise ValueError(f"{of}: {error}") from error
+    return layer
 
 
 def _check_record(record: dict[str, Any], n_recipes: int, of: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraq.checkpoint.components import StoredFile
 from loraq.checkpoint.contents import require_numbers, require_ties
 from loraq.checkpoint.fit import require_kind, require_names
-from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.origin import require_origin_kept
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import CheckpointError, KernelError, SchemeError
@@ -97,23 +97,14 @@ def write_model(
                 f"Tensor '{name}' is {tensor.dtype}, which is no weight without its scale and "
                 "could not be loaded. Cast it to 16 bits first."
             )
-    recipes: list[dict[str, object]] = []
-    stored = {}
-    for name, layer in require_quantized(model).items():
-        record = dict(layer.record)
-        recipe = record.pop("recipe", None)
-        if recipe is not None:
-            if recipe not in recipes:
-                recipes.append(recipe)
-            record["recipe"] = recipes.index(recipe)
-        stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
+    manifest = Manifest.of_layers(require_quantized(model), tied, components or {})
     config = model_config(model)
     stem = ".".join(part for part in (weights_stem(config), variant) if part)
     files = write_shards(tensors, folder, stem, shard_bytes)
     if config:
         raw = write_json(folder / "config.json", config)
         files["config.json"] = hashlib.sha256(raw).hexdigest()
-    Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
+    manifest.write(folder, files)
 
 
 def require_quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -342,6 +333,7 @@ def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> Quant
             bias=old.bias is not None,
             device="meta",
             dtype=weight.dtype,
+            appended=stored.stack.appended,
         )
     except (SchemeError, KernelError) as error:
         raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error

@@ -6,6 +6,7 @@ import click
 
 from loraq.cli.command import command
 from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.errors import show
 
 
 @command
@@ -52,6 +53,15 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
     click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
+    loras: dict[str, list[float]] = {}
+    for layer in manifest.layers.values():
+        for part in layer.stack.loras:
+            loras.setdefault(part.name, []).append(part.scale)
+    for lora, scales in loras.items():
+        click.echo(
+            f"LoRA '{show(lora)}' at scale {scales[0]:g} is appended to {len(scales)} layers; the "
+            "errors are those without it."
+        )
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
             f"{with_stats} of them were made with activation statistics: their error counts "

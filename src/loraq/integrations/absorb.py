@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loraq.appended import KEY
 from loraq.checkpoint.apart import require_apart
-from loraq.checkpoint.folder import file_sha256, require_free
+from loraq.checkpoint.folder import require_free
 from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
-from loraq.integrations.lora import Adapter, Lora, find_lora_file
+from loraq.integrations.lora import Adapter, Lora, find_lora_file, read_lora
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLayer
 from loraq.options import checked
@@ -21,7 +22,6 @@ from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
-from loraq.safetensors.header import read_header
 from loraq.safetensors.reader import ShardReader
 
 
@@ -105,7 +105,7 @@ def _absorb(
 ) -> Absorbed:
     require_own_weights(source_path, transformer_folder(source_path))
     folder = float_folder(source_path)
-    (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
+    (lora, lora_sha256), source = read_lora(lora_path, model), ShardReader(folder)
     mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)
     quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
@@ -145,17 +145,6 @@ def _absorb(
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
 
 
-def _read_lora(path: str | Path, model: nn.Module) -> tuple[Lora, str]:
-    """Return a LoRA, and the hash of the file that it is in."""
-    file = find_lora_file(Path(path))
-    read_header(file)  # a file that is not one is not hashed for minutes
-    before = file_sha256(file)
-    lora = Lora.read(path, model)
-    if file_sha256(lora.file) != before:
-        raise CheckpointError(f"'{lora.file}' changed while it was read. Try again.")
-    return lora, before
-
-
 def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
     """Return the layers that a LoRA touches.
 
@@ -190,6 +179,11 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
 
 
 def _require_recipe(name: str, layer: QuantizedLayer) -> Recipe:
+    if KEY in layer.record:
+        raise LayerError(
+            f"LoRAs were appended to layer '{name}', which absorbing would lose. Remove them first "
+            "(`loraq.remove_lora`), absorb, and append them again."
+        )
     if not {"recipe", "source_sha256", "source_dtype"} <= layer.record.keys():
         raise LayerError(
             f"Layer '{name}' does not say how it was made. Quantize the model again with "
