@@ -94,12 +94,12 @@ def test_several_are_removed_in_any_order(fmt, base):
     scheme = Scheme("mxfp4", "bf16", None if base == "none" else Branch(9, fmt))
     before = solve(scheme, torch.zeros(N_OUT, N_IN) if base == "zeros" else None)
     loras = {name: lora(rank, rank) for name, rank in (("a", 3), ("b", 8), ("c", 17))}
+    full, full_stack, branch = before, bare(before), Branch(0, fmt)
+    for name, factors in loras.items():
+        part = Part(name, "0" * 64, 1.0, 0, factors[0].shape[1])
+        full, full_stack, _ = append(full, full_stack, part, branch, factors)
     for order in permutations(loras):
-        packed, stack, branch = before, bare(before), Branch(0, fmt)
-        for name, factors in loras.items():
-            part = Part(name, "0" * 64, 1.0, 0, factors[0].shape[1])
-            packed, stack, _ = append(packed, stack, part, branch, factors)
-        left = dict(loras)
+        packed, stack, left = full, full_stack, dict(loras)
         for name in order:
             packed, stack = remove(packed, stack, name)
             del left[name]

@@ -156,7 +156,11 @@ def measure(name: str, source: Path, file: Path, change: Tensor, repeats: int) -
 
 def main() -> None:
     """Print one row for each recipe and way."""
-    chosen = options(__doc__, steps=(60, "steps of training the LoRA (default: 60)"))
+    chosen = options(
+        __doc__,
+        steps=(60, "steps of training the LoRA (default: 60)"),
+        recipes=(RECIPES, "recipes to measure (default: every precision of the branch)"),
+    )
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "negative.safetensors"
         train(file, chosen.steps)
@@ -170,7 +174,7 @@ def main() -> None:
         source = digits.assets_folder() / "transformer"
         rows = [
             row | {"change": share}
-            for name in RECIPES
+            for name in chosen.recipes
             for row in measure(name, source, file, change, chosen.repeats)
         ]
     report(rows, save=chosen.save)
