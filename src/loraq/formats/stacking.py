@@ -16,7 +16,7 @@ from loraq.formats.block import BlockFormat, QTensor
 from loraq.formats.packing import pack, unpack
 from loraq.formats.scales import safe_divisor, view_bytes
 
-#: The scale rule of what is added; of all rules it leaves the least error (docs/log.md).
+#: The scale rule of what is added: of all rules, the one that leaves the least error.
 RULE = "search"
 
 
