@@ -8,6 +8,7 @@ import pytest
 import loraq
 
 PUBLIC = [
+    "ActivationSchedule",
     "ActivationStats",
     "Branch",
     "Budget",
@@ -36,6 +37,7 @@ PUBLIC = [
     "remove_lora",
     "save",
     "save_stats",
+    "set_activations",
     "set_backend",
 ]
 
@@ -97,6 +99,7 @@ def test_every_public_name_documents_its_own_members():
         ),
         ("remove_lora", ["model", "name", "*target", "*overwrite", "*progress"]),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
+        ("set_activations", ["model", "precision", "*simulate"]),
         ("set_backend", ["model", "name"]),
     ],
 )

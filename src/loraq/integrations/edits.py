@@ -305,6 +305,7 @@ def _build(change: Change, packed: PackedWeight | None) -> nn.Module:
     else:
         new = kind.from_packed(packed, old.bias, dtype=dtype)
     if isinstance(old, QuantizedLayer):
+        new.ask_activations(old.activations, simulate=old.simulate)
         new.ask_backend(old._asked, strict=old._strict)
         new.record = {key: value for key, value in old.record.items() if key != KEY}
     nbytes = change.scheme.nbytes(weights.shape)
