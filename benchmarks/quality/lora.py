@@ -159,11 +159,13 @@ def main() -> None:
     chosen = options(
         __doc__,
         steps=(60, "steps of training the LoRA (default: 60)"),
+        lora=("", "file to keep the trained LoRA in, which a later run reads"),
         recipes=(RECIPES, "recipes to measure (default: every precision of the branch)"),
     )
     with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "negative.safetensors"
-        train(file, chosen.steps)
+        file = Path(chosen.lora or Path(place) / "negative.safetensors")
+        if not file.exists():
+            train(file, chosen.steps)
         model = digits.load_transformer(torch.float32)
         exact = digits.velocity_probe(model)
         fuse(model, file)
