@@ -287,8 +287,9 @@ def _fit(
     largest = there.norm(dim=-1).amax().item() if rank else 0.0
     gain = down.norm(dim=-1).amax().item() / largest if largest > 0 else 1.0
     if branch.proj_up.global_scale is not None:
-        gains = [gain * 2.0 ** (step / 2) for step in range(-_HALF_OCTAVES, _HALF_OCTAVES + 1)]
-        gain = min(gains, key=lambda gain: _product_error(branch, up, down, gain))
+        steps = range(-_HALF_OCTAVES, _HALF_OCTAVES + 1)
+        tried = [gain * 2.0 ** (step / 2) for step in steps]
+        gain = min(tried, key=lambda gain: _product_error(branch, up, down, gain))
     return up * gain, down / gain
 
 

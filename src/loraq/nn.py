@@ -123,7 +123,8 @@ class QuantizedLayer(nn.Module):
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
         shape = self.out_features, self.in_features
-        scheme.check(shape, appended=self._scheme.branch.rank if self._scheme.branch else 0)
+        beyond = max(0, self._scheme.branch.rank - min(shape)) if self._scheme.branch else 0
+        scheme.check(shape, appended=beyond)
         PackedWeight.from_tensors(dict(self.named_parameters(recurse=False)), scheme, shape)
         self._scheme, self._prepared = scheme, None
 
