@@ -327,6 +327,19 @@ def test_state_and_back_ends_follow_and_adapters_go_on_top(folder, lora):
     assert type(plain.get_submodule(KEPT)) is nn.Linear
 
 
+def test_the_precision_of_activations_stays_and_a_kept_layer_is_never_rounded(folder, lora):
+    quantized = loraq.load(folder)
+    loraq.set_activations(quantized, "a8", simulate=True)
+    loraq.append_lora(quantized, lora, progress=False)
+    layer, kept = (quantized.get_submodule(name) for name in (TOUCHED[0], KEPT))
+    assert (layer.activations, layer.simulate) == ("a8", True)
+    loraq.set_activations(quantized, "a8", simulate=True)
+    x = torch.randn(9, kept.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        exact = torch.nn.functional.linear(x.float(), kept.reconstruct(), kept.bias.float())
+        assert (kept(x).float() - exact).norm() < 0.005 * exact.norm()
+
+
 def test_from_pretrained_and_save_pretrained_know_it(folder, lora, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     import loraq.diffusers
@@ -408,6 +421,7 @@ def test_what_is_asked_wrongly(model, folder, lora, tmp_path):
         ),
         (lambda: loraq.append_lora(folder, lora, target=folder), "Source and target are both"),
         (lambda: loraq.append_lora(quantized, tmp_path, name="b"), "is not a LoRA"),
+        (lambda: loraq.append_lora(object(), lora), "Cannot change a object"),
         (lambda: loraq.remove_lora(quantized, "none"), "No LoRA 'none' .* There are: style"),
         (lambda: loraq.remove_lora(loraq.load(folder), "style"), "There is none at all"),
     ):

@@ -105,7 +105,7 @@ def append_lora(  # noqa: PLR0913 (options are keyword-only)
         CheckpointError: the LoRA or a folder cannot be used. Nothing was changed.
         LayerError: the model has not all layers of the LoRA, or in other shapes; it has a LoRA of
             this name, or adapters; or a layer cannot take the LoRA. Nothing was changed.
-        LoraqError: the scale or the name is none.
+        LoraqError: the scale or the name is none, or it is neither a model nor a folder.
     """
     requests = [Request(lora, scale, name)]
     return append_loras(model, requests, target=target, overwrite=overwrite, progress=progress)

@@ -21,7 +21,7 @@ from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.model import insert_empty_layers, require_quantized
 from loraq.checkpoint.partial import atomic_folder, require_no_run
 from loraq.checkpoint.streamed import write_streamed
-from loraq.errors import CheckpointError, LayerError, layer_failure
+from loraq.errors import CheckpointError, LayerError, LoraqError, layer_failure
 from loraq.formats import get_format
 from loraq.integrations.diffusers import empty_model, transformer_folder
 from loraq.layers import LinearLayer, bare_model, find_places, quantized_class, swap
@@ -123,6 +123,7 @@ def edit(  # noqa: PLR0913 (options are keyword-only)
     Raises:
         CheckpointError: a folder cannot be used. Nothing was changed.
         LayerError: the plan cannot be made or a layer cannot be changed. Nothing was changed.
+        LoraqError: it is neither a model nor a folder.
     """
     if isinstance(model, nn.Module):
         if target is not None:
@@ -130,6 +131,11 @@ def edit(  # noqa: PLR0913 (options are keyword-only)
                 f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
             )
         return _edit_model(bare_model(model), plan, verb, progress)
+    if not isinstance(model, str | Path):
+        raise LoraqError(
+            f"Cannot change a {type(model).__name__}. Give a model, such as `pipeline.transformer`, "
+            "or a quantized folder."
+        )
     if target is None:
         raise CheckpointError(
             f"'{model}' is not changed in place. Give the new folder as `target`."
