@@ -116,7 +116,7 @@ def test_a_training_step_keeps_packed_bytes_and_no_decoded_weight():
 def tensors_in_memory() -> dict[int, int]:
     """Bytes of every storage that a tensor of Python holds, by its address."""
     gc.collect()
-    # Of these types alone: others are stand-ins of a compiler, and have no memory. `isinstance` would
+    # Of these types alone: others are stand-ins of a compiler, without memory. `isinstance` would
     # ask the objects, some of which import what they stand for.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     real = [t for t in tensors if not t.is_mkldnn and t.device.type == "cpu" and not t.is_sparse]
