@@ -133,8 +133,8 @@ def edit(  # noqa: PLR0913 (options are keyword-only)
         return _edit_model(bare_model(model), plan, verb, progress)
     if not isinstance(model, str | Path):
         raise LoraqError(
-            f"Cannot change a {type(model).__name__}. Give a model, such as `pipeline.transformer`, "
-            "or a quantized folder."
+            f"Cannot change a {type(model).__name__}. Give a quantized model, such as "
+            "`pipeline.transformer`, or a folder."
         )
     if target is None:
         raise CheckpointError(
