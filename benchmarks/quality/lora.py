@@ -8,8 +8,8 @@ LoRA's product added to its weights. `change error` is ‖Δ_quantized − Δ_fl
 what the LoRA does to the velocity; `output error` is that of the quantized model without any LoRA,
 which the change error has to be read against. `product` is the mean over the layers of ‖ΔW − U D‖ /
 ‖ΔW‖, where the LoRA is stored by itself. `forward` is one pass of 256 images, against that of the
-quantized model without the LoRA, and `bytes` what the model takes more than without it: a layer that
-is kept in fp32 here, and holds bf16 numbers, shrinks when a LoRA is appended to it.
+quantized model without the LoRA, and `bytes` what the model takes more than without it: a layer
+that is kept in fp32 here, and holds bf16 numbers, shrinks when a LoRA is appended to it.
 """
 
 import copy
