@@ -118,11 +118,6 @@ class Stack:
                 f"The LoRAs {wide} have a rank larger than min(out, in) of shape {shape}."
             )
 
-    @property
-    def appended(self) -> int:
-        """How much of the rank is that of LoRAs."""
-        return self.loras[-1].end - self.rank if self.loras else 0
-
     def note(self) -> dict[str, Any]:
         """Return the stack as a layer's record has it."""
         noted: dict[str, Any] = {"rank": self.rank, "loras": [asdict(part) for part in self.loras]}

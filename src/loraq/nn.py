@@ -4,6 +4,7 @@ Each is what it takes the place of, an `nn.Linear` or an `nn.Conv2d`, for everyo
 class, reads its `weight` or its sizes.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -43,18 +44,21 @@ class QuantizedLayer(nn.Module):
     weight_packed: nn.Parameter
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
+    #: What follows the layer's name in that of the float weight.
+    weight_leaf = "weight"
+    #: Axes of `weight` before (out, in): how many experts are stacked.
+    _experts: tuple[int, ...] = ()
     #: Axes of `weight` after (out, in).
     _pixel: tuple[int, ...] = ()
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
-    #: Precision of activations that is asked for, and whether it is simulated where a device gains
-    #: nothing from it.
+    #: Precision of activations that is asked for; whether it is simulated where it gains nothing.
     activations: str
     simulate: bool
-    #: What runs the layer now, or `None` until the next call; never part of the state.
-    _prepared: Prepared | None
+    #: What runs the layer now (`Prepared`), or `None` until the next call; never part of the state.
+    _prepared: Any
 
-    def __init__(  # noqa: PLR0913 (options are keyword-only)
+    def __init__(
         self,
         in_features: int,
         out_features: int,
@@ -63,7 +67,6 @@ class QuantizedLayer(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        appended: int = 0,
     ) -> None:
         """Make an empty layer to load into.
 
@@ -74,15 +77,14 @@ class QuantizedLayer(nn.Module):
             bias: whether there is a bias, the only tensor of `dtype`.
             device: of all parameters.
             dtype: of the bias, and without one of `weight` too; `None` is fp32 for `weight`.
-            appended: as for `Scheme.check`.
 
         Raises:
             SchemeError: the scheme does not fit the shape.
         """
         nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
-        scheme.check((out_features, in_features), appended=appended)
+        scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
-        for name, stored in scheme.storage((out_features, in_features)).items():
+        for name, stored in scheme.storage(self.packed_shape).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = (
@@ -99,16 +101,20 @@ class QuantizedLayer(nn.Module):
     ) -> Self:
         """Return the layer that stores a packed weight, on its device.
 
-        The bias is taken over as it is, a `Parameter` stays the same object. `dtype` is that of
-        `weight` where there is no bias.
+        The bias is taken over as it is. `dtype` is that of `weight` where there is no bias.
         """
-        (n_out, n_in), scheme = packed.shape, packed.scheme
-        rank = scheme.branch.rank if scheme.branch else 0  # whatever it is, it is there
-        layer = cls(n_in, n_out, scheme, bias=False, device="meta", dtype=dtype, appended=rank)
+        (n_out, n_in), main = packed.shape, Scheme(packed.scheme.weight)
+        layer = cls(n_in, n_out, main, bias=False, device="meta", dtype=dtype)
+        layer._scheme = packed.scheme  # LoRAs may have raised its rank beyond min(out, in)
         for name, tensor in packed.tensors.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """(out, in); of stacked experts (experts, out, in)."""
+        return *self._experts, self.out_features, self.in_features
 
     @property
     def scheme(self) -> Scheme:
@@ -122,10 +128,8 @@ class QuantizedLayer(nn.Module):
 
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
-        shape = self.out_features, self.in_features
-        beyond = max(0, self._scheme.branch.rank - min(shape)) if self._scheme.branch else 0
-        scheme.check(shape, appended=beyond)
-        PackedWeight.from_tensors(dict(self.named_parameters(recurse=False)), scheme, shape)
+        scheme.check((self.out_features, self.in_features))
+        self._read_packed(scheme, dict(self.named_parameters(recurse=False)))
         self._scheme, self._prepared = scheme, None
 
     @property
@@ -206,16 +210,18 @@ class QuantizedLayer(nn.Module):
     @property
     def kept_nbytes(self) -> int:
         """Bytes that the back end keeps now beside the stored ones."""
-        if self._prepared is None:
-            return 0
-        return self._prepared.backend.kept_nbytes(self._prepared.operands, self.packed)
+        prepared = self._prepared
+        return prepared.backend.kept_nbytes(prepared.operands, self.packed) if prepared else 0
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is stored: a view of the layer's parameters."""
-        shape = self.out_features, self.in_features
-        stored = {name: getattr(self, name).detach() for name in self.scheme.storage(shape)}
-        return PackedWeight.from_tensors(stored, self.scheme, shape)
+        names = self.scheme.storage(self.packed_shape)
+        stored = {name: getattr(self, name).detach() for name in names}
+        return self._read_packed(self.scheme, stored)
+
+    def _read_packed(self, scheme: Scheme, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        return PackedWeight.from_tensors(tensors, scheme, (self.out_features, self.in_features))
 
     @property
     def nbytes(self) -> int:
@@ -317,7 +323,7 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        mark_packed(destination, prefix[:-1])
+        mark_packed(destination, prefix[:-1], self.weight_leaf)
 
     def _load_from_state_dict(
         self,
@@ -330,18 +336,13 @@ class QuantizedLayer(nn.Module):
         self._prepared = None
         # Copied into a parameter, or assigned as one, other numbers would pass for bytes.
         for name, parameter in self.named_parameters(recurse=False):
-            found = state_dict.get(prefix + name)
-            if (
-                isinstance(found, Tensor)
-                and parameter.dtype == torch.uint8
-                and found.dtype != torch.uint8
-            ):
+            found, raw = state_dict.get(prefix + name), torch.uint8
+            if isinstance(found, Tensor) and parameter.dtype == raw and found.dtype != raw:
                 raise KernelError(
                     f"Tensor '{prefix}{name}' of the state is of {found.dtype}. Raw bytes (uint8) "
                     "are required. Load what a quantized layer saved."
                 )
-        metadata = {**local_metadata}
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata}, *args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add or replace a parameter, as an assignment does.

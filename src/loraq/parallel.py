@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 
 from loraq.autocast import cast_input, without_autocast
 from loraq.errors import KernelError
+from loraq.experts import QuantizedExperts
 from loraq.formats import BlockFormat, Format
 from loraq.kernels.base import decode_one, round_activation
 from loraq.nn import QuantizedLayer
@@ -178,7 +179,7 @@ def _sum_over_ranks(y: Tensor, group: Any) -> Tensor:
 
 
 def _require_quantized(module: nn.Module) -> QuantizedLayer:
-    if not isinstance(module, QuantizedLayer):
+    if not isinstance(module, QuantizedLayer) or isinstance(module, QuantizedExperts):
         raise KernelError(
             f"A loraq parallel style was given a {type(module).__name__}. It splits "
             "QuantizedLinear layers only: use torch's own styles for the layers that are not "

@@ -4,6 +4,7 @@ Formats are named, not passed as objects, so that a scheme is plain data: it com
 travels through TOML, JSON and a checkpoint's manifest as it is.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from loraq.errors import SchemeError
@@ -123,32 +124,34 @@ class Scheme:
             parts["proj_up"] = (branch.weight_format, (n_out, branch.rank))
         return parts
 
-    def storage(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that store a weight (out, in), by disk name."""
+    def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the `uint8` tensors that store a weight (out, in), by disk name.
+
+        Those of stacked experts, (experts, out, in), are the same with that axis in front.
+        """
+        *experts, n_out, n_in = shape
         return {
-            f"{part}_{name}": stored
-            for part, (fmt, matrix) in self.parts(shape).items()
+            f"{part}_{name}": (*experts, *stored)
+            for part, (fmt, matrix) in self.parts((n_out, n_in)).items()
             for name, stored in fmt.storage(matrix).items()
         }
 
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        """Return the bytes that a weight of shape (out, in) takes, scales counted, bias not."""
-        return self.weight_format.nbytes(shape) + (self.branch.nbytes(shape) if self.branch else 0)
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that a weight takes, scales counted, bias not.
 
-    def check(self, shape: tuple[int, ...], *, appended: int = 0) -> None:
-        """Raise `SchemeError` unless a weight of this shape can be stored this way.
-
-        Args:
-            shape: (out, in).
-            appended: how much of the rank is that of LoRAs, which come on top of any rank.
+        Its shape is (out, in), or (experts, out, in).
         """
+        return sum(map(math.prod, self.storage(shape).values()))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise `SchemeError` unless a weight of this shape can be stored this way."""
         if len(shape) != 2 or min(shape) < 1:
             raise SchemeError(f"Weight has shape {tuple(shape)}. A matrix (out, in) is required.")
         if self.branch and self.branch.rank == 0:
             raise SchemeError(
                 "The branch has no rank yet (0). Give it one, or let a budget choose: `with_rank`."
             )
-        if self.branch and self.branch.rank - appended > min(shape):
+        if self.branch and self.branch.rank > min(shape):
             raise SchemeError(
                 f"Branch rank {self.branch.rank} is larger than min(out, in) of shape "
                 f"{tuple(shape)}. Use a rank of at most {min(shape)}, or skip this layer."

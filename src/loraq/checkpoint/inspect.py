@@ -13,11 +13,11 @@ from torch import Tensor
 
 from loraq.checkpoint.components import check_components
 from loraq.checkpoint.contents import require_contents
-from loraq.checkpoint.manifest import FILE_NAME, Manifest
+from loraq.checkpoint.manifest import FILE_NAME, Manifest, StoredLayer
 from loraq.errors import CheckpointError, FormatError, KernelError
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, prepare
 from loraq.linalg import relative_error
-from loraq.packed import PackedWeight
+from loraq.packed import PackedStack, PackedWeight
 from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader
 
@@ -27,8 +27,8 @@ class LayerDifference:
     """How far a layer of one folder is from the same layer of another."""
 
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: ‖A − B‖_F / ‖A‖_F.
     relative_error: float
 
@@ -58,10 +58,20 @@ class DenseWeights:
     @property
     def quantized(self) -> list[str]:
         """Names of the quantized layers."""
-        return list(self.manifest.layers) if self.manifest else []
+        return list(self.layers)
 
-    def read(self, layer: str) -> Tensor:
-        """Return the effective weight of a layer, (out, in) in fp32.
+    @property
+    def layers(self) -> dict[str, StoredLayer]:
+        """The quantized layers."""
+        return self.manifest.layers if self.manifest else {}
+
+    def read(self, layer: str, like: StoredLayer | None = None) -> Tensor:
+        """Return the effective weight of a layer, (out, in) in fp32; of a stack (experts, out, in).
+
+        Args:
+            layer: its name.
+            like: the layer where it is quantized, which knows whether it is a stack and how that
+                lies; without it, it is none.
 
         Raises:
             CheckpointError: the folder has no such layer, or its weight is no matrix of finite
@@ -69,7 +79,8 @@ class DenseWeights:
         """
         if self.manifest is not None and layer in self.manifest.layers:
             return _read_packed(self.reader, self.manifest, layer).reconstruct()
-        name = f"{layer}.weight"
+        is_stack = like is not None and like.is_stack
+        name = layer if is_stack else f"{layer}.weight"
         weight, dtype = self.reader.read(name), self.reader.dtype(name)
         if weight.dim() < 2 or not weight.numel() or dtype not in FLOATS:
             raise CheckpointError(
@@ -81,6 +92,8 @@ class DenseWeights:
                 f"'{self.folder}': '{name}' has values that are not finite numbers. Repair the "
                 "file, or download it again."
             )
+        if like is not None and is_stack:
+            return weight.float().mT if like.transposed else weight.float()
         return weight.float().flatten(1)  # a 1×1 convolution's is (out, in, 1, 1)
 
 
@@ -97,12 +110,14 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
         raise CheckpointError(f"Neither '{a}' nor '{b}' is quantized: there is nothing to compare.")
     differences = []
     for name in names:
-        x, y = first.read(name), second.read(name)
+        stack = next(made[name] for made in (first.layers, second.layers) if name in made)
+        x, y = first.read(name, stack), second.read(name, stack)
         if x.shape != y.shape:
             raise CheckpointError(
                 f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'."
             )
-        differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), relative_error(x, y)))
+        error = relative_error(x.flatten(0, -2), y.flatten(0, -2))
+        differences.append(LayerDifference(name, tuple(x.shape), error))
     return differences
 
 
@@ -174,12 +189,15 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
         counted |= set(_find_stored(manifest, layer).values())
         nbytes += packed.nbytes
         for name in names:
-            try:
-                prepared = prepare(name, packed, dtype)
-            except KernelError:
-                refused[name] += 1
-                prepared = prepare(DEFAULT_BACKEND, packed, dtype)
-            kept[name] += prepared.backend.kept_nbytes(prepared.operands, packed)
+            refuses = False
+            for matrix in packed.matrices:
+                try:
+                    prepared = prepare(name, matrix, dtype)
+                except KernelError:
+                    refuses = True
+                    prepared = prepare(DEFAULT_BACKEND, matrix, dtype)
+                kept[name] += prepared.backend.kept_nbytes(prepared.operands, matrix)
+            refused[name] += refuses
     others = sum(
         spec.nbytes
         for header in reader.files.values()
@@ -209,12 +227,16 @@ def _open_checked(folder: Path) -> tuple[Manifest, ShardReader]:
     return manifest, reader
 
 
-def _read_packed(reader: ShardReader, manifest: Manifest, layer: str) -> PackedWeight:
+def _read_packed(reader: ShardReader, manifest: Manifest, layer: str) -> PackedWeight | PackedStack:
     stored = manifest.layers[layer]
     names = _find_stored(manifest, layer)
     tensors = {part: reader.read(name) for part, name in names.items()}
     try:
-        return PackedWeight.from_tensors(tensors, stored.scheme, stored.shape)
+        if stored.is_stack:
+            n_experts, n_out, n_in = stored.shape
+            return PackedStack.from_tensors(tensors, stored.scheme, (n_experts, n_out, n_in))
+        n_out, n_in = stored.shape
+        return PackedWeight.from_tensors(tensors, stored.scheme, (n_out, n_in))
     except FormatError as error:
         raise CheckpointError(f"'{reader.folder}': layer '{layer}': {error}") from error
 

@@ -15,6 +15,7 @@ from loraq.appended import Stack
 from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
+from loraq.experts import QuantizedExperts
 from loraq.json_files import read_json, write_json
 from loraq.nn import QuantizedLayer
 from loraq.regular_file import is_plain_name
@@ -48,12 +49,19 @@ _HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Sch
 class StoredLayer:
     """One quantized layer of a folder."""
 
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     scheme: Scheme
     #: What `quantize_` noted: errors, seconds, source hash, and the recipe's index in
     #: `Manifest.recipes`.
     record: dict[str, Any]
+    #: Whether the model has a stack of experts as (experts, in, out).
+    transposed: bool = False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts, which one parameter of the model holds."""
+        return len(self.shape) == 3
 
     @property
     def stack(self) -> Stack:
@@ -90,8 +98,8 @@ class Manifest:
                 if recipe not in recipes:
                     recipes.append(recipe)
                 record["recipe"] = recipes.index(recipe)
-            shape = layer.out_features, layer.in_features
-            stored[name] = StoredLayer(shape, layer.scheme, record)
+            transposed = isinstance(layer, QuantizedExperts) and layer.transposed
+            stored[name] = StoredLayer(layer.packed_shape, layer.scheme, record, transposed)
         return cls(stored, recipes, tied, dict(components))
 
     @property
@@ -114,10 +122,7 @@ class Manifest:
             "versions": {"loraq": __version__, "torch": torch.__version__},
             "recipes": self.recipes,
             "tied": self.tied,
-            "layers": {
-                name: {"shape": list(layer.shape), "scheme": asdict(layer.scheme), **layer.record}
-                for name, layer in self.layers.items()
-            },
+            "layers": {name: _describe_layer(layer) for name, layer in self.layers.items()},
             "files": {
                 file: {"bytes": (folder / file).stat().st_size, "sha256": sha256}
                 for file, sha256 in files.items()
@@ -215,13 +220,19 @@ def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]
     return Manifest(layers, recipes, tied, components), files
 
 
+def _describe_layer(layer: StoredLayer) -> dict[str, Any]:
+    entry = {"shape": list(layer.shape), "scheme": asdict(layer.scheme), **layer.record}
+    return entry | {"transposed": layer.transposed} if layer.is_stack else entry
+
+
 def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
     of = f"layer '{name}'"
     if not isinstance(entry, dict):
         raise ValueError(f"{of} is {entry!r}, not a table.")
     shape = _take(entry, "shape", list, of)
-    if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
-        raise ValueError(f"{of} has the shape {shape}; (out, in) is required.")
+    if len(shape) not in (2, 3) or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+        raise ValueError(f"{of} has the shape {shape}; (out, in) is required, or those of experts.")
+    transposed = len(shape) == 3 and _take_flag(entry, "transposed", of)
     scheme = _take(entry, "scheme", dict, of)
     branch = _take(scheme, "branch", dict | None, f"the scheme of {of}")
     built = Scheme(
@@ -229,11 +240,12 @@ def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
             scheme | {"branch": branch and Branch(**_take_fields(branch, Branch, of))}, Scheme, of
         )
     )
-    record = {key: value for key, value in entry.items() if key not in ("shape", "scheme")}
+    own = {"shape", "scheme", *(["transposed"] if len(shape) == 3 else [])}
+    record = {key: value for key, value in entry.items() if key not in own}
     _check_record(record, n_recipes, of)
-    layer = StoredLayer((shape[0], shape[1]), built, record)
+    layer = StoredLayer(tuple(shape), built, record, transposed)
     try:
-        layer.stack.check(built, layer.shape)
+        layer.stack.check(built, (shape[-2], shape[-1]))
     except ValueError as error:
         raise ValueError(f"{of}: {error}") from error
     return layer
@@ -276,6 +288,13 @@ def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"'{key}' of {of} is {value!r}.")
     return value
+
+
+def _take_flag(table: dict[str, Any], key: str, of: str) -> bool:
+    """Return the value of a key that must be there, true or false."""
+    if not isinstance(table.get(key), bool):
+        raise ValueError(f"'{key}' of {of} is {table.get(key)!r}; true or false is required.")
+    return bool(table[key])
 
 
 def _check_size(path: Path, size: int) -> None:

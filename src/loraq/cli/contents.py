@@ -1,5 +1,6 @@
 """`loraq inspect`, `compare`, `formats` and `methods`: look at what is there."""
 
+import math
 from pathlib import Path
 
 import click
@@ -47,9 +48,9 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         scheme, branch, size = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
-        shape, seen = f"{layer.shape[0]}×{layer.shape[1]}", activation_of(scheme)
+        shape, seen = "×".join(map(str, layer.shape)), activation_of(scheme)
         rows.append((name, shape, scheme.weight, seen, side, size_of(size), error))
-        nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
+        nbytes, weights = nbytes + size, weights + math.prod(layer.shape)
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
     click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
@@ -120,7 +121,7 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
         ]
         print_json({"mean_relative_error": mean, "layers": layers})
         return
-    rows = [(d.name, f"{d.shape[0]}×{d.shape[1]}", f"{d.relative_error:.4f}") for d in differences]
+    rows = [(d.name, "×".join(map(str, d.shape)), f"{d.relative_error:.4f}") for d in differences]
     print_table(("layer", "out×in", "error"), rows)
     click.echo(f"Mean relative error of {len(rows)} layers: {mean:.4f}.")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loraq.appended import Part, Stack, append, branch_for, remove
 from loraq.errors import LayerError, LoraqError, list_some
+from loraq.experts import QuantizedExperts
 from loraq.integrations.edits import Change, Place, edit
 from loraq.integrations.lora import Adapter, Lora, find_lora_file, name_of, read_lora
 from loraq.layers import is_linear, matrix_of, quantized_layers
@@ -310,7 +311,7 @@ def _find_layers(model: nn.Module, lora: Lora) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     for name, adapter in lora.adapters.items():
         module = modules[name]
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer) and not isinstance(module, QuantizedExperts):
             shape = module.out_features, module.in_features
         elif is_linear(module):
             shape = tuple(matrix_of(module).shape)  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.model import insert_empty_layers, require_quantized
 from loraq.checkpoint.partial import atomic_folder, require_no_run
+from loraq.checkpoint.places import empty_layer
 from loraq.checkpoint.streamed import write_streamed
 from loraq.errors import CheckpointError, LayerError, LoraqError, layer_failure
 from loraq.formats import get_format
@@ -303,13 +304,11 @@ def _build(change: Change, packed: PackedWeight | None) -> nn.Module:
             new.weight = nn.Parameter(values)
         new.bias = old.bias
         return new
-    kind = quantized_class(old)
     if packed is None:
-        appended = change.stack.appended
-        new = kind(n_in, n_out, change.scheme, bias=False, device="meta", appended=appended)
+        new = empty_layer(old, change.scheme, weights.shape, dtype, bias=False)
         new.bias = old.bias
     else:
-        new = kind.from_packed(packed, old.bias, dtype=dtype)
+        new = quantized_class(old).from_packed(packed, old.bias, dtype=dtype)
     if isinstance(old, QuantizedLayer):
         new.ask_activations(old.activations, simulate=old.simulate)
         new.ask_backend(old._asked, strict=old._strict)
@@ -369,6 +368,10 @@ class _EditedReader:
             done = self.done[change.name]
             self._show(len(self.done), len(self._changes), change.name, _worst(done))
         return self._made[1][leaf]
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first axis."""
+        return self.read(name)[index]
 
     def _find(self, name: str) -> tuple[Change | None, str]:
         layer, _, leaf = name.rpartition(".")
