@@ -36,12 +36,14 @@ OF_MEMORY = (PARENT, PARENT_ALIAS, LINKED)
 OF_PICTURE = (SAME, CHILD, ALIAS)
 
 WRITING = {
-    "commands": {"quantize", "stats", "absorb-lora", "demo"},
+    "commands": {"quantize", "stats", "absorb-lora", "append-lora", "remove-lora", "demo"},
     "calls": {
         "absorb_lora",
+        "append_lora",
         "collect_pipeline_stats",
         "collect_stats",
         "quantize_checkpoint",
+        "remove_lora",
         "save",
         "save_stats",
     },
@@ -154,6 +156,14 @@ WRITERS = [
     Writer("absorb_lora: lora", lambda a, b, c: absorbs(model=c, lora=a, source=c, target=b),
            NAMES["lora"]),
     Writer("absorb_lora: source", lambda a, b, c: absorbs(model=c, lora=c, source=a, target=b)),
+    Writer("append-lora: model", lambda a, b, c: cli("append-lora", a, c, b, "--overwrite")),
+    Writer("append-lora: second lora",
+           lambda a, b, c: cli("append-lora", c, c, a, b, "--overwrite"), NAMES["lora"]),
+    Writer("append_lora: model", lambda a, b, c: loraq.append_lora(a, c, target=b, **IN_PLACE)),
+    Writer("append_lora: lora", lambda a, b, c: loraq.append_lora(c, a, target=b, **IN_PLACE),
+           NAMES["lora"]),
+    Writer("remove-lora: model", lambda a, b, c: cli("remove-lora", a, "x", b, "--overwrite")),
+    Writer("remove_lora: model", lambda a, b, c: loraq.remove_lora(a, "x", target=b, **IN_PLACE)),
     Writer("stats: pipeline", lambda a, b, c: cli("stats", a, b, "--overwrite")),
     Writer("stats: prompts", lambda a, b, c: cli("stats", c, b, "--prompts", a, "--overwrite"),
            "prompts.txt"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
     from loraq.integrations.activations import ActivationSchedule, set_activations
+    from loraq.integrations.append import append_lora, remove_lora
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
     from loraq.integrations.models import quantize, quantize_
@@ -46,6 +47,7 @@ _HOMES = {
     "Rule": "loraq.rules",
     "Scheme": "loraq.scheme",
     "absorb_lora": "loraq.integrations.absorb",
+    "append_lora": "loraq.integrations.append",
     "collect_pipeline_stats": "loraq.integrations.pipelines",
     "collect_stats": "loraq.pipeline.collect",
     "dequantize_": "loraq.checkpoint.floats",
@@ -58,6 +60,7 @@ _HOMES = {
     "quantize_": "loraq.integrations.models",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
     "quantize_weight": "loraq.pipeline.module",
+    "remove_lora": "loraq.integrations.append",
     "save": "loraq.checkpoint",
     "save_stats": "loraq.checkpoint.stats_file",
     "set_activations": "loraq.integrations.activations",
@@ -78,6 +81,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "append_lora",
     "collect_pipeline_stats",
     "collect_stats",
     "dequantize_",
@@ -90,6 +94,7 @@ __all__ = [
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",
+    "remove_lora",
     "save",
     "save_stats",
     "set_activations",

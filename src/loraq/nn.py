@@ -101,11 +101,11 @@ class QuantizedLayer(nn.Module):
     ) -> Self:
         """Return the layer that stores a packed weight, on its device.
 
-        The bias is taken over as it is, a `Parameter` stays the same object. `dtype` is that of
-        `weight` where there is no bias.
+        The bias is taken over as it is. `dtype` is that of `weight` where there is no bias.
         """
-        n_out, n_in = packed.shape
-        layer = cls(n_in, n_out, packed.scheme, bias=False, device="meta", dtype=dtype)
+        (n_out, n_in), main = packed.shape, Scheme(packed.scheme.weight)
+        layer = cls(n_in, n_out, main, bias=False, device="meta", dtype=dtype)
+        layer._scheme = packed.scheme  # LoRAs may have raised its rank beyond min(out, in)
         for name, tensor in packed.tensors.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)

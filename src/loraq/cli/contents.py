@@ -85,6 +85,15 @@ def _show_layers(manifest: "Manifest") -> None:
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
     click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
+    loras: dict[str, list[float]] = {}
+    for layer in manifest.layers.values():
+        for part in layer.stack.loras:
+            loras.setdefault(part.name, []).append(part.scale)
+    for lora, scales in loras.items():
+        click.echo(
+            f"LoRA '{show(lora)}' at scale {scales[0]:g} is appended to {len(scales)} layers; the "
+            "errors are those without it."
+        )
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
             f"{with_stats} of them were made with activation statistics: their error counts "
