@@ -98,6 +98,20 @@ FUNCTIONS = {
         "overwrite": FLAG,
         "progress": FLAG,
     },
+    loraq.append_lora: {
+        "scale": {"-1", "0", "1.5"},
+        "name": TEXT | {"None"},
+        "component": TEXT | {"None"},
+        "target": TEXT | {"None"},
+        "overwrite": FLAG,
+        "progress": FLAG,
+    },
+    loraq.remove_lora: {
+        "component": TEXT | {"None"},
+        "target": TEXT | {"None"},
+        "overwrite": FLAG,
+        "progress": FLAG,
+    },
     loraq.collect_stats: {
         "second_moment": FLAG,
         "max_tokens": {"None"},

@@ -98,9 +98,9 @@ def test_every_public_name_documents_its_own_members():
         ),
         (
             "append_lora",
-            ["model", "lora", "scale", "*name", "*target", "*overwrite", "*progress"],
+            ["model", "lora", "scale", "*name", "*component", "*target", "*overwrite", "*progress"],
         ),
-        ("remove_lora", ["model", "name", "*target", "*overwrite", "*progress"]),
+        ("remove_lora", ["model", "name", "*component", "*target", "*overwrite", "*progress"]),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
         ("set_activations", ["model", "precision", "*simulate"]),
         ("set_backend", ["model", "name"]),

@@ -14,7 +14,7 @@ from loraq.checkpoint.model_index import is_pipeline
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, model_folder, save_beside
-from loraq.integrations.edits import Folder
+from loraq.integrations.folders import Folder
 from loraq.integrations.lora import Adapter, Lora, find_lora_file, read_lora
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLayer

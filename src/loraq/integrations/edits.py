@@ -16,16 +16,15 @@ from loraq.appended import KEY, Stack
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.folder import require_free
-from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.model import insert_empty_layers, require_quantized
-from loraq.checkpoint.model_index import is_pipeline, list_apart, read_components
 from loraq.checkpoint.partial import atomic_folder, require_no_run
 from loraq.checkpoint.places import empty_layer
 from loraq.checkpoint.streamed import write_streamed
 from loraq.errors import CheckpointError, LayerError, LoraqError, layer_failure
 from loraq.formats import get_format
-from loraq.integrations.diffusers import empty_model, model_folder
+from loraq.integrations.diffusers import empty_model
+from loraq.integrations.folders import Folder
 from loraq.layers import LinearLayer, bare_model, find_places, quantized_class, swap
 from loraq.nn import QuantizedLayer
 from loraq.packed import PackedWeight
@@ -33,7 +32,6 @@ from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES
 from loraq.safetensors.reader import TensorReader
-from loraq.safetensors.selection import WEIGHT_FILES
 from loraq.scheme import Scheme
 from loraq.state import answer_for_weights
 
@@ -167,36 +165,6 @@ def _edit_model(
     swap(find_places(model, new))
     answer_for_weights(model, [n for n, layer in new.items() if isinstance(layer, QuantizedLayer)])
     return done
-
-
-class Folder(NamedTuple):
-    """The folder of a quantized model, and the rest of the pipeline that it is in."""
-
-    path: Path
-    #: Its name in the pipeline, "" for a model that stands alone.
-    component: str
-    #: The pipeline's other files, by their path in it.
-    others: dict[str, Path]
-
-    @classmethod
-    def find(cls, root: Path, component: str | None) -> "Folder":
-        """Find the model that is meant.
-
-        Raises:
-            CheckpointError: there is no such one, it is not clear which is meant, or links lead out
-                of the folder.
-        """
-        if not is_pipeline(root):
-            folder = model_folder(root, component)
-            require_own_weights(root, folder)
-            return cls(folder, "", {})
-        components = read_components(root)
-        for part in components.values():
-            require_own_weights(root, part.folder)
-        folder = model_folder(root, component, quantized=True)
-        apart = list_apart(root, components, WEIGHT_FILES)
-        others = find_files(root, without={folder.name, *apart})
-        return cls(folder, folder.name, others)
 
 
 def _edit_folder(
