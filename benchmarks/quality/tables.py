@@ -153,9 +153,6 @@ ABLATIONS: dict[str, Table] = {
     ),
     f"Ablations, W4A4, {WITH}": with_statistics(
         Contender("LoRaQ, fast", "int4-a4+w4a8"),
-        Contender(
-            "branch not fitted to the noise", "int4-a4+w4a8", options={"answer_noise": False}
-        ),
         Contender("noise not filtered", "int4-a4+w4a8", options={"activation_aware": False}),
     ),
 }

@@ -28,6 +28,7 @@ noise to filter, one more of them is the branch that leaves the filter the least
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -109,9 +110,6 @@ class LoRaQ(Method):
     importance_damping: Annotated[float, Range(0, 1e9)] = 0.3
     #: With full second moments: `GPTQ.damping` of the last rounding.
     feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
-    #: With full second moments and rounded activations: whether the branch of which the noise
-    #: filter makes the most is a candidate.
-    answer_noise: bool = True
 
     @classmethod
     def at(cls, effort: str) -> "LoRaQ":
@@ -135,8 +133,12 @@ class LoRaQ(Method):
         refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.to_balanced())), seed)
         start = self._prepare(svd, noise, seed)
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
-        candidates = [(refined, "fitted"), (start, self.scale_rule), (none, "fitted")]
-        if self.answer_noise and inputs.rounds_with_feedback and noise.main > noise.branch:
+        candidates: list[tuple[Factors, RuleName | None]] = [
+            (refined, "fitted"),
+            (start, self.scale_rule),
+            (none, "fitted"),
+        ]
+        if inputs.rounds_with_feedback and noise.main > noise.branch:
             # A branch that sees more than the main path is better than none, and this one best.
             answer = self._prepare(inputs.best_branch(weight, svd, seed), noise, seed)
             candidates[2] = (answer, self.scale_rule)
@@ -192,7 +194,7 @@ class LoRaQ(Method):
         scheme: Scheme,
         noise: ActivationNoise,
         inputs: Inputs,
-        branches: list[tuple[Factors, str | None]],
+        branches: Sequence[tuple[Factors, RuleName | None]],
     ) -> Fit:
         """Store the best in J of some factors, each with its scale rule, and of plain rounding.
 
@@ -205,8 +207,8 @@ class LoRaQ(Method):
             rest = weight - candidate.reconstruct()
             candidates.append((candidate, inputs.round(rest, main, self.scale_rule)))
         if inputs.rounds_with_feedback:  # which is mostly, but not always, better
-            zeros = (torch.zeros_like(factor) for factor in branches[0][0])
-            none = quantize_branch(*zeros, branch, "fitted")
+            up, down = (torch.zeros_like(factor) for factor in branches[0][0])
+            none = quantize_branch(up, down, branch, "fitted")
             candidates.append((none, main.quantize(weight, self.scale_rule)))
         errors, objectives = [], []
         for candidate, stored in candidates:
