@@ -151,6 +151,10 @@ ABLATIONS: dict[str, Table] = {
         Contender("no feedback", "int4-a16+w6a6", options={"feedback_damping": 1e6}),
         Contender("effort default", "int4-a16+w6a6", effort="default"),
     ),
+    f"Ablations, W4A4, {WITH}": with_statistics(
+        Contender("LoRaQ, fast", "int4-a4+w4a8"),
+        Contender("noise not filtered", "int4-a4+w4a8", options={"activation_aware": False}),
+    ),
 }
 
 SIDES = (0, 16, 32, 64, 128)
