@@ -99,7 +99,6 @@ FUNCTIONS = {
         "progress": FLAG,
     },
     loraq.append_lora: {
-        "scale": {"-1", "0", "1.5"},
         "name": TEXT | {"None"},
         "component": TEXT | {"None"},
         "target": TEXT | {"None"},
