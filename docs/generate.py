@@ -42,6 +42,12 @@ def formats_page() -> str:
         "its scale.",
         "",
         *table(headings, map(format_cells, FORMATS), "l" * len(headings)),
+        "The block scales of `nvfp4` go down to e4m3's subnormal 2⁻⁹ under the global scale. "
+        "torchao clamps them to its",
+        "smallest normal number 2⁻⁶: where a block is that small beside the matrix's largest "
+        "value, its bytes differ from ours",
+        "and hold less of the block.",
+        "",
         "A suffix `_b<size>` sets another block size for integers: `int8_b64`, `int4_b32`.",
         "",
         "## Recipe names",
