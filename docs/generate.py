@@ -13,6 +13,7 @@ import benchmarks.quality.page
 import benchmarks.speed.page
 from benchmarks import architectures
 from benchmarks.pages import table
+from benchmarks.quality import ledger
 from benchmarks.results import read
 from loraq.cli import main
 from loraq.formats import FORMATS, BlockFormat, get_format
@@ -97,7 +98,7 @@ if __name__ == "__main__":
         "cli.md": cli_page(),
         "architectures.md": architectures.page(),
         "performance.md": benchmarks.speed.page.page(records),
-        "quality.md": benchmarks.quality.page.page(records),
+        "quality.md": benchmarks.quality.page.page(records, ledger.read()),
     }
     stale = [
         name
@@ -109,4 +110,4 @@ if __name__ == "__main__":
     for name, text in pages.items():
         (HERE / name).write_text(text)
     # Not compared: another version of the drawing library draws other paths.
-    benchmarks.quality.page.draw(records, HERE / "quality.svg")
+    benchmarks.quality.page.draw(ledger.read(), HERE / "quality.svg")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from benchmarks.quality import ledger
 from benchmarks.quality.row import ModelRow
 from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS
+from loraq.evaluation.contender import Contender
 
 #: Two-sided 95 % quantile of Student's t by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -34,12 +35,10 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
     return chosen
 
 
-def is_declared(row: object, group: str) -> bool:
-    """Whether a row, or a contender, is the one that its table is judged by."""
-    return (getattr(row, "label", ""), getattr(row, "recipe", "")) == (
-        "LoRaQ",
-        COMPARISONS[group].declared,
-    )
+def is_declared(row: Contender | ModelRow, group: str) -> bool:
+    """Whether a row is the one that its table is judged by."""
+    comparison = COMPARISONS.get(group)
+    return comparison is not None and (row.label, row.recipe) == ("LoRaQ", comparison.declared)
 
 
 def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:

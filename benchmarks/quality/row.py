@@ -41,7 +41,8 @@ class ModelRow(Row):
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Return a row from its record."""
-        errors, seeds = tuple(record["velocity_errors"]), tuple(record.get("seeds", ()))
+        errors = tuple(record["velocity_errors"])
+        seeds = tuple(record.get("seeds", range(len(errors))))
         return super().from_record({**record, "velocity_errors": errors, "seeds": seeds})
 
     @classmethod
@@ -50,6 +51,4 @@ class ModelRow(Row):
         errors = [line["velocity_error"] for line in lines]
         seeds = [line["seed"] for line in lines]
         pictures = next((line for line in lines if "psnr_db" in line), {})
-        return cls.from_record(
-            {**pictures, **lines[0], "velocity_errors": errors, "seeds": seeds}
-        )
+        return cls.from_record({**pictures, **lines[0], "velocity_errors": errors, "seeds": seeds})

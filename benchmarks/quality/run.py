@@ -243,7 +243,9 @@ def measure(job: Job, place: Path) -> dict[str, Any] | None:
         divide_inputs(model, factors)
     if contender.finish:
         contender.finish(model)
-    optimized = [layer.metrics["optimized"] for layer in done.layers if "optimized" in layer.metrics]
+    optimized = [
+        layer.metrics["optimized"] for layer in done.layers if "optimized" in layer.metrics
+    ]
     found: dict[str, Any] = {
         "velocity_error": relative_error(
             exact.velocities[job.seed], world.probe(model, seed=job.seed)

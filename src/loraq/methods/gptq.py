@@ -23,10 +23,10 @@ from loraq.stats import ActivationStats
 @register
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Round with error feedback through the second moment; a branch is SVDQuant's, one-shot
-    unless `rounds` says otherwise.
+    """Round with error feedback through the second moment; a branch is SVDQuant's.
 
-    Without a branch it rounds all of the weight. `metrics` holds "output_error".
+    It is one-shot unless `rounds` says otherwise. Without a branch the method
+    rounds all of the weight. `metrics` holds "output_error".
     """
 
     name = "gptq"
