@@ -220,11 +220,11 @@ def _of_world(name: str, place: Path) -> tuple[nn.Module, Exact]:
 
 def measure(job: Job, place: Path) -> dict[str, Any] | None:
     """Return what becomes of the model in one row with one seed; `None` if that is known."""
-    trained, exact = _of_world(job.world, place)
     world, contender = WORLDS[job.world], job.contender
     fingerprint = ledger.fingerprint(contender, world.budget, job.effort)
     if fingerprint == job.known:
         return None
+    trained, exact = _of_world(job.world, place)
     recipe = contender.to_recipe(budget=world.budget, effort=job.effort)
     if contender.adapt:
         recipe = contender.adapt(trained, recipe)
