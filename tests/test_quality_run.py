@@ -15,6 +15,7 @@ from benchmarks.quality.smoothing import divide_inputs, smooth
 from benchmarks.quality.tables import COMPARISONS
 from benchmarks.worlds.matrices import gaussian, outlier_columns
 from benchmarks.worlds.world import WORLDS
+from loraq.evaluation.contender import simulate
 from loraq.pipeline.module import quantize_
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -66,6 +67,7 @@ def test_smoothed_layers_divide_their_inputs_and_lose_less():
             model, x, exact, factor, _ = smoothed(way)
             factors = {"0": factor}
         quantize_(model, Recipe.of(Scheme("int8", "int4")), progress=False)
+        simulate(model)
         divide_inputs(model, factors)
         errors.append(((model(x) - exact).norm() / exact.norm()).item())
     assert errors[1] < errors[0]

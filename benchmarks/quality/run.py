@@ -47,7 +47,7 @@ from benchmarks.quality.smoothing import divide_inputs, smooth
 from benchmarks.quality.tables import CONTENDERS, QUALIFYING, SEEDS, TEXT_SIDE, all_tables
 from benchmarks.record import environment, options
 from benchmarks.worlds.world import OWN_SAMPLES, WORLDS, World
-from loraq.evaluation.contender import Contender
+from loraq.evaluation.contender import Contender, simulate
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
 from loraq.pipeline.module import plan_model, quantize_
@@ -239,6 +239,7 @@ def measure(job: Job, place: Path) -> dict[str, Any] | None:
     before = reset_peak()
     done = quantize_(model, recipe, stats=stats, progress=False)
     grown = peak_kib() - before
+    simulate(model)
     if factors:
         divide_inputs(model, factors)
     if contender.finish:

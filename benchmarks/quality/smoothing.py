@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from loraq.evaluation.contender import simulate
 from loraq.layers import linear_layers, quantized_layers
 from loraq.methods import RTN, SVDQuant
 from loraq.nn import QuantizedLinear
@@ -73,5 +74,6 @@ def _error(
     method = RTN() if scheme.branch is None else SVDQuant()
     solution = method.solve(weight * factor, scheme)
     layer = QuantizedLinear.from_packed(solution.packed)
+    simulate(layer)
     with torch.no_grad():
         return (layer(tokens / factor) - tokens @ weight.mT).norm().item()

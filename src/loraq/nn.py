@@ -22,13 +22,12 @@ from loraq.kernels import (
     reconstruct,
     resolve_backend,
 )
+from loraq.layer_input import require_input
 from loraq.packed import PackedWeight
+from loraq.precision import schemes_at
 from loraq.scheme import Scheme
 from loraq.state import mark_packed
 from loraq.transforms import rotate
-
-#: What a layer takes: what `nn.Linear` takes in one dtype or another.
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class QuantizedLayer(nn.Module):
@@ -48,6 +47,10 @@ class QuantizedLayer(nn.Module):
     _pixel: tuple[int, ...] = ()
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
+    #: Precision of activations that is asked for, and whether it is simulated where a device gains
+    #: nothing from it.
+    activations: str
+    simulate: bool
     #: What runs the layer now, or `None` until the next call; never part of the state.
     _prepared: Prepared | None
 
@@ -85,6 +88,7 @@ class QuantizedLayer(nn.Module):
         )
         self.record = {}
         self.weight_dtype = dtype or torch.float32
+        self.ask_activations("stored")
         self.ask_backend(DEFAULT_BACKEND, strict=False)
 
     @classmethod
@@ -129,11 +133,11 @@ class QuantizedLayer(nn.Module):
         """
         if self._prepared is not None:
             return self._prepared.backend.name
-        return choose(self._asked, *self.spec, strict=self._strict).name
+        return choose(self._asked, self.spec, strict=self._strict).name
 
     @backend.setter
     def backend(self, name: str) -> None:
-        choose(resolve_backend(name), *self.spec, strict=name != DEFAULT_BACKEND)
+        choose(resolve_backend(name), self.spec, strict=name != DEFAULT_BACKEND)
         self.ask_backend(name, strict=name != DEFAULT_BACKEND)
 
     def ask_backend(self, name: str, *, strict: bool) -> None:
@@ -146,11 +150,21 @@ class QuantizedLayer(nn.Module):
         """
         self._asked, self._strict, self._prepared = resolve_backend(name), strict, None
 
+    def ask_activations(self, precision: str, *, simulate: bool = False) -> None:
+        """Run the stored bytes with activations of a precision; see `loraq.set_activations`.
+
+        Raises:
+            KernelError: there is no such precision.
+        """
+        schemes_at(self._scheme, precision)
+        self.activations, self.simulate, self._prepared = precision, simulate, None
+
     @property
     def spec(self) -> LayerSpec:
-        """What a back end is chosen by: scheme, (out, in), device."""
+        """What a back end is chosen by: what is to be run, (out, in), device."""
         shape = self.out_features, self.in_features
-        return LayerSpec(self.scheme, shape, self.weight_packed.device)
+        schemes = schemes_at(self._scheme, self.activations)
+        return LayerSpec(schemes, shape, self.weight_packed.device, self.simulate)
 
     def prepare(self, dtype: torch.dtype) -> Prepared:
         """Make, keep and return the operands for inputs of `dtype`; else the first call does.
@@ -160,7 +174,7 @@ class QuantizedLayer(nn.Module):
         """
         # What is kept must also serve calls with gradients, and without autocast.
         with torch.inference_mode(False), without_autocast(self.weight_packed.device):
-            prepared = prepare(self._asked, self.packed, dtype, strict=self._strict)
+            prepared = prepare(self._asked, self.packed, dtype, self.spec, strict=self._strict)
         self._prepared = prepared
         return prepared
 
@@ -259,7 +273,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             KernelError: x is no float of 16, 32 or 64 bits, or its last axis is not `in_features`.
         """
-        self._require_input(x, -1)
+        require_input(x, -1, self.in_features)
         x = cast_input(x)
         if torch.compiler.is_compiling():
             self._prepare_untraced(x.dtype)
@@ -267,24 +281,11 @@ class QuantizedLayer(nn.Module):
         if not self._suits(prepared, x.dtype):
             # Not read back from the layer: another thread may have put its own there, or none.
             prepared = self.prepare(x.dtype)
-        backend, operands = prepared.backend, prepared.operands
+        backend, operands, scheme = prepared.backend, prepared.operands, prepared.scheme
         with without_autocast(x.device):  # inside, every product has the dtype it needs
             if not backend.keeps_operands:
-                operands = backend.prepare(self.packed, x.dtype)
-            return backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
-
-    def _require_input(self, x: Tensor, axis: int) -> None:
-        """Raise `KernelError` for an input that no linear layer of this width takes."""
-        if x.dtype not in INPUT_DTYPES:
-            raise KernelError(
-                f"The input of a quantized layer is of {x.dtype}. It takes floats: "
-                f"{', '.join(str(dtype) for dtype in INPUT_DTYPES)}. Cast the input."
-            )
-        if x.dim() < -axis or x.shape[axis] != self.in_features:
-            raise KernelError(
-                f"The input of a quantized layer has shape {tuple(x.shape)}. Axis {axis} must have "
-                f"the layer's {self.in_features} input channels."
-            )
+                operands = backend.prepare(self.packed, scheme, x.dtype)
+            return backend.linear(rotate(x, scheme.rotation), operands, scheme, self.bias)
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
@@ -387,7 +388,7 @@ class QuantizedConv1x1(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
         Raises:
             KernelError: as for `QuantizedLinear`, of the third axis from the end.
         """
-        self._require_input(x, -3)
+        require_input(x, -3, self.in_features)
         # Free in SANA; and the sums do not depend on the layout.
         pixels = x.movedim(-3, -1).contiguous()
         y = super().forward(pixels).movedim(-1, -3)

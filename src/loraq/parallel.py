@@ -151,7 +151,8 @@ class _Side(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, branch: Branch) -> None:
         super().__init__()
-        self.branch = branch
+        # Without rounding nothing depends on what is summed first.
+        self.branch = branch if layer.simulate else Branch(branch.rank, branch.weight)
         stored = layer.packed.branch
         assert stored is not None
         self.proj_down = nn.Parameter(

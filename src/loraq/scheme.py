@@ -7,7 +7,7 @@ travels through TOML, JSON and a checkpoint's manifest as it is.
 from dataclasses import dataclass, replace
 
 from loraq.errors import SchemeError
-from loraq.formats import Format, get_format
+from loraq.formats import CastFormat, Format, get_format
 from loraq.options import check_fields
 
 
@@ -105,6 +105,14 @@ class Scheme:
         """Return the scheme with the same weights that leaves all activations as they are."""
         branch = self.branch and replace(self.branch, activation="bf16", intermediate=None)
         return replace(self, activation="bf16", branch=branch, rotation=0)
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether no activation is rounded."""
+        formats = [self.activation_format]
+        if branch := self.branch:
+            formats += [branch.activation_format, branch.intermediate_format]
+        return all(isinstance(fmt, CastFormat) for fmt in formats)
 
     def parts(self, shape: tuple[int, int]) -> dict[str, tuple[Format, tuple[int, int]]]:
         """Return format and shape of each matrix that stores a weight (out, in), by disk name."""

@@ -10,6 +10,7 @@ from correlated_inputs import correlated, output_error, stats_of
 from torch import Tensor
 
 from benchmarks.worlds.matrices import dit_like, gaussian
+from loraq.evaluation.contender import simulate
 from loraq.methods import GPTQ, LQER, QERA, LoRaQ, SVDQuant
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
@@ -21,7 +22,9 @@ SCHEME = Scheme("mxfp4", "mxint8", Branch(16, "mxint8", "mxint8", "int8"))
 def run_error(weight: Tensor, solution: LayerSolution, x: Tensor) -> float:
     """Relative output error with activations rounded."""
     exact = x @ weight.mT
-    return ((QuantizedLinear.from_packed(solution.packed)(x) - exact).norm() / exact.norm()).item()
+    layer = QuantizedLinear.from_packed(solution.packed)
+    simulate(layer)
+    return ((layer(x) - exact).norm() / exact.norm()).item()
 
 
 def intermediate_error(weight: Tensor, solution: LayerSolution, x: Tensor) -> float:

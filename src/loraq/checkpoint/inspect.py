@@ -5,6 +5,7 @@ What each layer is, how two folders differ, and how much memory a folder takes o
 
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from loraq.checkpoint.components import check_components
 from loraq.checkpoint.contents import require_contents
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.errors import CheckpointError, FormatError, KernelError
-from loraq.kernels import BACKENDS, prepare
+from loraq.kernels import BACKENDS, DEFAULT_BACKEND, prepare
 from loraq.linalg import relative_error
 from loraq.packed import PackedWeight
 from loraq.safetensors.header import FLOATS
@@ -127,16 +128,17 @@ def inspect_pipeline(folder: Path, manifest: Manifest) -> bool:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a loaded model on one back end."""
+    """Bytes of a loaded model on one back end, or before it was quantized."""
 
+    #: Name of the back end, or `FLOAT`.
     backend: str
     #: Packed weights of the quantized layers.
     packed: int
-    #: What the back end keeps beside them.
+    #: What is kept beside them; of the float model, their weights in 16 bits.
     kept: int
     #: Everything that is not quantized.
     others: int
-    #: Layers that the back end refuses; they are counted on `resident`.
+    #: Layers that the back end refuses; they are counted on the automatic choice.
     refused: int
 
     @property
@@ -145,32 +147,38 @@ class Memory:
         return self.packed, self.kept, self.others, self.packed + self.kept + self.others
 
     @property
-    def multiple(self) -> float:
-        """All bytes for each byte that is stored."""
-        return self.parts[-1] / max(1, self.packed + self.others)
+    def total(self) -> int:
+        """All bytes."""
+        return self.parts[-1]
+
+
+#: What stands for the model before it was quantized, in a list of `Memory`.
+FLOAT = "float"
 
 
 def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Memory]:
     """Return the memory of a quantized folder on every back end, for activations of `dtype`.
 
-    One layer is in memory at a time. Memory of activations is not counted.
+    First stands the float model, its linear layers in 16 bits, and then the automatic choice. One
+    layer is in memory at a time. Memory of activations is not counted.
 
     Raises:
         CheckpointError: as `read_checked` says.
     """
     manifest, reader = _open_checked(folder)
-    nbytes, kept, refused = 0, dict.fromkeys(BACKENDS, 0), dict.fromkeys(BACKENDS, 0)
+    names = (DEFAULT_BACKEND, *BACKENDS)
+    nbytes, kept, refused = 0, dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     counted: set[str] = set()
     for layer in manifest.layers:
         packed = _read_packed(reader, manifest, layer)
         counted |= set(_find_stored(manifest, layer).values())
         nbytes += packed.nbytes
-        for name in BACKENDS:
+        for name in names:
             try:
                 prepared = prepare(name, packed, dtype)
             except KernelError:
                 refused[name] += 1
-                prepared = prepare("resident", packed, dtype)
+                prepared = prepare(DEFAULT_BACKEND, packed, dtype)
             kept[name] += prepared.backend.kept_nbytes(prepared.operands, packed)
     others = sum(
         spec.nbytes
@@ -178,7 +186,11 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
         for name, spec in header.specs.items()
         if name not in counted
     )
-    return [Memory(name, nbytes, kept[name], others, refused[name]) for name in BACKENDS]
+    n_weights = sum(prod(layer.shape) for layer in manifest.layers.values())
+    return [
+        Memory(FLOAT, 0, 2 * n_weights, others, 0),
+        *(Memory(name, nbytes, kept[name], others, refused[name]) for name in names),
+    ]
 
 
 def read_checked(folder: Path) -> Manifest:

@@ -75,12 +75,15 @@ def _show_memory(folder: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"memory": [asdict(each) for each in found]})
         return
-    headings = ("back end", "packed", "kept", "not quantized", "total", "× stored")
-    rows = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
+    headings = ("back end", "packed", "kept", "not quantized", "total", "× bf16")
+    base = max(1, found[0].total)
+    rows = (
+        (m.backend, *map(size_of, m.parts), f"{m.total / base:.2f}", str(m.refused)) for m in found
+    )
     print_table((*headings, "layers refused"), rows)
     click.echo(
-        "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
-        "'resident'."
+        "'float' is the model before, in 16 bits; 'auto' is what runs unless another is asked for. "
+        "The memory of activations is not counted. A refused layer is counted on 'auto'."
     )
 
 
