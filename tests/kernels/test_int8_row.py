@@ -160,7 +160,7 @@ def test_what_a_tiny_weight_loses_is_seen(scale):
     assert error > 1e-3
     packed = PackedWeight(parse_scheme("mxfp4-aint8"), stored)
     with pytest.raises(KernelError, match="INT8 rows change the weight in 'mxfp4' by 0"):
-        Int8Row(weight_error=0.0).prepare(packed, torch.float32)
+        Int8Row(weight_error=0.0).prepare(packed, packed.scheme, torch.float32)
 
 
 def test_mxfp4_fits_exactly_up_to_three_binades_and_not_with_seven():
