@@ -71,7 +71,8 @@ class LoRaQ(Method):
     noise of rounded activations, so that the error of the weight alone may be larger than that of
     rounding to nearest: on a weight that the main format holds exactly, for example.
 
-    `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant;
+    `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant,
+    and "optimized", 1 if the refined factors are stored and 0 if another candidate was better;
     with statistics ‖W‖ is the size of the output, and there is "output_error".
     """
 
@@ -225,6 +226,7 @@ class LoRaQ(Method):
         metrics = {
             "objective": math.sqrt(objectives[best]) / norm,
             "start_objective": math.sqrt(objectives[1]) / norm,
+            "optimized": float(best == 0),
         }
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(errors[best]) / norm

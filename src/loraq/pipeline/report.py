@@ -33,6 +33,8 @@ class LayerReport:
     #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None`
     #: without any.
     output_error: float | None = None
+    #: What else the method measured; not stored.
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, float | int | str]:
         """Return what a checkpoint keeps besides shape and scheme, equal in every run."""
