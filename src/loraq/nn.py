@@ -77,12 +77,13 @@ class QuantizedLayer(nn.Module):
         nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
-        for name, stored in scheme.storage((out_features, in_features)).items():
-            empty = torch.empty(stored, dtype=torch.uint8, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        # The bias first: models ask `next(module.parameters()).dtype` what floats a part takes.
         self.bias = (
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        for name, stored in scheme.storage((out_features, in_features)).items():
+            empty = torch.empty(stored, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.record = {}
         self.weight_dtype = dtype or torch.float32
         self.ask_backend(DEFAULT_BACKEND, strict=False)
@@ -312,6 +313,8 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:  # last, as in the state of a float layer
+            destination[f"{prefix}bias"] = destination.pop(f"{prefix}bias")
         mark_packed(destination, prefix[:-1])
 
     def _load_from_state_dict(

@@ -37,6 +37,7 @@ _RECORD: dict[str, Any] = {
     "source_dtype": str,
     "stats_sha256": str,
     "absorbed": dict,
+    "kept": bool,
 }
 #: Types of the fields of what a scheme is built of.
 _HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
@@ -241,7 +242,7 @@ def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
     if key not in table:
         raise ValueError(f"{of} has no '{key}'.")
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
         raise ValueError(f"'{key}' of {of} is {value!r}.")
     return value
 

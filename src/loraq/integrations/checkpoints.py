@@ -3,6 +3,8 @@
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.links import require_own_weights
 from loraq.checkpoint.stats_file import file_of_stats
@@ -119,7 +121,8 @@ def plan_checkpoint(
         opened = Source.open(checkpoint, recipe)
         return share_from_files(opened, recipe, workers=workers, progress=progress)
     if checkpoint.model is not None and not may_hold_weights(checkpoint.weights):
-        return Plan.of_model(checkpoint.model, recipe)
+        # What stays floats is counted in 16 bits, as most models are published.
+        return Plan.of_model(checkpoint.model.to(torch.bfloat16), recipe)
     return Source.open(checkpoint, recipe).plan
 
 

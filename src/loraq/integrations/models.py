@@ -32,6 +32,7 @@ def quantize_(
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     workers: Workers = 1,
@@ -47,6 +48,7 @@ def quantize_(
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     workers: Workers = 1,
@@ -55,13 +57,14 @@ def quantize_(
 
 
 @checked
-def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what people ask for by name
+def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what people ask for by name
     model: Any,
     recipe: str | Path | Scheme | Recipe = "default",
     *,
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     workers: Workers = 1,
@@ -83,6 +86,7 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         effort: how long the method works, in place of the recipe's.
         budget: storage of a layer, such as "5.25" (bits per weight), for a recipe without a rank.
         rank: of every layer's branch, in place of the recipe's.
+        keep: how layers are stored that the model's class keeps: "int8" or "float".
         modules_to_not_convert: modules that stay as they are, as for `Recipe.adjusted`.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
             needs no data.
@@ -104,7 +108,11 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
     recipe = Recipe.of(recipe).adjusted(
-        effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
+        effort=effort,
+        budget=budget,
+        rank=rank,
+        keep=keep,
+        modules_to_not_convert=modules_to_not_convert,
     )
     if isinstance(model, nn.Module):
         try:
@@ -163,6 +171,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     workers: Workers = 1,
@@ -179,6 +188,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
         effort: how long the method works.
         budget: storage of a layer.
         rank: of every layer's branch.
+        keep: how layers are stored that the model's class keeps.
         modules_to_not_convert: modules that stay as they are.
         stats: statistics by layer.
         workers: layers solved at a time.
@@ -193,7 +203,11 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
             "takes a pipeline too; for files, `loraq.quantize_checkpoint`."
         )
     recipe = Recipe.of(recipe).adjusted(
-        effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
+        effort=effort,
+        budget=budget,
+        rank=rank,
+        keep=keep,
+        modules_to_not_convert=modules_to_not_convert,
     )
     model = bare_model(model)
     weights = [

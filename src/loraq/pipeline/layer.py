@@ -65,6 +65,7 @@ def quantize_layer(
         source_dtype=DTYPE_NAMES[weight.dtype],
         stats_sha256=stats_sha256,
         output_error=solution.metrics.get("output_error"),
+        kept=job.is_kept,
     )
     return FinishedLayer(solution.packed, report)
 

@@ -81,7 +81,8 @@ def quantize_weight(
     scheme = recipe.scheme_for(name, shape)
     if scheme is None:
         raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
-    return solve_layer(LayerJob.of(name, shape, scheme, recipe), weight, stats)
+    job = LayerJob.of(name, shape, scheme, recipe, is_kept=recipe.keeps(name))
+    return solve_layer(job, weight, stats)
 
 
 @checked

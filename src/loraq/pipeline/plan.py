@@ -13,6 +13,7 @@ from loraq.errors import LayerError, LoraqError, SchemeError
 from loraq.families import known_class
 from loraq.layers import bare_model, is_linear, matrix_shapes, other_weights, require_bare
 from loraq.methods import Method, layer_seed
+from loraq.nn import QuantizedLayer
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -41,6 +42,8 @@ class LayerJob:
     reason: str = ""
     #: Whether the budget settled the rank, and not the recipe itself.
     sized: bool = False
+    #: Whether the rules keep it out of the recipe's scheme, and it is stored in eight bits.
+    is_kept: bool = False
 
     @classmethod
     def of(
@@ -52,18 +55,20 @@ class LayerJob:
         *,
         reason: str = "",
         sized: bool = False,
+        is_kept: bool = False,
     ) -> "LayerJob":
         """Return the job of a layer whose scheme is settled, with the recipe's method and seed.
 
         Raises:
             SchemeError: the method cannot solve this scheme; the message carries the layer's name.
         """
-        method, seed = recipe.solver(scheme), layer_seed(recipe.seed, name)
+        method = recipe.solver(scheme, is_kept=is_kept)
+        seed = layer_seed(recipe.seed, name)
         try:
             method.check(scheme)
         except LoraqError as error:
             raise SchemeError(f"Layer '{name}': {error}") from error
-        return cls(name, shape, scheme, method, seed, reason, sized)
+        return cls(name, shape, scheme, method, seed, reason, sized, is_kept)
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +122,12 @@ class Plan:
     #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only
     #: shapes were known.
     others: tuple[OtherWeight, ...] = ()
+    #: Numbers that the whole model stores, in linear layers and elsewhere; 0 if only the shapes of
+    #: the linear layers were known.
+    parameters: int = 0
+    #: Bytes of all that is stored beside the weights of the quantized layers: layers that stay
+    #: floats, embeddings, norms, biases.
+    other_nbytes: int = 0
     #: What of the source was chosen, decoded or left out: sentences for the user.
     notes: tuple[str, ...] = ()
 
@@ -201,17 +212,33 @@ class Plan:
         )
         model_class, *inner = _find_models(model).items()
         planned = cls.of(matrix_shapes(model), recipe, model_class[1], dict(inner))
-        return replace(planned, others=others)
+        numbers, nbytes = _count_others(model, planned)
+        return replace(planned, others=others).counting(numbers, nbytes)
+
+    def counting(self, numbers: int, nbytes: int) -> "Plan":
+        """Return the plan that knows what is stored beside the weights of the quantized layers.
+
+        Args:
+            numbers: how many.
+            nbytes: that they take.
+        """
+        packed = sum(math.prod(job.shape) for job in self.quantized)
+        return replace(self, parameters=numbers + packed, other_nbytes=nbytes)
 
     @property
     def quantized(self) -> tuple[LayerJob, ...]:
-        """The layers that are quantized."""
+        """The layers that are stored in packed form, those that are kept in eight bits too."""
         return tuple(layer for layer in self.layers if isinstance(layer, LayerJob))
 
     @property
     def kept(self) -> tuple[KeptLayer, ...]:
-        """The layers that stay as they are."""
+        """The layers that stay floats."""
         return tuple(layer for layer in self.layers if isinstance(layer, KeptLayer))
+
+    @property
+    def kept_in_8_bits(self) -> tuple[LayerJob, ...]:
+        """The layers that the rules keep out of the scheme, stored in eight bits."""
+        return tuple(job for job in self.quantized if job.is_kept)
 
     @property
     def nbytes(self) -> int:
@@ -225,9 +252,20 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean stored bits for each weight of the quantized layers."""
-        weights = sum(math.prod(layer.shape) for layer in self.quantized)
-        return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
+        """Mean stored bits for each weight of the layers that have the recipe's scheme."""
+        jobs = [job for job in self.quantized if not job.is_kept]
+        weights = sum(math.prod(job.shape) for job in jobs)
+        return 8 * sum(job.nbytes for job in jobs) / weights if weights else 0.0
+
+    @property
+    def model_nbytes(self) -> int:
+        """Bytes of all that the model stores after the run."""
+        return self.other_nbytes + sum(job.nbytes for job in self.quantized)
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits for each parameter of the whole model; 0 if its parameters are not known."""
+        return 8 * self.model_nbytes / self.parameters if self.parameters else 0.0
 
 
 def _find_models(model: nn.Module) -> dict[str, str]:
@@ -258,9 +296,37 @@ def _plan_layer(
     scheme = recipe.scheme_for(name, shape, model_class, within)
     requested = recipe.requested_scheme(name, model_class, within)
     if scheme is None or requested is None:
-        return KeptLayer(name, shape, reason)
+        why = "" if requested is None else "; eight bits would store no less"
+        return KeptLayer(name, shape, reason + why)
     sized = requested.branch is not None and requested.branch.rank == 0
-    return LayerJob.of(name, shape, scheme, recipe, reason=reason, sized=sized)
+    is_kept = recipe.keeps(name, model_class, within)
+    return LayerJob.of(
+        name, shape, scheme, recipe, reason=reason, sized=sized, is_kept=is_kept
+    )
+
+
+def _count_others(model: nn.Module, planned: Plan) -> tuple[int, int]:
+    """Return numbers and bytes of all that a model stores beside the weights of a plan's jobs.
+
+    A layer that is quantized already counts with the numbers that its bytes stand for.
+    """
+    layers = (model.get_submodule(job.name) for job in planned.quantized)
+    parts = {part for layer in layers for part in layer.modules()}
+    seen: set[int] = set()
+    numbers = nbytes = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            numbers += math.prod((module.out_features, module.in_features))
+        for name, tensor in (module._parameters | module._buffers).items():
+            is_new_bytes = module in parts and name != "bias"
+            is_lost = name in module._non_persistent_buffers_set
+            if tensor is None or is_new_bytes or is_lost or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            nbytes += tensor.nbytes
+            is_packed = isinstance(module, QuantizedLayer) and name != "bias"
+            numbers += 0 if is_packed else tensor.numel()
+    return numbers, nbytes
 
 
 def _has_large_branch(job: LayerJob) -> bool:

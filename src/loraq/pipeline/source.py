@@ -1,7 +1,8 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
-from loraq.safetensors.header import FLOATS
+from loraq.safetensors.header import FLOATS, TensorSpec
 from loraq.safetensors.reader import ShardReader, TensorReader
 
 #: Names of embeddings: look-up tables, which look like the matrix of a linear layer.
@@ -99,7 +100,7 @@ class Source:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(decoded, checkpoint.weights)
             plan = plan_tensors(decoded, recipe, checkpoint.linear)
-            plan = replace(plan, notes=tuple(notes))
+            plan = _count(replace(plan, notes=tuple(notes)), decoded, decoded.names)
             return cls(files, decoded, tuple(decoded.names), {}, config, plan)
         config = model_config(model)
         reader: TensorReader = decoded
@@ -123,7 +124,7 @@ class Source:
                 f"Only '{checkpoint.component}' is quantized; {list_some(left)} of the pipeline "
                 "stay as they are. Give their folders to quantize each by itself."
             )
-        plan = replace(plan, notes=tuple(notes))
+        plan = _count(replace(plan, notes=tuple(notes)), reader, names)
         return cls(files, reader, names, tied, config, plan, others, checkpoint.component)
 
     def require_layers(self) -> None:
@@ -179,6 +180,16 @@ def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor]
         if source == name or name in stored:
             expected[name] = tensor
     return expected, tied
+
+
+def _count(plan: Plan, reader: TensorReader, names: Sequence[str]) -> Plan:
+    """Return the plan that knows the size of the whole model: of all tensors to write."""
+    weights = {f"{job.name}.weight" for job in plan.quantized}
+    specs = [
+        TensorSpec(reader.dtype(name), reader.shape(name)) for name in names if name not in weights
+    ]
+    numbers = sum(math.prod(spec.shape) for spec in specs)
+    return plan.counting(numbers, sum(spec.nbytes for spec in specs))
 
 
 def _find_denoisers(others: dict[str, Path]) -> list[str]:
