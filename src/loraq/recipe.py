@@ -52,7 +52,7 @@ class Recipe:
     allocation: str = "uniform"
     #: How layers are stored that the rules of the model's class keep out of the scheme: "int8"
     #: (eight bits, without a branch) or "float" (as they are).
-    keep: str = "float"
+    keep: str = "int8"
     #: Read from top to bottom before the rules of the model's class; the first match wins.
     rules: tuple[Rule, ...] = ()
 

@@ -3,6 +3,7 @@
 What each layer is, how two folders differ, and how much memory a folder takes once it runs.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,30 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
         if name not in counted
     )
     return [Memory(name, nbytes, kept[name], others, refused[name]) for name in BACKENDS]
+
+
+def count_stored(folder: Path, manifest: Manifest) -> tuple[int, int]:
+    """Return the numbers that a quantized folder stores, and the bytes of all its tensors.
+
+    A packed weight counts with the numbers that it stands for.
+
+    Args:
+        folder: of the transformer.
+        manifest: what is in it.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    reader = ShardReader(folder)
+    specs = {name: spec for file in reader.files.values() for name, spec in file.specs.items()}
+    packed: set[str] = set()
+    numbers = 0
+    for name, layer in manifest.layers.items():
+        parts = set(_find_stored(manifest, name).values())
+        numbers += 0 if parts <= packed else math.prod(layer.shape)  # one in two places counts once
+        packed |= parts
+    numbers += sum(math.prod(spec.shape) for name, spec in specs.items() if name not in packed)
+    return numbers, sum(spec.nbytes for spec in specs.values())
 
 
 def read_checked(folder: Path) -> Manifest:

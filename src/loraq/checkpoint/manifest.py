@@ -54,6 +54,11 @@ class StoredLayer:
     #: `Manifest.recipes`.
     record: dict[str, Any]
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the rules kept it out of the recipe's scheme, and it is stored in eight bits."""
+        return bool(self.record.get("kept"))
+
 
 @dataclass(frozen=True)
 class Manifest:

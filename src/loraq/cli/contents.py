@@ -5,7 +5,14 @@ from pathlib import Path
 import click
 
 from loraq.cli.command import command
-from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.cli.output import (
+    activation_of,
+    print_json,
+    print_table,
+    show_size,
+    size_document,
+    size_of,
+)
 
 
 @command
@@ -23,7 +30,7 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from loraq.checkpoint.inspect import inspect_pipeline, read_checked
+    from loraq.checkpoint.inspect import count_stored, inspect_pipeline, read_checked
     from loraq.integrations.diffusers import transformer_folder
 
     if memory:
@@ -31,7 +38,7 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         return
     folder = transformer_folder(path)
     manifest = read_checked(folder)
-    checked = inspect_pipeline(folder, manifest)
+    checked, size = inspect_pipeline(folder, manifest), count_stored(folder, manifest)
     if as_json:
         layers = {
             name: {"shape": layer.shape, "scheme": asdict(layer.scheme), **layer.record}
@@ -39,19 +46,33 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         }
         files = {name: stored.to_dict() for name, stored in manifest.components.items()}
         components = {"checked": checked, "files": files}
-        print_json({"recipes": manifest.recipes, "layers": layers, "components": components})
+        print_json(
+            {
+                "recipes": manifest.recipes,
+                "layers": layers,
+                "components": components,
+                **size_document(*size),
+            }
+        )
         return
-    rows, nbytes, weights = [], 0, 0
+    rows, nbytes, weights, kept = [], 0, 0, 0
     for name, layer in manifest.layers.items():
-        scheme, branch, size = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
+        scheme, branch, stored = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
         shape, seen = f"{layer.shape[0]}×{layer.shape[1]}", activation_of(scheme)
-        rows.append((name, shape, scheme.weight, seen, side, size_of(size), error))
-        nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
+        if layer.is_kept:
+            kept += 1
+        else:
+            nbytes, weights = nbytes + stored, weights + layer.shape[0] * layer.shape[1]
+        weight = f"{scheme.weight} (kept)" if layer.is_kept else scheme.weight
+        rows.append((name, shape, weight, seen, side, size_of(stored), error))
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
-    click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
+    click.echo(f"{len(rows) - kept} quantized layers, {size_of(nbytes)}, {bits}.")
+    if kept:
+        click.echo(f"{kept} layers are kept in 8 bits.")
+    show_size(*size)
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
             f"{with_stats} of them were made with activation statistics: their error counts "

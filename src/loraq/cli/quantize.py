@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.cli.output import (
+    activation_of,
+    print_json,
+    print_table,
+    show_size,
+    size_document,
+    size_of,
+)
 from loraq.errors import show
 
 if TYPE_CHECKING:
@@ -42,6 +49,14 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             metavar="LEVEL",
             help="Level of effort; for method loraq: fast, default or best.",
         ),
+        click.option(
+            "--rank", type=click.IntRange(1), help="Rank of every branch instead of the recipe's."
+        ),
+        click.option(
+            "--keep",
+            metavar="HOW",
+            help="How layers are stored that the model's class keeps: int8 or float.",
+        ),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )
     for option in reversed(options):
@@ -49,7 +64,16 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-RECIPE_OPTIONS = ("recipe", "budget", "allocation", "method", "effort", "seed")
+RECIPE_OPTIONS = (
+    "recipe",
+    "budget",
+    "allocation",
+    "method",
+    "effort",
+    "rank",
+    "keep",
+    "seed",
+)
 
 config_option = click.option(
     "--config",
@@ -84,7 +108,7 @@ def size_option_value(_context: click.Context, _parameter: click.Parameter, text
     return size
 
 
-def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
+def read_recipe(recipe: str, *, rank: int | None = None, **overrides: Any) -> "Recipe":
     """Return the recipe that the options describe."""
     from dataclasses import replace
 
@@ -93,6 +117,8 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
 
     asked = {key: value for key, value in overrides.items() if value is not None}
     made = replace(Recipe.of(recipe), **asked)
+    if rank is not None:  # with a budget too, the recipe says that one of them settles it
+        made = made.adjusted(rank=rank, budget=asked.get("budget"))
     if METHODS[made.method].efforts:
         return made
     if "effort" in asked:
@@ -179,6 +205,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "recipe": report.recipe.to_dict(),
                 "notes": report.plan.notes,
                 "bits_per_weight": report.plan.bits_per_weight,
+                **size_document(report.plan.parameters, report.plan.model_nbytes),
                 "mean_relative_error": report.mean_relative_error,
                 "mean_output_error": report.mean_output_error,
                 "layers": [
@@ -189,7 +216,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         return
     if report.already_complete:
         click.echo("Already complete: made by the same settings from the same weights.")
-    click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.kept)} kept.")
+    click.echo(f"{_count_layers(report.plan)}.")
     if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(
@@ -202,6 +229,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
+    show_size(report.plan.parameters, report.plan.model_nbytes)
     click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
 
 
@@ -233,11 +261,20 @@ def plan(
         _plan_rows(planned),
     )
     click.echo(
-        f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per "
-        f"weight, {len(planned.kept)} kept."
+        f"{_count_layers(planned)}; {planned.bits_per_weight:.3f} bits per weight of the quantized."
     )
     click.echo(
         f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after."
+    )
+    show_size(planned.parameters, planned.model_nbytes)
+
+
+def _count_layers(planned: "Plan") -> str:
+    """Return how many layers become what."""
+    kept, in_floats = len(planned.kept_in_8_bits), len(planned.kept)
+    return (
+        f"{len(planned.quantized) - kept} layers quantized, {kept} kept in 8 bits, {in_floats} in "
+        "floats"
     )
 
 
@@ -253,7 +290,8 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
         scheme, branch = layer.scheme, layer.scheme.branch
         side = f"{branch.weight}/{branch.activation}" if branch else "none"
         rank = str(branch.rank) if branch else ""
-        formats = (scheme.weight, activation_of(scheme), side, rank)
+        weight = f"{scheme.weight} (kept)" if layer.is_kept else scheme.weight
+        formats = (weight, activation_of(scheme), side, rank)
         bits = f"{layer.bits_per_weight:.3f}"
         rows.append((layer.name, shape, *formats, size, bits, layer.reason))
     return rows
@@ -269,6 +307,7 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
             "name": layer.name,
             "shape": layer.shape,
             "scheme": asdict(layer.scheme) if isinstance(layer, LayerJob) else None,
+            "kept": not isinstance(layer, LayerJob) or layer.is_kept,
             "reason": layer.reason,
             "nbytes": layer.nbytes,
             "bits_per_weight": layer.bits_per_weight if isinstance(layer, LayerJob) else 16.0,
@@ -280,5 +319,6 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         "nbytes": planned.nbytes,
         "nbytes_bf16": planned.nbytes_bf16,
         "bits_per_weight": planned.bits_per_weight,
+        **size_document(planned.parameters, planned.model_nbytes),
     }
     return {"layers": layers, "others": others, "notes": planned.notes, **totals}

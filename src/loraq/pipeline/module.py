@@ -176,10 +176,10 @@ def quantize_(
     model = bare_model(model)
     recipe, layers = Recipe.of(recipe), linear_layers(model)
     stats, plan = open_stats(stats), Plan.of_model(model, recipe)
-    if not plan.quantized and not quantized_layers(model):
+    if not plan.has_work and not quantized_layers(model):
         raise RecipeError(
             f"Nothing to quantize: {len(layers)} linear layers were found in "
-            f"{type(model).__name__}, and all are skipped. `loraq plan` shows why; a rule with "
+            f"{type(model).__name__}, and all are kept. `loraq plan` shows why; a rule with "
             "`skip = false` overrides."
         )
     for job in plan.quantized:

@@ -241,6 +241,11 @@ class Plan:
         return tuple(job for job in self.quantized if job.is_kept)
 
     @property
+    def has_work(self) -> bool:
+        """Whether any layer gets the recipe's scheme."""
+        return len(self.quantized) > len(self.kept_in_8_bits)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all linear weights after the run."""
         return sum(layer.nbytes for layer in self.layers)

@@ -129,10 +129,10 @@ class Source:
 
     def require_layers(self) -> None:
         """Raise `RecipeError` if no layer is quantized."""
-        if not self.plan.quantized:
+        if not self.plan.has_work:
             raise RecipeError(
                 f"Nothing to quantize: {len(self.plan.layers)} linear layers were found, and all "
-                "are skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
+                "are kept. `loraq plan` shows why; a rule with `skip = false` overrides."
             )
 
     def hash_weights(self) -> dict[str, str]:
