@@ -104,7 +104,7 @@ def test_the_layers_of_a_small_sana_that_stay(diffusers):
         "time_embed.emb.timestep_embedder.linear_1": "embedding",
         "time_embed.emb.timestep_embedder.linear_2": "embedding",
         "time_embed.linear": "embedding",
-        "patch_embed.proj": "embedding",
+        "patch_embed.proj": "input projection",
         "caption_projection.linear_1": "text projection",
         "caption_projection.linear_2": "text projection",
         **{

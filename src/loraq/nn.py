@@ -78,9 +78,8 @@ class QuantizedLayer(nn.Module):
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
         # The bias first: models ask `next(module.parameters()).dtype` what floats a part takes.
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        empty_bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
         for name, stored in scheme.storage((out_features, in_features)).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))

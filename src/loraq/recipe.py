@@ -151,11 +151,9 @@ class Recipe:
         except SchemeError as error:
             raise RecipeError(str(error)) from error
 
-    def solver(self, scheme: Scheme, *, is_kept: bool = False) -> Method:
-        """Return the method for a layer of this scheme; one that is kept is rounded to nearest."""
+    def solver(self, scheme: Scheme) -> Method:
+        """Return the method for a layer of this scheme."""
         method = METHODS[self.method]
-        if is_kept:
-            return RTN()
         if scheme.branch is None and method.branch == "required":
             return RTN()
         return replace(method.at(self.effort), **self.options)

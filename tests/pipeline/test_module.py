@@ -25,9 +25,7 @@ from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 #: Wide enough for the randomized start of the solver, and short.
-FAST = Recipe(
-    Scheme("mxfp4", "mxfp4", Branch(8, "mxint8", "mxint8")), effort="fast", keep="float"
-)
+FAST = Recipe(Scheme("mxfp4", "mxfp4", Branch(8, "mxint8", "mxint8")), effort="fast", keep="float")
 NAMES = [
     "blocks.0.attn",
     "blocks.0.up",

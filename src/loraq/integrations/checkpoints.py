@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.links import require_own_weights
@@ -122,7 +123,7 @@ def plan_checkpoint(
         return share_from_files(opened, recipe, workers=workers, progress=progress)
     if checkpoint.model is not None and not may_hold_weights(checkpoint.weights):
         # What stays floats is counted in 16 bits, as most models are published.
-        return Plan.of_model(checkpoint.model.to(torch.bfloat16), recipe)
+        return Plan.of_model(nn.Module.to(checkpoint.model, torch.bfloat16), recipe)
     return Source.open(checkpoint, recipe).plan
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from loraq.errors import LayerError, LoraqError, SchemeError
 from loraq.families import known_class
 from loraq.layers import bare_model, is_linear, matrix_shapes, other_weights, require_bare
-from loraq.methods import Method, layer_seed
+from loraq.methods import RTN, Method, layer_seed
 from loraq.nn import QuantizedLayer
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -59,10 +59,12 @@ class LayerJob:
     ) -> "LayerJob":
         """Return the job of a layer whose scheme is settled, with the recipe's method and seed.
 
+        A layer that is kept is rounded to nearest, whatever the method.
+
         Raises:
             SchemeError: the method cannot solve this scheme; the message carries the layer's name.
         """
-        method = recipe.solver(scheme, is_kept=is_kept)
+        method = RTN() if is_kept else recipe.solver(scheme)
         seed = layer_seed(recipe.seed, name)
         try:
             method.check(scheme)
@@ -305,9 +307,7 @@ def _plan_layer(
         return KeptLayer(name, shape, reason + why)
     sized = requested.branch is not None and requested.branch.rank == 0
     is_kept = recipe.keeps(name, model_class, within)
-    return LayerJob.of(
-        name, shape, scheme, recipe, reason=reason, sized=sized, is_kept=is_kept
-    )
+    return LayerJob.of(name, shape, scheme, recipe, reason=reason, sized=sized, is_kept=is_kept)
 
 
 def _count_others(model: nn.Module, planned: Plan) -> tuple[int, int]:
