@@ -1,7 +1,7 @@
 """Which scheme and method a model's layers get: `Recipe`, and its forms as a table or a file."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -70,10 +70,8 @@ class Recipe:
         }
         if self.effort not in efforts:
             raise RecipeError(unknown("effort", self.effort, efforts))
-        if self.allocation not in ALLOCATIONS:
-            raise RecipeError(unknown("allocation", self.allocation, ALLOCATIONS))
-        if self.keep not in KEEPS:
-            raise RecipeError(unknown("way to keep layers", self.keep, KEEPS))
+        _require_known("allocation", self.allocation, ALLOCATIONS)
+        _require_known("way to keep layers", self.keep, KEEPS)
         legal = [f.name for f in fields(METHODS[self.method])]
         for name in self.options:
             if name not in legal:
@@ -298,6 +296,11 @@ class Recipe:
             return cls(scheme=what)
         file = file_of(what)
         return cls.named(str(what)) if file is None else cls.read(file)
+
+
+def _require_known(what: str, chosen: str, known: Collection[str]) -> None:
+    if chosen not in known:
+        raise RecipeError(unknown(what, chosen, known))
 
 
 def _keep_module(name: str) -> Rule:

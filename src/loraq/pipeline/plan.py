@@ -46,7 +46,7 @@ class LayerJob:
     is_kept: bool = False
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913 (options are keyword-only)
         cls,
         name: str,
         shape: tuple[int, int],
