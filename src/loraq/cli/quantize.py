@@ -216,7 +216,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         return
     if report.already_complete:
         click.echo("Already complete: made by the same settings from the same weights.")
-    click.echo(f"{_count_layers(report.plan)}.")
+    click.echo(f"{_count_quantized(report.plan)} layers quantized, {_count_kept(report.plan)}.")
     if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(
@@ -261,7 +261,8 @@ def plan(
         _plan_rows(planned),
     )
     click.echo(
-        f"{_count_layers(planned)}; {planned.bits_per_weight:.3f} bits per weight of the quantized."
+        f"{_count_quantized(planned)} layers quantized at {planned.bits_per_weight:.3f} bits per "
+        f"weight, {_count_kept(planned)}."
     )
     click.echo(
         f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after."
@@ -269,13 +270,14 @@ def plan(
     show_size(planned.parameters, planned.model_nbytes)
 
 
-def _count_layers(planned: "Plan") -> str:
-    """Return how many layers become what."""
-    kept, in_floats = len(planned.kept_in_8_bits), len(planned.kept)
-    return (
-        f"{len(planned.quantized) - kept} layers quantized, {kept} kept in 8 bits, {in_floats} in "
-        "floats"
-    )
+def _count_quantized(planned: "Plan") -> int:
+    return len(planned.quantized) - len(planned.kept_in_8_bits)
+
+
+def _count_kept(planned: "Plan") -> str:
+    in_8_bits = len(planned.kept_in_8_bits)
+    text = f"{len(planned.kept) + in_8_bits} kept"
+    return f"{text}, {in_8_bits} of them in 8 bits" if in_8_bits else text
 
 
 def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
