@@ -556,12 +556,15 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
         row["backend"]: row
         for row in document("inspect", place / "quantized", "--memory")["memory"]
     }
-    assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    names = ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    assert list(rows) == ["float", "auto", *names]
     layers = document("inspect", place / "quantized")["layers"].values()
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    factors = sum(layer["scheme"]["branch"]["rank"] * sum(layer["shape"]) for layer in layers)
-    assert rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
-    assert rows["resident"]["kept"] == 2 * (weights + factors)  # decoded to bf16
+    assert rows["auto"]["kept"] == rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
+    # Decoded to bf16, the branch added: the memory of the model before beside the packed bytes.
+    assert rows["resident"]["kept"] == rows["float"]["kept"] == 2 * weights
+    assert rows["float"]["others"] == rows["auto"]["others"]
+    assert rows["auto"]["packed"] < rows["float"]["kept"] / 2
     assert rows["int8_row"]["refused"] == len(layers)  # its activations are not INT8
     assert rows["low_memory"]["packed"] < weights
     files = sum(path.stat().st_size for path in (place / "quantized").glob("*.safetensors"))
@@ -588,8 +591,10 @@ def test_doctor_shows_the_machine_the_choices_and_its_numbers():
     chosen = {(choice["weight"], choice["activation"]): choice for choice in report["choices"]}
     if "cuda:0" not in report["devices"]:
         assert chosen["int8", "int8"]["backend"] == "int8_row"
-        assert chosen["mxfp4", "mxint8"]["backend"] == "resident"
+        assert chosen["mxfp4", "mxint8"]["backend"] == "low_memory"
         assert "not int8_row: its activations are 'mxint8'" in chosen["mxfp4", "mxint8"]["reason"]
+        assert "activations run in 16 bits" in chosen["mxfp4", "mxint8"]["reason"]
+        assert "16 bits" not in chosen["mxfp4", "bf16"]["reason"]
 
 
 def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):

@@ -80,6 +80,13 @@ FUNCTIONS = {
         "device": TEXT,
         "dtype": {"None"},
     },
+    loraq.set_activations: {"simulate": FLAG},
+    loraq.ActivationSchedule: {
+        "outer": TEXT,
+        "first": {"0"},
+        "last": {"0"},
+        "simulate": FLAG,
+    },
     loraq.absorb_lora: {
         "scale": {"-1", "0", "1.5"},
         "target": TEXT | {"None"},

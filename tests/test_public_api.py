@@ -8,6 +8,7 @@ import pytest
 import loraq
 
 PUBLIC = [
+    "ActivationSchedule",
     "ActivationStats",
     "Branch",
     "Budget",
@@ -34,6 +35,7 @@ PUBLIC = [
     "quantize_weight",
     "save",
     "save_stats",
+    "set_activations",
     "set_backend",
 ]
 
@@ -90,6 +92,7 @@ def test_every_public_name_documents_its_own_members():
             ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"],
         ),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
+        ("set_activations", ["model", "precision", "*simulate"]),
         ("set_backend", ["model", "name"]),
     ],
 )

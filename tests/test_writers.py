@@ -58,6 +58,7 @@ READING = {
         "quantize",
         "quantize_",
         "quantize_weight",
+        "set_activations",
         "set_backend",
     },
 }

@@ -27,6 +27,7 @@ from small.models import OWN, run, small_model
 
 from benchmarks.architectures import PARTS
 from loraq.integrations.diffusers import transformer_classes
+from loraq.scheme import Scheme
 
 CLASSES = transformer_classes()
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -92,7 +93,6 @@ def test_a_class_is_quantized_and_comes_back_bit_for_bit(name, tmp_path):
 
 #: Classes that leave more than a tenth of a full-size model in 16 bits, and why.
 LESS = {
-    "NucleusMoEImageTransformer2DModel": "its experts are stacked in tensors of three axes",
     "PixArtTransformer2DModel": "SVDQuant's selection leaves the text side of the cross-attention",
     "SanaTransformer2DModel": "SVDQuant's selection leaves the text side of the cross-attention",
     "SanaVideoTransformer3DModel": "its temporal convolutions see three frames",
@@ -211,13 +211,16 @@ def test_the_text_side_of_pixart_stays_fused_or_not():
     model.fuse_qkv_projections()
     quantize(model)
     kept = {f"transformer_blocks.0.attn2.to_{part}" for part in ("k", "v", "kv")}
-    assert all(type(model.get_submodule(name)) is nn.Linear for name in kept)
+    schemes = {model.get_submodule(name).scheme for name in kept}
+    assert schemes == {Scheme("int8_b128")}  # kept, whatever the recipe says of the others
 
 
-def test_stacked_experts_are_named_in_the_plan():
-    plan = plan_model(_float_model("NucleusMoEImageTransformer2DModel"), "mxfp4+w8a8-r4")
-    found = {other.name.rpartition(".")[2] for other in plan.others if "Experts" in other.reason}
-    assert found == {"gate_up_proj", "down_proj"}
+@each_class
+def test_only_experts_are_taken_for_stacks(name):
+    plan = plan_model(_float_model(name), "mxfp4+w8a8-r4")
+    found = {layer.name.rpartition(".")[2] for layer in plan.quantized if layer.is_stack}
+    has_experts = name == "NucleusMoEImageTransformer2DModel"
+    assert found == ({"gate_up_proj", "down_proj"} if has_experts else set())
 
 
 # --- on the command line --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A quantized model as floats: `dequantize_`, and methods of the model's own that mean floats."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,4 @@ def _num_parameters(
     if only_trainable:
         return count
     layers = set(quantized_layers(model).values())  # one that stands in two places counts once
-    return count + sum(
-        layer.in_features * layer.out_features - layer.packed.nbytes for layer in layers
-    )
+    return count + sum(math.prod(layer.packed_shape) - layer.nbytes for layer in layers)

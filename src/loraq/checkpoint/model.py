@@ -15,16 +15,15 @@ from loraq.checkpoint.fit import require_kind, require_names
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.origin import require_origin_kept
 from loraq.checkpoint.partial import atomic_folder
-from loraq.errors import CheckpointError, KernelError, SchemeError
+from loraq.checkpoint.places import build_empty_layer, find_replaced
+from loraq.errors import CheckpointError
+from loraq.experts import QuantizedExperts
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
 from loraq.layers import (
     Change,
     bare_model,
     find_places,
-    is_linear,
-    matrix_of,
-    quantized_class,
     quantized_layers,
     require_bare,
     swap,
@@ -106,7 +105,8 @@ def write_model(
             if recipe not in recipes:
                 recipes.append(recipe)
             record["recipe"] = recipes.index(recipe)
-        stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
+        transposed = isinstance(layer, QuantizedExperts) and layer.transposed
+        stored[name] = StoredLayer(layer.packed_shape, layer.scheme, record, transposed)
     config = model_config(model)
     stem = ".".join(part for part in (weights_stem(config), variant) if part)
     files = write_shards(tensors, folder, stem, shard_bytes)
@@ -205,7 +205,7 @@ def _check_folder(
     reader = ShardReader(folder)
     own = _find_own_ties(model, manifest, reader)
     manifest = replace(manifest, tied={**own, **manifest.tied})
-    layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
+    layers = {name: build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
     require_ties(manifest, reader)
     require_numbers(manifest, reader)
@@ -227,6 +227,7 @@ def _find_own_ties(model: nn.Module, manifest: Manifest, reader: ShardReader) ->
         for name, parameter in parameters.items()
         if name not in reader.names
         and id(parameter) in stored
+        and name not in manifest.layers
         and name.rpartition(".")[0] not in manifest.layers
     }
 
@@ -243,15 +244,16 @@ def _check(
     Raises `CheckpointError` that lists what does not fit.
     """
     expected: dict[str, Tensor] = {}
-    places = _find_places(model, layers)
+    places = find_replaced(model, layers)
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
-        if owner not in places or leaf == "bias":
+        if key not in places and (owner not in places or leaf == "bias"):
             expected[key] = tensor
     devices = {key: tensor.device for key, tensor in expected.items()}
     for name, layer in places.items():
-        old = model.get_submodule(name)
-        device = next(old.parameters()).device
+        owner, _, leaf = name.rpartition(".")
+        old = model.get_submodule(owner)._parameters.get(leaf)
+        device = (next(model.get_submodule(name).parameters()) if old is None else old).device
         for key, tensor in layer.state_dict().items():
             expected[f"{name}.{key}"] = tensor
             devices[f"{name}.{key}"] = device
@@ -289,7 +291,7 @@ def _find_tensors(
     read: dict[str, Tensor],
 ) -> Iterator[Change]:
     """Yield the changes that put tensors into a model and into the layers that it will get."""
-    places, parameters = _find_places(model, layers), dict[str, nn.Parameter]()
+    places, parameters = find_replaced(model, layers), dict[str, nn.Parameter]()
     for name in names:
         source, (owner_name, _, leaf) = tied.get(name, name), name.rpartition(".")
         owner = places.get(owner_name) or model.get_submodule(owner_name)
@@ -301,52 +303,6 @@ def _find_tensors(
             trainable = old is not None and old.requires_grad and tensor.is_floating_point()
             parameters[source] = nn.Parameter(tensor, requires_grad=trainable)
         yield owner._parameters, leaf, parameters[source]
-
-
-def _find_places(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
-    """Return the new layers by every name that the modules they replace have.
-
-    One module may stand in two places.
-    """
-    new = {model.get_submodule(name): layer for name, layer in layers.items()}
-    return {
-        name: new[module]
-        for name, module in model.named_modules(remove_duplicate=False)
-        if module in new
-    }
-
-
-def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLayer:
-    stored = manifest.layers[name]
-    try:
-        old = model.get_submodule(name)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"The model has no layer '{name}'. Load into the architecture it was made from."
-        ) from error
-    if isinstance(old, QuantizedLayer):
-        fits = (old.out_features, old.in_features) == stored.shape
-    else:
-        fits = is_linear(old) and matrix_of(old).shape == stored.shape
-    if not fits:
-        raise CheckpointError(
-            f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}."
-        )
-    (n_out, n_in), weight = stored.shape, old.weight
-    assert isinstance(weight, Tensor)
-    try:
-        layer = quantized_class(old)(
-            n_in,
-            n_out,
-            stored.scheme,
-            bias=old.bias is not None,
-            device="meta",
-            dtype=weight.dtype,
-        )
-    except (SchemeError, KernelError) as error:
-        raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
-    layer.record = manifest.record(name)
-    return layer
 
 
 def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

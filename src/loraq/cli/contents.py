@@ -1,5 +1,6 @@
 """`loraq inspect`, `compare`, `formats` and `methods`: look at what is there."""
 
+import math
 from pathlib import Path
 
 import click
@@ -60,11 +61,11 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         scheme, branch, stored = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
-        shape, seen = f"{layer.shape[0]}×{layer.shape[1]}", activation_of(scheme)
+        shape, seen = "×".join(map(str, layer.shape)), activation_of(scheme)
         if layer.is_kept:
             kept += 1
         else:
-            nbytes, weights = nbytes + stored, weights + layer.shape[0] * layer.shape[1]
+            nbytes, weights = nbytes + stored, weights + math.prod(layer.shape)
         weight = f"{scheme.weight} (kept)" if layer.is_kept else scheme.weight
         rows.append((name, shape, weight, seen, side, size_of(stored), error))
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
@@ -96,12 +97,15 @@ def _show_memory(folder: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"memory": [asdict(each) for each in found]})
         return
-    headings = ("back end", "packed", "kept", "not quantized", "total", "× stored")
-    rows = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
+    headings = ("back end", "packed", "kept", "not quantized", "total", "× bf16")
+    base = max(1, found[0].total)
+    rows = (
+        (m.backend, *map(size_of, m.parts), f"{m.total / base:.2f}", str(m.refused)) for m in found
+    )
     print_table((*headings, "layers refused"), rows)
     click.echo(
-        "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
-        "'resident'."
+        "'float' is the model before, in 16 bits; 'auto' is what runs unless another is asked for. "
+        "The memory of activations is not counted. A refused layer is counted on 'auto'."
     )
 
 
@@ -128,7 +132,7 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
         ]
         print_json({"mean_relative_error": mean, "layers": layers})
         return
-    rows = [(d.name, f"{d.shape[0]}×{d.shape[1]}", f"{d.relative_error:.4f}") for d in differences]
+    rows = [(d.name, "×".join(map(str, d.shape)), f"{d.relative_error:.4f}") for d in differences]
     print_table(("layer", "out×in", "error"), rows)
     click.echo(f"Mean relative error of {len(rows)} layers: {mean:.4f}.")
 

@@ -123,6 +123,7 @@ def _absorb(
             finished = quantize_layer(job, weight)
             new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend
+            new[name].ask_activations(layer.activations, simulate=layer.simulate)
             origin = {key: layer.record[key] for key in ("source_sha256", "source_dtype")}
             new[name].record |= {**origin, "absorbed": mark}
             reports.append(report)

@@ -27,8 +27,8 @@ from loraq.integrations.hub import local_path
 from loraq.integrations.marking import mark_quantized
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
+from loraq.layer_input import INPUT_DTYPES
 from loraq.layers import take_dtype
-from loraq.nn import INPUT_DTYPES
 from loraq.options import checked
 from loraq.pipeline.source import DENOISERS
 from loraq.safetensors.reader import ShardReader

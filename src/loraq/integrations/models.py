@@ -213,8 +213,14 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
     weights = [
         weight
         for job in Plan.of_model(model, recipe).quantized
-        if (weight := model.get_submodule(job.name)._parameters.get("weight")) is not None
+        if (weight := _find_weight(model, job.weight_name)) is not None
     ]
     copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
     quantize_(copied, recipe, stats=stats, workers=workers, progress=progress)
     return copied
+
+
+def _find_weight(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a weight, unless it is none of its module's parameters: a parametrization makes it."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(leaf)

@@ -136,7 +136,7 @@ class LoraqQuantizer(DiffusersQuantizer):
                 f"Method '{self.recipe.method}' needs activation statistics, which loading does "
                 "not take. Run `loraq quantize --stats` once and load that."
             ) from error
-        self._jobs = {job.name: job for job in plan.quantized}
+        self._jobs = {job.weight_name: job for job in plan.quantized}
         if not self._jobs:
             raise LoraqError(
                 f"Nothing to quantize: every linear layer of {type(model).__name__} is skipped. "
@@ -176,8 +176,7 @@ class LoraqQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> bool:
         """Return whether this float tensor is the weight of a layer that is to be quantized now."""
-        layer, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and layer in self._jobs
+        return param_name in self._jobs
 
     def create_quantized_param(  # type: ignore[override]
         self,
@@ -189,13 +188,17 @@ class LoraqQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Solve one layer on its device, and put the packed one in its place."""
-        job = self._jobs.pop(param_name.rpartition(".")[0])
-        layer = model.get_submodule(job.name)
-        assert is_linear(layer)
-        layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
-        require_usable(job.name, layer)
-        finished = quantize_layer(job, matrix_of(layer))
-        replace_layer(model, job.name, finished.build_module(layer, self.recipe))
+        job = self._jobs.pop(param_name)
+        weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+        require_usable(job, weight)
+        if job.is_stack:
+            module = quantize_layer(job, weight).build_module(weight, self.recipe)
+        else:
+            layer = model.get_submodule(job.name)
+            assert is_linear(layer)
+            layer.weight = weight
+            module = quantize_layer(job, matrix_of(layer)).build_module(layer, self.recipe)
+        replace_layer(model, job.name, module)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self._is_float:
@@ -204,9 +207,8 @@ class LoraqQuantizer(DiffusersQuantizer):
             forget_quantization(model)
             return
         if self._jobs:
-            raise CheckpointError(
-                f"'{self._folder}' has no weights for these layers: {', '.join(self._jobs)}."
-            )
+            names = ", ".join(job.name for job in self._jobs.values())
+            raise CheckpointError(f"'{self._folder}' has no weights for these layers: {names}.")
         for name, source in self._tied.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))

@@ -77,6 +77,10 @@ class ConvertedReader:
         """Return a tensor on the CPU; raises `CheckpointError` if it cannot be read."""
         return self._results[name].compute().clone(memory_format=torch.contiguous_format)
 
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first axis; raises `CheckpointError` as `read`."""
+        return self.read(name)[index]
+
 
 class Deferred:
     """A tensor that is not computed yet: its shape and dtype, and how to get it.

@@ -84,9 +84,10 @@ def _has_numbers(home: Path, target: Target, manifest: Manifest) -> bool:
     if made != target.layout.specs:
         return False
     hashes = source.hash_weights()
+    weights = {job.name: job.weight_name for job in source.plan.quantized}
     return all(
-        layer.record["source_sha256"] == hashes[f"{name}.weight"]
-        and layer.record["source_dtype"] == source.reader.dtype(f"{name}.weight")
+        layer.record["source_sha256"] == hashes[weights[name]]
+        and layer.record["source_dtype"] == source.reader.dtype(weights[name])
         for name, layer in manifest.layers.items()
     ) and all(hash_tensor(stored.read(name)) == hashes[name] for name in target.kept_names())
 

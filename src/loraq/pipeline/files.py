@@ -22,7 +22,7 @@ from loraq.checkpoint.partial import (
 )
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
-from loraq.pipeline.layer import quantize_layer
+from loraq.pipeline.layer import quantize_layer, read_matrices
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport, Report
@@ -172,10 +172,8 @@ class _Worker:
     def __call__(self, checked: _CheckedJob) -> dict[str, Any]:
         """Do a layer, and return its line for the journal once its bytes are on the disk."""
         job = checked.job
-        # A 1×1 convolution is a matrix too.
-        weight = self.reader.read(f"{job.name}.weight").view(job.shape)
-        stats = self._read_stats(checked)
-        finished = quantize_layer(job, weight, stats, stats_sha256=checked.stats_sha256)
+        matrices, stats = read_matrices(self.reader, job), self._read_stats(checked)
+        finished = quantize_layer(job, matrices, stats, stats_sha256=checked.stats_sha256)
         if finished.report.source_sha256 != checked.source_sha256:
             raise CheckpointError(
                 f"The weight of layer '{job.name}' changed while it was read. Do not modify the "
@@ -211,7 +209,7 @@ def _list_open_jobs(
     """
     jobs = []
     for job in source.plan.quantized:
-        source_sha256 = checked[f"{job.name}.weight"]
+        source_sha256 = checked[job.weight_name]
         if entry := journal.layers.get(job.name):
             if entry["source_sha256"] != source_sha256:
                 raise CheckpointError(

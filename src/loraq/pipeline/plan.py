@@ -11,7 +11,14 @@ from torch import nn
 
 from loraq.errors import LayerError, LoraqError, SchemeError
 from loraq.families import known_class
-from loraq.layers import bare_model, is_linear, matrix_shapes, other_weights, require_bare
+from loraq.layers import (
+    bare_model,
+    find_stacks,
+    is_linear,
+    matrix_shapes,
+    other_weights,
+    require_bare,
+)
 from loraq.methods import RTN, Method, layer_seed
 from loraq.nn import QuantizedLayer
 from loraq.recipe import Recipe
@@ -26,30 +33,32 @@ _LOGGER = logging.getLogger("loraq")
 
 @dataclass(frozen=True)
 class LayerJob:
-    """A linear layer that is quantized: all that a driver needs but the weight itself."""
+    """A layer that is quantized, or a stack of experts: all that is needed but the weight."""
 
     #: Dotted name in the model.
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: The scheme with its rank settled.
     scheme: Scheme
     #: What solves it.
     method: Method
-    #: Of everything random in it.
-    seed: int
+    #: From which, with the name, the seed of everything random in it follows.
+    recipe_seed: int
     #: Why it gets something else than the recipe's scheme; empty if it gets just that.
     reason: str = ""
     #: Whether the budget settled the rank, and not the recipe itself.
     sized: bool = False
     #: Whether the rules keep it out of the recipe's scheme, and it is stored in eight bits.
     is_kept: bool = False
+    #: Whether the model has a stack of experts as (experts, in, out).
+    transposed: bool = False
 
     @classmethod
     def of(  # noqa: PLR0913 (options are keyword-only)
         cls,
         name: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         scheme: Scheme,
         recipe: Recipe,
         *,
@@ -65,12 +74,35 @@ class LayerJob:
             SchemeError: the method cannot solve this scheme; the message carries the layer's name.
         """
         method = RTN() if is_kept else recipe.solver(scheme)
-        seed = layer_seed(recipe.seed, name)
         try:
             method.check(scheme)
         except LoraqError as error:
             raise SchemeError(f"Layer '{name}': {error}") from error
-        return cls(name, shape, scheme, method, seed, reason, sized, is_kept)
+        return cls(name, shape, scheme, method, recipe.seed, reason, sized, is_kept)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts, which one parameter holds."""
+        return len(self.shape) == 3
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in) of the layer, or of each expert."""
+        return self.shape[-2], self.shape[-1]
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the float tensor."""
+        return self.name if self.is_stack else f"{self.name}.weight"
+
+    def of_expert(self, index: int) -> "LayerJob":
+        """Return the job of one expert of a stack: that of a linear layer with its number."""
+        return replace(self, name=f"{self.name}.{index}", shape=self.matrix, transposed=False)
+
+    @property
+    def seed(self) -> int:
+        """Of everything random in it."""
+        return layer_seed(self.recipe_seed, self.name)
 
     @property
     def nbytes(self) -> int:
@@ -85,12 +117,12 @@ class LayerJob:
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """A linear layer that stays as it is."""
+    """A linear layer, or a stack of experts, that stays as it is."""
 
     #: Dotted name in the model.
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: Why.
     reason: str
 
@@ -136,7 +168,7 @@ class Plan:
     @classmethod
     def of(
         cls,
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: Mapping[str, tuple[int, ...]],
         recipe: Recipe,
         model_class: str = "",
         inner_models: Mapping[str, str] | None = None,
@@ -147,7 +179,7 @@ class Plan:
         their main weight are.
 
         Args:
-            shapes: (out, in) of every linear layer by dotted name.
+            shapes: (out, in) of every linear layer by dotted name, (experts, out, in) of stacks.
             recipe: what is asked.
             model_class: class name of the model, which selects the rules of its families.
             inner_models: class names of models that the model holds, by their dotted names; their
@@ -214,8 +246,15 @@ class Plan:
         )
         model_class, *inner = _find_models(model).items()
         planned = cls.of(matrix_shapes(model), recipe, model_class[1], dict(inner))
-        numbers, nbytes = _count_others(model, planned)
-        return replace(planned, others=others).counting(numbers, nbytes)
+        transposed = {name for name, stack in find_stacks(model).items() if stack.transposed}
+        layers = tuple(
+            replace(layer, transposed=True)
+            if isinstance(layer, LayerJob) and layer.name in transposed
+            else layer
+            for layer in planned.layers
+        )
+        planned = replace(planned, layers=layers, others=others)
+        return planned.counting(*_count_others(model, planned))
 
     def counting(self, numbers: int, nbytes: int) -> "Plan":
         """Return the plan that knows what is stored beside the weights of the quantized layers.
@@ -296,11 +335,11 @@ def _model_class(module: nn.Module) -> str:
 
 
 def _plan_layer(
-    name: str, shape: tuple[int, int], recipe: Recipe, model_class: str, within: str
+    name: str, shape: tuple[int, ...], recipe: Recipe, model_class: str, within: str
 ) -> LayerJob | KeptLayer:
     rule = recipe.rule_for(name, model_class, within)
     reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
-    scheme = recipe.scheme_for(name, shape, model_class, within)
+    scheme = recipe.scheme_for(name, (shape[-2], shape[-1]), model_class, within)
     requested = recipe.requested_scheme(name, model_class, within)
     if scheme is None or requested is None:
         why = "" if requested is None else "; eight bits would store no less"
@@ -315,15 +354,18 @@ def _count_others(model: nn.Module, planned: Plan) -> tuple[int, int]:
 
     A layer that is quantized already counts with the numbers that its bytes stand for.
     """
-    layers = (model.get_submodule(job.name) for job in planned.quantized)
-    parts = {part for layer in layers for part in layer.modules()}
+    places = (job.weight_name.rpartition(".") for job in planned.quantized)
+    weights = {(model.get_submodule(owner), leaf) for owner, _, leaf in places}
+    # What computes a weight (`parametrize`) goes with it.
+    inner = {part for owner, _ in weights if is_linear(owner) for part in owner.modules()}
+    inner -= {owner for owner, _ in weights}
     seen: set[int] = set()
     numbers = nbytes = 0
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            numbers += math.prod((module.out_features, module.in_features))
+            numbers += math.prod(module.packed_shape)
         for name, tensor in (module._parameters | module._buffers).items():
-            is_new_bytes = module in parts and name != "bias"
+            is_new_bytes = (module, name) in weights or module in inner
             is_lost = name in module._non_persistent_buffers_set
             if tensor is None or is_new_bytes or is_lost or id(tensor) in seen:
                 continue
@@ -335,7 +377,8 @@ def _count_others(model: nn.Module, planned: Plan) -> tuple[int, int]:
 
 
 def _has_large_branch(job: LayerJob) -> bool:
-    return job.nbytes > 2 * job.scheme.weight_format.nbytes(job.shape)
+    main = job.scheme.weight_format.nbytes(job.matrix)
+    return job.scheme.nbytes(job.matrix) > 2 * main
 
 
 def _without_numbers(name: str) -> str:

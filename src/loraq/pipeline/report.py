@@ -12,10 +12,10 @@ class LayerReport:
     """What became of one layer; plain data, stored in the manifest."""
 
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     scheme: Scheme
-    #: ‖W − Ŵ‖_F / ‖W‖_F.
+    #: ‖W − Ŵ‖_F / ‖W‖_F; of a stack the root of the mean square of its experts'.
     relative_error: float
     sqnr_db: float
     bits_per_weight: float

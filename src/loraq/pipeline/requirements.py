@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loraq.checkpoint.stats_file import load_stats
-from loraq.errors import CalibrationError
+from loraq.errors import CalibrationError, list_some
 from loraq.methods import METHODS
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.recipe import Recipe
@@ -29,11 +29,14 @@ def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
     Raises:
         CalibrationError: there is none; the message says why.
     """
-    if using := [job for job in plan.quantized if job.method.use_of_stats != "ignored"]:
+    using = [job for job in plan.quantized if job.method.use_of_stats != "ignored"]
+    if using := [job for job in using if not job.is_stack]:
         return using
     able = [method for method in METHODS.values() if method.use_of_stats != "ignored"]
     if not plan.quantized:
         reason = "the recipe quantizes none. `loraq plan` shows why"
+    elif all(job.is_stack for job in plan.quantized):
+        reason = "the recipe quantizes stacked experts alone, whose inputs are not counted"
     elif METHODS[recipe.method].use_of_stats == "ignored":
         names = ", ".join(method.name for method in able)
         reason = (
@@ -67,6 +70,7 @@ def hash_used_stats(
         CalibrationError: a layer's method needs statistics that are missing or say too little,
             those given are not of this layer, or no layer uses them.
     """
+    _require_none_of_stacks(plan, recipe)
     if stats is None:
         _require_none_needed(plan, recipe)
         return {}
@@ -82,15 +86,26 @@ def hash_used_stats(
     hashes = {}
     for name, job in using.items():
         of_layer = stats[name]
-        if of_layer.width != job.shape[1]:
+        if of_layer.width != job.shape[-1]:
             raise CalibrationError(
-                f"Layer '{name}' has {job.shape[1]} input channels, its statistics have "
+                f"Layer '{name}' has {job.shape[-1]} input channels, its statistics have "
                 f"{of_layer.width}. They are of another model: collect them again."
             )
         if not of_layer.is_full:
             require_enough([job], recipe)
         hashes[name] = of_layer.sha256
     return hashes
+
+
+def _require_none_of_stacks(plan: Plan, recipe: Recipe) -> None:
+    needy = [job for job in plan.quantized if job.method.use_of_stats == "required"]
+    if stacks := [job.name for job in needy if job.is_stack]:
+        raise CalibrationError(
+            f"Method '{recipe.method}' needs activation statistics, and the inputs of stacked "
+            f"experts are not counted: {list_some(stacks, most=4)}. Leave these layers out "
+            "(`skip = true` in a rule of the recipe), or use a method without data, such as "
+            "'loraq'."
+        )
 
 
 def _require_none_needed(plan: Plan, recipe: Recipe) -> None:

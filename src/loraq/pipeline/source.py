@@ -1,5 +1,6 @@
 """What is quantized: a float checkpoint, its tensors checked, its layers planned."""
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ from loraq.checkpoint.links import find_files
 from loraq.checkpoint.model import add_quantization_config, model_config
 from loraq.errors import CheckpointError, RecipeError, list_some
 from loraq.formats.faults import find_fault
-from loraq.pipeline.layer import hash_tensor
+from loraq.pipeline.layer import hash_tensor, read_matrices
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
 from loraq.safetensors.header import FLOATS, TensorSpec
+from loraq.safetensors.layout import tensor_bytes
 from loraq.safetensors.reader import ShardReader, TensorReader
 
 #: Names of embeddings: look-up tables, which look like the matrix of a linear layer.
@@ -141,13 +143,20 @@ class Source:
         Raises:
             CheckpointError: a weight cannot be used (`find_fault`), or a tensor cannot be read.
         """
-        weights = {f"{job.name}.weight" for job in self.plan.quantized}
+        layers = {job.weight_name: job for job in self.plan.quantized}
         hashes = {}
         for name in self.names:
-            tensor = self.reader.read(name)
-            if fault := find_fault(tensor, is_kept=name not in weights):
-                raise CheckpointError(f"Tensor '{name}' cannot be used: {fault}")
-            hashes[name] = hash_tensor(tensor)
+            job, digest = layers.get(name), hashlib.sha256()
+            is_stack = job is not None and job.is_stack
+            parts = (
+                read_matrices(self.reader, job) if job and is_stack else [self.reader.read(name)]
+            )
+            for index, part in enumerate(parts):
+                if fault := find_fault(part, is_kept=job is None):
+                    where = f", expert {index}," if is_stack else ""
+                    raise CheckpointError(f"Tensor '{name}'{where} cannot be used: {fault}")
+                digest.update(tensor_bytes(part))
+            hashes[name] = digest.hexdigest()
         return hashes
 
     def read_checked(self, name: str, sha256: str) -> Tensor:
@@ -184,7 +193,7 @@ def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor]
 
 def _count(plan: Plan, reader: TensorReader, names: Sequence[str]) -> Plan:
     """Return the plan that knows the size of the whole model: of all tensors to write."""
-    weights = {f"{job.name}.weight" for job in plan.quantized}
+    weights = {job.weight_name for job in plan.quantized}
     specs = [
         TensorSpec(reader.dtype(name), reader.shape(name)) for name in names if name not in weights
     ]
@@ -216,7 +225,7 @@ def plan_tensors(files: TensorReader, recipe: Recipe, linear: frozenset[str] | N
         linear: names of its linear layers; where nobody knows them, every matrix `….weight` is
             taken for one, unless its name is one that only tables have.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in files.names:
         layer, _, leaf = name.rpartition(".")
         shape = files.shape(name)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from loraq.checkpoint.model import weights_stem
 from loraq.checkpoint.partial import partial_path
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
-from loraq.packed import PackedWeight
+from loraq.packed import PackedStack, PackedWeight
 from loraq.pipeline.machine import describe_machine
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import Report
@@ -34,7 +34,7 @@ class LayerWriter:
     layout: ShardLayout
     folder: Path
 
-    def write(self, name: str, packed: PackedWeight) -> str:
+    def write(self, name: str, packed: PackedWeight | PackedStack) -> str:
         """Write a layer, and return the hash of its parts once they are on the disk."""
         tensors = {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
         self.layout.write(self.folder, tensors, sync=True)
@@ -64,9 +64,9 @@ class Target:
     @classmethod
     def of(cls, source: Source, shard_bytes: int) -> "Target":
         """Lay out every tensor, in the order in which `save` would write the model."""
-        layers = {f"{job.name}.weight": job for job in source.plan.quantized}
+        layers = {job.weight_name: job for job in source.plan.quantized}
         specs = {}
-        for name in source.names:
+        for name in _in_order(source.names, [job.name for job in layers.values() if job.is_stack]):
             if job := layers.get(name):
                 for part, shape in job.scheme.storage(job.shape).items():
                     specs[f"{job.name}.{part}"] = TensorSpec("U8", shape)
@@ -182,8 +182,14 @@ class Target:
         if self.source.config:
             raw = write_json(folder / "config.json", self.source.config)
             files["config.json"] = hashlib.sha256(raw).hexdigest()
+        transposed = {job.name for job in self.source.plan.quantized if job.transposed}
         stored = {
-            layer.name: StoredLayer(layer.shape, layer.scheme, {**layer.record(), "recipe": 0})
+            layer.name: StoredLayer(
+                layer.shape,
+                layer.scheme,
+                {**layer.record(), "recipe": 0},
+                layer.name in transposed,
+            )
             for layer in report.layers
         }
         recipes = [report.recipe.to_dict()]
@@ -210,16 +216,36 @@ class Target:
 
     def find_ties(self) -> dict[str, str]:
         """Return the ties: a layer that stands in two places shares all that is stored of it."""
-        layers = {f"{job.name}.weight": job for job in self.source.plan.quantized}
+        layers = {job.weight_name: job for job in self.source.plan.quantized}
         tied: dict[str, str] = {}
         for name, first in self.source.tied.items():
             if job := layers.get(first):
-                other = name.removesuffix(".weight")
+                other = name if job.is_stack else name.removesuffix(".weight")
                 parts = job.scheme.storage(job.shape)
                 tied |= {f"{other}.{part}": f"{job.name}.{part}" for part in parts}
             else:
                 tied[name] = first
         return tied
+
+
+def _in_order(names: Sequence[str], stacks: Sequence[str]) -> list[str]:
+    """Return the names of a float model's tensors in the order of the quantized one.
+
+    A stack of experts is one of its module's own tensors, and becomes the last module in it.
+
+    Args:
+        names: in the order of the float model.
+        stacks: those of stacks, in the order of the quantized model.
+    """
+    moved = set(stacks)
+    ordered = [name for name in names if name not in moved]
+    for stack in stacks:
+        owner, dot, _ = stack.rpartition(".")
+        before = [name for name in ordered if name.startswith(owner + dot)]
+        if not before:  # the module has no other tensor: it keeps its place
+            before = [name for name in names[: names.index(stack)] if name in ordered]
+        ordered.insert(ordered.index(before[-1]) + 1 if before else 0, stack)
+    return ordered
 
 
 def _parts_of(job: LayerJob) -> list[str]:
