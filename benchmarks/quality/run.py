@@ -299,6 +299,7 @@ def output_errors(trained: nn.Module, model: nn.Module, inputs: dict[str, Tensor
     return [
         relative_error(exact[name](inputs[name]), layer(inputs[name]))
         for name, layer in quantized_layers(model).items()
+        if name in inputs
     ]
 
 

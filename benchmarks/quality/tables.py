@@ -11,6 +11,7 @@ from benchmarks.quality.sharing import WAYS, share_otherwise
 from benchmarks.worlds.world import OWN_SAMPLES, WORLDS, World
 from loraq.evaluation.contender import Contender
 from loraq.layers import quantized_layers
+from loraq.recipe_names import NAMED
 from loraq.rules import Rule
 
 Table = tuple[Contender, ...]
@@ -226,8 +227,26 @@ def allocation(world: World) -> dict[str, Table]:
     return tables
 
 
+def kept_layers() -> dict[str, Table]:
+    """What does it cost to store the layers in eight bits that a model's class keeps?
+
+    The bits are those of the other layers, which are the same in all rows of a table.
+    """
+    return {
+        f"Kept layers, {title}, {WITHOUT}": tuple(
+            Contender(label, recipe, keep=keep)
+            for label, keep in (("in floats", "float"), ("in eight bits", "int8"))
+        )
+        for title, recipe in (
+            ("W4A16", "int4-a16+w6a6"),
+            ("W4A8, the default recipe", NAMED["default"]),
+            ("W4A4", "mxfp4-a4+w8a8"),
+        )
+    }
+
+
 def all_tables(name: str) -> dict[str, Table]:
     """Return every table of a world, the comparisons first."""
     world = WORLDS[name]
     small = ABLATIONS | rotation() | activations() | statistics(world) if name == "digits" else {}
-    return CONTENDERS | small | allocation(world)
+    return CONTENDERS | small | allocation(world) | kept_layers()

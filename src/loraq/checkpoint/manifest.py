@@ -40,6 +40,7 @@ _RECORD: dict[str, Any] = {
     "source_dtype": str,
     "stats_sha256": str,
     "absorbed": dict,
+    "kept": bool,
 }
 #: Types of the fields of what a scheme is built of.
 _HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
@@ -62,6 +63,11 @@ class StoredLayer:
     def is_stack(self) -> bool:
         """Whether it is a stack of experts, which one parameter of the model holds."""
         return len(self.shape) == 3
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the rules kept it out of the recipe's scheme, and it is stored in eight bits."""
+        return bool(self.record.get("kept"))
 
     @property
     def stack(self) -> Stack:
@@ -301,7 +307,7 @@ def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
     if key not in table:
         raise ValueError(f"{of} has no '{key}'.")
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
         raise ValueError(f"'{key}' of {of} is {value!r}.")
     return value
 

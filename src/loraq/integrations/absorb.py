@@ -130,7 +130,8 @@ def _absorb(
             device = next(layer.parameters()).device
             weight = _add_lora(name, layer, source, lora.adapters[name], scale, device)
             shape = layer.out_features, layer.in_features
-            job = LayerJob.of(name, shape, layer.scheme, recipes[name])
+            is_kept = bool(layer.record.get("kept"))
+            job = LayerJob.of(name, shape, layer.scheme, recipes[name], is_kept=is_kept)
             finished = quantize_layer(job, weight)
             new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend

@@ -105,6 +105,7 @@ def quantize_layer(
         stats_sha256=stats_sha256,
         output_error=None if job.is_stack else solutions[0].metrics.get("output_error"),
         metrics={} if job.is_stack else solutions[0].metrics,
+        kept=job.is_kept,
     )
     return FinishedLayer(packed, report, job.transposed)
 
