@@ -31,6 +31,8 @@ COMMANDS = [
     "inspect",
     "compare",
     "absorb-lora",
+    "append-lora",
+    "remove-lora",
     "formats",
     "methods",
     "demo",

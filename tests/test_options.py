@@ -39,6 +39,7 @@ QUANTIZE = {
     "effort": TEXT | {"None"},
     "budget": TEXT | {"None", "-1", "0", "1.5"},
     "rank": {"None"},
+    "keep": TEXT | {"None"},
     "modules_to_not_convert": {"None"},
     "stats": TEXT | {"None"},
     "workers": WORKERS,

@@ -85,7 +85,8 @@ def test_every_public_name_documents_its_own_members():
         (
             "quantize_",
             [
-                *("model", "recipe", "*effort", "*budget", "*rank", "*modules_to_not_convert"),
+                *("model", "recipe", "*effort", "*budget", "*rank", "*keep"),
+                "*modules_to_not_convert",
                 *("*stats", "*components", "*workers", "*progress"),
             ],
         ),

@@ -42,7 +42,7 @@ def test_every_row_is_a_recipe_with_a_label_of_its_own_and_a_known_source(name):
 def test_ranks_shared_otherwise_store_no_more_and_differ(model, way, monkeypatch):
     if way == "measured":  # the solver is not what is tested here
         monkeypatch.setattr("benchmarks.quality.sharing.solve_layer", fake_solution)
-    recipe = replace(Recipe.named("mxfp4-a8+w6a8"), budget="r16=5")
+    recipe = replace(Recipe.named("mxfp4-a8+w6a8"), budget="r16=5", keep="float")
     uniform = plan_model(model, recipe)
     probe = partial(digits.velocity_probe, count=8)
     shared = plan_model(model, share_otherwise(model, recipe, way=way, probe=probe))

@@ -94,7 +94,7 @@ def test_the_defaults():
         ),
         (
             {"method": "lqer", "options": {"steps": 3}},
-            r"option of method 'lqer' 'steps'.*Known: scale_rule",
+            r"option of method 'lqer' 'steps'.*Known: rotate, scale_rule",
         ),
         ({"options": {"steps": "many"}}, r"'steps' in options is 'many'\. It must be of type int"),
         (

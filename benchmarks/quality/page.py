@@ -53,7 +53,8 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   over seeds of the solver, each with images and noise of its own, with a 95 % confidence interval (Student's t). "/
   declared" is its ratio to the declared row, run by run: 1.20 is 20 % more error. **n** is the number of seeds.
 * **layers** is the mean relative output error of a layer on its own real inputs, activations rounded; **optimized** how
-  many layers of LoRaQ's store the branch that it optimized, and not SVDQuant's or none, which were better there.
+  many layers of LoRaQ's store the branch that it annealed, and not one in closed form, SVDQuant's or none, which were
+  better there.
 * **PSNR** (from the mean square error of all samples) and **SSIM**, where pictures are large enough for it, compare
   samples with those of the model as trained from the same noise. **Fréchet** is the distance of the judge's features
   to those of real digits; it does not order 4-bit methods, and only says that nothing broke.
