@@ -25,7 +25,7 @@ ROWS = (
     "checkpoint doctor",
     "pipeline",
     "integrations",
-    "diffusers evaluation",
+    "diffusers evaluation exports",
     "cli",
 )
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts.split()}

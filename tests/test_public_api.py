@@ -23,10 +23,12 @@ PUBLIC = [
     "collect_pipeline_stats",
     "collect_stats",
     "dequantize_",
+    "export",
     "get_format",
     "load",
     "load_into",
     "load_stats",
+    "plan_export",
     "plan_model",
     "quantize",
     "quantize_",
@@ -88,6 +90,17 @@ def test_every_public_name_documents_its_own_members():
         (
             "absorb_lora",
             ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"],
+        ),
+        (
+            "export",
+            [
+                *("source", "target", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"),
+                *("*shard_bytes", "*link", "*overwrite", "*verify", "*progress"),
+            ],
+        ),
+        (
+            "plan_export",
+            ["source", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"],
         ),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
         ("set_backend", ["model", "name"]),

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from loraq.checkpoint.components import StoredFile, copy_components
+from loraq.checkpoint.folder import require_space
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model import weights_stem
 from loraq.checkpoint.partial import partial_path
@@ -98,22 +98,11 @@ class Target:
             target: the folder to make.
             link: whether the other components are hard links instead of copies.
         """
-        parent = next(parent for parent in target.absolute().parents if parent.exists())
         others = self.source.others.values()
         needed = self.layout.nbytes + sum(0 if link else path.stat().st_size for path in others)
         for path in partial_path(target).rglob("*"):
             needed -= path.stat().st_size if path.is_file() else 0
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise CheckpointError(
-                f"'{parent}' has {free / 1e9:.3g} GB free and about {needed / 1e9:.3g} GB are "
-                "needed. Free space, or choose another target."
-            )
-        if link and any(path.resolve().stat().st_dev != parent.stat().st_dev for path in others):
-            raise CheckpointError(
-                f"'{parent}' is on another disk than the source, and hard links cannot cross. "
-                "Leave `--link` out to copy."
-            )
+        require_space(target, needed, linked=others if link else ())
 
     def write_kept(
         self, folder: Path, checked: Mapping[str, str], *, link: bool

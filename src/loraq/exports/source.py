@@ -1,0 +1,218 @@
+"""What is exported: a quantized folder or pipeline, checked, its layers read one at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from loraq.checkpoint.folder import file_sha256
+from loraq.checkpoint.links import find_files, require_own_weights
+from loraq.checkpoint.manifest import FILE_NAME, Manifest
+from loraq.checkpoint.model import insert_empty_layers
+from loraq.errors import CheckpointError, ExportError, list_some
+from loraq.exports.factors import build_factors
+from loraq.exports.layer import Head, Layer
+from loraq.families import family_rules
+from loraq.formats import QTensor
+from loraq.integrations.diffusers import empty_model, transformer_folder
+from loraq.integrations.hub import local_path
+from loraq.integrations.lora import Adapter, Lora
+from loraq.json_files import read_json
+from loraq.layers import quantized_layers
+from loraq.nn import QuantizedConv1x1, QuantizedLayer
+from loraq.packed import PackedWeight
+from loraq.safetensors.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A quantized model of diffusers: its files, and LoRAs that are stacked onto it."""
+
+    #: A pipeline's folder, or the model's own.
+    root: Path
+    #: Folder of the model.
+    folder: Path
+    #: Name of that folder in the pipeline, or "".
+    component: str
+    manifest: Manifest
+    reader: ShardReader
+    #: Content of `config.json`, without its `quantization_config`.
+    config: dict[str, Any]
+    #: On the meta device, its quantized layers empty.
+    model: nn.Module
+    heads: tuple[Head, ...]
+    #: LoRAs with their scales multiplied in, by the name of the layer.
+    adapters: dict[str, list[Adapter]]
+    #: SHA-256 of the manifest.
+    sha256: str
+
+    @classmethod
+    def open(
+        cls, source: str | Path, loras: list[tuple[Path, float]], *, verify: bool = True
+    ) -> "ExportSource":
+        """Check a folder against its manifest and its class.
+
+        Args:
+            source: a quantized folder, a pipeline's, or a repository of the hub.
+            loras: files and the strength of each.
+            verify: whether the files' hashes are compared.
+
+        Raises:
+            CheckpointError: it is not a quantized folder, or damaged; or a LoRA cannot be read.
+            ExportError: a LoRA touches what the model does not have.
+        """
+        root = local_path(source)
+        folder = transformer_folder(root)
+        require_own_weights(root, folder)
+        if not (folder / FILE_NAME).is_file():
+            raise CheckpointError(
+                f"'{folder}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize "
+                "SRC DST` makes one, and `loraq export` starts from that."
+            )
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"'{folder}' has no 'config.json', which names the class that other programs "
+                "load. Quantize again with `--config`."
+            )
+        sha256 = file_sha256(folder / FILE_NAME)
+        model = empty_model(folder)
+        manifest, reader = insert_empty_layers(model, folder, verify=verify)
+        config = read_json(folder / "config.json")
+        config.pop("quantization_config", None)
+        adapters = _read_loras(loras, model)
+        heads = _find_heads(model, manifest, reader, adapters)
+        component = folder.name if folder != root else ""
+        return cls(
+            root, folder, component, manifest, reader, config, model, heads, adapters, sha256
+        )
+
+    def find_others(self) -> dict[str, Path]:
+        """Return the files of a pipeline's other components by their path in it."""
+        return find_files(self.root, without=self.component) if self.component else {}
+
+    def find_floats(self) -> dict[str, str]:
+        """Return the class of every module with a float weight of two or more axes."""
+        return {
+            name: type(module).__name__
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if name and not isinstance(module, QuantizedLayer) and _has_matrix(module)
+        }
+
+    def list_kept(self) -> list[str]:
+        """Return the names of all tensors that are no part of a quantized weight."""
+        owners = {head.name for head in self.heads}
+        names = dict.fromkeys([*self.reader.names, *self.manifest.tied])
+        return [
+            name
+            for name in names
+            if (parts := name.rpartition("."))[0] not in owners or parts[2] == "bias"
+        ]
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in the files of a tensor, which may be that of another one."""
+        return self.manifest.tied.get(name, name)
+
+    def read_kept(self, name: str) -> Tensor:
+        """Return a tensor of `list_kept`, with what LoRAs add to it."""
+        tensor = self.reader.read(self.stored_name(name))
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in self.adapters:
+            total = tensor.float()
+            for adapter in self.adapters[owner]:
+                total = total + adapter.delta().view(total.shape)
+            tensor = total.to(tensor.dtype)
+        return tensor
+
+    def read_main(self, head: Head) -> QTensor:
+        """Return the main weight of a layer."""
+        return self._read_packed(head).main
+
+    def read_layer(self, head: Head) -> Layer:
+        """Return a quantized layer, with what LoRAs add to it."""
+        packed, adapters = self._read_packed(head), self.adapters.get(head.name, [])
+        dense = packed.reconstruct()
+        for adapter in adapters:
+            dense += adapter.delta()
+        # In a rotated basis, which only `dense` takes, the factors of a LoRA would be others.
+        branch = None if head.scheme.rotation else build_factors(packed, adapters)
+        return Layer(head, packed.main, branch, dense)
+
+    def _read_packed(self, head: Head) -> PackedWeight:
+        names = head.scheme.storage(head.shape)
+        tensors = {
+            part: self.reader.read(self.stored_name(f"{head.stored}.{part}")) for part in names
+        }
+        return PackedWeight.from_tensors(tensors, head.scheme, head.shape)
+
+
+def _find_heads(
+    model: nn.Module, manifest: Manifest, reader: ShardReader, adapters: dict[str, list[Adapter]]
+) -> tuple[Head, ...]:
+    """Return every quantized layer, one that stands in several places under each of its names."""
+    first = {module: name for name, module in quantized_layers(model).items()}
+    rules = family_rules(type(model).__name__)
+    heads = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, QuantizedLayer):
+            continue
+        stored, shape = first[module], (module.out_features, module.in_features)
+        bias = manifest.tied.get(f"{name}.bias", f"{name}.bias")
+        rule = next((rule for rule in rules if rule.matches(name)), None)
+        heads.append(
+            Head(
+                name=name,
+                stored=stored,
+                shape=shape,
+                scheme=module.scheme,
+                dense_shape=(*shape, 1, 1) if isinstance(module, QuantizedConv1x1) else shape,
+                bias=reader.dtype(bias) if module.bias is not None else "",
+                lora_rank=sum(adapter.down.shape[0] for adapter in adapters.get(name, [])),
+                is_modulation=bool(rule and rule.weight_only),
+            )
+        )
+    return tuple(heads)
+
+
+def _read_loras(loras: list[tuple[Path, float]], model: nn.Module) -> dict[str, list[Adapter]]:
+    """Return what LoRAs add to each layer, their strengths multiplied in."""
+    found: dict[str, list[Adapter]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, strength in loras:
+        lora = Lora.read(path, model)
+        strange = [name for name in lora.adapters if not _takes(modules.get(name))]
+        if strange:
+            raise ExportError(
+                f"'{lora.file}' touches {len(strange)} layers that {type(model).__name__} does not "
+                f"have: {list_some(strange)}. Is the LoRA for this model, in names that diffusers "
+                "understands?"
+            )
+        for name, adapter in lora.adapters.items():
+            _require_shape(lora.file, name, adapter, modules[name])
+            scaled = Adapter(adapter.down, adapter.up, strength * adapter.scale)
+            found.setdefault(name, []).append(scaled)
+    return found
+
+
+def _takes(module: nn.Module | None) -> bool:
+    """Return whether a LoRA can be for a module: it has a weight that is a matrix of some kind."""
+    return isinstance(module, QuantizedLayer) or (module is not None and _has_matrix(module))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1 and weight.is_floating_point()
+
+
+def _require_shape(file: Path, name: str, adapter: Adapter, module: nn.Module) -> None:
+    if isinstance(module, QuantizedLayer):
+        shape = (module.out_features, module.in_features)
+    else:
+        weight = module.get_parameter("weight")
+        shape = (weight.shape[0], weight[0].numel())
+    given = (adapter.up.shape[0], adapter.down[0].numel())
+    if given != shape:
+        raise ExportError(
+            f"'{file}': layer '{name}' has factors {tuple(adapter.up.shape)} and "
+            f"{tuple(adapter.down.shape)}, and the layer is {shape}. The LoRA is for another model."
+        )
