@@ -140,7 +140,7 @@ def _plan(
         floats=source.find_floats(),
         takes_lora=hasattr(type(source.model), "load_lora_adapter"),
         is_single_file=is_single_file_class(name),
-        read_main=source.read_main,
+        read_scale=source.read_scale,
         dtype=dtype,
         pads_rank=pads_rank,
     )

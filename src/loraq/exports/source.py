@@ -14,7 +14,6 @@ from loraq.errors import CheckpointError, ExportError, list_some
 from loraq.exports.factors import build_factors
 from loraq.exports.layer import Head, Layer
 from loraq.families import family_rules
-from loraq.formats import QTensor
 from loraq.integrations.diffusers import empty_model, transformer_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.lora import Adapter, Lora
@@ -124,9 +123,11 @@ class ExportSource:
             tensor = total.to(tensor.dtype)
         return tensor
 
-    def read_main(self, head: Head) -> QTensor:
-        """Return the main weight of a layer."""
-        return self._read_packed(head).main
+    def read_scale(self, head: Head) -> Tensor:
+        """Return the block scales of a main weight in fp32, without a global scale."""
+        assert head.main is not None, "a format without blocks has no scales"
+        name = self.stored_name(f"{head.stored}.weight_scale")
+        return head.main.scale_format.decode(self.reader.read(name))
 
     def read_layer(self, head: Head) -> Layer:
         """Return a quantized layer, with what LoRAs add to it."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loraq.errors import ExportError
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.formats import QTensor
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 
@@ -56,8 +55,8 @@ class Job:
     takes_lora: bool
     #: Whether diffusers loads the class from a single file.
     is_single_file: bool
-    #: Reads the main weight of a layer.
-    read_main: Callable[[Head], QTensor]
+    #: Reads the block scales of a main weight, in fp32, without a global scale.
+    read_scale: Callable[[Head], Tensor]
     #: Dtype that was asked for; `None` leaves floats as they are.
     dtype: torch.dtype | None = None
     #: Whether branches are filled up with zeros where a target needs one rank.
