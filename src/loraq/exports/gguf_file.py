@@ -1,6 +1,7 @@
 """A GGUF file, version 3: header, fields, places of the tensors, and the tensors.
 
-Everything is little-endian. Sizes are known before the numbers are, so tensors can be written in any order, one at a time.
+Everything is little-endian. Sizes are known before the numbers are, so tensors can be written in
+any order, one at a time.
 """
 
 import os
