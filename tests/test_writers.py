@@ -36,11 +36,12 @@ OF_MEMORY = (PARENT, PARENT_ALIAS, LINKED)
 OF_PICTURE = (SAME, CHILD, ALIAS)
 
 WRITING = {
-    "commands": {"quantize", "stats", "absorb-lora", "demo"},
+    "commands": {"quantize", "stats", "absorb-lora", "demo", "export"},
     "calls": {
         "absorb_lora",
         "collect_pipeline_stats",
         "collect_stats",
+        "export",
         "quantize_checkpoint",
         "save",
         "save_stats",
@@ -54,6 +55,7 @@ READING = {
         "load",
         "load_into",
         "load_stats",
+        "plan_export",
         "plan_model",
         "quantize",
         "quantize_",
@@ -152,6 +154,14 @@ WRITERS = [
     Writer("absorb_lora: lora", lambda a, b, c: absorbs(model=c, lora=a, source=c, target=b),
            NAMES["lora"]),
     Writer("absorb_lora: source", lambda a, b, c: absorbs(model=c, lora=c, source=a, target=b)),
+    Writer("export: source", lambda a, b, c: cli("export", a, b, "--to", "sdnq", "--overwrite")),
+    Writer("export: lora",
+           lambda a, b, c: cli("export", c, b, "--to", "sdnq", "--lora", a, "--overwrite"),
+           NAMES["lora"]),
+    Writer("export: source of a call",
+           lambda a, b, c: loraq.export(a, b, to="sdnq", **IN_PLACE)),
+    Writer("export: lora of a call",
+           lambda a, b, c: loraq.export(c, b, to="sdnq", lora=[a], **IN_PLACE), NAMES["lora"]),
     Writer("stats: pipeline", lambda a, b, c: cli("stats", a, b, "--overwrite")),
     Writer("stats: prompts", lambda a, b, c: cli("stats", c, b, "--prompts", a, "--overwrite"),
            "prompts.txt"),

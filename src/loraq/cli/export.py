@@ -1,5 +1,6 @@
 """`loraq export`: a quantized folder as files that another program loads."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +87,13 @@ def export(
 
 
 def _split_lora(text: str) -> tuple[Path, float]:
-    """Read FILE[:SCALE]; a file may have a colon in its name if a scale follows."""
+    """Read FILE[:SCALE]; what follows the last colon is a part of the name unless it is a number."""
     path, colon, scale = text.rpartition(":")
     try:
-        return (Path(path), float(scale)) if colon else (Path(text), 1.0)
+        strength = float(scale) if colon else math.nan
     except ValueError:
-        return Path(text), 1.0
+        strength = math.nan
+    return (Path(path), strength) if math.isfinite(strength) else (Path(text), 1.0)
 
 
 def _show_targets(*, as_json: bool) -> None:

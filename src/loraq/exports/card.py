@@ -13,7 +13,7 @@ def write_card(report: ExportReport, model_class: str, folder: str, has_branch_f
     Args:
         report: what became of the layers.
         model_class: class of the model in diffusers.
-        folder: the target, as a user would name it.
+        folder: name of the target, with that of the component in it.
         has_branch_file: whether the branch is a file of its own.
     """
     about, counts, (before, after) = report.about, report.counts, report.bits

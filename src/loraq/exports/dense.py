@@ -13,7 +13,7 @@ class Dense(Target):
         name="dense",
         loaded_by="diffusers, and whatever reads float weights",
         holds="every format, rank and rotation",
-        exact="rounded once to bf16 (2⁻⁹) or fp16, as any checkpoint is; `--dtype float32` is not",
+        exact="rounded once to bf16 or fp16, as any checkpoint is; `--dtype float32` is not",
         activations="16 or 32 bits, nothing is rounded",
         verified="whole models by diffusers, against the exact weight-only forward",
         unverified="nothing",

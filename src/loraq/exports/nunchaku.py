@@ -72,7 +72,7 @@ class NunchakuLite(Target):
         "Blackwell on",
         holds="INT4 (blocks of 64) or NVFP4, one of them a file, one rank, a multiple of 16; out "
         "and in multiples of 128; modulations as INT4 without a branch; no 1×1 convolutions",
-        exact="codes and scales; NVFP4's global scale to 1e-4; branches of bf16 and MX formats",
+        exact="codes and scales; NVFP4's global scale to 3e-4; branches of bf16 and MX formats",
         activations="4 bits by the target's own rule (absmax / 7, or NVFP4 without a global scale)",
         verified="every permutation against cache-dit's packer; whole models (FLUX) by diffusers' "
         "loader and layers, the CUDA kernels emulated from their formulas",
@@ -120,7 +120,7 @@ class NunchakuLite(Target):
         """Return what of a layer is rounded."""
         reasons = [explain_rounding(head, self.job.new_dtype)]
         if head.scheme.weight == "nvfp4":
-            reasons.append("global scale rounded, by 1e-4 at most")
+            reasons.append("global scale rounded, by 3e-4 at most")
         return ", ".join(reason for reason in reasons if reason)
 
     def notes(self) -> list[str]:
@@ -254,7 +254,7 @@ def split_scale(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return two numbers of a dtype whose product is nearest to a positive fp32 number.
 
     NVFP4's global scale is one number of 16 bits for the matrix, times one for each row. A power of
-    two is exact; the product of two numbers of bf16 hits any other within 1e-4.
+    two is exact; the product of two numbers of bf16 hits any other within 3e-4.
     """
     steps = torch.arange(1, 2, torch.finfo(dtype).eps, dtype=torch.float64)
     rows = steps.to(dtype)

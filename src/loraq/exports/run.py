@@ -170,6 +170,7 @@ def _predict(target: Target, head: Head) -> LayerFate:
 
 
 def _split(lora: LoraFile) -> tuple[Path, float]:
+    """Return the file of a LoRA and its strength."""
     path, scale = lora if isinstance(lora, tuple) else (lora, 1.0)
     return Path(path), float(scale)
 

@@ -39,7 +39,7 @@ class Sdnq(Target):
         verified="whole models (FLUX, SANA, PixArt) by diffusers and sdnq 0.2.8 on a CPU",
         unverified="GPU kernels",
         recipe="int4-a16+bf16-r32",
-        load="import diffusers\n\n# pip install sdnq\n"
+        load="# pip install sdnq\nimport diffusers\nimport torch\n\n"
         'model = diffusers.{model_class}.from_pretrained("{folder}", dtype=torch.bfloat16)',
         traps=(
             f"The file is that of sdnq {VERSION}; other releases may read it another way.",

@@ -18,6 +18,7 @@ from loraq.checkpoint.model import weights_stem
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import ExportError
 from loraq.exports import card, lora
+from loraq.exports.factors import pad_rank
 from loraq.exports.layer import Decoded, Head, Layer, Specs, same
 from loraq.exports.report import DENSE, EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
@@ -29,9 +30,9 @@ from loraq.safetensors.header import DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 from loraq.version import __version__
 
-#: The largest relative change of a weight: rounding to bf16, the coarsest that is done, makes
-#: 1.7e-3 at most; a wrong order of values makes 1.
-_LARGEST_CHANGE = 2e-3
+#: The largest relative change of main weight, factor or dense weight: rounding to bf16, the
+#: coarsest that is done, makes 2⁻⁸ at most; a wrong order of values makes 1.
+_LARGEST_CHANGE = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Files:
     ) -> ExportReport:
         """Write configuration, card and report beside the weights."""
         write_json(folder / "config.json", self.target.config(list(self.held.values())))
-        home = place / self.source.component
+        home = Path(place.absolute().name) / self.source.component
         name = type(self.source.model).__name__
         text = card.write_card(report, name, home.as_posix(), self.branch is not None)
         disk.write_file(folder / card.FILE_NAME, text.encode())
@@ -198,18 +199,39 @@ def _judge(layer: Layer, decoded: Decoded, planned: LayerFate) -> LayerFate:
     Raises:
         ExportError: that is another weight.
     """
-    main = layer.main.dequantize()
-    is_same = planned.fate != DENSE and torch.equal(decoded.main, main)
-    if is_same and same(decoded.branch, layer.branch):
+    if planned.fate == DENSE:
+        change = relative_error(layer.dense, decoded.dense())
+        _require_small(change, layer)
+        return replace(planned, relative_change=change)
+    of_main = relative_error(layer.main.dequantize(), decoded.main)
+    of_branch = 0.0 if same(layer.branch, decoded.branch) else _compare(layer, decoded)
+    _require_small(max(of_main, of_branch), layer)
+    if not of_main and not of_branch:
         return replace(planned, fate=EXACT, reason="", relative_change=0.0)
+    reason = planned.reason or ("scales rounded" if of_main else "factors rounded")
     change = relative_error(layer.dense, decoded.dense())
+    return replace(planned, fate=ROUNDED, reason=reason, relative_change=change)
+
+
+def _compare(layer: Layer, decoded: Decoded) -> float:
+    """Return the largest relative change of a factor.
+
+    Their product is no measure: it may be larger than the weight, whose other part cancels it.
+    """
+    rank = max(branch.rank for branch in (layer.branch, decoded.branch) if branch)
+    wanted, found = (
+        pad_rank(branch, rank, layer.head.shape) for branch in (layer.branch, decoded.branch)
+    )
+    return max(
+        relative_error(wanted.up, found.up.float()),
+        relative_error(wanted.down, found.down.float()),
+    )
+
+
+def _require_small(change: float, layer: Layer) -> None:
     if not change <= _LARGEST_CHANGE:
         raise ExportError(
-            f"Layer '{layer.head.name}' would be another weight in the target: it changes by "
-            f"{change:.3g}, and {_LARGEST_CHANGE:g} is the most that rounding does. Nothing was "
+            f"Layer '{layer.head.name}' would be another weight in the target: a part changes by "
+            f"{change:.3g}, and {_LARGEST_CHANGE:.2g} is the most that rounding does. Nothing was "
             "written. Please report this; `--dtype float32` or `--to dense` may work meanwhile."
         )
-    if planned.fate == DENSE:
-        return replace(planned, relative_change=change)
-    reason = planned.reason or ("factors rounded" if is_same else "scales rounded")
-    return replace(planned, fate=ROUNDED, reason=reason, relative_change=change)

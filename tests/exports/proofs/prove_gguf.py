@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loraq
 from loraq.checkpoint.inspect import DenseWeights
@@ -54,6 +55,23 @@ def test_a_sana_whose_convolutions_are_dense(tmp_path):
         str(tmp_path / "out/branch.safetensors"), prefix="transformer", adapter_name="loraq"
     )
     assert distance(output(loaded, "sana"), exact_output(model, "sana")) < 1e-6
+
+
+def test_a_second_lora_switches_the_branch_off_unless_both_are_named(tmp_path):
+    """The trap in the model card, and the way out of it."""
+    model = save_quantized("flux", MIXED, tmp_path / "quantized")
+    loraq.export(tmp_path / "quantized", tmp_path / "out", to="gguf", progress=False)
+    loaded, wanted = load("flux", tmp_path / "out"), exact_output(model, "flux")
+    name = "transformer.transformer_blocks.0.attn.to_q.lora"
+    zeros = {f"{name}_A.weight": torch.zeros(4, 128), f"{name}_B.weight": torch.zeros(128, 4)}
+    save_file(zeros, tmp_path / "style.safetensors", {"format": "pt"})
+    for file, adapter in (("out/branch", "loraq"), ("style", "style")):
+        loaded.load_lora_adapter(
+            str(tmp_path / f"{file}.safetensors"), prefix="transformer", adapter_name=adapter
+        )
+    assert distance(output(loaded, "flux"), wanted) > 1e-2
+    loaded.set_adapters(["loraq", "style"])
+    assert distance(output(loaded, "flux"), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(
