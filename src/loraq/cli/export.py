@@ -87,7 +87,7 @@ def export(
 
 
 def _split_lora(text: str) -> tuple[Path, float]:
-    """Read FILE[:SCALE]; what follows the last colon is a part of the name unless it is a number."""
+    """Read FILE[:SCALE]; what follows the last colon is part of the name unless a number."""
     path, colon, scale = text.rpartition(":")
     try:
         strength = float(scale) if colon else math.nan
