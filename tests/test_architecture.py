@@ -16,15 +16,17 @@ SOURCE = Path(loraq.__file__).parent
 #: Lowest first; a file imports from lower rows or from its own folder, never sideways and never up.
 ROWS = (
     "disk errors regular_file version",
-    "autocast dense formats json_files options transforms",
-    "safetensors scheme linalg state stats",
-    "budget packed recipe_names rules",
+    "autocast dense formats json_files layer_input options stacks transforms",
+    "expert_weight safetensors scheme linalg state stats",
+    "budget packed precision recipe_names rules",
     "families kernels",
     "methods nn",
+    "experts",
     "layers recipe parallel",
     "checkpoint doctor",
     "pipeline",
     "integrations",
+    "transformers",
     "diffusers evaluation exports",
     "cli",
 )

@@ -18,8 +18,8 @@ from torch import nn
 
 import loraq
 from loraq.cli import main
+from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
-from loraq.cli.quantize import size_option_value
 from loraq.errors import CheckpointError, LoraqError
 from loraq.recipe import Recipe
 
@@ -83,7 +83,8 @@ def place(tmp_path_factory) -> Path:
     model = small_pixart(torch.float32, num_layers=1)
     model.save_pretrained(place / "float")
     model.save_pretrained(place / "pipeline" / "transformer")
-    (place / "pipeline" / "model_index.json").write_text("{}")
+    index = {"transformer": ["diffusers", "PixArt"], "vae": ["diffusers", "AutoencoderKL"]}
+    (place / "pipeline" / "model_index.json").write_text(json.dumps(index))
     succeeds("quantize", place / "float", place / "quantized", *FAST)
     succeeds("quantize", place / "pipeline", place / "quantized-pipeline", *FAST)
     return place
@@ -398,7 +399,11 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
     assert planned["others"] == []
     kept = [layer for layer in planned["layers"] if layer["scheme"] is None]
     assert all(layer["reason"] for layer in kept)
-    assert planned == document("plan", place / "pipeline", *FAST)
+    of_pipeline = document("plan", place / "pipeline", *FAST)
+    (size,) = of_pipeline["sizes"]
+    assert (size["name"], size["class_name"]) == ("transformer", "PixArt")
+    assert size["nbytes"] < size["nbytes_bf16"]
+    assert planned == of_pipeline | {"sizes": []}
 
 
 def test_a_budget_sets_the_rank(place):
@@ -554,12 +559,15 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
         row["backend"]: row
         for row in document("inspect", place / "quantized", "--memory")["memory"]
     }
-    assert list(rows) == ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    names = ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    assert list(rows) == ["float", "auto", *names]
     layers = document("inspect", place / "quantized")["layers"].values()
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    factors = sum(layer["scheme"]["branch"]["rank"] * sum(layer["shape"]) for layer in layers)
-    assert rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
-    assert rows["resident"]["kept"] == 2 * (weights + factors)  # decoded to bf16
+    assert rows["auto"]["kept"] == rows["low_memory"]["kept"] == rows["reference"]["kept"] == 0
+    # Decoded to bf16, the branch added: the memory of the model before beside the packed bytes.
+    assert rows["resident"]["kept"] == rows["float"]["kept"] == 2 * weights
+    assert rows["float"]["others"] == rows["auto"]["others"]
+    assert rows["auto"]["packed"] < rows["float"]["kept"] / 2
     assert rows["int8_row"]["refused"] == len(layers)  # its activations are not INT8
     assert rows["low_memory"]["packed"] < weights
     files = sum(path.stat().st_size for path in (place / "quantized").glob("*.safetensors"))
@@ -586,8 +594,10 @@ def test_doctor_shows_the_machine_the_choices_and_its_numbers():
     chosen = {(choice["weight"], choice["activation"]): choice for choice in report["choices"]}
     if "cuda:0" not in report["devices"]:
         assert chosen["int8", "int8"]["backend"] == "int8_row"
-        assert chosen["mxfp4", "mxint8"]["backend"] == "resident"
+        assert chosen["mxfp4", "mxint8"]["backend"] == "low_memory"
         assert "not int8_row: its activations are 'mxint8'" in chosen["mxfp4", "mxint8"]["reason"]
+        assert "activations run in 16 bits" in chosen["mxfp4", "mxint8"]["reason"]
+        assert "16 bits" not in chosen["mxfp4", "bf16"]["reason"]
 
 
 def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):

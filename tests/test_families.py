@@ -23,7 +23,8 @@ def diffusers():
     with _quiet_diffusers() as module:
         for family in families().values():
             for name in family.classes:
-                getattr(module, name)  # loaded on first use
+                if name != "PreTrainedModel":  # of transformers
+                    getattr(module, name)  # loaded on first use
         return module
 
 
@@ -178,7 +179,7 @@ def test_every_rule_of_a_family_gives_a_reason_and_says_what_to_do(diffusers):
     assert not last[1].classes
     for name, family in named:
         assert family.classes, name
-        assert all(hasattr(diffusers, kind) for kind in family.classes)
+        assert all(hasattr(diffusers, kind) or kind == "PreTrainedModel" for kind in family.classes)
     for _, family in families().items():
         assert all(
             rule.reason and (rule.weight_only or rule.skip is not None) for rule in family.rules

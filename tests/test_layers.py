@@ -249,7 +249,7 @@ def test_a_single_layer_can_be_switched_like_a_model():
 def test_an_unknown_back_end_is_refused_and_nothing_is_switched(model):
     with pytest.raises(KernelError, match=r"Unknown back end 'residend'\. Did you mean 'resident'"):
         set_backend(model, "residend")
-    assert all(layer.backend == "resident" for layer in quantized_layers(model).values())
+    assert all(layer.backend == "low_memory" for layer in quantized_layers(model).values())
 
 
 def test_a_model_runs_on_the_automatic_choice_where_the_asked_back_end_refuses(caplog):
@@ -273,10 +273,15 @@ def test_a_model_runs_on_the_automatic_choice_where_the_asked_back_end_refuses(c
     assert len(caplog.records) == 1
     unfit(gaussian(2, 512))
     assert (
-        "resident (not int8_row: INT8 rows change the weight in 'mxint4'"
+        "low_memory (not int8_row: INT8 rows change the weight in 'mxint4'"
         in caplog.records[1].getMessage()
     )
-    assert [layer.backend for layer in model] == ["resident", "resident", "int8_row", "resident"]
+    assert [layer.backend for layer in model] == [
+        "low_memory",
+        "low_memory",
+        "int8_row",
+        "low_memory",
+    ]
 
 
 def test_a_back_end_that_refuses_every_layer_is_an_error_and_nothing_is_switched():
@@ -286,7 +291,7 @@ def test_a_back_end_that_refuses_every_layer_is_an_error_and_nothing_is_switched
         match=r"'int8_row' cannot run any of the 2 quantized layers.*its activations are",
     ):
         set_backend(model, "int8_row")
-    assert all(layer.backend == "resident" for layer in quantized_layers(model).values())
+    assert all(layer.backend == "low_memory" for layer in quantized_layers(model).values())
 
 
 def test_a_replaced_layer_computes_in_place_of_the_old_one():

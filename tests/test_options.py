@@ -54,8 +54,9 @@ FUNCTIONS = {
     },
     loraq.plan_model: {"workers": WORKERS, "progress": FLAG},
     loraq.quantize: QUANTIZE,
-    loraq.quantize_: QUANTIZE,
+    loraq.quantize_: QUANTIZE | {"components": TEXT | {"None"}},
     loraq.quantize_checkpoint: {
+        "components": TEXT | {"None"},
         "config": TEXT | {"None"},
         "stats": TEXT | {"None"},
         "workers": WORKERS,
@@ -67,6 +68,7 @@ FUNCTIONS = {
         "progress": FLAG,
     },
     plan_checkpoint: {
+        "components": TEXT | {"None"},
         "config": TEXT | {"None"},
         "workers": WORKERS,
         "variant": TEXT | {"None"},
@@ -75,13 +77,23 @@ FUNCTIONS = {
     loraq.save: {"overwrite": FLAG, "shard_bytes": SIZE},
     loraq.load_into: {"backend": TEXT, "verify": FLAG},
     loraq.load: {
+        "component": TEXT | {"None"},
         "backend": TEXT,
         "verify": FLAG,
         "device": TEXT,
         "dtype": {"None"},
     },
+    loraq.set_activations: {"simulate": FLAG},
+    loraq.ActivationSchedule: {
+        "outer": TEXT,
+        "first": {"0"},
+        "last": {"0"},
+        "simulate": FLAG,
+    },
     loraq.absorb_lora: {
         "scale": {"-1", "0", "1.5"},
+        "component": TEXT | {"None"},
+        "variant": TEXT | {"None"},
         "target": TEXT | {"None"},
         "overwrite": FLAG,
         "progress": FLAG,
@@ -94,6 +106,8 @@ FUNCTIONS = {
         "target": TEXT | {"None"},
     },
     loraq.collect_pipeline_stats: {
+        "component": TEXT | {"None"},
+        "variant": TEXT | {"None"},
         "prompts": set(),
         "samples": {"None"},
         "steps": {"None"},

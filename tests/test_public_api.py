@@ -8,6 +8,7 @@ import pytest
 import loraq
 
 PUBLIC = [
+    "ActivationSchedule",
     "ActivationStats",
     "Branch",
     "Budget",
@@ -36,6 +37,7 @@ PUBLIC = [
     "quantize_weight",
     "save",
     "save_stats",
+    "set_activations",
     "set_backend",
 ]
 
@@ -84,12 +86,15 @@ def test_every_public_name_documents_its_own_members():
             "quantize_",
             [
                 *("model", "recipe", "*effort", "*budget", "*rank", "*modules_to_not_convert"),
-                *("*stats", "*workers", "*progress"),
+                *("*stats", "*components", "*workers", "*progress"),
             ],
         ),
         (
             "absorb_lora",
-            ["model", "lora", "source", "*scale", "*target", "*overwrite", "*progress"],
+            [
+                *("model", "lora", "source", "*scale", "*component", "*variant", "*target"),
+                *("*overwrite", "*progress"),
+            ],
         ),
         (
             "export",
@@ -103,6 +108,7 @@ def test_every_public_name_documents_its_own_members():
             ["source", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"],
         ),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
+        ("set_activations", ["model", "precision", "*simulate"]),
         ("set_backend", ["model", "name"]),
     ],
 )

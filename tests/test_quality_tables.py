@@ -16,6 +16,7 @@ from benchmarks.quality.sharing import WAYS, rank_rules, share_otherwise
 from benchmarks.quality.tables import all_tables, comparisons, round_activations
 from benchmarks.worlds.world import WORLDS
 from loraq.evaluation import digits
+from loraq.evaluation.contender import simulate
 from loraq.layers import quantized_layers
 from loraq.pipeline.module import plan_model, quantize_
 from loraq.recipe import Recipe
@@ -84,6 +85,7 @@ def test_formats_of_activations_change_and_weights_do_not(model):
     recipe = {**Recipe.named("mxfp4-a16+w8a8-r4").to_dict(), "method": "svdquant", "rules": rules}
     quantized = deepcopy(model)
     quantize_(quantized, Recipe.from_dict(recipe), progress=False)
+    simulate(quantized)
     before = digits.velocity_probe(quantized, count=8)
     round_activations(("mxint8", "mxfp6_e2m3", "int8"), quantized)
     schemes = [layer.scheme for layer in quantized_layers(quantized).values()]

@@ -60,6 +60,7 @@ READING = {
         "quantize",
         "quantize_",
         "quantize_weight",
+        "set_activations",
         "set_backend",
     },
 }
@@ -72,8 +73,9 @@ IN_PLACE: dict[str, Any] = {"overwrite": True, "progress": False}
 def fill(folder: Path) -> Path:
     """Make a folder that passes for whatever is read: weights, pipeline, LoRA, statistics."""
     (folder / "transformer").mkdir(parents=True)
-    for name in ("config.json", "model_index.json", "transformer/config.json"):
+    for name in ("config.json", "transformer/config.json"):
         (folder / name).write_text("{}")
+    (folder / "model_index.json").write_text('{"transformer": ["diffusers", "PixArt"]}')
     save_file({"layer.weight": torch.ones(32, 64)}, folder / "transformer/model.safetensors")
     save_file({"layer.weight": torch.ones(32, 64)}, folder / NAMES["lora"])
     loraq.save_stats({"layer": ActivationStats(1, torch.eye(64))}, folder / "stats.safetensors")

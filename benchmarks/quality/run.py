@@ -38,6 +38,7 @@ from benchmarks.quality.row import ModelRow
 from benchmarks.quality.tables import TEXT_SIDE, all_tables, comparisons
 from benchmarks.record import options, report
 from benchmarks.worlds.world import WORLDS, World
+from loraq.evaluation.contender import simulate
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
 from loraq.pipeline.module import quantize_
@@ -161,6 +162,7 @@ def measure(name: str, exact: Exact, effort: str, group: str, index: int) -> Mod
         before = reset_peak()
         done = quantize_(model, replace(recipe, seed=seed), stats=stats, progress=False)
         grown = peak_kib() - before
+        simulate(model)
         if contender.finish:
             contender.finish(model)
         if seed == 0:

@@ -91,6 +91,7 @@ def build(
         layer = random_layer(shape, parse_scheme(recipe), device)
         try:
             layer.backend = backend
+            layer.ask_activations("stored", simulate=True)
             layer.prepare(torch.bfloat16)
         except KernelError as error:
             print(f"{label}: {error}")

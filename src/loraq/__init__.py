@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraq.exports.run import export, plan_export
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
+    from loraq.integrations.activations import ActivationSchedule, set_activations
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
     from loraq.integrations.models import quantize, quantize_
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from loraq.stats import ActivationStats
 
 _HOMES = {
+    "ActivationSchedule": "loraq.integrations.activations",
     "ActivationStats": "loraq.stats",
     "Branch": "loraq.scheme",
     "Budget": "loraq.budget",
@@ -61,10 +63,12 @@ _HOMES = {
     "quantize_weight": "loraq.pipeline.module",
     "save": "loraq.checkpoint",
     "save_stats": "loraq.checkpoint.stats_file",
+    "set_activations": "loraq.integrations.activations",
     "set_backend": "loraq.layers",
 }
 
 __all__ = [
+    "ActivationSchedule",
     "ActivationStats",
     "Branch",
     "Budget",
@@ -93,6 +97,7 @@ __all__ = [
     "quantize_weight",
     "save",
     "save_stats",
+    "set_activations",
     "set_backend",
 ]
 

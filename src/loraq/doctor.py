@@ -15,12 +15,13 @@ from torch.nn.functional import linear
 from loraq.errors import KernelError, LoraqError
 from loraq.formats import FORMATS
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, resolve_backend
-from loraq.kernels.base import Backend
-from loraq.kernels.dispatch import candidates
+from loraq.kernels.base import Backend, LayerSpec
+from loraq.kernels.dispatch import candidates, settle
 from loraq.linalg import relative_error
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
+from loraq.transforms import rotate
 from loraq.version import __version__
 
 _PACKAGES = ("torch", "triton", "diffusers")
@@ -126,8 +127,10 @@ def choices(device: torch.device) -> list[Choice]:
 def _choice(asked: str, scheme: Scheme, device: torch.device) -> Choice:
     reasons: list[str] = []
     for backend in candidates(asked, device, strict=False):
-        reason = backend.refusal(scheme, _SHAPE, device)
-        if reason is None:
+        run, reason = settle(backend, LayerSpec((scheme,), _SHAPE, device))
+        if run is not None:
+            if run.is_weight_only and not scheme.is_weight_only:
+                reasons.append("activations run in 16 bits")
             return Choice(scheme.weight, scheme.activation, backend.name, "; ".join(reasons))
         reasons.append(f"not {backend.name}: {reason}")
     return Choice(scheme.weight, scheme.activation, "none", "; ".join(reasons))
@@ -142,13 +145,12 @@ def self_test(device: torch.device) -> list[Trial]:
     for recipe in _TESTED:
         scheme = parse_scheme(recipe)
         packed = _random_layer(w, scheme, random).to(device)
-        reference = BACKENDS["reference"]
-        expected = reference.linear(x, reference.prepare(packed, x.dtype), scheme, None).double()
         for backend in BACKENDS.values():
-            if backend is reference or backend.refusal(scheme, _SHAPE, device) is not None:
+            run, _ = settle(backend, LayerSpec((scheme,), _SHAPE, device))
+            if backend.name == "reference" or run is None:
                 continue
             try:
-                trials.append(_try_backend(recipe, backend, packed, (x, expected, w.to(x))))
+                trials.append(_try_backend(recipe, backend, packed, run, (x, w.to(x))))
             except KernelError:  # it refuses when it sees the values, as it should
                 continue
     return trials
@@ -170,13 +172,18 @@ def _random_layer(w: Tensor, scheme: Scheme, random: torch.Generator) -> PackedW
 
 
 def _try_backend(
-    recipe: str, backend: Backend, packed: PackedWeight, given: tuple[Tensor, Tensor, Tensor]
+    recipe: str,
+    backend: Backend,
+    packed: PackedWeight,
+    scheme: Scheme,
+    given: tuple[Tensor, Tensor],
 ) -> Trial:
-    x, expected, dense = given
-    scheme = packed.scheme
-    operands = backend.prepare(packed, x.dtype)
+    (x, dense), reference = given, BACKENDS["reference"]
+    x = rotate(x, scheme.rotation)
+    expected = reference.linear(x, reference.prepare(packed, scheme, x.dtype), scheme, None)
+    operands = backend.prepare(packed, scheme, x.dtype)
     y = backend.linear(x, operands, scheme, None).double()
-    error = relative_error(expected, y)
+    error = relative_error(expected.double(), y)
     ours, plain = [], []
     for _ in range(3):  # in turn, so that both see the same machine
         plain.append(_seconds(lambda: linear(x, dense)))

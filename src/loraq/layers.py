@@ -1,7 +1,7 @@
-"""Find the linear layers of a module, replace them, and switch how they run."""
+"""Find the linear layers of a module and its stacked experts, replace them, switch how they run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -11,14 +11,18 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from loraq.errors import LayerError
+from loraq.experts import QuantizedExperts
 from loraq.kernels import check_for_all, resolve_backend
 from loraq.nn import QuantizedConv1x1, QuantizedLayer, QuantizedLinear
+from loraq.stacks import Stack, stacks_in
 from loraq.state import answer_for_weights
 
 #: What `linear_layers` finds: a matrix times every token, or times every pixel.
 LinearLayer = nn.Linear | nn.Conv2d
 #: One of a module's tables (of modules, parameters or buffers), a name in it, and its new value.
 Change = tuple[dict[str, Any], str, Any]
+#: In place of a new value: the name leaves the table.
+GONE = object()
 
 #: Modules that run another one, their `module`, and add nothing to what it computes.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -78,6 +82,8 @@ def require_bare(model: nn.Module) -> None:
             )
         if is_linear(module):
             _require_own_weight(name, module)
+        for leaf in stacks_in(module):
+            _require_plain(f"{name}.{leaf}", module._parameters[leaf])
 
 
 def _require_own_weight(name: str, layer: LinearLayer) -> None:
@@ -96,9 +102,14 @@ def _require_own_weight(name: str, layer: LinearLayer) -> None:
             "older `weight_norm`, or pruning). Make it permanent, with `remove_weight_norm` or "
             "`prune.remove`, and quantize then."
         )
-    if not is_computed and type(layer.weight) is not nn.Parameter:
+    if not is_computed:
+        _require_plain(name, layer.weight)
+
+
+def _require_plain(name: str, weight: Tensor | None) -> None:
+    if type(weight) is not nn.Parameter:
         raise LayerError(
-            f"The weight of layer '{name}' is a {type(layer.weight).__name__}, not a plain tensor: "
+            f"The weight of layer '{name}' is a {type(weight).__name__}, not a plain tensor: "
             "it is sharded, quantized by another library, or not there yet. Start from plain float "
             "weights."
         )
@@ -139,20 +150,69 @@ def matrix_of(layer: LinearLayer) -> Tensor:
     return layer.weight.flatten(1)
 
 
-def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of every linear layer below a module by its dotted name."""
-    matrices = {name: matrix_of(layer) for name, layer in linear_layers(model).items()}
-    return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+def find_stacks(model: nn.Module) -> dict[str, Stack]:
+    """Return every stack of experts of a module by the dotted name of its parameter.
+
+    A module that stands in several places counts once, under its first name.
+    """
+    return {
+        f"{name}.{leaf}".lstrip("."): stack
+        for name, module in model.named_modules()
+        for leaf, stack in stacks_in(module).items()
+    }
+
+
+def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of all that can be quantized in a module, by its dotted name.
+
+    It is (out, in) of every linear layer, and (experts, out, in) of every stack of experts. The
+    order is that of the quantized model, where a stack is the last child of its module.
+    """
+    return dict(_walk(model, "", set()))
+
+
+def _walk(
+    module: nn.Module, name: str, seen: set[nn.Module]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    seen.add(module)
+    if name and is_linear(module):
+        yield name, tuple(matrix_of(module).shape)
+    prefix = f"{name}." if name else ""
+    for child_name, child in module._modules.items():
+        if child is not None and child not in seen:
+            yield from _walk(child, prefix + child_name, seen)
+    for leaf, stack in stacks_in(module).items():
+        yield prefix + leaf, stack.shape
+
+
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Return every linear layer whose weight another module has too, and the name it has there.
+
+    That is how a language model shares its table of tokens with its output layer. Packed, the two
+    would not be one weight any longer.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner_name, owner in model.named_modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                name = f"{owner_name}.{leaf}" if owner_name else leaf
+                places.setdefault(id(parameter), []).append((owner, name))
+    found = {}
+    for name, layer in linear_layers(model).items():
+        holders = places.get(id(layer._parameters.get("weight")), [])
+        if others := [place for owner, place in holders if owner is not layer]:
+            found[name] = others[0]
+    return found
 
 
 def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shape and kind of every float weight that no linear layer holds, by its name.
 
-    A weight has two or more axes.
-    These cannot be quantized: embeddings, larger convolutions, experts stacked in one tensor,
-    subclasses of `nn.Linear`. The kind is the class of the module that holds the parameter.
+    A weight has two or more axes, and is no stack of experts.
+    These cannot be quantized: embeddings, larger convolutions, subclasses of `nn.Linear`. The kind
+    is the class of the module that holds the parameter.
     """
-    found = {}
+    found, stacks = {}, find_stacks(model)
     for name, parameter in model.named_parameters():
         owner_name, _, _ = name.rpartition(".")
         owner_name, _, _ = owner_name.partition(".parametrizations.")
@@ -161,6 +221,7 @@ def other_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
             parameter.dim() >= 2
             and parameter.is_floating_point()
             and not (owner_name and is_linear(owner))
+            and name not in stacks
         ):
             found[name] = (tuple(parameter.shape), type(owner).__name__)
     return found
@@ -178,8 +239,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     }
 
 
-def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the module called `name` by another one, wherever it stands."""
+def replace_layer(model: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Replace the layer called `name` by another one, wherever it stands."""
     swap(find_places(model, {name: new}))
     if isinstance(new, QuantizedLayer):
         answer_for_weights(model, [name])
@@ -200,18 +261,35 @@ def take_dtype(model: nn.Module) -> None:
             layer.weight_dtype = dtype
 
 
-def find_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Change]:
+def find_places(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]) -> list[Change]:
     """Return the changes that put new layers where old ones stand, for `swap`.
+
+    What stands for a stack of experts is a parameter in floats, and a module when quantized.
 
     A layer that stands in several places is replaced in all of them. The new one takes over whether
     it is in training mode, and the hooks that were registered; their handles remove them there too.
     """
-    new_of = {model.get_submodule(name): new for name, new in layers.items()}
+    changes: list[Change] = []
+    new_of: dict[nn.Module, nn.Module] = {}
+    for name, new in sorted(layers.items()):
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if isinstance(new, nn.Parameter):  # a stack of experts again
+            changes += [(owner._modules, leaf, GONE), (owner._parameters, leaf, new)]
+        elif leaf in owner._parameters:  # which has become a module
+            new.train(owner.training)
+            changes += [(owner._parameters, leaf, GONE), (owner._modules, leaf, new)]
+            # In whatever order they come, they stand by name: so all ways write the same bytes.
+            for other, child in owner._modules.items():
+                if other > leaf and isinstance(child, QuantizedExperts):
+                    changes += [(owner._modules, other, GONE), (owner._modules, other, child)]
+        else:
+            new_of[model.get_submodule(name)] = new
     for old, new in new_of.items():
         new.train(old.training)
         for hooks in _HOOKS:
             setattr(new, hooks, getattr(old, hooks))
-    return [
+    return changes + [
         (parent._modules, child, new_of[old])
         for parent in model.modules()
         for child, old in parent._modules.items()  # `named_children` leaves out second names
@@ -224,13 +302,17 @@ def swap(changes: Sequence[Change]) -> None:
 
     Whatever interrupts it, a Ctrl-C too, the tables are as they were.
     """
-    before = [(table, key, table[key]) for table, key, _ in changes]
+    before = {id(table): (table, dict(table)) for table, _, _ in changes}
     try:
         for table, key, value in changes:
-            table[key] = value
+            if value is GONE:
+                del table[key]
+            else:
+                table[key] = value
     except BaseException:
-        for table, key, value in before:
-            table[key] = value
+        for table, content in before.values():
+            table.clear()
+            table.update(content)
         raise
 
 

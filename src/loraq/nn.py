@@ -4,6 +4,7 @@ Each is what it takes the place of, an `nn.Linear` or an `nn.Conv2d`, for everyo
 class, reads its `weight` or its sizes.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -22,13 +23,12 @@ from loraq.kernels import (
     reconstruct,
     resolve_backend,
 )
+from loraq.layer_input import require_input
 from loraq.packed import PackedWeight
+from loraq.precision import schemes_at
 from loraq.scheme import Scheme
 from loraq.state import mark_packed
 from loraq.transforms import rotate
-
-#: What a layer takes: what `nn.Linear` takes in one dtype or another.
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class QuantizedLayer(nn.Module):
@@ -44,12 +44,19 @@ class QuantizedLayer(nn.Module):
     weight_packed: nn.Parameter
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
+    #: What follows the layer's name in that of the float weight.
+    weight_leaf = "weight"
+    #: Axes of `weight` before (out, in): how many experts are stacked.
+    _experts: tuple[int, ...] = ()
     #: Axes of `weight` after (out, in).
     _pixel: tuple[int, ...] = ()
     #: How the layer came to be, plain data for the manifest: errors, seconds, source hash, recipe.
     record: dict[str, Any]
-    #: What runs the layer now, or `None` until the next call; never part of the state.
-    _prepared: Prepared | None
+    #: Precision of activations that is asked for; whether it is simulated where it gains nothing.
+    activations: str
+    simulate: bool
+    #: What runs the layer now (`Prepared`), or `None` until the next call; never part of the state.
+    _prepared: Any
 
     def __init__(
         self,
@@ -77,7 +84,7 @@ class QuantizedLayer(nn.Module):
         nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
-        for name, stored in scheme.storage((out_features, in_features)).items():
+        for name, stored in scheme.storage(self.packed_shape).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = (
@@ -85,6 +92,7 @@ class QuantizedLayer(nn.Module):
         )
         self.record = {}
         self.weight_dtype = dtype or torch.float32
+        self.ask_activations("stored")
         self.ask_backend(DEFAULT_BACKEND, strict=False)
 
     @classmethod
@@ -104,6 +112,11 @@ class QuantizedLayer(nn.Module):
         return layer
 
     @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """(out, in); of stacked experts (experts, out, in)."""
+        return *self._experts, self.out_features, self.in_features
+
+    @property
     def scheme(self) -> Scheme:
         """Formats and rank; assign another scheme to read the same bytes in another way.
 
@@ -115,9 +128,8 @@ class QuantizedLayer(nn.Module):
 
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
-        shape = self.out_features, self.in_features
-        scheme.check(shape)
-        PackedWeight.from_tensors(dict(self.named_parameters(recurse=False)), scheme, shape)
+        scheme.check((self.out_features, self.in_features))
+        self._read_packed(scheme, dict(self.named_parameters(recurse=False)))
         self._scheme, self._prepared = scheme, None
 
     @property
@@ -129,11 +141,11 @@ class QuantizedLayer(nn.Module):
         """
         if self._prepared is not None:
             return self._prepared.backend.name
-        return choose(self._asked, *self.spec, strict=self._strict).name
+        return choose(self._asked, self.spec, strict=self._strict).name
 
     @backend.setter
     def backend(self, name: str) -> None:
-        choose(resolve_backend(name), *self.spec, strict=name != DEFAULT_BACKEND)
+        choose(resolve_backend(name), self.spec, strict=name != DEFAULT_BACKEND)
         self.ask_backend(name, strict=name != DEFAULT_BACKEND)
 
     def ask_backend(self, name: str, *, strict: bool) -> None:
@@ -146,11 +158,21 @@ class QuantizedLayer(nn.Module):
         """
         self._asked, self._strict, self._prepared = resolve_backend(name), strict, None
 
+    def ask_activations(self, precision: str, *, simulate: bool = False) -> None:
+        """Run the stored bytes with activations of a precision; see `loraq.set_activations`.
+
+        Raises:
+            KernelError: there is no such precision.
+        """
+        schemes_at(self._scheme, precision)
+        self.activations, self.simulate, self._prepared = precision, simulate, None
+
     @property
     def spec(self) -> LayerSpec:
-        """What a back end is chosen by: scheme, (out, in), device."""
+        """What a back end is chosen by: what is to be run, (out, in), device."""
         shape = self.out_features, self.in_features
-        return LayerSpec(self.scheme, shape, self.weight_packed.device)
+        schemes = schemes_at(self._scheme, self.activations)
+        return LayerSpec(schemes, shape, self.weight_packed.device, self.simulate)
 
     def prepare(self, dtype: torch.dtype) -> Prepared:
         """Make, keep and return the operands for inputs of `dtype`; else the first call does.
@@ -160,7 +182,7 @@ class QuantizedLayer(nn.Module):
         """
         # What is kept must also serve calls with gradients, and without autocast.
         with torch.inference_mode(False), without_autocast(self.weight_packed.device):
-            prepared = prepare(self._asked, self.packed, dtype, strict=self._strict)
+            prepared = prepare(self._asked, self.packed, dtype, self.spec, strict=self._strict)
         self._prepared = prepared
         return prepared
 
@@ -188,16 +210,18 @@ class QuantizedLayer(nn.Module):
     @property
     def kept_nbytes(self) -> int:
         """Bytes that the back end keeps now beside the stored ones."""
-        if self._prepared is None:
-            return 0
-        return self._prepared.backend.kept_nbytes(self._prepared.operands, self.packed)
+        prepared = self._prepared
+        return prepared.backend.kept_nbytes(prepared.operands, self.packed) if prepared else 0
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is stored: a view of the layer's parameters."""
-        shape = self.out_features, self.in_features
-        stored = {name: getattr(self, name).detach() for name in self.scheme.storage(shape)}
-        return PackedWeight.from_tensors(stored, self.scheme, shape)
+        names = self.scheme.storage(self.packed_shape)
+        stored = {name: getattr(self, name).detach() for name in names}
+        return self._read_packed(self.scheme, stored)
+
+    def _read_packed(self, scheme: Scheme, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        return PackedWeight.from_tensors(tensors, scheme, (self.out_features, self.in_features))
 
     @property
     def nbytes(self) -> int:
@@ -259,7 +283,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             KernelError: x is no float of 16, 32 or 64 bits, or its last axis is not `in_features`.
         """
-        self._require_input(x, -1)
+        require_input(x, -1, self.in_features)
         x = cast_input(x)
         if torch.compiler.is_compiling():
             self._prepare_untraced(x.dtype)
@@ -267,24 +291,11 @@ class QuantizedLayer(nn.Module):
         if not self._suits(prepared, x.dtype):
             # Not read back from the layer: another thread may have put its own there, or none.
             prepared = self.prepare(x.dtype)
-        backend, operands = prepared.backend, prepared.operands
+        backend, operands, scheme = prepared.backend, prepared.operands, prepared.scheme
         with without_autocast(x.device):  # inside, every product has the dtype it needs
             if not backend.keeps_operands:
-                operands = backend.prepare(self.packed, x.dtype)
-            return backend.linear(rotate(x, self.scheme.rotation), operands, self.scheme, self.bias)
-
-    def _require_input(self, x: Tensor, axis: int) -> None:
-        """Raise `KernelError` for an input that no linear layer of this width takes."""
-        if x.dtype not in INPUT_DTYPES:
-            raise KernelError(
-                f"The input of a quantized layer is of {x.dtype}. It takes floats: "
-                f"{', '.join(str(dtype) for dtype in INPUT_DTYPES)}. Cast the input."
-            )
-        if x.dim() < -axis or x.shape[axis] != self.in_features:
-            raise KernelError(
-                f"The input of a quantized layer has shape {tuple(x.shape)}. Axis {axis} must have "
-                f"the layer's {self.in_features} input channels."
-            )
+                operands = backend.prepare(self.packed, scheme, x.dtype)
+            return backend.linear(rotate(x, scheme.rotation), operands, scheme, self.bias)
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
@@ -312,7 +323,7 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        mark_packed(destination, prefix[:-1])
+        mark_packed(destination, prefix[:-1], self.weight_leaf)
 
     def _load_from_state_dict(
         self,
@@ -325,18 +336,13 @@ class QuantizedLayer(nn.Module):
         self._prepared = None
         # Copied into a parameter, or assigned as one, other numbers would pass for bytes.
         for name, parameter in self.named_parameters(recurse=False):
-            found = state_dict.get(prefix + name)
-            if (
-                isinstance(found, Tensor)
-                and parameter.dtype == torch.uint8
-                and found.dtype != torch.uint8
-            ):
+            found, raw = state_dict.get(prefix + name), torch.uint8
+            if isinstance(found, Tensor) and parameter.dtype == raw and found.dtype != raw:
                 raise KernelError(
                     f"Tensor '{prefix}{name}' of the state is of {found.dtype}. Raw bytes (uint8) "
                     "are required. Load what a quantized layer saved."
                 )
-        metadata = {**local_metadata}
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata}, *args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add or replace a parameter, as an assignment does.
@@ -387,7 +393,7 @@ class QuantizedConv1x1(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
         Raises:
             KernelError: as for `QuantizedLinear`, of the third axis from the end.
         """
-        self._require_input(x, -3)
+        require_input(x, -3, self.in_features)
         # Free in SANA; and the sums do not depend on the layout.
         pixels = x.movedim(-3, -1).contiguous()
         y = super().forward(pixels).movedim(-1, -3)

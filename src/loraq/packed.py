@@ -1,7 +1,10 @@
-"""What a layer is in bytes: `PackedWeight`, and `LayerSolution`, a packed weight and its error."""
+"""What a layer is in bytes: `PackedWeight`, and `LayerSolution`, a packed weight and its error.
+
+`PackedStack` is the same for experts that are stacked in one weight.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +87,11 @@ class PackedWeight:
         return n_out, n_in
 
     @property
+    def matrices(self) -> "tuple[PackedWeight]":
+        """The weight itself: what a `PackedStack` has several of."""
+        return (self,)
+
+    @property
     def device(self) -> torch.device:
         """Where the bytes are."""
         return self.main.packed.device
@@ -110,6 +118,71 @@ class PackedWeight:
         """Return the same bytes on a device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return self.from_tensors(moved, self.scheme, self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStack:
+    """The quantized weights of stacked experts: each as it would be alone, in one tensor a kind."""
+
+    #: How the bytes of every expert are read and run.
+    scheme: Scheme
+    #: (experts, out, in).
+    shape: tuple[int, int, int]
+    #: The `uint8` tensors to store, by their names on disk; those of `Scheme.storage`.
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int, int]
+    ) -> "PackedStack":
+        """Return the stack that stored tensors hold; the inverse of `tensors`.
+
+        Raises:
+            FormatError: as `PackedWeight.from_tensors`.
+        """
+        for name, stored in scheme.storage(shape).items():
+            _require_bytes(tensors.get(name), name, stored)
+        return cls(scheme, shape, {name: tensors[name] for name in scheme.storage(shape)})
+
+    @classmethod
+    def of(cls, experts: Sequence[PackedWeight]) -> "PackedStack":
+        """Return a stack of weights that have one scheme and one shape."""
+        first = experts[0]
+        tensors = {
+            name: torch.stack([expert.tensors[name] for expert in experts])
+            for name in first.tensors
+        }
+        return cls(first.scheme, (len(experts), *first.shape), tensors)
+
+    def __getitem__(self, index: int) -> PackedWeight:
+        """Return the weight of one expert, a view."""
+        _, n_out, n_in = self.shape
+        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+        return PackedWeight.from_tensors(tensors, self.scheme, (n_out, n_in))
+
+    @property
+    def matrices(self) -> Iterator[PackedWeight]:
+        """The weights of the experts one by one, views."""
+        return (self[index] for index in range(self.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.tensors["weight_packed"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales and both factors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the weights."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    def reconstruct(self) -> Float[Tensor, "experts out in"]:
+        """Return the effective dense weights in fp32; see `PackedWeight.reconstruct`."""
+        return torch.stack([expert.reconstruct() for expert in self.matrices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +221,17 @@ class LayerSolution:
 def _read(tensors: Mapping[str, Tensor], part: str, fmt: Format, shape: tuple[int, int]) -> QTensor:
     stored = {}
     for name, expected in fmt.storage(shape).items():
-        tensor = tensors.get(f"{part}_{name}")
-        found = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        if tensor is None or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(expected):
-            raise FormatError(
-                f"Tensor '{part}_{name}' is {found}. Raw bytes (uint8) of shape {tuple(expected)} "
-                "are required. Restore the file, or quantize again."
-            )
-        stored[name] = tensor
+        full_name = f"{part}_{name}"
+        stored[name] = _require_bytes(tensors.get(full_name), full_name, expected)
     return QTensor(stored["packed"], stored.get("scale"), stored.get("global_scale"), shape, fmt)
+
+
+def _require_bytes(tensor: Tensor | None, name: str, expected: Sequence[int]) -> Tensor:
+    """Return a stored tensor; raises `FormatError` unless it is raw bytes of the expected shape."""
+    found = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    if tensor is None or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(expected):
+        raise FormatError(
+            f"Tensor '{name}' is {found}. Raw bytes (uint8) of shape {tuple(expected)} "
+            "are required. Restore the file, or quantize again."
+        )
+    return tensor

@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 
 from loraq.autocast import cast_input, without_autocast
 from loraq.errors import KernelError
+from loraq.experts import QuantizedExperts
 from loraq.formats import BlockFormat, Format
 from loraq.kernels.base import decode_one, round_activation
 from loraq.nn import QuantizedLayer
@@ -151,7 +152,8 @@ class _Side(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, branch: Branch) -> None:
         super().__init__()
-        self.branch = branch
+        # Without rounding nothing depends on what is summed first.
+        self.branch = branch if layer.simulate else Branch(branch.rank, branch.weight)
         stored = layer.packed.branch
         assert stored is not None
         self.proj_down = nn.Parameter(
@@ -177,7 +179,7 @@ def _sum_over_ranks(y: Tensor, group: Any) -> Tensor:
 
 
 def _require_quantized(module: nn.Module) -> QuantizedLayer:
-    if not isinstance(module, QuantizedLayer):
+    if not isinstance(module, QuantizedLayer) or isinstance(module, QuantizedExperts):
         raise KernelError(
             f"A loraq parallel style was given a {type(module).__name__}. It splits "
             "QuantizedLinear layers only: use torch's own styles for the layers that are not "

@@ -4,10 +4,11 @@ Formats are named, not passed as objects, so that a scheme is plain data: it com
 travels through TOML, JSON and a checkpoint's manifest as it is.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from loraq.errors import SchemeError
-from loraq.formats import Format, get_format
+from loraq.formats import CastFormat, Format, get_format
 from loraq.options import check_fields
 
 
@@ -106,6 +107,14 @@ class Scheme:
         branch = self.branch and replace(self.branch, activation="bf16", intermediate=None)
         return replace(self, activation="bf16", branch=branch, rotation=0)
 
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether no activation is rounded."""
+        formats = [self.activation_format]
+        if branch := self.branch:
+            formats += [branch.activation_format, branch.intermediate_format]
+        return all(isinstance(fmt, CastFormat) for fmt in formats)
+
     def parts(self, shape: tuple[int, int]) -> dict[str, tuple[Format, tuple[int, int]]]:
         """Return format and shape of each matrix that stores a weight (out, in), by disk name."""
         n_out, n_in = shape
@@ -115,17 +124,24 @@ class Scheme:
             parts["proj_up"] = (branch.weight_format, (n_out, branch.rank))
         return parts
 
-    def storage(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the `uint8` tensors that store a weight (out, in), by disk name."""
+    def storage(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the `uint8` tensors that store a weight (out, in), by disk name.
+
+        Those of stacked experts, (experts, out, in), are the same with that axis in front.
+        """
+        *experts, n_out, n_in = shape
         return {
-            f"{part}_{name}": stored
-            for part, (fmt, matrix) in self.parts(shape).items()
+            f"{part}_{name}": (*experts, *stored)
+            for part, (fmt, matrix) in self.parts((n_out, n_in)).items()
             for name, stored in fmt.storage(matrix).items()
         }
 
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        """Return the bytes that a weight of shape (out, in) takes, scales counted, bias not."""
-        return self.weight_format.nbytes(shape) + (self.branch.nbytes(shape) if self.branch else 0)
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that a weight takes, scales counted, bias not.
+
+        Its shape is (out, in), or (experts, out, in).
+        """
+        return sum(map(math.prod, self.storage(shape).values()))
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless a weight of this shape can be stored this way."""

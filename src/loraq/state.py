@@ -23,13 +23,16 @@ class PackedStateDict(OrderedDict[str, Any]):
 
     def __missing__(self, name: str) -> DenseWeight:
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight":
+        # A stack of experts stands under the name of the parameter that it was.
+        for place, part in ((owner, leaf), (name, "")):
             try:
-                weight = getattr(self._model.get_submodule(owner), leaf, None)
+                module = self._model.get_submodule(place)
             except AttributeError:
-                weight = None
-            if isinstance(weight, DenseWeight):
-                return weight
+                continue
+            if getattr(module, "weight_leaf", None) == part:
+                weight = module.weight
+                if isinstance(weight, DenseWeight):
+                    return weight
         raise KeyError(name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -58,6 +61,8 @@ class PackedMetadata(OrderedDict[str, Any]):
 
     #: Of the layer.
     name: str
+    #: Whether the module that asks next is one whose stacks of experts are quantized too.
+    is_expected = False
 
     def get(self, key: str, default: Any = None) -> Any:
         """Refuse what the loading of a float layer asks.
@@ -65,7 +70,9 @@ class PackedMetadata(OrderedDict[str, Any]):
         Raises:
             LayerError: a float layer asks how to load the bytes of this one.
         """
-        if key == "assign_to_params_buffers":
+        if self.is_expected:
+            self.is_expected = False
+        elif key == "assign_to_params_buffers":
             raise LayerError(
                 f"The state dict holds layer '{self.name}' in quantized form, and the module that "
                 "loads it has no quantized layer there, so it would keep its own weights. "
@@ -78,12 +85,21 @@ class PackedMetadata(OrderedDict[str, Any]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
-def mark_packed(state: Any, name: str) -> None:
-    """Note in a state dict under construction that a layer of it is quantized."""
-    metadata = getattr(state, "_metadata", None)
+def mark_packed(state: Any, name: str, weight_leaf: str) -> None:
+    """Note in a state dict under construction that a layer of it is quantized.
+
+    Args:
+        state: the state dict.
+        name: of the layer.
+        weight_leaf: what follows it in the name of the float weight; with nothing, as for a stack
+            of experts, the module above reads that weight from a float state.
+    """
+    metadata, reader = getattr(state, "_metadata", None), name
+    if not weight_leaf:
+        reader = name.rpartition(".")[0]
     if metadata is not None:
-        metadata[name] = PackedMetadata(metadata.get(name, {}))
-        metadata[name].name = name
+        metadata[reader] = PackedMetadata(metadata.get(reader, {}))
+        metadata[reader].name = name
 
 
 def answer_for_weights(model: nn.Module, names: Iterable[str]) -> None:
@@ -100,6 +116,15 @@ def answer_for_weights(model: nn.Module, names: Iterable[str]) -> None:
     for parent in map(model.get_submodule, sorted(parents)):
         if _answer not in parent._state_dict_hooks.values():
             parent._register_state_dict_hook(_answer)
+            parent._register_load_state_dict_pre_hook(_expect, with_module=True)
+
+
+def _expect(module: nn.Module, state: Any, prefix: str, metadata: Any, *_: Any) -> None:
+    """Let a module read a state of quantized stacks if its own are quantized."""
+    if isinstance(metadata, PackedMetadata):
+        metadata.is_expected = any(
+            getattr(child, "weight_leaf", None) == "" for child in module.children()
+        )
 
 
 def _answer(model: nn.Module, state: Any, prefix: str, metadata: Any) -> Any:

@@ -91,6 +91,31 @@ def make_pipeline(root: Path) -> None:
     (place / "model_index.json").write_text(json.dumps(index))
 
 
+def make_two(root: Path) -> None:
+    make_pipeline(root)
+    place = root / "source"
+    small_pixart(num_layers=1, attention_head_dim=8).save_pretrained(place / "transformer_2")
+    index = json.loads((place / "model_index.json").read_text())
+    index["transformer_2"] = ["diffusers", "X"]
+    (place / "model_index.json").write_text(json.dumps(index))
+
+
+def make_old_two(root: Path) -> None:
+    make_two(root)
+    quantize(root, 1, recipe=OTHER)
+
+
+def make_interrupted_two(root: Path) -> None:
+    make_two(root)
+
+    def stop(done: int, *_: object) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        quantize(root, 1, progress=stop)
+
+
 def make_old_pipeline(root: Path) -> None:
     make_pipeline(root)
     quantize(root, 1, recipe=OTHER)
@@ -144,6 +169,9 @@ SCENARIOS = (
     Scenario("resumed overwriting", make_interrupted_over_old, overwrite, workers=(1, 2)),
     Scenario("pipeline", make_pipeline, quantize, workers=(1, 2)),
     Scenario("overwriting pipeline", make_old_pipeline, overwrite, workers=(1, 2)),
+    Scenario("two transformers", make_two, quantize, workers=(1, 2)),
+    Scenario("two transformers, resumed", make_interrupted_two, quantize),
+    Scenario("two transformers, overwriting", make_old_two, overwrite),
     Scenario("absorbing", make_absorbed, absorb),
     Scenario("absorbing, overwriting", make_absorbed_over_old, absorb),
     Scenario("saving", lambda root: None, save),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small.models import small_model
 from small.pixart import small_pixart
 
 import loraq
@@ -15,6 +16,7 @@ from loraq.errors import CheckpointError, ExportError
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.table import TARGETS
 from loraq.integrations.diffusers import empty_model
+from loraq.recipe import Recipe
 from tests.exports.models import MODELS, save_quantized
 from tests.folders import files_of
 
@@ -297,6 +299,40 @@ def test_a_layer_that_stands_in_two_places_is_written_twice(tmp_path, monkeypatc
     )
     assert first.keys() == second.keys() > {".bias"}
     assert all(torch.equal(first[part], second[part]) for part in first)
+
+
+def test_stacked_experts_are_dense_in_the_shape_of_the_model(tmp_path):
+    from loraq.integrations.diffusers import _quiet_diffusers
+
+    with _quiet_diffusers() as diffusers:
+        model = small_model(diffusers.NucleusMoEImageTransformer2DModel)
+    rules = [{"match": "*experts*|*.0.attn.to_q", "skip": False}, {"match": "*", "skip": True}]
+    recipe = Recipe.from_dict({"scheme": "int4_b32-a16", "method": "rtn", "rules": rules})
+    loraq.quantize_(model, recipe, progress=False)
+    loraq.save(model, tmp_path / "quantized")
+    message = refused(tmp_path / "quantized", tmp_path / "out", "sdnq")
+    assert "no layer of sdnq holds stacked experts" in message
+    done = export(tmp_path / "quantized", tmp_path / "out", "sdnq", allow_dense=True)
+    assert {layer.fate for layer in done.layers if len(layer.shape) == 3} == {"dense"}
+    export(tmp_path / "quantized", tmp_path / "float", "dense", dtype="float32")
+    loraq.dequantize_(model)
+    wanted = model.state_dict()
+    written = load_file(tmp_path / "float/diffusion_pytorch_model.safetensors")
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], wanted[name].float()) for name in wanted)
+
+
+def test_several_quantized_models_of_a_pipeline_are_exported_one_by_one(place, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    names = ("transformer", "transformer_2")
+    for name in names:
+        shutil.copytree(place / "sdnq", pipeline / name)
+    index = {name: ["diffusers", "FluxTransformer2DModel"] for name in names}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    message = refused(pipeline, tmp_path / "out", "sdnq")
+    assert "has 2 quantized models: transformer, transformer_2" in message
+    assert "Export each from its own folder" in message
+    export(pipeline / "transformer_2", tmp_path / "out", "sdnq")
 
 
 # --- LoRAs ----------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from loraq.integrations import checkpoints, pipelines
 from loraq.integrations.diffusers import empty_model
 from loraq.integrations.lora import Lora
 from loraq.layers import quantized_layers
-from loraq.pipeline.source import Source
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.safetensors.header import DTYPES
@@ -203,8 +202,7 @@ class Pipeline(Reader):
         (folder / "model_index.json").write_text(json.dumps(index))
 
     def read(self, folder: Path) -> None:
-        checkpoint = checkpoints._locate(folder, None)
-        source = Source.open(checkpoint, Recipe.named("mxfp4+w8a8-r4"))
+        (source,) = checkpoints.locate(folder).open(Recipe.named("mxfp4+w8a8-r4")).sources.values()
         source.require_layers()
         hashes = source.hash_weights()
         layers = {f"{job.name}.weight" for job in source.plan.quantized}
@@ -220,7 +218,7 @@ class UnknownSource(Reader):
         (folder / CONFIG).write_text(json.dumps({"width": 32}))
 
     def read(self, folder: Path) -> None:
-        source = Source.open(checkpoints._locate(folder, None), Recipe.named("mxfp4"))
+        (source,) = checkpoints.locate(folder).open(Recipe.named("mxfp4")).sources.values()
         source.require_layers()
         for job in source.plan.quantized:
             weight = source.reader.read(f"{job.name}.weight")

@@ -181,7 +181,8 @@ def test_a_link_out_is_refused_before_work(source, folder, lora, tmp_path, where
     pipeline = tmp_path / "pipeline"
     shutil.copytree(folder, pipeline / "transformer")
     shutil.copytree(source, tmp_path / "float")
-    (pipeline / "model_index.json").write_text("{}")
+    index = {"transformer": ["diffusers", "PixArt"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "secret").write_bytes(b"private")
     places = {
         "model": pipeline / "key",

@@ -16,13 +16,13 @@ from torch import nn
 import loraq
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.checkpoints import (
-    _locate,
+    locate,
     plan_checkpoint,
     quantize_checkpoint,
 )
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.integrations.single_file import ConvertedReader
-from loraq.pipeline.source import Source, list_tensors
+from loraq.pipeline.source import list_tensors
 from loraq.recipe import Recipe
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
 from loraq.safetensors.layout import write_shards
@@ -76,7 +76,8 @@ def expected(written, tmp_path_factory) -> dict[str, bytes]:
 def pipeline(folder, tmp_path) -> Path:
     place = tmp_path / "pipeline"
     shutil.copytree(folder, place / "transformer")
-    (place / "model_index.json").write_text("{}")
+    index = {"transformer": ["diffusers", "ZImage"], "vae": ["diffusers", "AutoencoderKL"]}
+    (place / "model_index.json").write_text(json.dumps(index))
     (place / "vae").mkdir()
     (place / "vae" / "weights.safetensors").write_bytes(bytes(range(256)))
     return place
@@ -221,8 +222,8 @@ def test_a_flux_file_in_the_original_layout_fits_its_class(tmp_path):
         "guidance_embeds": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    checkpoint = _locate(tmp_path / "flux.safetensors", tmp_path / "config.json")
-    source = Source.open(checkpoint, RECIPE)
+    located = locate(tmp_path / "flux.safetensors", tmp_path / "config.json")
+    source = located.open(RECIPE).sources[""]
     assert source.reader.shape("single_transformer_blocks.0.proj_mlp.weight") == (mlp, width)
     assert source.reader.read("transformer_blocks.0.attn.to_k.bias").shape == (width,)
     assert "transformer_blocks.0.attn.add_v_proj" in [layer.name for layer in source.plan.quantized]
@@ -324,18 +325,6 @@ def test_a_configuration_without_a_class_is_copied_with_the_mark(folder, tmp_pat
         "architectures": ["Something"],
         "quantization_config": {"quant_method": "loraq"},
     }
-
-
-def test_a_second_transformer_is_not_left_in_floats_without_a_word(pipeline, tmp_path):
-    report = quantize(pipeline, tmp_path / "one")
-    assert report.plan.notes == ()
-    shutil.copytree(pipeline / "transformer", pipeline / "transformer_2")
-    for plan in (
-        plan_checkpoint(pipeline, RECIPE),
-        quantize(pipeline, tmp_path / "two").plan,
-    ):
-        (note,) = plan.notes
-        assert note.startswith("Only 'transformer' is quantized; transformer_2 of the pipeline")
 
 
 def test_other_components_can_be_linked(pipeline, tmp_path):

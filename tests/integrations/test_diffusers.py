@@ -23,7 +23,7 @@ from loraq.integrations.checkpoints import plan_checkpoint, quantize_checkpoint
 from loraq.integrations.diffusers import (
     empty_model,
     load_float,
-    transformer_folder,
+    model_folder,
 )
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
@@ -35,7 +35,9 @@ RECIPE = replace(Recipe.named("mxfp4+w8a8-r8"), method="lqer")
 #: Files of the other components, some of them in deeper folders.
 OTHERS = {
     "model_index.json": b'{"_class_name": "PixArtSigmaPipeline",'
-    b' "transformer": ["diffusers", "PixArt"]}',
+    b' "scheduler": ["diffusers", "DPMSolver"], "text_encoder": ["transformers", "T5EncoderModel"],'
+    b' "tokenizer": ["transformers", "T5Tokenizer"], "transformer": ["diffusers", "PixArt"],'
+    b' "unet": [null, null], "vae": ["diffusers", "AutoencoderKL"]}',
     "scheduler/scheduler_config.json": b'{"steps": 20}\n',
     "vae/config.json": b"{}",
     "vae/diffusion_pytorch_model.safetensors": bytes(range(256)),
@@ -151,7 +153,7 @@ def test_the_other_components_of_a_pipeline_are_copied_byte_for_byte(pipeline, s
     manifest = json.loads(copied["transformer/loraq.json"])
     assert manifest["components"] == components_of(OTHERS)
     assert list(manifest["components"]) == sorted(OTHERS)
-    assert transformer_folder(tmp_path / "out") == tmp_path / "out" / "transformer"
+    assert model_folder(tmp_path / "out") == tmp_path / "out" / "transformer"
     assert torch.equal(
         velocity(loraq.load(tmp_path / "out")), velocity(loraq.load(tmp_path / "alone"))
     )
@@ -165,7 +167,8 @@ def test_the_other_components_of_a_pipeline_are_copied_byte_for_byte(pipeline, s
 
 def test_a_unet_is_taken_where_there_is_no_transformer(pipeline):
     (pipeline / "transformer").rename(pipeline / "unet")
-    assert transformer_folder(pipeline) == pipeline / "unet"
+    edit_json(pipeline / "model_index.json", transformer=[None, None], unet=["diffusers", "UNet"])
+    assert model_folder(pipeline) == pipeline / "unet"
 
 
 def test_a_source_of_links_as_the_hub_cache_has_gives_plain_files(written, tmp_path):
@@ -274,7 +277,7 @@ def test_sources_that_are_no_folders_of_diffusers(no_work, tmp_path):
         "has neither 'config\\.json' nor 'model_index\\.json' nor weights",
     )
     (tmp_path / "empty" / "model_index.json").write_text("{}")
-    refused(tmp_path / "empty", tmp_path / "out", "has no folder 'transformer'")
+    refused(tmp_path / "empty", tmp_path / "out", "has no transformer and no U-Net")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +337,7 @@ def test_a_source_that_is_quantized(source, pipeline, tmp_path, monkeypatch):
         refused(
             tmp_path / f"q-{place.name}",
             tmp_path / "out",
-            "is quantized already. Start from the float weights",
+            r"is quantized already(| \(transformer\))\. Start from the float weights",
         )
         with pytest.raises(CheckpointError, match="is quantized already"):
             plan_checkpoint(tmp_path / f"q-{place.name}", RECIPE)

@@ -30,6 +30,28 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The same of a pipeline with two transformers, whose layers have the same names."""
+    diffusers = pytest.importorskip("diffusers")
+    from small.pixart import small_pixart
+
+    place = tmp_path_factory.mktemp("kills of two")
+    for name, width in (("transformer", 48), ("transformer_2", 56)):
+        model = small_pixart(num_layers=1, attention_head_dim=width, caption_channels=2 * width)
+        model.save_pretrained(place / "source" / name)
+    diffusers.DPMSolverMultistepScheduler().save_pretrained(place / "source" / "scheduler")
+    index: dict[str, object] = {
+        name: ["diffusers", "PixArtTransformer2DModel"] for name in ("transformer", "transformer_2")
+    }
+    index |= {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    (place / "source" / "model_index.json").write_text(json.dumps(index))
+    recipe = loraq.Recipe.from_dict({**loraq.Recipe.named("default").to_dict(), "effort": "fast"})
+    report = loraq.quantize_checkpoint(place / "source", place / "expected", recipe, progress=False)
+    (place / "names.json").write_text(json.dumps([layer.name for layer in report.layers]))
+    return place
+
+
+@pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A source whose layers take a noticeable time each, and
     what an uninterrupted run makes of it.
@@ -48,12 +70,15 @@ def place(tmp_path_factory) -> Path:
 
 
 def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
+    source = place / "source.safetensors"
+    if not source.exists():
+        source = place / "source"
     command = [
         sys.executable,
         "-m",
         "loraq",
         "quantize",
-        place / "source.safetensors",
+        source,
         target,
         "--effort",
         "fast",
@@ -120,6 +145,30 @@ def test_kill_9_at_random_moments(place, tmp_path, workers, moments):
     assert f"{len(done)} of them were finished before the last run was interrupted" in output
     assert sorted(solved(errors)) == sorted({f"blocks.{i}.proj" for i in range(N_LAYERS)} - done)
     assert files_of(target) == files_of(place / "expected")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9_while_two_transformers_are_quantized(two, tmp_path, workers):
+    names = json.loads((two / "names.json").read_text())
+    target, chance, done = tmp_path / "out", random.Random(workers), set()
+    for _ in range(2):
+        with start(two, target, workers) as process:
+            first = until_a_layer_is_done(process)
+            time.sleep(chance.uniform(0, 0.2))
+            os.killpg(process.pid, signal.SIGKILL)
+            shown = solved(first + process.stderr.read())
+        assert not target.exists()
+        assert not done & set(shown), "a finished layer was done again"
+        assert done | set(shown) <= finished(target) < set(names)
+        done = finished(target)
+    with start(two, target, workers) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"{len(done)} of them were finished before the last run was interrupted" in output
+    assert sorted(solved(errors)) == sorted(set(names) - done)
+    assert {name.partition("/")[0] for name in names} == {"transformer", "transformer_2"}
+    assert files_of(target) == files_of(two / "expected")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

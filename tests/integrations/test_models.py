@@ -171,7 +171,7 @@ def test_two_denoisers_are_both_quantized(source):
             self.components = {name: copy.deepcopy(source) for name in names}
 
     two = Two()
-    with pytest.raises(LoraqError, match="Two has 2: transformer, transformer_2"):
+    with pytest.raises(LoraqError, match="2 are quantized: transformer, transformer_2"):
         loraq.quantize_(two, RECIPE, stats={}, progress=False)
     assert not any(map(quantized_layers, two.components.values()))
     assert list(loraq.quantize_(two, RECIPE, progress=False)) == list(two.components)

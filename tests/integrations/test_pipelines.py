@@ -93,6 +93,25 @@ def test_the_report_says_what_was_made(source, once, tmp_path):
     assert report.seconds > 0
 
 
+def test_a_variant_and_a_component_are_what_is_asked_for(source, once, tmp_path):
+    other = Path(shutil.copytree(source, tmp_path / "pipeline"))
+    for file in other.rglob("*.safetensors"):
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    index = json.loads((other / "model_index.json").read_text())
+    index["transformer_2"] = ["diffusers", "PixArtTransformer2DModel"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(other / "transformer", other / "transformer_2")
+    target = tmp_path / "s.safetensors"
+    with pytest.raises(CheckpointError, match=r"has 2 models: transformer .*`--component`"):
+        collect_pipeline_stats(other, target, variant="fp16", **FAST)
+    with pytest.raises(CheckpointError, match="has no model 'transformer_3'"):
+        collect_pipeline_stats(other, target, component="transformer_3", **FAST)
+    with pytest.raises(CheckpointError, match="no weights of the variant 'ema'"):
+        collect_pipeline_stats(other, target, component="transformer", variant="ema", **FAST)
+    collect_pipeline_stats(other, target, component="transformer", variant="fp16", **FAST)
+    assert target.read_bytes() == once.read_bytes()
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_any_number_of_runs(source, once, tmp_path):
     # All at once; the widest layer alone.

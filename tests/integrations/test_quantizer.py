@@ -32,11 +32,8 @@ from loraq.recipe import Recipe
 
 diffusers = pytest.importorskip("diffusers")
 from loraq.diffusers import LoraqConfig  # noqa: E402
-from loraq.integrations.quantizer import (  # noqa: E402
-    SUPPORTED,
-    LoraqQuantizer,
-    require_supported,
-)
+from loraq.integrations.loading import require_supported  # noqa: E402
+from loraq.integrations.quantizer import SUPPORTED, LoraqQuantizer  # noqa: E402
 
 PixArt = diffusers.PixArtTransformer2DModel
 #: Of the models here; without a dtype, diffusers loads fp32.
@@ -460,11 +457,11 @@ def test_other_versions_of_diffusers_are_refused_by_name(version):
     with pytest.raises(
         LoraqError, match=rf"diffusers {version} is installed; loraq.diffusers knows {SUPPORTED[0]}"
     ):
-        require_supported(version)
+        require_supported("diffusers", version, SUPPORTED)
 
 
 def test_the_installed_version_is_supported():
-    require_supported(diffusers.__version__)
+    require_supported("diffusers", diffusers.__version__, SUPPORTED)
 
 
 # --- the configuration ----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from loraq.checkpoint import load_into
 from loraq.errors import CheckpointError
 from loraq.integrations.checkpoints import plan_checkpoint, quantize_checkpoint
-from loraq.integrations.construction import MOST_PARAMETERS
 from loraq.layers import linear_layers, quantized_layers
 
 transformers = pytest.importorskip("transformers")
@@ -59,7 +58,7 @@ def test_positions_and_tokens_of_a_model_without_a_name(tmp_path):
         ({"num_layers": 10**9}, "T5EncoderModel refuses .* it has the number 1000000000"),
         (
             {"num_layers": 10**6},
-            rf"T5EncoderModel refuses .* than {MOST_PARAMETERS} parameters",
+            r"T5EncoderModel refuses .* than \d+ parameters, and the weights have fewer",
         ),
     ],
 )

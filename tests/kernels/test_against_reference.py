@@ -12,9 +12,9 @@ from benchmarks.worlds.matrices import dit_like, heavy_tailed, outlier_columns
 from loraq.errors import KernelError
 from loraq.formats import FORMATS, get_format
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, choose, get_backend
-from loraq.kernels.base import Backend, decode
+from loraq.kernels.base import Backend, LayerSpec, decode
+from loraq.kernels.low_memory import decode_by_table
 from loraq.kernels.reference import Reference
-from loraq.kernels.resident import decode_by_table
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution, PackedWeight
 from loraq.pipeline.module import quantize_weight
@@ -54,9 +54,11 @@ def layer_of(name: str) -> QuantizedLinear:
     solved = solution_of(
         main.split("-a")[0] + ("-aint8" if "int8" in name else "-a4") + plus + branch
     )
-    return QuantizedLinear.from_packed(
+    layer = QuantizedLinear.from_packed(
         replace(solved.packed, scheme=parse_scheme(name)), dit_like(1, N_OUT, 3)[0]
     )
+    layer.ask_activations("stored", simulate=True)
+    return layer
 
 
 def error(y: Tensor, expected: Tensor) -> float:
@@ -227,11 +229,14 @@ def test_an_unknown_back_end_is_answered_with_the_list(name):
         get_backend(name)
 
 
-def test_the_default_is_a_choice_and_takes_resident_for_mx_formats():
+def test_the_default_is_a_choice_and_takes_low_memory_for_mx_formats():
     assert DEFAULT_BACKEND not in BACKENDS
     assert (
-        choose(DEFAULT_BACKEND, Scheme("mxfp4", "mxint8"), (N_OUT, N_IN), torch.device("cpu")).name
-        == "resident"
+        choose(
+            DEFAULT_BACKEND,
+            LayerSpec((Scheme("mxfp4", "mxint8"),), (N_OUT, N_IN), torch.device("cpu")),
+        ).name
+        == "low_memory"
     )
 
 

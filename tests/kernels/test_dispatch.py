@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from loraq.errors import KernelError
-from loraq.kernels import BACKENDS, choose
+from loraq.kernels import BACKENDS, LayerSpec, choose, get_backend
 from loraq.kernels.dispatch import candidates, prepare
 from loraq.kernels.int8_matrix import rows_of, saturates
 from loraq.kernels.int8_row import Int8Row
-from loraq.kernels.resident import Resident
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 
 CPU = torch.device("cpu")
+LOW_MEMORY = get_backend("low_memory")
 #: A back end stands in the automatic list of a device only after it was measured there.
 AUTOMATIC = {
-    "cpu": (Int8Row(weight_error=0.0), Resident()),
-    "cuda": (Resident(),),
-    "mps": (Resident(),),
-    "xpu": (Resident(),),
-    "meta": (Resident(),),
+    "cpu": (Int8Row(weight_error=0.0, keeps_operands=False), LOW_MEMORY),
+    "cuda": (LOW_MEMORY,),
+    "mps": (LOW_MEMORY,),
+    "xpu": (LOW_MEMORY,),
+    "meta": (LOW_MEMORY,),
 }
 
 
@@ -36,10 +36,10 @@ def test_a_back_end_that_is_asked_for_stands_alone_or_before_the_automatic_list(
 
 
 def test_strict_raises_where_the_automatic_choice_would_step_in():
-    refused = (Scheme("mxfp4", "mxint8"), (8, 32), CPU)
+    refused = LayerSpec((Scheme("mxfp4", "mxint8"),), (8, 32), CPU)
     with pytest.raises(KernelError, match="'int8_row' cannot run a layer 8×32 in 'mxfp4'"):
-        choose("int8_row", *refused)
-    assert choose("int8_row", *refused, strict=False).name == "resident"
+        choose("int8_row", refused)
+    assert choose("int8_row", refused, strict=False).name == "low_memory"
 
 
 def test_a_refusal_of_values_is_strict_too():
@@ -48,7 +48,7 @@ def test_a_refusal_of_values_is_strict_too():
     packed = PackedWeight(scheme, scheme.weight_format.quantize(wide))
     with pytest.raises(KernelError, match="do not fit e4m3 exactly"):
         prepare("fp8_row", packed, torch.float32)
-    assert prepare("fp8_row", packed, torch.float32, strict=False).backend.name == "resident"
+    assert prepare("fp8_row", packed, torch.float32, strict=False).backend.name == "low_memory"
 
 
 @pytest.mark.skipif(saturates(CPU), reason="int8_row refuses this CPU")
@@ -60,7 +60,7 @@ def test_int8_row_encodes_a_weight_anew_up_to_3_percent(monkeypatch, error, runs
         "loraq.kernels.int8_row.rows_of", lambda stored: (rows_of(stored)[0], error)
     )
     chosen = prepare("int8_row", packed, torch.float32, strict=False).backend.name
-    assert chosen == ("int8_row" if runs else "resident")
+    assert chosen == ("int8_row" if runs else "low_memory")
     # The automatic choice takes a weight only as it is.
     automatic = prepare("auto", packed, torch.float32).backend.name
-    assert automatic == "resident"
+    assert automatic == "low_memory"

@@ -6,7 +6,7 @@ import torch
 from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed, outlier_columns
 from loraq.errors import KernelError
 from loraq.formats import get_format
-from loraq.kernels import choose
+from loraq.kernels import LayerSpec, choose
 from loraq.kernels.fp8_row import Fp8Row, encode_tokens, fold, sums_fast
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
@@ -37,16 +37,17 @@ def test_mxfp4_folds_exactly_within_fourteen_binades(binades):
     assert torch.equal(codes.float() * scale, w)
     assert torch.equal(scale, torch.exp2(scale.log2().round()))
     packed = PackedWeight(parse_scheme("mxfp4-amxfp4"), get_format("mxfp4").quantize(w))
-    operands = Fp8Row().prepare(packed, torch.float32)
+    operands = Fp8Row().prepare(packed, packed.scheme, torch.float32)
     assert torch.equal(operands.codes.float() * operands.scale[:, None], w)
 
 
 def test_a_row_with_a_wider_span_is_refused():
     stored = get_format("mxfp4").quantize(torch.cat([two_scales(16), two_scales(2)]))
+    scheme = parse_scheme("mxfp4-amxfp4")
     with pytest.raises(
         KernelError, match="2 of 4 rows of the weight in 'mxfp4' do not fit e4m3 exactly"
     ):
-        Fp8Row().prepare(PackedWeight(parse_scheme("mxfp4-amxfp4"), stored), torch.float32)
+        Fp8Row().prepare(PackedWeight(scheme, stored), scheme, torch.float32)
 
 
 def test_zero_tiny_and_huge_rows_fold():
@@ -93,7 +94,7 @@ def test_plain_fp8_tokens_are_those_of_the_format(dtype):
 )
 def test_it_refuses_formats_that_do_not_fit(scheme, what):
     with pytest.raises(KernelError, match=f"'fp8_row' cannot run .*its {what} does not fit e4m3"):
-        choose("fp8_row", parse_scheme(scheme), (16, 64), CPU)
+        choose("fp8_row", LayerSpec((parse_scheme(scheme),), (16, 64), CPU))
 
 
 def test_the_gradient_is_that_of_the_reconstruction():

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed
 from loraq.errors import KernelError
 from loraq.formats import get_format
-from loraq.kernels import choose, dispatch, int8_matrix, int8_row
+from loraq.kernels import LayerSpec, choose, dispatch, int8_matrix, int8_row
 from loraq.kernels.int8_matrix import (
     UNSIGNED,
     Rows,
@@ -26,6 +26,7 @@ from loraq.kernels.int8_matrix import (
     rows_of,
 )
 from loraq.kernels.int8_row import Int8Row
+from loraq.linalg import relative_error
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
@@ -179,7 +180,7 @@ def test_it_refuses_other_activations_by_name(scheme, reason):
         KernelError,
         match=rf"The back end 'int8_row' cannot run a layer 8×64 .*{reason}.*'resident'",
     ):
-        choose("int8_row", parse_scheme(scheme), (8, 64), CPU)
+        choose("int8_row", LayerSpec((parse_scheme(scheme),), (8, 64), CPU))
 
 
 def test_it_refuses_sizes_that_a_gpu_cannot_multiply_and_other_devices():
@@ -196,7 +197,7 @@ def test_it_refuses_a_weight_that_rows_would_change_too_much():
     with pytest.raises(
         KernelError, match=r"INT8 rows change the weight in 'int4_b16' by 0\.00\d\d of its norm"
     ):
-        Int8Row(weight_error=1e-3).prepare(packed, torch.float32)
+        Int8Row(weight_error=1e-3).prepare(packed, packed.scheme, torch.float32)
 
 
 # --- packed operands ------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_a_cpu_whose_sums_overflow_is_refused(monkeypatch):
     with pytest.raises(KernelError, match="overflow on an x86 CPU without AVX-512 VNNI"):
         layer.backend = "int8_row"
     layer.backend = "auto"
-    assert layer.backend == "resident"
+    assert layer.backend == "low_memory"
 
 
 def test_without_onednn_it_is_the_product_of_torch(monkeypatch):
@@ -311,23 +312,31 @@ def test_without_onednn_it_is_the_product_of_torch(monkeypatch):
     [
         ("int8-a8", "int8_row"),
         ("int8-a8+int8-r16", "int8_row"),
-        ("int4-a8", "resident"),  # would have to be encoded anew
-        ("nvfp4-aint8", "resident"),
-        ("mxfp4-a8", "resident"),
+        ("int4-a8", "low_memory"),  # would have to be encoded anew
+        ("nvfp4-aint8", "low_memory"),
+        ("mxfp4-a8", "low_memory"),
     ],
 )
 def test_the_automatic_choice_encodes_no_weight_anew(scheme, name):
     assert layer_of(parse_scheme(scheme), "auto").backend == name
 
 
-def test_the_automatic_choice_depends_on_the_values_where_exactness_does():
-    scheme = Scheme("mxfp4", "int8")
+def test_without_a_loss_a_weight_is_taken_as_its_values_allow():
+    scheme, exact = Scheme("mxfp4", "int8"), Int8Row(weight_error=0.0)
     near, far = torch.ones(4, 64), torch.ones(4, 64)
     far[:, :32] = 1.5 * 2**-12
-    for w, name in ((near, "int8_row"), (far, "resident")):
-        layer = QuantizedLinear.from_packed(quantize_weight(w, scheme).packed)
-        layer(torch.ones(1, 64))
-        assert layer.backend == name
+    exact.prepare(quantize_weight(near, scheme).packed, scheme, torch.float32)
+    with pytest.raises(KernelError, match=r"change the weight in 'mxfp4' by 0\.\d+ of its norm"):
+        exact.prepare(quantize_weight(far, scheme).packed, scheme, torch.float32)
+
+
+@pytest.mark.parametrize("scheme", ["int8-a8", "int8-a8+int8-r16"])
+def test_the_automatic_choice_keeps_nothing_beside_the_packed_bytes(scheme):
+    layer, x = layer_of(parse_scheme(scheme), "auto"), gaussian(5, 96)
+    y = layer(x)
+    assert (layer.backend, layer.kept_nbytes, layer._prepared.operands) == ("int8_row", 0, None)
+    layer.backend = "reference"
+    assert relative_error(layer(x), y) <= Int8Row().bound(layer.scheme, torch.float32)
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
@@ -336,10 +345,9 @@ def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="loraq.kernels"):
         for dtype in (torch.float32, torch.bfloat16):
             layer(gaussian(2, 96).to(dtype))
-    (record,) = caplog.records
-    assert (
-        "on cpu: resident (not int8_row: 'int4' does not fit INT8 rows exactly)"
-        in record.getMessage()
+    (record,) = (record for record in caplog.records if record.levelno == logging.INFO)
+    assert "on cpu: low_memory (not int8_row: 'int4' is not stored as INT8 rows" in (
+        record.getMessage()
     )
 
 

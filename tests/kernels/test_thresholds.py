@@ -88,14 +88,17 @@ def test_int8_rows_never_have_a_subnormal_scale():
     assert error == 0
 
 
+INT8 = Scheme("bf16", "int8")
+
+
 def lose(share: float) -> PackedWeight:
     """A weight that loses a share of its norm: quarters of a step beside a value of 127 steps."""
     n_lost = round((share * 127 / 0.25) ** 2)
     row = torch.cat([torch.tensor([127.0]), torch.full((n_lost,), 0.25)])
-    return PackedWeight(Scheme("bf16", "int8"), get_format("bf16").quantize(row[None]))
+    return PackedWeight(INT8, get_format("bf16").quantize(row[None]))
 
 
 def test_int8_row_encodes_a_weight_anew_up_to_3_percent_of_its_norm():
-    Int8Row().prepare(lose(0.0298), torch.float32)
+    Int8Row().prepare(lose(0.0298), INT8, torch.float32)
     with pytest.raises(KernelError, match=r"by 0\.030\d of its norm, and at most 0\.03 is allowed"):
-        Int8Row().prepare(lose(0.0302), torch.float32)
+        Int8Row().prepare(lose(0.0302), INT8, torch.float32)

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import KernelError
-from loraq.kernels import choose
+from loraq.kernels import LayerSpec, choose
 from loraq.kernels.triton.backend import TritonRow
 from loraq.nn import QuantizedLinear
 from loraq.pipeline.module import quantize_weight
@@ -115,7 +115,7 @@ def test_an_interpreted_kernel_is_the_reference(interpreted, kernel, bound):
 def test_it_refuses_what_its_kernels_do_not_compute(name, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(KernelError, match=reason):
-        choose("triton", parse_scheme(name), (16, 64), torch.device("cpu"))
+        choose("triton", LayerSpec((parse_scheme(name),), (16, 64), torch.device("cpu")))
 
 
 def test_without_triton_it_says_how_to_get_it(monkeypatch):
@@ -123,7 +123,7 @@ def test_without_triton_it_says_how_to_get_it(monkeypatch):
     with pytest.raises(
         KernelError, match=r"triton is not installed \(pip install \"loraq\[triton\]\"\)"
     ):
-        choose("triton", parse_scheme("mxfp4-a16"), (16, 64), torch.device("cuda"))
+        choose("triton", LayerSpec((parse_scheme("mxfp4-a16"),), (16, 64), torch.device("cuda")))
 
 
 @needs_triton

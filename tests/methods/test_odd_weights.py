@@ -264,7 +264,7 @@ def test_it_is_found_by_name_before_any_layer_is_solved(kind, tmp_path, monkeypa
     with pytest.raises(LayerError, match=rf"Layer '1' .*{BEYOND[kind][1]}"):
         loraq.quantize_(model, "mxfp4+w8a8-r4", progress=False)
     write_shards(model.state_dict(), tmp_path, "model")
-    source = Source.open(Checkpoint(tmp_path, tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
+    source = Source.open(Checkpoint(tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
     with pytest.raises(CheckpointError, match=rf"Tensor '1.weight' .*{BEYOND[kind][1]}"):
         source.hash_weights()
 
@@ -274,7 +274,7 @@ def test_a_kept_tensor_may_hold_what_its_own_dtype_holds(tmp_path, value):
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).double()
     model[1].weight.data = torch.full((64,), value, dtype=torch.float64)
     write_shards(model.state_dict(), tmp_path, "model")
-    source = Source.open(Checkpoint(tmp_path, tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
+    source = Source.open(Checkpoint(tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
     assert set(source.hash_weights()) == set(model.state_dict())
 
 

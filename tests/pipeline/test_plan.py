@@ -211,7 +211,7 @@ def test_a_rule_that_matches_nothing_is_warned_of(caplog):
         Recipe(Scheme("mxfp4"), rules=(Rule("encoder.*", skip=True), Rule("head", skip=True))),
     )
     assert [record.getMessage() for record in caplog.records] == [
-        "The recipe's rule 'encoder.*' matches no linear layer. Is its pattern right?"
+        "The recipe's rule 'encoder.*' matches no linear layer of the model. Is its pattern right?"
     ]
 
 

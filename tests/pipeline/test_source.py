@@ -25,7 +25,7 @@ def test_a_number_that_is_not_finite_is_found_in_quantized_and_in_kept_tensors(
     tmp_path, name, value
 ):
     write_model(tmp_path, name, value)
-    source = Source.open(Checkpoint(tmp_path, tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
+    source = Source.open(Checkpoint(tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
     place = r"\(0, 5\)" if name == "0.weight" else r"\(5,\)"
     message = rf"Tensor '{name}' cannot be used: the value at {place} is {value}, .*not finite"
     with pytest.raises(CheckpointError, match=message):
@@ -34,7 +34,7 @@ def test_a_number_that_is_not_finite_is_found_in_quantized_and_in_kept_tensors(
 
 def test_a_finite_source_has_a_hash_for_each_tensor(tmp_path):
     write_model(tmp_path, "0.weight", 3e38)
-    source = Source.open(Checkpoint(tmp_path, tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
+    source = Source.open(Checkpoint(tmp_path, {}), Recipe.named("mxfp4+w8a8-r4"))
     hashes = source.hash_weights()
     assert list(hashes) == list(source.names)
     assert all(

@@ -42,7 +42,7 @@ def require_contents(manifest: Manifest, reader: ShardReader) -> None:
         layer, _, leaf = name.rpartition(".")
         if name in expected:
             wanted, kinds = expected[name], frozenset({"U8"})
-        elif layer in manifest.layers and leaf == "bias":
+        elif layer in manifest.layers and leaf == "bias" and not manifest.layers[layer].is_stack:
             wanted, kinds = manifest.layers[layer].shape[:1], FLOATS
         elif layer in manifest.layers:
             raise _build_error(reader, f"tensor '{name}' is no part of its layer's scheme")
@@ -93,7 +93,8 @@ def require_numbers(manifest: Manifest, reader: ShardReader) -> None:
 def _list_parts(manifest: Manifest) -> Iterator[tuple[str, str, Format]]:
     """Yield the name of each packed tensor, what it is of its matrix, and the matrix's format."""
     for layer, stored in manifest.layers.items():
-        for part, (fmt, matrix) in stored.scheme.parts(stored.shape).items():
+        *_, n_out, n_in = stored.shape
+        for part, (fmt, matrix) in stored.scheme.parts((n_out, n_in)).items():
             for kind in fmt.storage(matrix):
                 yield f"{layer}.{part}_{kind}", kind, fmt
 

@@ -1,5 +1,6 @@
 """A quantized model as floats: `dequantize_`, and methods of the model's own that mean floats."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -60,8 +61,9 @@ def forget_quantization(model: nn.Module) -> None:
     if isinstance(config, dict) and "quantization_config" in config:  # of diffusers, frozen
         plain = {name: value for name, value in config.items() if name != "quantization_config"}
         setattr(model, "_internal_dict", type(config)(plain))  # noqa: B010 (a module, says mypy)
-    elif hasattr(config, "quantization_config"):
-        del config.quantization_config
+    elif hasattr(config, "to_diff_dict"):  # of transformers
+        for name in ("quantization_config", "_is_quantized"):
+            vars(config).pop(name, None)
 
 
 def attach_float_methods(model: nn.Module) -> None:
@@ -82,6 +84,4 @@ def _num_parameters(
     if only_trainable:
         return count
     layers = set(quantized_layers(model).values())  # one that stands in two places counts once
-    return count + sum(
-        layer.in_features * layer.out_features - layer.packed.nbytes for layer in layers
-    )
+    return count + sum(math.prod(layer.packed_shape) - layer.nbytes for layer in layers)

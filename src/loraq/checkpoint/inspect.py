@@ -4,19 +4,22 @@ What each layer is, how two folders differ, and how much memory a folder takes o
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraq.checkpoint.components import check_components
+from loraq.checkpoint.components import StoredFile, check_components
 from loraq.checkpoint.contents import require_contents
-from loraq.checkpoint.manifest import FILE_NAME, Manifest
-from loraq.errors import CheckpointError, FormatError, KernelError
-from loraq.kernels import BACKENDS, prepare
+from loraq.checkpoint.manifest import FILE_NAME, Manifest, StoredLayer
+from loraq.checkpoint.model_index import is_pipeline, read_components
+from loraq.errors import CheckpointError, FormatError, KernelError, list_some
+from loraq.kernels import BACKENDS, DEFAULT_BACKEND, prepare
 from loraq.linalg import relative_error
-from loraq.packed import PackedWeight
+from loraq.packed import PackedStack, PackedWeight
 from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader
 
@@ -26,8 +29,8 @@ class LayerDifference:
     """How far a layer of one folder is from the same layer of another."""
 
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: ‖A − B‖_F / ‖A‖_F.
     relative_error: float
 
@@ -57,10 +60,20 @@ class DenseWeights:
     @property
     def quantized(self) -> list[str]:
         """Names of the quantized layers."""
-        return list(self.manifest.layers) if self.manifest else []
+        return list(self.layers)
 
-    def read(self, layer: str) -> Tensor:
-        """Return the effective weight of a layer, (out, in) in fp32.
+    @property
+    def layers(self) -> dict[str, StoredLayer]:
+        """The quantized layers."""
+        return self.manifest.layers if self.manifest else {}
+
+    def read(self, layer: str, like: StoredLayer | None = None) -> Tensor:
+        """Return the effective weight of a layer, (out, in) in fp32; of a stack (experts, out, in).
+
+        Args:
+            layer: its name.
+            like: the layer where it is quantized, which knows whether it is a stack and how that
+                lies; without it, it is none.
 
         Raises:
             CheckpointError: the folder has no such layer, or its weight is no matrix of finite
@@ -68,7 +81,8 @@ class DenseWeights:
         """
         if self.manifest is not None and layer in self.manifest.layers:
             return _read_packed(self.reader, self.manifest, layer).reconstruct()
-        name = f"{layer}.weight"
+        is_stack = like is not None and like.is_stack
+        name = layer if is_stack else f"{layer}.weight"
         weight, dtype = self.reader.read(name), self.reader.dtype(name)
         if weight.dim() < 2 or not weight.numel() or dtype not in FLOATS:
             raise CheckpointError(
@@ -80,6 +94,8 @@ class DenseWeights:
                 f"'{self.folder}': '{name}' has values that are not finite numbers. Repair the "
                 "file, or download it again."
             )
+        if like is not None and is_stack:
+            return weight.float().mT if like.transposed else weight.float()
         return weight.float().flatten(1)  # a 1×1 convolution's is (out, in, 1, 1)
 
 
@@ -96,47 +112,103 @@ def compare(a: str | Path, b: str | Path) -> list[LayerDifference]:
         raise CheckpointError(f"Neither '{a}' nor '{b}' is quantized: there is nothing to compare.")
     differences = []
     for name in names:
-        x, y = first.read(name), second.read(name)
+        stack = next(made[name] for made in (first.layers, second.layers) if name in made)
+        x, y = first.read(name, stack), second.read(name, stack)
         if x.shape != y.shape:
             raise CheckpointError(
                 f"Layer '{name}' has shape {tuple(x.shape)} in '{a}' and {tuple(y.shape)} in '{b}'."
             )
-        differences.append(LayerDifference(name, (x.shape[0], x.shape[1]), relative_error(x, y)))
+        error = relative_error(x.flatten(0, -2), y.flatten(0, -2))
+        differences.append(LayerDifference(name, tuple(x.shape), error))
     return differences
 
 
-def inspect_pipeline(folder: Path, manifest: Manifest) -> bool:
-    """Check the other files of the pipeline that a transformer's folder is in.
+@dataclass(frozen=True)
+class Inspected:
+    """What was found in a folder, all of it as it was written."""
 
-    Args:
-        folder: of the transformer.
-        manifest: what is in it.
+    #: By component of a pipeline; of a model's folder the name is "".
+    manifests: dict[str, Manifest]
+    #: The other files of the pipeline, by their path in it.
+    others: dict[str, StoredFile]
+    #: Whether these were checked too; they are not if the folder stands alone.
+    is_checked: bool
 
-    Returns:
-        Whether there are such files and they were checked; they are not if the folder stands alone.
+
+def inspect_folder(path: Path) -> Inspected:
+    """Check a quantized model's folder, or a pipeline's with all that is in it.
+
+    A model's folder in a pipeline lets the rest of the pipeline be checked, too.
 
     Raises:
-        CheckpointError: some are missing or were changed; they are listed.
+        CheckpointError: nothing there is quantized, or files are missing or were changed; they are
+            listed.
     """
-    root = Path(os.path.abspath(folder)).parent
-    if not manifest.components or not (root / "model_index.json").is_file():
-        return False
-    check_components(root, manifest.components)
-    return True
+    if is_pipeline(path):
+        found = find_packed(path)
+        manifests = {name: read_checked(folder) for name, folder in found.items()}
+        return Inspected(manifests, _check_others(path, manifests), True)
+    manifest, root = read_checked(path), Path(os.path.abspath(path)).parent
+    if not manifest.components or not is_pipeline(root):
+        return Inspected({"": manifest}, manifest.components, False)
+    manifests = {
+        name: manifest if folder.samefile(path) else read_checked(folder)
+        for name, folder in find_packed(root).items()
+    }
+    return Inspected({"": manifest}, _check_others(root, manifests), True)
+
+
+def find_packed(root: Path) -> dict[str, Path]:
+    """Return the folders of a pipeline's quantized models, by component.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    components = read_components(root)
+    found = {
+        name: part.folder
+        for name, part in components.items()
+        if part.is_packed or (part.folder / FILE_NAME).is_file()
+    }
+    if found:
+        return found
+    raise CheckpointError(
+        f"'{root}' is not a loraq checkpoint: of its components ({list_some(components)}) none is "
+        "quantized. `loraq quantize SRC DST` makes one."
+    )
+
+
+def _check_others(root: Path, manifests: Mapping[str, Manifest]) -> dict[str, StoredFile]:
+    """Check the files of a pipeline that are not a quantized model's, which has its own manifest.
+
+    Returns:
+        What they hold.
+    """
+    others: dict[str, StoredFile] = {}
+    for manifest in manifests.values():
+        listed = {
+            name: stored
+            for name, stored in manifest.components.items()
+            if name.partition("/")[0] not in manifests and others.get(name) != stored
+        }
+        check_components(root, listed)
+        others |= listed
+    return others
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a loaded model on one back end."""
+    """Bytes of a loaded model on one back end, or before it was quantized."""
 
+    #: Name of the back end, or `FLOAT`.
     backend: str
     #: Packed weights of the quantized layers.
     packed: int
-    #: What the back end keeps beside them.
+    #: What is kept beside them; of the float model, their weights in 16 bits.
     kept: int
     #: Everything that is not quantized.
     others: int
-    #: Layers that the back end refuses; they are counted on `resident`.
+    #: Layers that the back end refuses; they are counted on the automatic choice.
     refused: int
 
     @property
@@ -145,40 +217,53 @@ class Memory:
         return self.packed, self.kept, self.others, self.packed + self.kept + self.others
 
     @property
-    def multiple(self) -> float:
-        """All bytes for each byte that is stored."""
-        return self.parts[-1] / max(1, self.packed + self.others)
+    def total(self) -> int:
+        """All bytes."""
+        return self.parts[-1]
+
+
+#: What stands for the model before it was quantized, in a list of `Memory`.
+FLOAT = "float"
 
 
 def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Memory]:
     """Return the memory of a quantized folder on every back end, for activations of `dtype`.
 
-    One layer is in memory at a time. Memory of activations is not counted.
+    First stands the float model, its linear layers in 16 bits, and then the automatic choice. One
+    layer is in memory at a time. Memory of activations is not counted.
 
     Raises:
         CheckpointError: as `read_checked` says.
     """
     manifest, reader = _open_checked(folder)
-    nbytes, kept, refused = 0, dict.fromkeys(BACKENDS, 0), dict.fromkeys(BACKENDS, 0)
+    names = (DEFAULT_BACKEND, *BACKENDS)
+    nbytes, kept, refused = 0, dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     counted: set[str] = set()
     for layer in manifest.layers:
         packed = _read_packed(reader, manifest, layer)
         counted |= set(_find_stored(manifest, layer).values())
         nbytes += packed.nbytes
-        for name in BACKENDS:
-            try:
-                prepared = prepare(name, packed, dtype)
-            except KernelError:
-                refused[name] += 1
-                prepared = prepare("resident", packed, dtype)
-            kept[name] += prepared.backend.kept_nbytes(prepared.operands, packed)
+        for name in names:
+            refuses = False
+            for matrix in packed.matrices:
+                try:
+                    prepared = prepare(name, matrix, dtype)
+                except KernelError:
+                    refuses = True
+                    prepared = prepare(DEFAULT_BACKEND, matrix, dtype)
+                kept[name] += prepared.backend.kept_nbytes(prepared.operands, matrix)
+            refused[name] += refuses
     others = sum(
         spec.nbytes
         for header in reader.files.values()
         for name, spec in header.specs.items()
         if name not in counted
     )
-    return [Memory(name, nbytes, kept[name], others, refused[name]) for name in BACKENDS]
+    n_weights = sum(prod(layer.shape) for layer in manifest.layers.values())
+    return [
+        Memory(FLOAT, 0, 2 * n_weights, others, 0),
+        *(Memory(name, nbytes, kept[name], others, refused[name]) for name in names),
+    ]
 
 
 def read_checked(folder: Path) -> Manifest:
@@ -197,12 +282,16 @@ def _open_checked(folder: Path) -> tuple[Manifest, ShardReader]:
     return manifest, reader
 
 
-def _read_packed(reader: ShardReader, manifest: Manifest, layer: str) -> PackedWeight:
+def _read_packed(reader: ShardReader, manifest: Manifest, layer: str) -> PackedWeight | PackedStack:
     stored = manifest.layers[layer]
     names = _find_stored(manifest, layer)
     tensors = {part: reader.read(name) for part, name in names.items()}
     try:
-        return PackedWeight.from_tensors(tensors, stored.scheme, stored.shape)
+        if stored.is_stack:
+            n_experts, n_out, n_in = stored.shape
+            return PackedStack.from_tensors(tensors, stored.scheme, (n_experts, n_out, n_in))
+        n_out, n_in = stored.shape
+        return PackedWeight.from_tensors(tensors, stored.scheme, (n_out, n_in))
     except FormatError as error:
         raise CheckpointError(f"'{reader.folder}': layer '{layer}': {error}") from error
 

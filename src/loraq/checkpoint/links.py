@@ -6,6 +6,7 @@ same repository. Any other could bring a file along that nobody meant to give aw
 
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
 from loraq.errors import CheckpointError
@@ -21,12 +22,12 @@ _KINDS = {
 }
 
 
-def find_files(root: Path, *, without: str = "") -> dict[str, Path]:
+def find_files(root: Path, *, without: Collection[str] = ()) -> dict[str, Path]:
     """Return every file below a folder, links resolved, by its path in the folder.
 
     Args:
         root: the folder.
-        without: name of a folder in it that is left out.
+        without: names of files and folders in it that are left out.
 
     Raises:
         CheckpointError: something there is not a file of its own; all such are listed.
@@ -45,7 +46,7 @@ def find_files(root: Path, *, without: str = "") -> dict[str, Path]:
                     f"'{root}' holds more than {_MOST_FILES} files, as links in it are followed. "
                     "Give a folder that holds the pipeline and nothing else."
                 )
-            if prefix + name == without:
+            if prefix + name in without:
                 continue
             place, kind, reason = _judge(folder / name, home)
             if not is_plain_path(prefix + name):

@@ -46,12 +46,19 @@ _HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Sch
 class StoredLayer:
     """One quantized layer of a folder."""
 
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     scheme: Scheme
     #: What `quantize_` noted: errors, seconds, source hash, and the recipe's index in
     #: `Manifest.recipes`.
     record: dict[str, Any]
+    #: Whether the model has a stack of experts as (experts, in, out).
+    transposed: bool = False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts, which one parameter of the model holds."""
+        return len(self.shape) == 3
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,7 @@ class Manifest:
             "versions": {"loraq": __version__, "torch": torch.__version__},
             "recipes": self.recipes,
             "tied": self.tied,
-            "layers": {
-                name: {"shape": list(layer.shape), "scheme": asdict(layer.scheme), **layer.record}
-                for name, layer in self.layers.items()
-            },
+            "layers": {name: _describe_layer(layer) for name, layer in self.layers.items()},
             "files": {
                 file: {"bytes": (folder / file).stat().st_size, "sha256": sha256}
                 for file, sha256 in files.items()
@@ -151,6 +155,22 @@ class Manifest:
         return record
 
 
+def list_files(folder: Path) -> dict[str, StoredFile]:
+    """Return what `loraq.json` says of the files beside it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    listed = read_json(folder / FILE_NAME).get("files")
+    try:
+        files = {name: _parse_file(name, entry) for name, entry in dict(listed or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"'{folder / FILE_NAME}' is damaged: {error} Copy it again."
+        ) from error
+    return {name: StoredFile(*stored) for name, stored in files.items()}
+
+
 def _foreign(folder: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"'{folder}' holds weights that '{FILE_NAME}' does not list: {list_some(names)}. If a "
@@ -187,13 +207,19 @@ def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]
     return Manifest(layers, recipes, tied, components), files
 
 
+def _describe_layer(layer: StoredLayer) -> dict[str, Any]:
+    entry = {"shape": list(layer.shape), "scheme": asdict(layer.scheme), **layer.record}
+    return entry | {"transposed": layer.transposed} if layer.is_stack else entry
+
+
 def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
     of = f"layer '{name}'"
     if not isinstance(entry, dict):
         raise ValueError(f"{of} is {entry!r}, not a table.")
     shape = _take(entry, "shape", list, of)
-    if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
-        raise ValueError(f"{of} has the shape {shape}; (out, in) is required.")
+    if len(shape) not in (2, 3) or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+        raise ValueError(f"{of} has the shape {shape}; (out, in) is required, or those of experts.")
+    transposed = len(shape) == 3 and _take_flag(entry, "transposed", of)
     scheme = _take(entry, "scheme", dict, of)
     branch = _take(scheme, "branch", dict | None, f"the scheme of {of}")
     built = Scheme(
@@ -201,10 +227,11 @@ def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
             scheme | {"branch": branch and Branch(**_take_fields(branch, Branch, of))}, Scheme, of
         )
     )
-    built.check((shape[0], shape[1]))
-    record = {key: value for key, value in entry.items() if key not in ("shape", "scheme")}
+    built.check(tuple(shape[-2:]))
+    own = {"shape", "scheme", *(["transposed"] if len(shape) == 3 else [])}
+    record = {key: value for key, value in entry.items() if key not in own}
     _check_record(record, n_recipes, of)
-    return StoredLayer((shape[0], shape[1]), built, record)
+    return StoredLayer(tuple(shape), built, record, transposed)
 
 
 def _check_record(record: dict[str, Any], n_recipes: int, of: str) -> None:
@@ -244,6 +271,13 @@ def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"'{key}' of {of} is {value!r}.")
     return value
+
+
+def _take_flag(table: dict[str, Any], key: str, of: str) -> bool:
+    """Return the value of a key that must be there, true or false."""
+    if not isinstance(table.get(key), bool):
+        raise ValueError(f"'{key}' of {of} is {table.get(key)!r}; true or false is required.")
+    return bool(table[key])
 
 
 def _check_size(path: Path, size: int) -> None:

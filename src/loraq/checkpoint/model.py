@@ -1,30 +1,36 @@
 """`save` and `load_into`: a module with quantized layers to a folder and back, bit for bit."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from loraq.checkpoint.components import StoredFile
+from loraq.checkpoint.configuration import (
+    GENERATION_FILE,
+    generation_config,
+    model_config,
+    weights_stem,
+)
 from loraq.checkpoint.contents import require_numbers, require_ties
 from loraq.checkpoint.fit import require_kind, require_names
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.origin import require_origin_kept
 from loraq.checkpoint.partial import atomic_folder
-from loraq.errors import CheckpointError, KernelError, SchemeError
+from loraq.checkpoint.places import build_empty_layer, find_replaced
+from loraq.checkpoint.renaming import rename_tensors
+from loraq.errors import CheckpointError
+from loraq.experts import QuantizedExperts
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
 from loraq.layers import (
     Change,
     bare_model,
     find_places,
-    is_linear,
-    matrix_of,
-    quantized_class,
     quantized_layers,
     require_bare,
     swap,
@@ -33,7 +39,7 @@ from loraq.layers import (
 from loraq.nn import QuantizedLayer
 from loraq.options import Size, checked
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES, write_shards
-from loraq.safetensors.reader import ShardReader
+from loraq.safetensors.reader import ShardReader, TensorReader
 from loraq.state import answer_for_weights
 
 
@@ -106,13 +112,16 @@ def write_model(
             if recipe not in recipes:
                 recipes.append(recipe)
             record["recipe"] = recipes.index(recipe)
-        stored[name] = StoredLayer((layer.out_features, layer.in_features), layer.scheme, record)
+        transposed = isinstance(layer, QuantizedExperts) and layer.transposed
+        stored[name] = StoredLayer(layer.packed_shape, layer.scheme, record, transposed)
     config = model_config(model)
     stem = ".".join(part for part in (weights_stem(config), variant) if part)
     files = write_shards(tensors, folder, stem, shard_bytes)
     if config:
         raw = write_json(folder / "config.json", config)
         files["config.json"] = hashlib.sha256(raw).hexdigest()
+    if generation := generation_config(model):
+        write_json(folder / GENERATION_FILE, generation)
     Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
 
 
@@ -171,11 +180,22 @@ def load_into(
 
 
 def insert_empty_layers(
-    model: nn.Module, folder: Path, *, verify: bool = True
-) -> tuple[Manifest, ShardReader]:
+    model: nn.Module,
+    folder: Path,
+    *,
+    verify: bool = True,
+    rename: Callable[[str], str | None] | None = None,
+) -> tuple[Manifest, TensorReader]:
     """Put empty quantized layers where a folder's manifest says, for a loader that fills them.
 
     First the whole folder is checked against the model.
+
+    Args:
+        model: what is loaded.
+        folder: a quantized one.
+        verify: whether the files' hashes are checked.
+        rename: what a tensor of the folder is called in the model; `None` for one that the model
+            does not have, which is part of a larger one.
 
     Returns:
         The manifest, and the tensors of the folder.
@@ -184,7 +204,7 @@ def insert_empty_layers(
         CheckpointError: the folder does not fit the model, as for `load_into`.
     """
     manifest, reader, _, layers = _check_folder(
-        model, folder, backend=DEFAULT_BACKEND, verify=verify
+        model, folder, backend=DEFAULT_BACKEND, verify=verify, rename=rename
     )
     swap(find_places(model, layers))
     answer_for_weights(model, layers)
@@ -192,8 +212,13 @@ def insert_empty_layers(
 
 
 def _check_folder(
-    model: nn.Module, folder: Path, *, backend: str, verify: bool
-) -> tuple[Manifest, ShardReader, dict[str, torch.device], dict[str, QuantizedLayer]]:
+    model: nn.Module,
+    folder: Path,
+    *,
+    backend: str,
+    verify: bool,
+    rename: Callable[[str], str | None] | None = None,
+) -> tuple[Manifest, TensorReader, dict[str, torch.device], dict[str, QuantizedLayer]]:
     """Check a whole folder against a model, which stays as it is.
 
     Returns:
@@ -201,21 +226,23 @@ def _check_folder(
         layers to put in by their names.
     """
     asked = resolve_backend(backend)
-    manifest = Manifest.read(folder, verify=verify)
-    reader = ShardReader(folder)
+    whole, stored = Manifest.read(folder, verify=verify), ShardReader(folder)
+    manifest, reader = whole, cast(TensorReader, stored)
+    if rename is not None:
+        manifest, reader = rename_tensors(whole, stored, rename)
     own = _find_own_ties(model, manifest, reader)
     manifest = replace(manifest, tied={**own, **manifest.tied})
-    layers = {name: _build_empty_layer(model, name, manifest) for name in manifest.layers}
+    layers = {name: build_empty_layer(model, name, manifest) for name in manifest.layers}
     devices = _check(model, layers, reader, manifest, folder)
-    require_ties(manifest, reader)
-    require_numbers(manifest, reader)
+    require_ties(whole, stored)
+    require_numbers(whole, stored)
     check_for_all(asked, [layer.spec for layer in layers.values()])
     for layer in layers.values():
         layer.ask_backend(backend, strict=False)
     return manifest, reader, devices, layers
 
 
-def _find_own_ties(model: nn.Module, manifest: Manifest, reader: ShardReader) -> dict[str, str]:
+def _find_own_ties(model: nn.Module, manifest: Manifest, reader: TensorReader) -> dict[str, str]:
     """Return the names of parameters that a model shares with one in the folder, by that one.
 
     A text encoder's table of tokens stands in two places, and its library stores it once.
@@ -227,6 +254,7 @@ def _find_own_ties(model: nn.Module, manifest: Manifest, reader: ShardReader) ->
         for name, parameter in parameters.items()
         if name not in reader.names
         and id(parameter) in stored
+        and name not in manifest.layers
         and name.rpartition(".")[0] not in manifest.layers
     }
 
@@ -234,7 +262,7 @@ def _find_own_ties(model: nn.Module, manifest: Manifest, reader: ShardReader) ->
 def _check(
     model: nn.Module,
     layers: dict[str, QuantizedLayer],
-    reader: ShardReader,
+    reader: TensorReader,
     manifest: Manifest,
     folder: Path,
 ) -> dict[str, torch.device]:
@@ -243,15 +271,16 @@ def _check(
     Raises `CheckpointError` that lists what does not fit.
     """
     expected: dict[str, Tensor] = {}
-    places = _find_places(model, layers)
+    places = find_replaced(model, layers)
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
-        if owner not in places or leaf == "bias":
+        if key not in places and (owner not in places or leaf == "bias"):
             expected[key] = tensor
     devices = {key: tensor.device for key, tensor in expected.items()}
     for name, layer in places.items():
-        old = model.get_submodule(name)
-        device = next(old.parameters()).device
+        owner, _, leaf = name.rpartition(".")
+        old = model.get_submodule(owner)._parameters.get(leaf)
+        device = (next(model.get_submodule(name).parameters()) if old is None else old).device
         for key, tensor in layer.state_dict().items():
             expected[f"{name}.{key}"] = tensor
             devices[f"{name}.{key}"] = device
@@ -289,7 +318,7 @@ def _find_tensors(
     read: dict[str, Tensor],
 ) -> Iterator[Change]:
     """Yield the changes that put tensors into a model and into the layers that it will get."""
-    places, parameters = _find_places(model, layers), dict[str, nn.Parameter]()
+    places, parameters = find_replaced(model, layers), dict[str, nn.Parameter]()
     for name in names:
         source, (owner_name, _, leaf) = tied.get(name, name), name.rpartition(".")
         owner = places.get(owner_name) or model.get_submodule(owner_name)
@@ -301,52 +330,6 @@ def _find_tensors(
             trainable = old is not None and old.requires_grad and tensor.is_floating_point()
             parameters[source] = nn.Parameter(tensor, requires_grad=trainable)
         yield owner._parameters, leaf, parameters[source]
-
-
-def _find_places(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
-    """Return the new layers by every name that the modules they replace have.
-
-    One module may stand in two places.
-    """
-    new = {model.get_submodule(name): layer for name, layer in layers.items()}
-    return {
-        name: new[module]
-        for name, module in model.named_modules(remove_duplicate=False)
-        if module in new
-    }
-
-
-def _build_empty_layer(model: nn.Module, name: str, manifest: Manifest) -> QuantizedLayer:
-    stored = manifest.layers[name]
-    try:
-        old = model.get_submodule(name)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"The model has no layer '{name}'. Load into the architecture it was made from."
-        ) from error
-    if isinstance(old, QuantizedLayer):
-        fits = (old.out_features, old.in_features) == stored.shape
-    else:
-        fits = is_linear(old) and matrix_of(old).shape == stored.shape
-    if not fits:
-        raise CheckpointError(
-            f"Layer '{name}' is {old}. The checkpoint has a linear layer of shape {stored.shape}."
-        )
-    (n_out, n_in), weight = stored.shape, old.weight
-    assert isinstance(weight, Tensor)
-    try:
-        layer = quantized_class(old)(
-            n_in,
-            n_out,
-            stored.scheme,
-            bias=old.bias is not None,
-            device="meta",
-            dtype=weight.dtype,
-        )
-    except (SchemeError, KernelError) as error:
-        raise CheckpointError(f"Layer '{name}' cannot be built: {error}") from error
-    layer.record = manifest.record(name)
-    return layer
 
 
 def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -361,31 +344,3 @@ def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             seen[key] = name
             tensors[name] = tensor
     return tensors, tied
-
-
-def model_config(model: nn.Module) -> dict[str, object]:
-    """Return the configuration of a diffusers model, which says that it is quantized.
-
-    So nothing loads it as floats.
-    """
-    to_json = getattr(model, "to_json_string", None)
-    if to_json is None:
-        return {}
-    return add_quantization_config(json.loads(to_json()))
-
-
-def add_quantization_config(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration that says it is quantized.
-
-    It is sorted, so that all ways write the same bytes.
-
-    Where the float weights were on this machine (`_name_or_path`) is left out: the same weights
-    give the same file.
-    """
-    config = {**config, "quantization_config": {"quant_method": "loraq"}}
-    return {name: config[name] for name in sorted(config) if name != "_name_or_path"}
-
-
-def weights_stem(config: dict[str, object]) -> str:
-    """Return what the weight files of a model with this configuration are called."""
-    return "diffusion_pytorch_model" if "_class_name" in config else "model"

@@ -20,7 +20,9 @@ from loraq.errors import CheckpointError
 from loraq.layers import quantized_layers
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 
-#: What diffusers hands on to the hub.
+#: How transformers writes float weights; packed ones have the names of the model.
+_ABOUT_NAMES = ("save_original_format", "save_peft_format")
+#: What the libraries hand on to the hub.
 _HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -61,13 +63,17 @@ def _save_pretrained(  # noqa: PLR0913 - those of diffusers
 ) -> None:
     """Write the model as `loraq.save` does; the arguments are those of diffusers.
 
+    Those of transformers are taken by their names.
+
     Files of others in the folder, such as those of a repository's clone, stay as they are.
 
     Raises:
         CheckpointError: an option that this format does not have, adapters that are not part of it,
             or a pipeline's folder.
     """
-    refused = {name for name, value in others.items() if value and name not in _HUB_OPTIONS}
+    known = (*_HUB_OPTIONS, *_ABOUT_NAMES)
+    refused = {name for name, value in others.items() if value is not None and value is not False}
+    refused -= {*known}
     if not safe_serialization:
         refused.add("safe_serialization=False")
     if push_to_hub and not callable(getattr(model, "push_to_hub", None)):
@@ -103,7 +109,7 @@ def _save_pretrained(  # noqa: PLR0913 - those of diffusers
     with replaced_model(folder) as partial:
         write_model(model, partial, shard_bytes=shard_bytes, variant=variant or "")
     if push_to_hub:
-        asked = {name: value for name, value in others.items() if value}
+        asked = {name: others[name] for name in _HUB_OPTIONS if others.get(name)}
         repository = asked.pop("repo_id", folder.resolve().name)
         push: Any = model.push_to_hub
         push(repository, **asked, **({"variant": variant} if variant else {}))

@@ -1,11 +1,18 @@
 """`loraq inspect`, `compare`, `formats` and `methods`: look at what is there."""
 
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraq.cli.command import command
 from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.errors import show
+
+if TYPE_CHECKING:
+    from loraq.checkpoint.manifest import Manifest
 
 
 @command
@@ -16,39 +23,65 @@ from loraq.cli.output import activation_of, print_json, print_table, size_of
 def inspect(path: Path, memory: bool, as_json: bool) -> None:
     """Show what is inside the quantized folder PATH, and check that its files are whole.
 
-    Of a pipeline all files are checked, whether PATH is the pipeline or the transformer in it.
+    Of a pipeline all quantized models are shown; all of its files are checked, whether PATH is the
+    pipeline or a model in it.
 
     \b
     Example: loraq inspect out --memory
     """
-    from dataclasses import asdict
-
-    from loraq.checkpoint.inspect import inspect_pipeline, read_checked
-    from loraq.integrations.diffusers import transformer_folder
+    from loraq.checkpoint.inspect import inspect_folder
 
     if memory:
-        _show_memory(transformer_folder(path), as_json=as_json)
+        _show_memory(path, as_json=as_json)
         return
-    folder = transformer_folder(path)
-    manifest = read_checked(folder)
-    checked = inspect_pipeline(folder, manifest)
+    found = inspect_folder(_home_of(path))
     if as_json:
-        layers = {
-            name: {"shape": layer.shape, "scheme": asdict(layer.scheme), **layer.record}
-            for name, layer in manifest.layers.items()
-        }
-        files = {name: stored.to_dict() for name, stored in manifest.components.items()}
-        components = {"checked": checked, "files": files}
-        print_json({"recipes": manifest.recipes, "layers": layers, "components": components})
+        files = {name: stored.to_dict() for name, stored in found.others.items()}
+        components = {"checked": found.is_checked, "files": files}
+        models = {name: _document(manifest) for name, manifest in found.manifests.items()}
+        shown = models.popitem()[1] if len(models) == 1 else {"models": models}
+        print_json({**shown, "components": components})
         return
+    for name, manifest in found.manifests.items():
+        if len(found.manifests) > 1:
+            click.echo(f"{show(name)}:")
+        _show_layers(manifest)
+        if len(found.manifests) > 1:
+            click.echo()
+    click.echo("All files are as they were written.")
+    if n_others := len(found.others):
+        click.echo(
+            f"So are the other files of the pipeline: {n_others}."
+            if found.is_checked
+            else f"The other files of its pipeline ({n_others}) are not here, and were not checked."
+        )
+
+
+def _home_of(path: Path) -> Path:
+    """Return the folder of a pipeline or of a model, or refuse what is neither."""
+    from loraq.checkpoint.model_index import is_pipeline
+    from loraq.integrations.diffusers import model_folder
+
+    return path if is_pipeline(path) else model_folder(path)
+
+
+def _document(manifest: "Manifest") -> dict[str, Any]:
+    layers = {
+        name: {"shape": layer.shape, "scheme": asdict(layer.scheme), **layer.record}
+        for name, layer in manifest.layers.items()
+    }
+    return {"recipes": manifest.recipes, "layers": layers}
+
+
+def _show_layers(manifest: "Manifest") -> None:
     rows, nbytes, weights = [], 0, 0
     for name, layer in manifest.layers.items():
         scheme, branch, size = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
-        shape, seen = f"{layer.shape[0]}×{layer.shape[1]}", activation_of(scheme)
+        shape, seen = "×".join(map(str, layer.shape)), activation_of(scheme)
         rows.append((name, shape, scheme.weight, seen, side, size_of(size), error))
-        nbytes, weights = nbytes + size, weights + layer.shape[0] * layer.shape[1]
+        nbytes, weights = nbytes + size, weights + math.prod(layer.shape)
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
     click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
@@ -57,30 +90,34 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
             f"{with_stats} of them were made with activation statistics: their error counts "
             "weights, not outputs."
         )
-    click.echo("All files are as they were written.")
-    if n_others := len(manifest.components):
-        click.echo(
-            f"So are the other files of the pipeline: {n_others}."
-            if checked
-            else f"The other files of its pipeline ({n_others}) are not here, and were not checked."
-        )
 
 
-def _show_memory(folder: Path, *, as_json: bool) -> None:
-    from dataclasses import asdict
+def _show_memory(path: Path, *, as_json: bool) -> None:
+    from loraq.checkpoint.inspect import find_packed, measure_memory
+    from loraq.checkpoint.model_index import is_pipeline
 
-    from loraq.checkpoint.inspect import measure_memory
-
-    found = measure_memory(folder)
+    home = _home_of(path)
+    folders = find_packed(home) if is_pipeline(home) else {"": home}
+    found = {name: measure_memory(folder) for name, folder in folders.items()}
     if as_json:
-        print_json({"memory": [asdict(each) for each in found]})
+        tables = {name: [asdict(each) for each in table] for name, table in found.items()}
+        print_json({"memory": tables.popitem()[1] if len(tables) == 1 else tables})
         return
-    headings = ("back end", "packed", "kept", "not quantized", "total", "× stored")
-    rows = ((m.backend, *map(size_of, m.parts), f"{m.multiple:.2f}", str(m.refused)) for m in found)
-    print_table((*headings, "layers refused"), rows)
+    headings = ("back end", "packed", "kept", "not quantized", "total", "× bf16")
+    for name, table in found.items():
+        if len(found) > 1:
+            click.echo(f"{show(name)}:")
+        base = max(1, table[0].total)
+        rows = (
+            (m.backend, *map(size_of, m.parts), f"{m.total / base:.2f}", str(m.refused))
+            for m in table
+        )
+        print_table((*headings, "layers refused"), rows)
+        if len(found) > 1:
+            click.echo()
     click.echo(
-        "With bf16 activations, whose own memory is not counted. A refused layer is counted on "
-        "'resident'."
+        "'float' is the model before, in 16 bits; 'auto' is what runs unless another is asked for. "
+        "The memory of activations is not counted. A refused layer is counted on 'auto'."
     )
 
 
@@ -90,15 +127,19 @@ def _show_memory(folder: Path, *, as_json: bool) -> None:
 def compare(a: Path, b: Path, as_json: bool) -> None:
     """Show the relative weight error between the folders A and B, layer by layer.
 
-    Either may be quantized.
+    Either may be quantized. Of pipelines all models are compared that are quantized in either.
 
     \b
     Example: loraq compare PixArt-Sigma/transformer out
     """
     from loraq.checkpoint.inspect import compare as compare_folders
-    from loraq.integrations.diffusers import transformer_folder
 
-    differences = compare_folders(transformer_folder(a), transformer_folder(b))
+    pairs = _pair(a, b)
+    differences = [
+        replace(d, name=f"{name}/{d.name}" if len(pairs) > 1 else d.name)
+        for name, folders in pairs.items()
+        for d in compare_folders(*folders)
+    ]
     mean = sum(d.relative_error for d in differences) / len(differences)
     if as_json:
         layers = [
@@ -107,9 +148,27 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
         ]
         print_json({"mean_relative_error": mean, "layers": layers})
         return
-    rows = [(d.name, f"{d.shape[0]}×{d.shape[1]}", f"{d.relative_error:.4f}") for d in differences]
+    rows = [(d.name, "×".join(map(str, d.shape)), f"{d.relative_error:.4f}") for d in differences]
     print_table(("layer", "out×in", "error"), rows)
     click.echo(f"Mean relative error of {len(rows)} layers: {mean:.4f}.")
+
+
+def _pair(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
+    """Return the folders of the models to compare, by component."""
+    from loraq.checkpoint.model_index import is_pipeline, read_components
+    from loraq.integrations.diffusers import model_folder
+
+    if not (is_pipeline(a) and is_pipeline(b)):
+        return {"": (model_folder(a, quantized=True), model_folder(b, quantized=True))}
+    first, second = read_components(a), read_components(b)
+    packed = [
+        name
+        for name, part in first.items()
+        if part.is_packed or (name in second and second[name].is_packed)
+    ]
+    if not packed:
+        return {"": (model_folder(a), model_folder(b))}
+    return {name: (a / name, b / name) for name in packed}
 
 
 @command

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
+from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table, size_of
-from loraq.cli.quantize import size_option_value
 from loraq.errors import show
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _show_report(report: "ExportReport", *, as_plan: bool) -> None:
     rows = [
         (
             layer.name,
-            f"{layer.shape[0]}×{layer.shape[1]}",
+            "×".join(map(str, layer.shape)),
             layer.fate,
             size_of(layer.nbytes_before),
             size_of(layer.nbytes),

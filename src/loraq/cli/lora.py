@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from loraq.cli.command import command
+from loraq.cli.options import component_option, variant_option
 from loraq.cli.output import print_json
 from loraq.errors import list_some, show
 
@@ -20,6 +21,8 @@ from loraq.errors import list_some, show
     type=click.Path(path_type=Path),
     help="Float folder that PATH was made from.",
 )
+@component_option
+@variant_option
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
 def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: Any) -> None:

@@ -1,113 +1,32 @@
 """`loraq quantize` and `loraq plan`: the job, and what it would do."""
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraq.cli.command import command
+from loraq.cli.options import (
+    RECIPE_OPTIONS,
+    components_option,
+    config_option,
+    read_recipe,
+    recipe_options,
+    size_option_value,
+    stats_option_value,
+    variant_option,
+)
 from loraq.cli.output import activation_of, print_json, print_table, size_of
 from loraq.errors import show
 
 if TYPE_CHECKING:
     from loraq.pipeline.plan import Plan
-    from loraq.recipe import Recipe
-
-
-def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that make a recipe."""
-    options = (
-        click.option(
-            "--recipe",
-            default="default",
-            show_default=True,
-            help="Name (`loraq formats`), or .toml/.json file.",
-        ),
-        click.option(
-            "--budget",
-            help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks.",
-        ),
-        click.option(
-            "--allocate",
-            "allocation",
-            flag_value="greedy",
-            help="Share the budget among the layers: the same bytes in all, ranks where they help "
-            "most.",
-        ),
-        click.option("--method", help="Method instead of the recipe's (`loraq methods`)."),
-        click.option(
-            "--effort",
-            metavar="LEVEL",
-            help="Level of effort; for method loraq: fast, default or best.",
-        ),
-        click.option("--seed", type=int, help="Seed instead of the recipe's."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-RECIPE_OPTIONS = ("recipe", "budget", "allocation", "method", "effort", "seed")
-
-config_option = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help="config.json or its folder, for a SOURCE without one.",
-)
-
-
-variant_option = click.option(
-    "--variant",
-    metavar="NAME",
-    help="Which copy of the weights in a folder that holds several, such as fp16.",
-)
 
 
 def show_notes(plan: "Plan") -> None:
     """Say on stderr what of the source was chosen, decoded or left out."""
     for note in plan.notes:
         click.echo(f"Note: {show(note)}", err=True)
-
-
-def size_option_value(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
-    """Read a size such as "2GB", "500 MB" or "1GiB"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
-    size = found and round(
-        float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")
-    )
-    if not size:
-        raise click.BadParameter(
-            f"'{text}' is not a size. Write a number and a unit, such as 2GB or 500MB."
-        )
-    return size
-
-
-def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
-    """Return the recipe that the options describe."""
-    from dataclasses import replace
-
-    from loraq.methods import METHODS
-    from loraq.recipe import Recipe
-
-    asked = {key: value for key, value in overrides.items() if value is not None}
-    made = replace(Recipe.of(recipe), **asked)
-    if METHODS[made.method].efforts:
-        return made
-    if "effort" in asked:
-        able = ", ".join(name for name, method in METHODS.items() if method.efforts)
-        raise click.UsageError(
-            f"Method '{made.method}' has no levels of effort. Leave --effort out, or use a method "
-            f"that has them ({able})."
-        )
-    if made.effort != "default":
-        click.echo(
-            f"Note: method '{made.method}' has no levels of effort, so the recipe's "
-            f"'{made.effort}' changes nothing.",
-            err=True,
-        )
-    return made
 
 
 def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
@@ -122,12 +41,15 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @command
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
+@components_option
 @config_option
 @variant_option
 @click.option(
     "--stats",
-    type=click.Path(path_type=Path),
-    help="Activation statistics that `loraq stats` wrote.",
+    metavar="[NAME=]FILE",
+    multiple=True,
+    callback=stats_option_value,
+    help="Activation statistics that `loraq stats` wrote; of a component NAME, one for each.",
 )
 @click.option(
     "--workers",
@@ -151,13 +73,13 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 )
 @recipe_options
 def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Quantize the transformer in SOURCE into the new folder TARGET.
+    """Quantize the model in SOURCE into the new folder TARGET.
 
     One tensor is in memory at a time.
 
-    SOURCE is a diffusers transformer folder (config.json and safetensors), a pipeline folder, whose
-    other components go along, one .safetensors file, or a repository of the hub. If the run is
-    interrupted or killed, the same command goes on where it was.
+    SOURCE is a model's folder (config.json and safetensors), a pipeline's, whose transformers and
+    U-Nets are quantized and whose other components go along, one .safetensors file, or a repository
+    of the hub. If the run is interrupted or killed, the same command goes on where it was.
 
     \b
     Example: loraq quantize PixArt-Sigma/transformer out --recipe mxfp4+w8a8 --workers 2
@@ -181,6 +103,15 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "bits_per_weight": report.plan.bits_per_weight,
                 "mean_relative_error": report.mean_relative_error,
                 "mean_output_error": report.mean_output_error,
+                "components": {
+                    name: {
+                        "layers": len(of_one.layers),
+                        "bits_per_weight": of_one.plan.bits_per_weight,
+                        "mean_relative_error": of_one.mean_relative_error,
+                        "mean_output_error": of_one.mean_output_error,
+                    }
+                    for name, of_one in report.components.items()
+                },
                 "layers": [
                     {"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers
                 ],
@@ -189,6 +120,12 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         return
     if report.already_complete:
         click.echo("Already complete: made by the same settings from the same weights.")
+    for name, of_one in report.components.items():
+        click.echo(
+            f"{name}: {len(of_one.layers)} layers quantized, {len(of_one.plan.kept)} kept, "
+            f"{of_one.plan.bits_per_weight:.3f} bits per weight, mean relative error "
+            f"{of_one.mean_relative_error:.4f}."
+        )
     click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.kept)} kept.")
     if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
@@ -207,13 +144,21 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 
 @command
 @click.argument("source", type=click.Path(path_type=Path))
+@components_option
 @config_option
 @variant_option
 @recipe_options
 def plan(
-    source: Path, config: Path | None, variant: str | None, as_json: bool, **recipe: Any
+    source: Path,
+    components: str | None,
+    config: Path | None,
+    variant: str | None,
+    as_json: bool,
+    **recipe: Any,
 ) -> None:
     """Show what `quantize` would do with SOURCE, layer by layer; what is kept, and why.
+
+    Of a pipeline it shows each component, and says which others are large.
 
     Of the weights only names, shapes and dtypes are read; with --allocate every weight, once.
 
@@ -223,15 +168,47 @@ def plan(
     from loraq.integrations.checkpoints import plan_checkpoint
 
     _warn_of_unknown_class(source, config)
-    planned = plan_checkpoint(source, read_recipe(**recipe), config=config, variant=variant)
+    planned = plan_checkpoint(
+        source, read_recipe(**recipe), components=components, config=config, variant=variant
+    )
     show_notes(planned)
     if as_json:
         print_json(_plan_document(planned))
         return
+    for name, of_one in planned.components.items():
+        click.echo(f"{show(name)}:")
+        _print_plan(of_one)
+        click.echo()
+    if planned.components:
+        _print_totals(planned)
+    else:
+        _print_plan(planned)
+    if len(planned.sizes) > 1:
+        click.echo()
+        print_table(
+            ("component", "class", "in bf16", "after", "if quantized"),
+            (
+                (
+                    size.name,
+                    size.class_name,
+                    size_of(size.nbytes_bf16),
+                    "as it is" if size.nbytes is None else size_of(size.nbytes),
+                    "" if size.if_quantized is None else size_of(size.if_quantized),
+                )
+                for size in planned.sizes
+            ),
+        )
+
+
+def _print_plan(planned: "Plan") -> None:
     print_table(
         ("layer", "out×in", "weight", "activation", "branch", "rank", "size", "bits/weight", "why"),
         _plan_rows(planned),
     )
+    _print_totals(planned)
+
+
+def _print_totals(planned: "Plan") -> None:
     click.echo(
         f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per "
         f"weight, {len(planned.kept)} kept."
@@ -281,4 +258,18 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         "nbytes_bf16": planned.nbytes_bf16,
         "bits_per_weight": planned.bits_per_weight,
     }
-    return {"layers": layers, "others": others, "notes": planned.notes, **totals}
+    return {
+        "layers": layers,
+        "others": others,
+        "notes": planned.notes,
+        **totals,
+        "components": {
+            name: {
+                "nbytes": of_one.nbytes,
+                "nbytes_bf16": of_one.nbytes_bf16,
+                "bits_per_weight": of_one.bits_per_weight,
+            }
+            for name, of_one in planned.components.items()
+        },
+        "sizes": [asdict(size) for size in planned.sizes],
+    }

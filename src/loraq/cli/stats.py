@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from loraq.cli.command import command
+from loraq.cli.options import component_option, read_recipe, size_option_value, variant_option
 from loraq.cli.output import print_json, size_of
-from loraq.cli.quantize import read_recipe, size_option_value
 from loraq.errors import show
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -36,6 +36,8 @@ def _settings(
 @click.option(
     "--recipe", default="default", show_default=True, help="Says which layers are quantized."
 )
+@component_option
+@variant_option
 @click.option("--method", help="Method that will use them, instead of the recipe's.")
 @click.option(
     "--prompts",

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from loraq.integrations.activations import set_activations
+from loraq.layers import set_backend
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 
@@ -55,6 +57,15 @@ class Contender:
             allocation=self.allocation,
             rules=self.rules,
         )
+
+
+def simulate(model: nn.Module) -> None:
+    """Let a quantized model round its activations as its recipe says, on every machine.
+
+    That is what comparisons are about. Its decoded weights are kept: it is called many times.
+    """
+    set_backend(model, "resident")
+    set_activations(model, "stored", simulate=True)
 
 
 @dataclass(frozen=True, kw_only=True)

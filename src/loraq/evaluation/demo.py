@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from loraq.evaluation.contender import Contender, Row
+from loraq.evaluation.contender import Contender, Row, simulate
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
 from loraq.options import Range, Workers, checked
@@ -149,6 +149,7 @@ def run(
             stats = own if contender.statistics else None
             recipe = contender.to_recipe(budget=BUDGET, effort=effort)
             report = quantize_(model, recipe, stats=stats, workers=workers, progress=False)
+            simulate(model)
             images = sample(model, labels, seed=0, steps=steps)
             row = _row(group, contender, report, measure(model, images))
             rows.append(row)

@@ -1,8 +1,6 @@
 """Target `dense`: every layer as a float weight again."""
 
-from torch import Tensor
-
-from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
+from loraq.exports.layer import Head
 from loraq.exports.target import About, Target
 
 
@@ -12,7 +10,7 @@ class Dense(Target):
     about = About(
         name="dense",
         loaded_by="diffusers, and whatever reads float weights",
-        holds="every format, rank and rotation",
+        holds="every format, rank and rotation; 1×1 convolutions, stacked experts",
         exact="rounded once to bf16 or fp16, as any checkpoint is; `--dtype float32` is not",
         activations="16 or 32 bits, nothing is rounded",
         verified="whole models by diffusers, against the exact weight-only forward",
@@ -30,17 +28,3 @@ class Dense(Target):
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense: that is what was asked for."""
         return "as asked"
-
-    def specs(self, head: Head) -> Specs:
-        """Return the one tensor of a layer."""
-        return {f"{head.name}.weight": self.dense_spec(head)}
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Return the effective weight."""
-        head = layer.head
-        weight = layer.dense.to(self.job.new_dtype).view(head.dense_shape)
-        return {f"{head.name}.weight": weight}
-
-    def decode(self, tensors: Tensors, head: Head) -> Decoded:
-        """Return the weight."""
-        return Decoded(tensors[f"{head.name}.weight"].float().flatten(1))

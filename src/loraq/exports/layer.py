@@ -1,5 +1,6 @@
 """One quantized layer on its way out: what is known before its bytes are read, and the bytes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,8 +24,13 @@ class Head:
     #: (out, in).
     shape: tuple[int, int]
     scheme: Scheme
-    #: Shape of the float weight: (out, in), or (out, in, 1, 1) of a 1×1 convolution.
+    #: Shape of the float weight: (out, in), (out, in, 1, 1) of a 1×1 convolution, or of three axes
+    #: for stacked experts.
     dense_shape: tuple[int, ...]
+    #: How many experts are stacked; 0 for a linear layer or convolution.
+    n_experts: int = 0
+    #: Whether stacked experts are (experts, in, out) in the model.
+    is_transposed: bool = False
     #: Dtype of the bias, or "" for none.
     bias: str = ""
     #: Rank that LoRAs of the user add to the branch.
@@ -35,7 +41,17 @@ class Head:
     @property
     def is_conv(self) -> bool:
         """Whether it is a 1×1 convolution."""
-        return len(self.dense_shape) > 2
+        return len(self.dense_shape) == 4
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the float weight; a stack of experts is a parameter of its own."""
+        return self.name if self.n_experts else f"{self.name}.weight"
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        return (self.n_experts, *self.shape) if self.n_experts else self.shape
 
     @property
     def rank(self) -> int:
@@ -56,12 +72,12 @@ class Head:
     @property
     def numel(self) -> int:
         """Elements of the weight."""
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.packed_shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in the source."""
-        return self.scheme.nbytes(self.shape)
+        return self.scheme.nbytes(self.packed_shape)
 
     @property
     def is_whole(self) -> bool:
@@ -93,8 +109,6 @@ class Layer:
     main: QTensor
     #: The branch in fp32, LoRAs of the user included; `None` for none.
     branch: Factors | None
-    #: The effective dense weight in fp32 (out, in).
-    dense: Tensor
 
 
 @dataclass(frozen=True, eq=False)

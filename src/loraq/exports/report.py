@@ -1,5 +1,6 @@
 """What becomes of each layer in an export, before the work and after it."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +16,8 @@ class LayerFate:
     """What becomes of one layer."""
 
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: "exact", "rounded" (factors or scales, never codes) or "dense".
     fate: str
     #: What is rounded, or why it is dense; "" for nothing.
@@ -30,7 +31,7 @@ class LayerFate:
     @property
     def numel(self) -> int:
         """Elements of the weight."""
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data, without its name."""

@@ -135,7 +135,7 @@ def _plan(
         )
     name = type(source.model).__name__
     job = Job(
-        heads=source.heads,
+        heads=tuple(head for head in source.heads if not head.n_experts),
         config=source.config,
         floats=source.find_floats(),
         takes_lora=hasattr(type(source.model), "load_lora_adapter"),
@@ -161,12 +161,12 @@ def _plan(
 
 def _predict(target: Target, head: Head) -> LayerFate:
     """Return what becomes of a layer as far as formats say."""
-    refused = target.refuses(head)
+    refused = target.why_dense(head)
     reason = refused or target.explain_rounding(head)
     fate = DENSE if refused else ROUNDED if reason else EXACT
     specs = [target.dense_spec(head)] if refused else list(target.all_specs(head).values())
     nbytes = sum(spec.nbytes for spec in specs)
-    return LayerFate(head.name, head.shape, fate, reason, head.nbytes, nbytes)
+    return LayerFate(head.name, head.packed_shape, fate, reason, head.nbytes, nbytes)
 
 
 def _split(lora: LoraFile) -> tuple[Path, float]:

@@ -10,18 +10,20 @@ from loraq.checkpoint.folder import file_sha256
 from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.checkpoint.model import insert_empty_layers
+from loraq.checkpoint.model_index import is_pipeline, read_components
 from loraq.errors import CheckpointError, ExportError, list_some
+from loraq.experts import QuantizedExperts
 from loraq.exports.factors import build_factors
 from loraq.exports.layer import Head, Layer
 from loraq.families import family_rules
-from loraq.integrations.diffusers import empty_model, transformer_folder
+from loraq.integrations.diffusers import empty_model, model_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.lora import Adapter, Lora
 from loraq.json_files import read_json
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1, QuantizedLayer
-from loraq.packed import PackedWeight
-from loraq.safetensors.reader import ShardReader
+from loraq.packed import PackedStack, PackedWeight
+from loraq.safetensors.reader import TensorReader
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ExportSource:
     #: Name of that folder in the pipeline, or "".
     component: str
     manifest: Manifest
-    reader: ShardReader
+    reader: TensorReader
     #: Content of `config.json`, without its `quantization_config`.
     config: dict[str, Any]
     #: On the meta device, its quantized layers empty.
@@ -62,7 +64,7 @@ class ExportSource:
             ExportError: a LoRA touches what the model does not have.
         """
         root = local_path(source)
-        folder = transformer_folder(root)
+        folder = _find_folder(root)
         require_own_weights(root, folder)
         if not (folder / FILE_NAME).is_file():
             raise CheckpointError(
@@ -74,10 +76,15 @@ class ExportSource:
                 f"'{folder}' has no 'config.json', which names the class that other programs "
                 "load. Quantize again with `--config`."
             )
+        config = read_json(folder / "config.json")
+        if "_class_name" not in config:
+            raise ExportError(
+                f"'{folder}' is no model of diffusers, and the targets are for those. Load it with "
+                "`loraq.load`; `loraq.dequantize_` makes a float model of it."
+            )
         sha256 = file_sha256(folder / FILE_NAME)
         model = empty_model(folder)
         manifest, reader = insert_empty_layers(model, folder, verify=verify)
-        config = read_json(folder / "config.json")
         config.pop("quantization_config", None)
         adapters = _read_loras(loras, model)
         heads = _find_heads(model, manifest, reader, adapters)
@@ -130,25 +137,41 @@ class ExportSource:
         return head.main.scale_format.decode(self.reader.read(name))
 
     def read_layer(self, head: Head) -> Layer:
-        """Return a quantized layer, with what LoRAs add to it."""
-        packed, adapters = self._read_packed(head), self.adapters.get(head.name, [])
-        dense = packed.reconstruct()
-        for adapter in adapters:
-            dense += adapter.delta()
-        # In a rotated basis, which only `dense` takes, the factors of a LoRA would be others.
-        branch = None if head.scheme.rotation else build_factors(packed, adapters)
-        return Layer(head, packed.main, branch, dense)
+        """Return a quantized layer that is not rotated, with what LoRAs add to its branch."""
+        packed = PackedWeight.from_tensors(self._read_parts(head), head.scheme, head.shape)
+        return Layer(head, packed.main, build_factors(packed, self.adapters.get(head.name, [])))
 
-    def _read_packed(self, head: Head) -> PackedWeight:
-        names = head.scheme.storage(head.shape)
-        tensors = {
-            part: self.reader.read(self.stored_name(f"{head.stored}.{part}")) for part in names
-        }
-        return PackedWeight.from_tensors(tensors, head.scheme, head.shape)
+    def read_dense(self, head: Head) -> Tensor:
+        """Return the effective weight in fp32 (out, in), or (experts, out, in), with LoRAs."""
+        parts = self._read_parts(head)
+        if head.n_experts:
+            shape = (head.n_experts, *head.shape)
+            return PackedStack.from_tensors(parts, head.scheme, shape).reconstruct()
+        dense = PackedWeight.from_tensors(parts, head.scheme, head.shape).reconstruct()
+        for adapter in self.adapters.get(head.name, []):
+            dense += adapter.delta()
+        return dense
+
+    def _read_parts(self, head: Head) -> dict[str, Tensor]:
+        names = head.scheme.storage(head.packed_shape)
+        return {part: self.reader.read(self.stored_name(f"{head.stored}.{part}")) for part in names}
+
+
+def _find_folder(root: Path) -> Path:
+    """Return the folder of the one quantized model of a source."""
+    if is_pipeline(root):
+        packed = [part.name for part in read_components(root).values() if part.is_packed]
+        if len(packed) > 1:
+            raise ExportError(
+                f"'{root}' has {len(packed)} quantized models: {list_some(packed)}. Export each "
+                f"from its own folder, such as '{root / packed[0]}', and put the results into a "
+                "pipeline."
+            )
+    return model_folder(root, quantized=True)
 
 
 def _find_heads(
-    model: nn.Module, manifest: Manifest, reader: ShardReader, adapters: dict[str, list[Adapter]]
+    model: nn.Module, manifest: Manifest, reader: TensorReader, adapters: dict[str, list[Adapter]]
 ) -> tuple[Head, ...]:
     """Return every quantized layer, one that stands in several places under each of its names."""
     first = {module: name for name, module in quantized_layers(model).items()}
@@ -158,6 +181,7 @@ def _find_heads(
         if not isinstance(module, QuantizedLayer):
             continue
         stored, shape = first[module], (module.out_features, module.in_features)
+        stack = module if isinstance(module, QuantizedExperts) else None
         bias = manifest.tied.get(f"{name}.bias", f"{name}.bias")
         rule = next((rule for rule in rules if rule.matches(name)), None)
         heads.append(
@@ -166,13 +190,22 @@ def _find_heads(
                 stored=stored,
                 shape=shape,
                 scheme=module.scheme,
-                dense_shape=(*shape, 1, 1) if isinstance(module, QuantizedConv1x1) else shape,
+                dense_shape=_shape_of(module),
+                n_experts=stack.n_experts if stack else 0,
+                is_transposed=stack is not None and stack.transposed,
                 bias=reader.dtype(bias) if module.bias is not None else "",
                 lora_rank=sum(adapter.down.shape[0] for adapter in adapters.get(name, [])),
                 is_modulation=bool(rule and rule.weight_only),
             )
         )
     return tuple(heads)
+
+
+def _shape_of(layer: QuantizedLayer) -> tuple[int, ...]:
+    n_out, n_in = layer.out_features, layer.in_features
+    if isinstance(layer, QuantizedExperts):
+        return (layer.n_experts, *((n_in, n_out) if layer.transposed else (n_out, n_in)))
+    return (n_out, n_in, 1, 1) if isinstance(layer, QuantizedConv1x1) else (n_out, n_in)
 
 
 def _read_loras(loras: list[tuple[Path, float]], model: nn.Module) -> dict[str, list[Adapter]]:
@@ -197,7 +230,9 @@ def _read_loras(loras: list[tuple[Path, float]], model: nn.Module) -> dict[str, 
 
 def _takes(module: nn.Module | None) -> bool:
     """Return whether a LoRA can be for a module: it has a weight that is a matrix of some kind."""
-    return isinstance(module, QuantizedLayer) or (module is not None and _has_matrix(module))
+    if isinstance(module, QuantizedLayer):
+        return not isinstance(module, QuantizedExperts)
+    return module is not None and _has_matrix(module)
 
 
 def _has_matrix(module: nn.Module) -> bool:

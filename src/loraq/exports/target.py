@@ -45,7 +45,7 @@ class About:
 class Job:
     """One export: the model, as far as it is known without its bytes, and the options."""
 
-    #: Every quantized layer, one that shares bytes under each of its names.
+    #: Every quantized matrix, one that shares bytes under each of its names; no stacked experts.
     heads: tuple[Head, ...]
     #: Content of `config.json`, without its `quantization_config`.
     config: Mapping[str, Any]
@@ -124,6 +124,12 @@ class Target:
     def refuses(self, head: Head) -> str:
         """Return why a layer must be written dense; "" if the target holds it."""
         raise NotImplementedError
+
+    def why_dense(self, head: Head) -> str:
+        """Return why a layer or a stack of experts is dense; "" if the target holds it."""
+        if head.n_experts and not self.is_dense:
+            return f"no layer of {self.about.name} holds stacked experts"
+        return self.refuses(head)
 
     def explain_rounding(self, head: Head) -> str:
         """Return what of a layer is rounded, as far as formats say; "" for nothing."""

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from loraq import disk
 from loraq.checkpoint.components import copy_components
+from loraq.checkpoint.configuration import weights_stem
 from loraq.checkpoint.folder import EXPORT_REPORT, require_space
-from loraq.checkpoint.model import weights_stem
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import ExportError
 from loraq.exports import card, lora
 from loraq.exports.factors import pad_rank
 from loraq.exports.layer import Decoded, Head, Layer, Specs, same
-from loraq.exports.report import DENSE, EXACT, ROUNDED, ExportReport, LayerFate
+from loraq.exports.report import EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
 from loraq.exports.target import Layout, Target
 from loraq.json_files import write_json
@@ -41,9 +41,9 @@ class Files:
 
     source: ExportSource
     target: Target
-    #: Layers by name, and whether the target holds them.
+    #: The layers that the target holds, by name; all others are dense.
     held: dict[str, Head]
-    dense: dict[str, Head]
+    #: The tensors that stay as they are.
     kept: dict[str, TensorSpec]
     weights: Layout
     branch: ShardLayout | None
@@ -55,19 +55,15 @@ class Files:
         Raises:
             ExportError: the target does not take a tensor.
         """
-        refused = {head.name: head for head in source.heads if target.refuses(head)}
-        dense = dict(refused)
-        held = {head.name: head for head in source.heads if head.name not in refused}
+        held = {head.name: head for head in source.heads if not target.why_dense(head)}
         specs: Specs = {}
         branches: Specs = {}
         for head in source.heads:
             if head.name in held:
                 specs |= target.specs(head)
                 branches |= target.branch_specs(head)
-            elif target.is_dense:
-                specs |= target.specs(head)
             else:
-                specs[f"{head.name}.weight"] = target.dense_spec(head)
+                specs[head.weight_name] = target.dense_spec(head)
         kept = {}
         for name in source.list_kept():
             stored = source.stored_name(name)
@@ -81,7 +77,6 @@ class Files:
             source,
             target,
             held,
-            dense,
             kept,
             target.layout(specs, stem, shard_bytes, metadata),
             ShardLayout.of(branches, lora.STEM, float("inf")) if branches else None,
@@ -138,19 +133,23 @@ class Files:
         return [self.weights, *([self.branch] if self.branch else [])]
 
     def _write_layer(self, head: Head, folder: Path, planned: LayerFate) -> LayerFate:
+        if head.name not in self.held:
+            return self._write_dense(head, folder, planned)
         layer = self.source.read_layer(head)
-        if head.name in self.held or self.target.is_dense:
-            tensors = self.target.tensors(layer)
-            decoded = self.target.decode(tensors, head)
-        else:
-            spec = self.target.dense_spec(head)
-            weight = layer.dense.to(DTYPES[spec.dtype])
-            tensors = {f"{head.name}.weight": weight.view(spec.shape)}
-            decoded = Decoded(weight.float())
-        fate = _judge(layer, decoded, planned)
+        tensors = self.target.tensors(layer)
+        fate = _judge(layer, self.target.decode(tensors, head), planned)
         for layout, names in self._split(tensors):
             layout.write(folder, {name: tensors[name].contiguous() for name in names})
         return fate
+
+    def _write_dense(self, head: Head, folder: Path, planned: LayerFate) -> LayerFate:
+        spec, dense = self.target.dense_spec(head), self.source.read_dense(head)
+        weight = dense.to(DTYPES[spec.dtype])
+        change = relative_error(dense.flatten(0, -2), weight.float().flatten(0, -2))
+        _require_small(change, head.name)
+        laid = weight.mT if head.is_transposed else weight
+        self.weights.write(folder, {head.weight_name: laid.reshape(spec.shape)})
+        return replace(planned, relative_change=change)
 
     def _split(self, tensors: Mapping[str, Tensor]) -> list[tuple[Layout, list[str]]]:
         """Return the names of tensors by the layout that has room for them."""
@@ -199,17 +198,14 @@ def _judge(layer: Layer, decoded: Decoded, planned: LayerFate) -> LayerFate:
     Raises:
         ExportError: that is another weight.
     """
-    if planned.fate == DENSE:
-        change = relative_error(layer.dense, decoded.dense())
-        _require_small(change, layer)
-        return replace(planned, relative_change=change)
     of_main = relative_error(layer.main.dequantize(), decoded.main)
     of_branch = 0.0 if same(layer.branch, decoded.branch) else _compare(layer, decoded)
-    _require_small(max(of_main, of_branch), layer)
+    _require_small(max(of_main, of_branch), layer.head.name)
     if not of_main and not of_branch:
         return replace(planned, fate=EXACT, reason="", relative_change=0.0)
     reason = planned.reason or ("scales rounded" if of_main else "factors rounded")
-    change = relative_error(layer.dense, decoded.dense())
+    wanted = Decoded(layer.main.dequantize(), layer.branch).dense()
+    change = relative_error(wanted, decoded.dense())
     return replace(planned, fate=ROUNDED, reason=reason, relative_change=change)
 
 
@@ -228,10 +224,10 @@ def _compare(layer: Layer, decoded: Decoded) -> float:
     )
 
 
-def _require_small(change: float, layer: Layer) -> None:
+def _require_small(change: float, name: str) -> None:
     if not change <= _LARGEST_CHANGE:
         raise ExportError(
-            f"Layer '{layer.head.name}' would be another weight in the target: a part changes by "
+            f"Layer '{name}' would be another weight in the target: a part changes by "
             f"{change:.3g}, and {_LARGEST_CHANGE:.2g} is the most that rounding does. Nothing was "
             "written. Please report this; `--dtype float32` or `--to dense` may work meanwhile."
         )

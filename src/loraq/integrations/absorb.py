@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import file_sha256, require_free
 from loraq.checkpoint.links import find_files, require_own_weights
+from loraq.checkpoint.model_index import is_pipeline, list_apart, read_components
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import CheckpointError, LayerError, list_some
-from loraq.integrations.diffusers import float_folder, load, save_beside, transformer_folder
+from loraq.integrations.diffusers import float_folder, load, model_folder, save_beside
 from loraq.integrations.lora import Adapter, Lora, find_lora_file
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLayer
@@ -23,6 +24,7 @@ from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
 from loraq.safetensors.header import read_header
 from loraq.safetensors.reader import ShardReader
+from loraq.safetensors.selection import WEIGHT_FILES
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     source: str | Path,
     *,
     scale: float = 1.0,
+    component: str | None = None,
+    variant: str | None = None,
     target: str | Path | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | bool = True,
@@ -58,8 +62,11 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     Args:
         model: a quantized model, which is changed in place; or a quantized folder, with `target`.
         lora: a safetensors file or folder, with names that diffusers understands for this model.
-        source: folder of the float weights that the model was quantized from.
+        source: folder of the float weights that the model was quantized from, or of its pipeline.
         scale: strength of the LoRA.
+        component: which model of a pipeline, such as "transformer_2"; by default the only one. It
+            counts for `model` and for `source` where they are pipelines.
+        variant: which of several copies of the float weights is read, such as "fp16".
         target: new folder, where `model` is one. Other components of a pipeline are copied.
         overwrite: whether a target that is not empty may be replaced.
         progress: False for silence, True for a display on stderr, or a function to call after each
@@ -73,12 +80,14 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
         LayerError: layers that the model does not have, or that were not made from this source.
             Nothing was changed.
     """
+    source = Path(source)
     if isinstance(model, nn.Module):
         if target is not None:
             raise CheckpointError(
                 f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
             )
-        return _absorb(model, lora, Path(source), scale, progress)
+        floats = _open_floats(source, component, variant)
+        return _absorb(model, lora, floats, scale, progress)
     if target is None:
         raise CheckpointError(
             f"'{model}' is not changed in place. Give the new folder as `target`."
@@ -86,26 +95,44 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     require_apart(Path(target), model, find_lora_file(Path(lora)), source)
     require_free(Path(target), overwrite=overwrite)
     require_no_run(Path(target))
-    folder = transformer_folder(Path(model))
-    component = "" if folder == Path(model) else folder.name
-    require_own_weights(Path(model), folder)
-    others = find_files(Path(model), without=component) if component else {}
-    quantized = load(model)
-    absorbed = _absorb(quantized, lora, Path(source), scale, progress)
-    save_beside(quantized, component, others, Path(target), overwrite=overwrite)
+    folder, others = _find_model(Path(model), component)
+    name = folder.name if others else ""
+    floats = _open_floats(source, component or name, variant)
+    quantized = load(folder)
+    absorbed = _absorb(quantized, lora, floats, scale, progress)
+    save_beside(quantized, name, others, Path(target), overwrite=overwrite)
     return absorbed
+
+
+def _find_model(root: Path, component: str | None) -> tuple[Path, dict[str, Path]]:
+    """Return the folder of the quantized model that is meant, and the rest of its pipeline."""
+    if not is_pipeline(root):
+        folder = model_folder(root, component)
+        require_own_weights(root, folder)
+        return folder, {}
+    components = read_components(root)
+    for part in components.values():
+        require_own_weights(root, part.folder)
+    folder = model_folder(root, component, quantized=True)
+    apart = list_apart(root, components, WEIGHT_FILES)
+    return folder, find_files(root, without={folder.name, *apart})
+
+
+def _open_floats(root: Path, component: str | None, variant: str | None) -> ShardReader:
+    """Return the float weights in a model's folder, or of a component where it is a pipeline's."""
+    folder = model_folder(root, (component or None) if is_pipeline(root) else None)
+    require_own_weights(root, folder)
+    return ShardReader(float_folder(folder), variant)
 
 
 def _absorb(
     model: nn.Module,
     lora_path: str | Path,
-    source_path: Path,
+    source: ShardReader,
     scale: float,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
-    require_own_weights(source_path, transformer_folder(source_path))
-    folder = float_folder(source_path)
-    (lora, lora_sha256), source = _read_lora(lora_path, model), ShardReader(folder)
+    lora, lora_sha256 = _read_lora(lora_path, model)
     mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)
     quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
@@ -122,6 +149,7 @@ def _absorb(
             finished = quantize_layer(job, weight)
             new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend
+            new[name].ask_activations(layer.activations, simulate=layer.simulate)
             origin = {key: layer.record[key] for key in ("source_sha256", "source_dtype")}
             new[name].record |= {**origin, "absorbed": mark}
             reports.append(report)

@@ -1,16 +1,30 @@
-"""`LoraqConfig`: how diffusers is asked to quantize, and what a loaded model says of itself."""
+"""`LoraqConfig`: how a library is asked to quantize, and what a loaded model says of itself."""
 
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-
 from loraq.errors import LoraqError, RecipeError
 from loraq.options import Rank, checked
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
+
+# Each library asks whether a configuration is one of its own. Either may be missing.
+try:
+    from diffusers.quantizers.quantization_config import QuantizationConfigMixin as _OfDiffusers
+except ImportError:
+
+    class _OfDiffusers:  # type: ignore[no-redef]
+        """diffusers is not installed."""
+
+
+try:
+    from transformers.utils.quantization_config import QuantizationConfigMixin as _OfTransformers
+except ImportError:
+
+    class _OfTransformers:  # type: ignore[no-redef]
+        """transformers is not installed."""
 
 
 class LoraqMethod(StrEnum):
@@ -19,8 +33,8 @@ class LoraqMethod(StrEnum):
     LORAQ = "loraq"
 
 
-class LoraqConfig(QuantizationConfigMixin):
-    """Asks diffusers to quantize while it loads: `from_pretrained(…, quantization_config=…)`.
+class LoraqConfig(_OfDiffusers, _OfTransformers):
+    """Asks diffusers or transformers to quantize: `from_pretrained(…, quantization_config=…)`.
 
     A folder that is quantized already says by itself what it is, and needs none; its model has the
     stored recipe in `model.config.quantization_config`.
@@ -51,7 +65,7 @@ class LoraqConfig(QuantizationConfigMixin):
             budget: storage of a layer.
             rank: of every branch.
             modules_to_not_convert: modules that stay as they are.
-            others: only `quant_method`, which diffusers hands back.
+            others: only `quant_method`, which the libraries hand back.
 
         Raises:
             LoraqError: an unknown argument.

@@ -7,6 +7,7 @@ memory holds. What a constructor makes is watched while it makes it.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from loraq.errors import CheckpointError
+from loraq.safetensors.reader import ShardReader
 
 #: The most parameters of a model whose weights are not known; those of diffusers have at most 5000.
 #: A thousand take a tenth of a second.
@@ -40,6 +42,17 @@ def require_plausible(config: dict[str, Any]) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise CheckpointError(f"it has the number {value}, and at most {_LARGEST} is read")
+
+
+def bound_parameters(weights: Path) -> int:
+    """Return the most parameters that a model with these weights may have.
+
+    An original layout joins up to four of them in one tensor.
+    """
+    try:
+        return 4 * len(ShardReader(weights).names) + 1000
+    except CheckpointError:  # whoever reads the weights will say so
+        return MOST_PARAMETERS
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +14,53 @@ from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import write_model
+from loraq.checkpoint.model_index import INDEX, choose_model, is_pipeline
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_methods
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.construction import (
-    MOST_PARAMETERS,
+    bound_parameters,
     bounded_construction,
     require_plausible,
 )
+from loraq.integrations.dtypes import cast_saved, cast_unsaved, take_kept_dtypes, unify_dtypes
 from loraq.integrations.hub import local_path
-from loraq.integrations.marking import mark_quantized
+from loraq.integrations.marking import mark_quantized, note_origin
+from loraq.integrations.transformers import is_config_of_transformers, transformers_model
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
-from loraq.layers import take_dtype
-from loraq.nn import INPUT_DTYPES
+from loraq.layer_input import INPUT_DTYPES
 from loraq.options import checked
-from loraq.pipeline.source import DENOISERS
 from loraq.safetensors.reader import ShardReader
 
 
-def transformer_folder(source: Path) -> Path:
-    """Return the folder with the transformer: `source` itself, or that component of a pipeline.
+def model_folder(source: Path, component: str | None = None, *, quantized: bool = False) -> Path:
+    """Return the folder of a model: `source` itself, or that of a pipeline's component.
+
+    Args:
+        source: folder of a model or of a pipeline.
+        component: name of the component; `None` takes the only denoiser.
+        quantized: whether a quantized one is meant: then it may be another if no denoiser is.
 
     Raises:
-        CheckpointError: `source` is neither.
+        CheckpointError: `source` is neither, or it is not clear which component is meant.
     """
     if not source.is_dir():
         raise CheckpointError(
             f"'{source}' is not a folder. Give a transformer's folder (config.json) or a "
             "pipeline's."
         )
-    if (source / "model_index.json").is_file():
-        for component in DENOISERS:  # the first that is there
-            if (source / component / "config.json").is_file():
-                return source / component
+    if is_pipeline(source):
+        return choose_model(source, component, quantized=quantized).folder
+    if component is not None:
         raise CheckpointError(
-            f"The pipeline '{source}' has no folder 'transformer'. Give the folder to quantize "
-            "itself."
+            f"'{source}' is no pipeline (it has no '{INDEX}'), and has no component "
+            f"'{component}'. Leave that out, or give the pipeline's folder."
         )
     if not (source / "config.json").is_file() and not any(source.glob("*.safetensors")):
         raise CheckpointError(
-            f"'{source}' has neither 'config.json' nor 'model_index.json' nor weights: it is no "
-            "model's folder."
+            f"'{source}' has neither 'config.json' nor '{INDEX}' nor weights: it is no model's "
+            "folder."
         )
     return source
 
@@ -89,6 +93,9 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
         LoraqError: diffusers is not installed.
     """
     config = {key: value for key, value in config.items() if key != "quantization_config"}
+    weights = config_file.parent if weights is None else weights
+    if is_config_of_transformers(config):
+        return transformers_model(config, config_file, weights)
     with _quiet_diffusers() as diffusers:
         from accelerate import init_empty_weights
 
@@ -102,7 +109,7 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
             )
         try:
             require_plausible(config)
-            most = _bound_parameters(config_file.parent if weights is None else weights)
+            most = bound_parameters(weights)
             with bounded_construction(most), init_empty_weights(include_buffers=False):
                 return kind.from_config(config)  # type: ignore[attr-defined]
         except Exception as error:  # constructors of diffusers raise what they like
@@ -118,17 +125,6 @@ def find_class(diffusers: Any, name: object) -> Any:
         return getattr(diffusers, name) if isinstance(name, str) else None
     except Exception:  # names are imported when they are asked for, and that may fail in any way
         return None
-
-
-def _bound_parameters(weights: Path) -> int:
-    """Return the most parameters that a model with these weights may have.
-
-    An original layout joins up to four of them in one tensor.
-    """
-    try:
-        return 4 * len(ShardReader(weights).names) + 1000
-    except CheckpointError:  # whoever reads the weights will say so
-        return MOST_PARAMETERS
 
 
 def transformer_classes() -> dict[str, type[nn.Module]]:
@@ -178,6 +174,7 @@ def save_beside(
 def load(
     folder: str | Path,
     *,
+    component: str | None = None,
     backend: str = DEFAULT_BACKEND,
     verify: bool = True,
     device: str | torch.device = "cpu",
@@ -186,8 +183,10 @@ def load(
     """Build the model of a folder that loraq wrote, and load it.
 
     Args:
-        folder: a quantized transformer folder, a pipeline folder with one in it, or a repository of
-            the hub such as "user/name" that is one.
+        folder: a quantized folder of a model of diffusers or transformers, a pipeline folder with a
+            quantized model in it, or a repository of the hub such as "user/name" that is one.
+        component: which model of a pipeline, such as "transformer_2"; by default the only quantized
+            denoiser, or the only quantized component if no denoiser is.
         backend: back end of the quantized layers.
         verify: whether the files' hashes are checked.
         device: where the model goes.
@@ -195,15 +194,16 @@ def load(
             file, the widest one if it mixes several.
 
     Returns:
-        The diffusers model in evaluation mode, with `QuantizedLinear` layers.
+        The model in evaluation mode, with `QuantizedLinear` layers.
 
     Raises:
-        CheckpointError: truncated, foreign, changed or mismatched files.
-        LoraqError: diffusers is not installed (`loraq.load_into` works without it); or there is no
-            such device, or the dtype is none of floats.
+        CheckpointError: truncated, foreign, changed or mismatched files; or the pipeline has
+            several quantized models, and none was named.
+        LoraqError: the library of the model is not installed (`loraq.load_into` works without it);
+            or there is no such device, or the dtype is none of floats.
     """
     _require_usable(device, dtype)
-    home = transformer_folder(local_path(folder))
+    home = model_folder(local_path(folder), component, quantized=True)
     if not (home / FILE_NAME).is_file():
         raise CheckpointError(
             f"'{home}' is not a loraq checkpoint: it has no '{FILE_NAME}'. `loraq quantize` makes "
@@ -224,13 +224,13 @@ def load(
     model = model_of(config, home / "config.json")
     load_into(model, home, backend=backend, verify=verify)
     if dtype is None:
-        _unify_dtypes(model)
+        unify_dtypes(model)
     else:
-        _cast_saved(model, dtype)
-        take_dtype(model)
-    _cast_unsaved(model)
+        cast_saved(model, dtype)
+    take_kept_dtypes(model)
+    cast_unsaved(model)
     attach_methods(model)
-    model.register_to_config(_name_or_path=str(home))  # type: ignore[operator]
+    note_origin(model, home)
     mark_quantized(model)
     return model.to(device).eval()
 
@@ -255,60 +255,8 @@ def _require_usable(device: str | torch.device, dtype: torch.dtype | None) -> No
         ) from error
 
 
-def _cast_saved(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what stays float, except what the class keeps in fp32, as `from_pretrained` does."""
-    kept = _kept_in_fp32(model)
-    for module_name, module in model.named_modules():
-        tables = module._parameters, module._buffers
-        for name, tensor in [item for table in tables for item in table.items()]:
-            path = {*module_name.split("."), name}
-            if tensor is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.float32 if kept & path else dtype)
-
-
-def _kept_in_fp32(model: nn.Module) -> set[str]:
-    """Return the names of modules that the class of a model of diffusers keeps in fp32."""
-    named = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return {named} if isinstance(named, str) else set(named)
-
-
 def _holds_packed(folder: Path) -> bool:
     return any(name.endswith("weight_packed") for name in ShardReader(folder).names)
-
-
-def _unify_dtypes(model: nn.Module) -> None:
-    """Let a model whose file mixes float dtypes have the widest of them, so that it runs.
-
-    Nothing is lost by that. What its class keeps in fp32 beside 16-bit weights stays as stored.
-    """
-    kept = _kept_in_fp32(model)
-    tensors = [
-        tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if tensor.is_floating_point() and kept.isdisjoint(name.split("."))
-    ]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
-        widest = reduce(torch.promote_types, sorted(dtypes, key=str))
-        for tensor in tensors:
-            tensor.data = tensor.data.to(widest)
-
-
-def _cast_unsaved(model: nn.Module) -> None:
-    """Give buffers that no file holds the dtype of the weights, as diffusers does.
-
-    Such buffers are position tables, for example.
-
-    Without this the output after a round trip would not be that of the model that was saved.
-    """
-    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    if len(dtypes) != 1:
-        return
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(*dtypes)
 
 
 def require_float(folder: Path, config: dict[str, Any]) -> None:
@@ -325,13 +273,13 @@ def require_float(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"'{folder}' is quantized already. Start from the float weights.")
 
 
-def float_folder(source: Path) -> Path:
-    """Return the folder with the transformer, as `transformer_folder`, if its weights are floats.
+def float_folder(source: Path, component: str | None = None) -> Path:
+    """Return the folder of a model, as `model_folder`, if its weights are floats.
 
     Raises:
         CheckpointError: it is quantized already, or is not such a folder.
     """
-    folder = transformer_folder(source)
+    folder = model_folder(source, component)
     require_float(folder, read_json(folder / "config.json"))
     return folder
 
@@ -351,7 +299,7 @@ def load_float(folder: Path) -> nn.Module:
     expected = model.state_dict()
     require_fit(reader, expected, folder)
     model.load_state_dict({name: reader.read(name) for name in expected}, assign=True)
-    _unify_dtypes(model)
+    unify_dtypes(model)
     return model.eval()
 
 

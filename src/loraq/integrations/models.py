@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from loraq.checkpoint.model_index import choose_names
 from loraq.errors import LoraqError
 from loraq.integrations.marking import mark_quantized
 from loraq.layers import bare_model
@@ -16,8 +17,7 @@ from loraq.pipeline import module
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
 from loraq.pipeline.report import Report
-from loraq.pipeline.requirements import Stats
-from loraq.pipeline.source import DENOISERS
+from loraq.pipeline.requirements import Stats, StatsByComponent, only_stats, split_stats
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -34,6 +34,7 @@ def quantize_(
     rank: Rank | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
+    components: None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report: ...
@@ -48,7 +49,8 @@ def quantize_(
     budget: str | float | None = None,
     rank: Rank | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
-    stats: Stats | None = None,
+    stats: Stats | StatsByComponent | None = None,
+    components: str | Sequence[str] | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report | dict[str, Report]: ...
@@ -63,7 +65,8 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
     budget: str | float | None = None,
     rank: Rank | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
-    stats: Stats | None = None,
+    stats: Stats | StatsByComponent | None = None,
+    components: str | Sequence[str] | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report | dict[str, Report]:
@@ -73,8 +76,8 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
     layer for each worker. The result does not depend on `workers`. A layer that is already
     quantized is left alone, so a run that was interrupted is finished by calling again.
     Afterwards a model of diffusers is in the state in which `from_pretrained` leaves a quantized
-    one. Of a pipeline, every transformer and U-Net is quantized; a warning of the logger `loraq`
-    says which components were left.
+    one. Of a pipeline, every transformer and U-Net is quantized, or the components that are named;
+    a warning of the logger `loraq` says which were left.
 
     Args:
         model: any module, a wrapper of one (`torch.compile`, DDP), or a pipeline of diffusers. Its
@@ -84,8 +87,10 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         budget: storage of a layer, such as "5.25" (bits per weight), for a recipe without a rank.
         rank: of every layer's branch, in place of the recipe's.
         modules_to_not_convert: modules that stay as they are, as for `Recipe.adjusted`.
-        stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
-            needs no data.
+        stats: statistics by layer from `collect_stats`, or the file they were saved in; of several
+            components a mapping of these by component. `None` needs no data.
+        components: what of a pipeline is quantized: names, or "all" for denoisers and text
+            encoders; `None` takes its denoisers.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
             use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each
@@ -98,7 +103,8 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
         LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or a
             layer failed: the message names it, and the layers before it are quantized.
-        LoraqError: it is neither a module nor a pipeline, or a pipeline without a denoiser.
+        LoraqError: it is neither a module nor a pipeline, or a pipeline without a denoiser or
+            without a component of this name.
         RecipeError: the recipe cannot be read, contradicts an argument, or leaves nothing to
             quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
@@ -107,34 +113,41 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
     )
     if isinstance(model, nn.Module):
+        if components is not None:
+            raise LoraqError(
+                f"{type(model).__name__} is one model and has no components to choose from. Leave "
+                "`components` out, or give the pipeline."
+            )
         try:
-            return module.quantize_(model, recipe, stats=stats, workers=workers, progress=progress)
+            return module.quantize_(
+                model, recipe, stats=only_stats(stats), workers=workers, progress=progress
+            )
         finally:
             mark_quantized(model)
-    denoisers, left = _split_pipeline(model)
-    if stats is not None and len(denoisers) > 1:
-        raise LoraqError(
-            f"Statistics are of one model, and {type(model).__name__} has {len(denoisers)}: "
-            f"{', '.join(denoisers)}. Quantize each with its own: `quantize_(pipeline.NAME, …)`."
-        )
-    for component in denoisers.values():
+    chosen, left = _split_pipeline(model, components)
+    of_each = split_stats(stats, list(chosen))
+    for component in chosen.values():
         Plan.of_model(component, recipe)  # what cannot be done is refused before the first is
     reports = {
-        name: quantize_(component, recipe, stats=stats, workers=workers, progress=progress)
-        for name, component in denoisers.items()
+        name: quantize_(
+            component, recipe, stats=of_each.get(name), workers=workers, progress=progress
+        )
+        for name, component in chosen.items()
     }
     if left:
         _LOGGER.warning(
             "Quantized %s of %s. Left as they were: %s.",
-            ", ".join(denoisers),
+            ", ".join(chosen),
             type(model).__name__,
             ", ".join(f"{name} ({type(part).__name__})" for name, part in left.items()),
         )
     return reports
 
 
-def _split_pipeline(pipeline: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Return the denoisers of a pipeline by their names, and its other models."""
+def _split_pipeline(
+    pipeline: Any, asked: str | Sequence[str] | None
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the models of a pipeline that are quantized by their names, and the others."""
     components = getattr(pipeline, "components", None)
     if not isinstance(components, Mapping):
         raise LoraqError(
@@ -142,17 +155,15 @@ def _split_pipeline(pipeline: Any) -> tuple[dict[str, nn.Module], dict[str, nn.M
             "diffusers; for files, use `loraq.quantize_checkpoint` or `loraq quantize`."
         )
     models = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-    denoisers = {
-        name: part
-        for name, part in models.items()
-        if any(word in f"{name} {type(bare_model(part)).__name__}".lower() for word in DENOISERS)
+    classes = {name: type(bare_model(part)) for name, part in models.items()}
+    kinds = {
+        name: (kind.__module__.partition(".")[0], kind.__name__) for name, kind in classes.items()
     }
-    if not denoisers:
-        raise LoraqError(
-            f"{type(pipeline).__name__} has no transformer and no U-Net; its models are "
-            f"{', '.join(models) or 'none'}. Quantize one of them: `quantize_(pipeline.NAME)`."
-        )
-    return denoisers, {name: part for name, part in models.items() if name not in denoisers}
+    chosen = choose_names(kinds, asked)
+    return (
+        {name: models[name] for name in chosen},
+        {name: part for name, part in models.items() if name not in chosen},
+    )
 
 
 @checked
@@ -199,8 +210,14 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
     weights = [
         weight
         for job in Plan.of_model(model, recipe).quantized
-        if (weight := model.get_submodule(job.name)._parameters.get("weight")) is not None
+        if (weight := _find_weight(model, job.weight_name)) is not None
     ]
     copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
     quantize_(copied, recipe, stats=stats, workers=workers, progress=progress)
     return copied
+
+
+def _find_weight(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a weight, unless it is none of its module's parameters: a parametrization makes it."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(leaf)

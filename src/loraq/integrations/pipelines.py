@@ -67,6 +67,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     target: str | Path,
     recipe: str | Path | Scheme | Recipe = "default",
     *,
+    component: str | None = None,
+    variant: str | None = None,
     prompts: Sequence[str] = (),
     samples: int | None = None,
     steps: int | None = None,
@@ -90,6 +92,9 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             the hub.
         target: the safetensors file to make, for `stats` of `quantize_checkpoint` and `quantize_`.
         recipe: says which layers are quantized, and by which method; the others are left out.
+        component: whose layers are counted, such as "transformer_2"; `None` takes the only
+            denoiser. Each of several gets a file of its own.
+        variant: which of several copies of the weights is loaded, such as "fp16".
         prompts: one image after the other gets the next of them; empty for images of the empty
             prompt. With prompts quantization becomes data-aware: choose such as will be used.
         samples: images to draw; `None` takes one for each prompt, or `DEFAULT_SAMPLES` of the empty
@@ -118,12 +123,12 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
-    folder = _pipeline_folder(local_path(source))
-    component, target = float_folder(folder), Path(target)
+    folder = _pipeline_folder(local_path(source, variant))
+    home, target = float_folder(folder, component), Path(target)
     require_apart(target, folder, file_of(recipe))
-    recipe, weights = Recipe.of(recipe), ShardReader(component)
+    recipe, weights = Recipe.of(recipe), ShardReader(home, variant)
     require_unscaled(weights)
-    using = find_users(Plan.of_model(empty_model(component), recipe), recipe)
+    using = find_users(Plan.of_model(empty_model(home), recipe), recipe)
     if not second_moment:
         require_enough(using, recipe)
     widths = {layer.name: layer.shape[1] for layer in using}
@@ -158,10 +163,10 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     begin = time.perf_counter()
     # Loading draws random numbers too.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        pipeline = _load_pipeline(folder, dtype, device)
+        pipeline = _load_pipeline(folder, variant, dtype, device)
         show(0, images, f"drawing on {device} in {dtype}")
         collect_stats(
-            getattr(pipeline, component.name),
+            getattr(pipeline, home.name),
             run,
             widths,
             second_moment=second_moment,
@@ -306,12 +311,15 @@ def _pipeline_class(folder: Path) -> type:
         return kind
 
 
-def _load_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_pipeline(
+    folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device
+) -> Any:
     """Load the pipeline on a device; only safetensors are read, no code of the folder is run."""
     with _quiet_diffusers() as diffusers:
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 folder,
+                variant=variant,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,

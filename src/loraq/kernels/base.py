@@ -1,6 +1,7 @@
 """What a back end is: it prepares a packed weight once, and runs the layer on what it prepared."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,14 @@ from loraq.transforms import unrotate
 class LayerSpec(NamedTuple):
     """What a back end is chosen by."""
 
-    scheme: Scheme
+    #: What is to be run, in the order in which it is tried: the stored scheme, or other activations
+    #: beside the same weights.
+    schemes: tuple[Scheme, ...]
     #: (out, in).
     shape: tuple[int, int]
     device: torch.device
+    #: Whether activations are rounded even where the device gains nothing from it.
+    simulate: bool = False
 
 
 class Backend(ABC):
@@ -33,6 +38,9 @@ class Backend(ABC):
     name: str
     #: Whether the layer keeps what `prepare` returns; else it asks again at each call.
     keeps_operands: bool
+    #: Whether it rounds activations in passes of their own, before a product in 16 or 32 bits: that
+    #: costs time and loses precision, and is done only to simulate another device.
+    emulates: bool = False
 
     @abstractmethod
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
@@ -46,8 +54,15 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Any:
+    def prepare(self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype) -> Any:
         """Return the operands for inputs of `dtype`.
+
+        Args:
+            packed: the stored weight.
+            scheme: what is run: the stored scheme, or other activations beside the same weights.
+                If it does not rotate the input and the weight is stored rotated, the operands are
+                rotated back.
+            dtype: of the inputs.
 
         Raises:
             KernelError: the bound cannot be kept with these values.
@@ -69,6 +84,8 @@ class Prepared(NamedTuple):
     backend: Backend
     #: What the back end keeps, or `None` if it prepares anew at each call.
     operands: Any
+    #: What it runs.
+    scheme: Scheme
     dtype: torch.dtype
     device: torch.device
 
@@ -84,14 +101,28 @@ class Operands(NamedTuple):
     proj_down: Tensor | None
 
 
-def decode(packed: PackedWeight, dtype: torch.dtype) -> Operands:
-    """Return the stored tensors as dense matrices of `dtype`."""
-    branch = packed.branch
-    return Operands(
-        decode_one(packed.main, dtype),
-        decode_one(branch.proj_up, dtype) if branch else None,
-        decode_one(branch.proj_down, dtype) if branch else None,
-    )
+def decode(
+    packed: PackedWeight,
+    dtype: torch.dtype,
+    rotation: int | None = None,
+    one: Callable[[QTensor, torch.dtype], Tensor] | None = None,
+) -> Operands:
+    """Return the stored tensors as dense matrices of `dtype`.
+
+    Args:
+        packed: the stored weight.
+        dtype: of the result.
+        rotation: of the inputs that will be multiplied; if it is 0, matrices that are stored
+            rotated are rotated back. `None` is the stored one.
+        one: decodes one tensor.
+    """
+    one, branch = one or decode_one, packed.branch
+    down = one(branch.proj_down, dtype) if branch else None
+    main, up = one(packed.main, dtype), one(branch.proj_up, dtype) if branch else None
+    if rotation == 0:
+        main = unrotate(main, packed.scheme.rotation)
+        down = None if down is None else unrotate(down, packed.scheme.rotation)
+    return Operands(main, up, down)
 
 
 def decode_one(q: QTensor, dtype: torch.dtype) -> Tensor:

@@ -79,7 +79,7 @@ class Fp8Row(Backend):
         """Return the bound of bf16 outputs and of sums in 13 bits."""
         return 2e-2
 
-    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Fp8Operands:
+    def prepare(self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype) -> Fp8Operands:
         """Return e4m3 rows, shared by all dtypes.
 
         Raises:

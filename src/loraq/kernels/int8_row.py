@@ -79,13 +79,17 @@ class Int8Row(Backend):
     #: Largest relative error of a main weight that is encoded anew; 0 takes only weights that fit
     #: exactly.
     weight_error: float = 3e-2
-    keeps_operands = True
+    #: Whether the layer keeps INT8 rows beside its stored bytes; else only weights that are stored
+    #: as such rows are taken, and read where they are.
+    keeps_operands: bool = True
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values, or `None`."""
         if not is_int8_row(scheme.activation_format):
             kind = "INT8 with one scale a token ('int8')"
             return f"its activations are '{scheme.activation}', not {kind}"
+        if not self.keeps_operands and not is_int8_row(scheme.weight_format):
+            return f"'{scheme.weight}' is not stored as INT8 rows, and a copy would take memory"
         if not self.weight_error and not _may_fit(scheme.weight_format):
             return f"'{scheme.weight}' does not fit INT8 rows exactly"
         if device.type not in ("cpu", "cuda", "meta"):
@@ -105,7 +109,7 @@ class Int8Row(Backend):
             return 1e-4  # sums are exact; a code of the intermediate may flip at a tie
         return 2e-2
 
-    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> Int8Operands:
+    def prepare(self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype) -> Int8Operands:
         """Return INT8 rows.
 
         Raises:
@@ -118,11 +122,11 @@ class Int8Row(Backend):
                 f"norm, and at most {self.weight_error} is allowed: its block scales differ too "
                 "much within a row. Use the back end 'resident'."
             )
-        packs = can_pack(rows.codes.device)
+        packs = self.keeps_operands and can_pack(rows.codes.device)
         rows = pack_rows(rows) if packs else rows
         if packed.branch is None:
             return Int8Operands(rows, None, None)
-        if not _in_integers(packed.scheme):
+        if not _in_integers(scheme):
             return Int8Operands(rows, None, decode_factors(packed.branch))
         down = codes_of(packed.branch.proj_down)
         up = decode_one(packed.branch.proj_up, _sum_dtype(dtype) if packs else dtype)

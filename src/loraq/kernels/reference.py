@@ -23,7 +23,7 @@ class Reference(Backend):
         """Return 0: it is what others are measured against."""
         return 0.0
 
-    def prepare(self, packed: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+    def prepare(self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype) -> PackedWeight:
         """Return the packed weight."""
         return packed
 
@@ -31,7 +31,8 @@ class Reference(Backend):
         self, x: Tensor, operands: PackedWeight, scheme: Scheme, bias: Tensor | None
     ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
-        return run(x, decode(operands, torch.float32), scheme, bias, torch.float32)
+        dense = decode(operands, torch.float32, scheme.rotation)
+        return run(x, dense, scheme, bias, torch.float32)
 
 
 def run(

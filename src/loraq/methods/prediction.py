@@ -13,6 +13,7 @@ these curves alone, so a factor common to all layers cancels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ class Prediction:
     energy: float
     #: ‖W − Ŵ‖² with a branch of rank 0 (round to nearest), 1, 2 …; never rising.
     left: tuple[float, ...]
+
+    @classmethod
+    def sum(cls, predictions: "Sequence[Prediction]") -> "Prediction":
+        """Return the prediction for several weights that have branches of one rank."""
+        columns = zip(*(each.left for each in predictions), strict=True)
+        return cls(sum(each.energy for each in predictions), tuple(map(sum, columns)))
 
     def relative_error(self, rank: int) -> float:
         """Return ‖W − Ŵ‖ / ‖W‖; the absolute error if W is zero."""

@@ -1,21 +1,26 @@
 """The job of one layer, the same for every driver: solve, name failures, report, build a module."""
 
 import hashlib
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraq.errors import LayerError, layer_failure
+from loraq.experts import QuantizedExperts
 from loraq.formats.faults import find_fault
 from loraq.layers import LinearLayer, quantized_class
 from loraq.nn import QuantizedLayer
-from loraq.packed import LayerSolution, PackedWeight
+from loraq.packed import LayerSolution, PackedStack, PackedWeight
 from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
 from loraq.safetensors.header import DTYPE_NAMES
+from loraq.safetensors.layout import tensor_bytes
+from loraq.safetensors.reader import TensorReader
 from loraq.stats import ActivationStats
 
 
@@ -23,50 +28,119 @@ from loraq.stats import ActivationStats
 class FinishedLayer:
     """A layer that is solved: its bytes, and what to say of them."""
 
-    packed: PackedWeight
+    packed: PackedWeight | PackedStack
     report: LayerReport
+    #: Whether the model has a stack of experts as (experts, in, out).
+    transposed: bool = False
 
-    def build_module(self, old: LinearLayer | QuantizedLayer, recipe: Recipe) -> QuantizedLayer:
-        """Return what takes the place of a linear layer: its kind and its bias, the new weight."""
-        kind = quantized_class(old)
-        module = kind.from_packed(self.packed, old.bias, dtype=old.weight.dtype)
+    def build_module(
+        self, old: LinearLayer | QuantizedLayer | Tensor, recipe: Recipe
+    ) -> QuantizedLayer:
+        """Return what takes the place of a layer: its kind and its bias, the new weight.
+
+        Args:
+            old: the layer, or the parameter that holds a stack of experts.
+            recipe: what asked for it, for the record.
+        """
+        module: QuantizedLayer
+        if isinstance(self.packed, PackedStack):
+            assert isinstance(old, Tensor), "a stack is a parameter"
+            module = QuantizedExperts.from_stack(
+                self.packed, transposed=self.transposed, dtype=old.dtype
+            )
+        else:
+            assert not isinstance(old, Tensor), "a linear layer is a module"
+            kind = quantized_class(old)
+            module = kind.from_packed(self.packed, old.bias, dtype=old.weight.dtype)
         module.record = {**self.report.record(), "recipe": recipe.to_dict()}
         return module
 
 
 def quantize_layer(
-    job: LayerJob, weight: Tensor, stats: ActivationStats | None = None, *, stats_sha256: str = ""
+    job: LayerJob,
+    weight: Tensor | Iterable[Tensor],
+    stats: ActivationStats | None = None,
+    *,
+    stats_sha256: str = "",
+    prefix: str = "",
 ) -> FinishedLayer:
-    """Solve one layer and report on it.
+    """Solve one layer and report on it; of a stack of experts, one after the other.
 
     Args:
         job: what the plan says of it.
-        weight: (out, in), any float dtype.
+        weight: (out, in), any float dtype; of a stack the matrix of each expert, as the model
+            holds them.
         stats: of its inputs, for the methods that use them.
         stats_sha256: hash of the statistics, for the report.
+        prefix: what stands before the layer's name in messages and in the report.
 
     Raises:
-        LayerError: the layer failed; the message names it.
+        LayerError: the layer failed; the message names it, and the expert.
     """
-    try:
-        solution = solve_layer(job, weight, stats)
-    except Exception as error:
-        raise layer_failure(job.name, error) from error
+    digest, dtype, solutions = hashlib.sha256(), "", list[LayerSolution]()
+    for part, matrix, stored in matrices_of(job, weight):
+        try:
+            solutions.append(solve_layer(part, matrix, stats))
+        except Exception as error:
+            raise layer_failure(prefix + part.name, error) from error
+        digest.update(tensor_bytes(stored))
+        dtype = DTYPE_NAMES[stored.dtype]
+    packed = (
+        PackedStack.of([solution.packed for solution in solutions])
+        if job.is_stack
+        else solutions[0].packed
+    )
+    relative_error = root_mean_square([solution.relative_error for solution in solutions])
     report = LayerReport(
-        name=job.name,
+        name=prefix + job.name,
         shape=job.shape,
         scheme=job.scheme,
-        relative_error=solution.relative_error,
-        sqnr_db=solution.sqnr_db,
-        bits_per_weight=solution.bits_per_weight,
-        nbytes=solution.nbytes,
-        seconds=solution.seconds,
-        source_sha256=hash_tensor(weight),
-        source_dtype=DTYPE_NAMES[weight.dtype],
+        relative_error=relative_error,
+        sqnr_db=-20 * math.log10(relative_error) if relative_error > 0 else math.inf,
+        bits_per_weight=packed.bits_per_weight,
+        nbytes=packed.nbytes,
+        seconds=sum(solution.seconds for solution in solutions),
+        source_sha256=digest.hexdigest(),
+        source_dtype=dtype,
         stats_sha256=stats_sha256,
-        output_error=solution.metrics.get("output_error"),
+        output_error=None if job.is_stack else solutions[0].metrics.get("output_error"),
     )
-    return FinishedLayer(solution.packed, report)
+    return FinishedLayer(packed, report, job.transposed)
+
+
+def matrices_of(
+    job: LayerJob, weight: Tensor | Iterable[Tensor]
+) -> Iterator[tuple[LayerJob, Tensor, Tensor]]:
+    """Yield the matrices of a layer one by one: a stack of experts has several.
+
+    Args:
+        job: of the layer.
+        weight: (out, in); of a stack, or from a file, the matrices as the model holds them.
+
+    Yields:
+        The job of the matrix alone, the matrix (out, in), and as the model holds it.
+    """
+    stored = weight if job.is_stack or not isinstance(weight, Tensor) else [weight]
+    for index, matrix in enumerate(stored):
+        part = job.of_expert(index) if job.is_stack else job
+        # Contiguous: sums must not depend on how the matrix lies in memory.
+        yield part, matrix.t().contiguous() if job.transposed else matrix, matrix
+
+
+def read_matrices(reader: TensorReader, job: LayerJob) -> Iterator[Tensor]:
+    """Read the matrices of a layer one by one, as the model holds them."""
+    if job.is_stack:
+        for index in range(job.shape[0]):
+            yield reader.read_slice(job.weight_name, index)
+    else:
+        yield reader.read(job.weight_name).view(job.matrix)  # a 1×1 convolution is a matrix too
+
+
+def root_mean_square(errors: list[float]) -> float:
+    """Return the root of the mean square of errors; that of a single one as it is."""
+    if len(errors) == 1:
+        return errors[0]
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))
 
 
 def solve_layer(
@@ -77,22 +151,23 @@ def solve_layer(
         return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
 
 
-def require_usable(name: str, layer: LinearLayer) -> None:
+def require_usable(job: LayerJob, weight: Tensor) -> None:
     """Raise `LayerError` unless a layer's weights are there, and numbers that can be quantized."""
-    if layer.weight.is_meta:
+    name = job.name
+    if weight.is_meta:
         raise LayerError(
             f"Layer '{name}' has no weights (it is on the meta device). Load the model first."
         )
-    if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise LayerError(
-            f"Layer '{name}' has weights of {layer.weight.dtype}. Float weights of 16 bits or more "
+            f"Layer '{name}' has weights of {weight.dtype}. Float weights of 16 bits or more "
             "are required."
         )
-    if fault := find_fault(layer.weight):
-        raise LayerError(f"Layer '{name}' cannot be quantized: {fault}")
+    for part, _, matrix in matrices_of(job, weight):
+        if fault := find_fault(matrix):
+            raise LayerError(f"Layer '{part.name}' cannot be quantized: {fault}")
 
 
 def hash_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order."""
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy().data)).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

@@ -15,6 +15,7 @@ from loraq.errors import RecipeError, SchemeError, unknown
 from loraq.layers import (
     LinearLayer,
     bare_model,
+    find_stacks,
     linear_layers,
     matrix_of,
     quantized_layers,
@@ -119,7 +120,7 @@ def plan_model(
 def _share_budget(
     model: nn.Module, plan: Plan, recipe: Recipe, workers: int, progress: ProgressCallback | bool
 ) -> Plan:
-    layers = linear_layers(model)
+    layers = _find_layers(model)
 
     def predict_all(jobs: Sequence[LayerJob]) -> Iterator[tuple[str, Prediction]]:
         if done := quantized_layers(model):
@@ -129,11 +130,23 @@ def _share_budget(
                 "allocation 'uniform'."
             )
         for job in jobs:
-            require_usable(job.name, layers[job.name])
+            require_usable(job, _weight_of(layers[job.name]))
         with _pool(workers) as pool:
-            yield from pool.map(lambda job: predict_layer(job, matrix_of(layers[job.name])), jobs)
+            yield from pool.map(lambda job: predict_layer(job, _weight_of(layers[job.name])), jobs)
 
     return share_budget(plan, recipe, predict_all, progress)
+
+
+def _find_layers(model: nn.Module) -> dict[str, LinearLayer | nn.Parameter]:
+    """Return every linear layer of a model, and the parameter of every stack of experts."""
+    return {
+        **linear_layers(model),
+        **{name: model.get_parameter(name) for name in find_stacks(model)},
+    }
+
+
+def _weight_of(layer: LinearLayer | nn.Parameter) -> Tensor:
+    return layer if isinstance(layer, Tensor) else matrix_of(layer)
 
 
 @checked
@@ -145,7 +158,7 @@ def quantize_(
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report:
-    """Quantize the linear layers of a module in place, layer by layer.
+    """Quantize the linear layers of a module, and its stacked experts, in place, one by one.
 
     Each float weight is freed as soon as its layer is done, so memory peaks at the model plus one
     layer for each worker. The result does not depend on `workers`. A layer that is already
@@ -173,7 +186,7 @@ def quantize_(
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
     model = bare_model(model)
-    recipe, layers = Recipe.of(recipe), linear_layers(model)
+    recipe, layers = Recipe.of(recipe), _find_layers(model)
     stats, plan = open_stats(stats), Plan.of_model(model, recipe)
     if not plan.quantized and not quantized_layers(model):
         raise RecipeError(
@@ -182,7 +195,7 @@ def quantize_(
             "`skip = false` overrides."
         )
     for job in plan.quantized:
-        require_usable(job.name, layers[job.name])
+        require_usable(job, _weight_of(layers[job.name]))
     hashes = hash_used_stats(stats, plan, recipe)
     plan = _share_budget(model, plan, recipe, workers, progress)
     reports = []
@@ -199,7 +212,7 @@ def quantize_(
 
 
 def _quantize_layers(
-    layers: Mapping[str, LinearLayer],
+    layers: Mapping[str, LinearLayer | nn.Parameter],
     jobs: Sequence[LayerJob],
     stats: Mapping[str, ActivationStats],
     hashes: Mapping[str, str],
@@ -210,7 +223,8 @@ def _quantize_layers(
     def run(job: LayerJob) -> FinishedLayer:
         sha256 = hashes.get(job.name, "")
         of_layer = stats[job.name] if sha256 else None
-        return quantize_layer(job, matrix_of(layers[job.name]), of_layer, stats_sha256=sha256)
+        weight = _weight_of(layers[job.name])
+        return quantize_layer(job, weight, of_layer, stats_sha256=sha256)
 
     with _pool(workers) as pool:
         waiting = [pool.submit(run, job) for job in jobs[:workers]]

@@ -5,13 +5,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from loraq.errors import LayerError, LoraqError, SchemeError
 from loraq.families import known_class
-from loraq.layers import bare_model, is_linear, matrix_shapes, other_weights, require_bare
+from loraq.layers import (
+    bare_model,
+    find_stacks,
+    is_linear,
+    matrix_shapes,
+    other_weights,
+    require_bare,
+    tied_layers,
+)
 from loraq.methods import Method, layer_seed
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -25,28 +33,30 @@ _LOGGER = logging.getLogger("loraq")
 
 @dataclass(frozen=True)
 class LayerJob:
-    """A linear layer that is quantized: all that a driver needs but the weight itself."""
+    """A layer that is quantized, or a stack of experts: all that is needed but the weight."""
 
     #: Dotted name in the model.
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: The scheme with its rank settled.
     scheme: Scheme
     #: What solves it.
     method: Method
-    #: Of everything random in it.
-    seed: int
+    #: From which, with the name, the seed of everything random in it follows.
+    recipe_seed: int
     #: Why it gets something else than the recipe's scheme; empty if it gets just that.
     reason: str = ""
     #: Whether the budget settled the rank, and not the recipe itself.
     sized: bool = False
+    #: Whether the model has a stack of experts as (experts, in, out).
+    transposed: bool = False
 
     @classmethod
     def of(
         cls,
         name: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         scheme: Scheme,
         recipe: Recipe,
         *,
@@ -58,12 +68,36 @@ class LayerJob:
         Raises:
             SchemeError: the method cannot solve this scheme; the message carries the layer's name.
         """
-        method, seed = recipe.solver(scheme), layer_seed(recipe.seed, name)
+        method = recipe.solver(scheme)
         try:
             method.check(scheme)
         except LoraqError as error:
             raise SchemeError(f"Layer '{name}': {error}") from error
-        return cls(name, shape, scheme, method, seed, reason, sized)
+        return cls(name, shape, scheme, method, recipe.seed, reason, sized)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts, which one parameter holds."""
+        return len(self.shape) == 3
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in) of the layer, or of each expert."""
+        return self.shape[-2], self.shape[-1]
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the float tensor."""
+        return self.name if self.is_stack else f"{self.name}.weight"
+
+    def of_expert(self, index: int) -> "LayerJob":
+        """Return the job of one expert of a stack: that of a linear layer with its number."""
+        return replace(self, name=f"{self.name}.{index}", shape=self.matrix, transposed=False)
+
+    @property
+    def seed(self) -> int:
+        """Of everything random in it."""
+        return layer_seed(self.recipe_seed, self.name)
 
     @property
     def nbytes(self) -> int:
@@ -78,12 +112,12 @@ class LayerJob:
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """A linear layer that stays as it is."""
+    """A linear layer, or a stack of experts, that stays as it is."""
 
     #: Dotted name in the model.
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     #: Why.
     reason: str
 
@@ -110,6 +144,20 @@ class OtherWeight:
 
 
 @dataclass(frozen=True)
+class ComponentSize:
+    """How large a model of a pipeline is, with all that is in it and not in linear layers."""
+
+    name: str
+    class_name: str
+    #: Bytes of all its weights in bf16.
+    nbytes_bf16: int
+    #: Bytes after the run; `None` if it is left as it is.
+    nbytes: int | None = None
+    #: What they would be if it were quantized; `None` if it is, or if that is not known.
+    if_quantized: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
@@ -119,14 +167,37 @@ class Plan:
     others: tuple[OtherWeight, ...] = ()
     #: What of the source was chosen, decoded or left out: sentences for the user.
     notes: tuple[str, ...] = ()
+    #: Of a pipeline of which several models are quantized: the plan of each, by component.
+    components: Mapping[str, "Plan"] = field(default_factory=dict)
+    #: Of a pipeline that is planned and not quantized: all its models.
+    sizes: tuple[ComponentSize, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def join(cls, plans: Mapping[str, "Plan"], notes: tuple[str, ...] = ()) -> "Plan":
+        """Return the plan of several models: a layer's name begins with `component/` then.
+
+        Args:
+            plans: by component; that of a single model is returned as it is, with the notes.
+            notes: what is to be said of all of them.
+        """
+        if len(plans) == 1:
+            (plan,) = plans.values()
+            return replace(plan, notes=(*plan.notes, *notes))
+        layers, others, of_parts = [], [], []
+        for component, plan in plans.items():
+            layers += [replace(each, name=f"{component}/{each.name}") for each in plan.layers]
+            others += [replace(each, name=f"{component}/{each.name}") for each in plan.others]
+            of_parts += [f"{component}: {note}" for note in plan.notes]
+        return cls(tuple(layers), tuple(others), (*of_parts, *notes), dict(plans))
 
     @classmethod
     def of(
         cls,
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: Mapping[str, tuple[int, ...]],
         recipe: Recipe,
         model_class: str = "",
         inner_models: Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
     ) -> "Plan":
         """Settle the scheme of every layer.
 
@@ -134,18 +205,22 @@ class Plan:
         their main weight are.
 
         Args:
-            shapes: (out, in) of every linear layer by dotted name.
+            shapes: (out, in) of every linear layer by dotted name, (experts, out, in) of stacks.
             recipe: what is asked.
             model_class: class name of the model, which selects the rules of its families.
             inner_models: class names of models that the model holds, by their dotted names; their
                 layers get what they get in a model that stands alone.
+            tied: layers that share their weight, and with what; they stay whatever a rule says.
 
         Raises:
             SchemeError: a layer cannot be quantized as asked; the message carries its name.
         """
-        inner_models = inner_models or {}
-        layers = []
+        inner_models, tied = inner_models or {}, tied or {}
+        layers: list[LayerJob | KeptLayer] = []
         for name, shape in shapes.items():
+            if name in tied:
+                layers.append(KeptLayer(name, shape, f"shares its weight with '{tied[name]}'"))
+                continue
             place = next((place for place in inner_models if name.startswith(f"{place}.")), None)
             kind, within = (
                 (model_class, "") if place is None else (inner_models[place], f"{place}.")
@@ -154,8 +229,9 @@ class Plan:
         for rule in recipe.rules:
             if not any(map(rule.matches, shapes)):
                 _LOGGER.warning(
-                    "The recipe's rule '%s' matches no linear layer. Is its pattern right?",
+                    "The recipe's rule '%s' matches no linear layer of %s. Is its pattern right?",
                     rule.match,
+                    model_class or "the model",
                 )
         planned = cls(tuple(layers))
         if large := [
@@ -200,8 +276,16 @@ class Plan:
             if sizes[_without_numbers(name)] > least
         )
         model_class, *inner = _find_models(model).items()
-        planned = cls.of(matrix_shapes(model), recipe, model_class[1], dict(inner))
-        return replace(planned, others=others)
+        shapes, tied = matrix_shapes(model), tied_layers(model)
+        planned = cls.of(shapes, recipe, model_class[1], dict(inner), tied)
+        transposed = {name for name, stack in find_stacks(model).items() if stack.transposed}
+        layers = tuple(
+            replace(layer, transposed=True)
+            if isinstance(layer, LayerJob) and layer.name in transposed
+            else layer
+            for layer in planned.layers
+        )
+        return replace(planned, layers=layers, others=others)
 
     @property
     def quantized(self) -> tuple[LayerJob, ...]:
@@ -251,11 +335,11 @@ def _model_class(module: nn.Module) -> str:
 
 
 def _plan_layer(
-    name: str, shape: tuple[int, int], recipe: Recipe, model_class: str, within: str
+    name: str, shape: tuple[int, ...], recipe: Recipe, model_class: str, within: str
 ) -> LayerJob | KeptLayer:
     rule = recipe.rule_for(name, model_class, within)
     reason = (rule.reason or f"rule '{rule.match}'") if rule else ""
-    scheme = recipe.scheme_for(name, shape, model_class, within)
+    scheme = recipe.scheme_for(name, (shape[-2], shape[-1]), model_class, within)
     requested = recipe.requested_scheme(name, model_class, within)
     if scheme is None or requested is None:
         return KeptLayer(name, shape, reason)
@@ -264,7 +348,8 @@ def _plan_layer(
 
 
 def _has_large_branch(job: LayerJob) -> bool:
-    return job.nbytes > 2 * job.scheme.weight_format.nbytes(job.shape)
+    main = job.scheme.weight_format.nbytes(job.matrix)
+    return job.scheme.nbytes(job.matrix) > 2 * main
 
 
 def _without_numbers(name: str) -> str:

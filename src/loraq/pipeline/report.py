@@ -1,6 +1,7 @@
 """What became of a layer, and of a model: plain data for the caller and for the manifest."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
@@ -12,10 +13,10 @@ class LayerReport:
     """What became of one layer; plain data, stored in the manifest."""
 
     name: str
-    #: (out, in).
-    shape: tuple[int, int]
+    #: (out, in), or (experts, out, in).
+    shape: tuple[int, ...]
     scheme: Scheme
-    #: ‖W − Ŵ‖_F / ‖W‖_F.
+    #: ‖W − Ŵ‖_F / ‖W‖_F; of a stack the root of the mean square of its experts'.
     relative_error: float
     sqnr_db: float
     bits_per_weight: float
@@ -49,7 +50,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a model."""
+    """What became of a model, or of several models of a pipeline."""
 
     recipe: Recipe
     plan: Plan
@@ -58,6 +59,24 @@ class Report:
     kept: int = 0
     #: Whether the target was whole before, made by the same settings from the same numbers.
     already_complete: bool = False
+    #: Of a pipeline of which several models were quantized: the report of each, by component.
+    components: Mapping[str, "Report"] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, reports: Mapping[str, "Report"], notes: tuple[str, ...] = ()) -> "Report":
+        """Return the report of several models, as `Plan.join` joins their plans."""
+        plan = Plan.join({name: report.plan for name, report in reports.items()}, notes)
+        first, *others = reports.values()
+        if not others:
+            return replace(first, plan=plan)
+        layers = tuple(
+            replace(layer, name=f"{component}/{layer.name}")
+            for component, report in reports.items()
+            for layer in report.layers
+        )
+        kept = sum(report.kept for report in reports.values())
+        is_complete = all(report.already_complete for report in reports.values())
+        return cls(first.recipe, plan, layers, kept, is_complete, dict(reports))
 
     @property
     def mean_relative_error(self) -> float:

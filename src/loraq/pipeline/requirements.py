@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loraq.checkpoint.stats_file import load_stats
-from loraq.errors import CalibrationError
+from loraq.errors import CalibrationError, list_some
 from loraq.methods import METHODS
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.recipe import Recipe
@@ -12,6 +12,8 @@ from loraq.stats import ActivationStats
 
 #: Statistics by layer, or the file they are in.
 Stats = Mapping[str, ActivationStats] | str | Path
+#: Those of several models, by the component that each is of a pipeline.
+StatsByComponent = Mapping[str, Stats]
 
 
 def open_stats(stats: Stats | None) -> Mapping[str, ActivationStats] | None:
@@ -23,17 +25,55 @@ def open_stats(stats: Stats | None) -> Mapping[str, ActivationStats] | None:
     return load_stats(stats) if isinstance(stats, str | Path) else stats
 
 
+def split_stats(stats: Stats | StatsByComponent | None, components: list[str]) -> dict[str, Stats]:
+    """Return statistics by component.
+
+    Raises:
+        CalibrationError: they are of a component that is not quantized, or do not say of which.
+    """
+    if stats is None:
+        return {}
+    if isinstance(stats, dict) and any(
+        isinstance(each, str | Path | Mapping) for each in stats.values()
+    ):
+        if wrong := [name for name in stats if name not in components]:
+            raise CalibrationError(
+                f"There are statistics of {list_some(wrong)}, which is not quantized. Components "
+                f"that are: {', '.join(components) or 'none'}."
+            )
+        return stats
+    if len(components) > 1:
+        raise CalibrationError(
+            f"Statistics are of one model, and {len(components)} are quantized: "
+            f"{', '.join(components)}. Give them by component (`--stats NAME=FILE`, "
+            "`stats={NAME: …}`), or quantize one (`--components`)."
+        )
+    return {components[0]: stats}  # type: ignore[dict-item]
+
+
+def only_stats(stats: Stats | StatsByComponent | None) -> Stats | None:
+    """Return the statistics of a model that is no component of a pipeline.
+
+    Raises:
+        CalibrationError: they are given by component.
+    """
+    return split_stats(stats, [""]).get("")
+
+
 def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
     """Return the layers of a plan whose method uses statistics.
 
     Raises:
         CalibrationError: there is none; the message says why.
     """
-    if using := [job for job in plan.quantized if job.method.use_of_stats != "ignored"]:
+    using = [job for job in plan.quantized if job.method.use_of_stats != "ignored"]
+    if using := [job for job in using if not job.is_stack]:
         return using
     able = [method for method in METHODS.values() if method.use_of_stats != "ignored"]
     if not plan.quantized:
         reason = "the recipe quantizes none. `loraq plan` shows why"
+    elif all(job.is_stack for job in plan.quantized):
+        reason = "the recipe quantizes stacked experts alone, whose inputs are not counted"
     elif METHODS[recipe.method].use_of_stats == "ignored":
         names = ", ".join(method.name for method in able)
         reason = (
@@ -67,6 +107,7 @@ def hash_used_stats(
         CalibrationError: a layer's method needs statistics that are missing or say too little,
             those given are not of this layer, or no layer uses them.
     """
+    _require_none_of_stacks(plan, recipe)
     if stats is None:
         _require_none_needed(plan, recipe)
         return {}
@@ -82,15 +123,26 @@ def hash_used_stats(
     hashes = {}
     for name, job in using.items():
         of_layer = stats[name]
-        if of_layer.width != job.shape[1]:
+        if of_layer.width != job.shape[-1]:
             raise CalibrationError(
-                f"Layer '{name}' has {job.shape[1]} input channels, its statistics have "
+                f"Layer '{name}' has {job.shape[-1]} input channels, its statistics have "
                 f"{of_layer.width}. They are of another model: collect them again."
             )
         if not of_layer.is_full:
             require_enough([job], recipe)
         hashes[name] = of_layer.sha256
     return hashes
+
+
+def _require_none_of_stacks(plan: Plan, recipe: Recipe) -> None:
+    needy = [job for job in plan.quantized if job.method.use_of_stats == "required"]
+    if stacks := [job.name for job in needy if job.is_stack]:
+        raise CalibrationError(
+            f"Method '{recipe.method}' needs activation statistics, and the inputs of stacked "
+            f"experts are not counted: {list_some(stacks, most=4)}. Leave these layers out "
+            "(`skip = true` in a rule of the recipe), or use a method without data, such as "
+            "'loraq'."
+        )
 
 
 def _require_none_needed(plan: Plan, recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ is needed: statistics that are given are not looked at here. The sum of these sq
 error at the layers' outputs if all inputs have uncorrelated channels of one power.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from loraq.errors import LoraqError, RecipeError, layer_failure
 from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
 from loraq.pipeline.arithmetic import fixed_arithmetic
+from loraq.pipeline.layer import matrices_of, read_matrices
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
 from loraq.recipe import Recipe
@@ -79,18 +81,21 @@ def spend_budget(plan: Plan, predictions: dict[str, Prediction]) -> Plan:
     return replace(plan, layers=tuple(settled.get(layer.name, layer) for layer in plan.layers))
 
 
-def predict_layer(job: LayerJob, weight: Tensor) -> tuple[str, Prediction]:
+def predict_layer(job: LayerJob, weight: Tensor | Iterable[Tensor]) -> tuple[str, Prediction]:
     """Return a layer's name, and what each rank would leave of it: the same whoever runs it.
 
     Raises:
         LayerError: the weight cannot be used; the message names the layer.
     """
-    most = min(_MOST * _branch(job).rank, *job.shape)
-    try:
-        with torch.no_grad(), fixed_arithmetic(weight.device):
-            return job.name, job.method.predict(weight, job.scheme, most)
-    except LoraqError as error:
-        raise layer_failure(job.name, error) from error
+    most = min(_MOST * _branch(job).rank, *job.matrix)
+    predictions = []
+    for part, matrix, _ in matrices_of(job, weight):
+        try:
+            with torch.no_grad(), fixed_arithmetic(matrix.device):
+                predictions.append(job.method.predict(matrix, job.scheme, most))
+        except LoraqError as error:
+            raise layer_failure(part.name, error) from error
+    return job.name, Prediction.sum(predictions)
 
 
 @dataclass(frozen=True)
@@ -101,17 +106,16 @@ class PredictFromFile:
 
     def __call__(self, job: LayerJob) -> tuple[str, Prediction]:
         """Return the layer's name and its prediction."""
-        weight = self.reader.read(f"{job.name}.weight").view(job.shape)
-        return predict_layer(job, weight)
+        return predict_layer(job, read_matrices(self.reader, job))
 
 
 def _choices(job: LayerJob, prediction: Prediction) -> list[Choice]:
     """Return one choice for each rank from 1 on."""
     left = prediction.left[1:]
-    sizes = _sizes(_branch(job), job.shape, len(left))
-    main = job.scheme.weight_format.nbytes(job.shape)
+    sizes = _sizes(_branch(job), job.matrix, len(left))
+    main, n_matrices = job.scheme.weight_format.nbytes(job.matrix), math.prod(job.shape[:-2])
     return [
-        Choice(main + size, loss, rank)
+        Choice(n_matrices * (main + size), loss, rank)
         for rank, (size, loss) in enumerate(zip(sizes, left, strict=True), start=1)
     ]
 

@@ -1,23 +1,29 @@
-"""What is quantized: a float checkpoint, its tensors checked, its layers planned."""
+"""What is quantized: float checkpoints, their tensors checked, their layers planned."""
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from loraq.checkpoint.configuration import (
+    add_quantization_config,
+    generation_config,
+    model_config,
+)
 from loraq.checkpoint.fit import require_fit
-from loraq.checkpoint.links import find_files
-from loraq.checkpoint.model import add_quantization_config, model_config
-from loraq.errors import CheckpointError, RecipeError, list_some
+from loraq.errors import CheckpointError, LoraqError, RecipeError, list_some
 from loraq.formats.faults import find_fault
-from loraq.pipeline.layer import hash_tensor
+from loraq.pipeline.layer import hash_tensor, read_matrices
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
 from loraq.safetensors.header import FLOATS
+from loraq.safetensors.layout import tensor_bytes
 from loraq.safetensors.reader import ShardReader, TensorReader
 
 #: Names of embeddings: look-up tables, which look like the matrix of a linear layer.
@@ -26,46 +32,25 @@ _TABLE = re.compile(
 )
 
 
-#: What the name or the class of a component contains that denoises: it is worth quantizing.
-DENOISERS = ("transformer", "unet")
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the parts of a float checkpoint are; nothing of its weights is read yet."""
+    """Where the parts of a model's float checkpoint are; nothing of its weights is read yet."""
 
-    #: What goes along as a whole: a pipeline's folder, or the transformer itself.
-    root: Path
     #: A folder of shards, or one file.
     weights: Path
     #: Content of the configuration; empty for none.
     config: dict[str, Any]
     #: The model on the meta device, or `None` if the configuration names none.
     model: nn.Module | None = None
-    #: Reads an original layout under the names of the model.
+    #: Reads another layout under the names of the model.
     convert: Callable[[ShardReader | Fp8Reader], TensorReader] | None = None
     #: Which of several copies of the weights is read, as `select_weights`.
     variant: str | None = None
-    #: Names of its linear layers, where the configuration names another library's class.
-    linear: frozenset[str] | None = None
-
-    @property
-    def component(self) -> str:
-        """Name of the transformer's folder in a pipeline, or ""."""
-        return self.weights.name if (self.root / "model_index.json").is_file() else ""
-
-    def find_others(self) -> dict[str, Path]:
-        """Return the files of a pipeline's other components by their path in it.
-
-        Raises:
-            CheckpointError: something there is not a file of the pipeline's own.
-        """
-        return find_files(self.root, without=self.component) if self.component else {}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A float checkpoint: its tensors, checked against its configuration, and what goes along."""
+    """A float checkpoint of a model: its tensors, checked against its configuration."""
 
     #: The files as they are.
     files: ShardReader
@@ -79,10 +64,8 @@ class Source:
     config: dict[str, Any]
     #: What its linear layers get.
     plan: Plan
-    #: Files to copy, by their path in the target: the other components of a pipeline.
-    others: dict[str, Path] = field(default_factory=dict)
-    #: Where the transformer goes in the target: a folder's name, or "" for the target itself.
-    component: str = ""
+    #: What `generation_config.json` of the target says; empty for none.
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, recipe: Recipe) -> "Source":
@@ -98,17 +81,13 @@ class Source:
         if model is None:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(decoded, checkpoint.weights)
-            plan = plan_tensors(decoded, recipe, checkpoint.linear)
+            plan = plan_tensors(decoded, recipe)
             plan = replace(plan, notes=tuple(notes))
             return cls(files, decoded, tuple(decoded.names), {}, config, plan)
         config = model_config(model)
-        reader: TensorReader = decoded
-        expected, tied = list_tensors(model, decoded.names)
-        is_file = checkpoint.weights.is_file()
-        if is_file and checkpoint.convert is not None and not set(expected) <= set(decoded.names):
-            reader = checkpoint.convert(decoded)
-            expected, tied = list_tensors(model, reader.names)
-        is_whole = is_file and set(expected) <= set(reader.names)
+        reader = decoded if checkpoint.convert is None else checkpoint.convert(decoded)
+        expected, tied = list_tensors(model, reader.names)
+        is_whole = checkpoint.weights.is_file() and set(expected) <= set(reader.names)
         unused = _find_unused(model, reader) if is_whole else []
         if unused:
             notes.append(
@@ -117,14 +96,8 @@ class Source:
             )
         require_fit(reader, expected, checkpoint.weights, unused)
         names = tuple(name for name in expected if name not in tied)
-        others, plan = checkpoint.find_others(), Plan.of_model(model, recipe)
-        if left := _find_denoisers(others):
-            notes.append(
-                f"Only '{checkpoint.component}' is quantized; {list_some(left)} of the pipeline "
-                "stay as they are. Give their folders to quantize each by itself."
-            )
-        plan = replace(plan, notes=tuple(notes))
-        return cls(files, reader, names, tied, config, plan, others, checkpoint.component)
+        plan = replace(Plan.of_model(model, recipe), notes=tuple(notes))
+        return cls(files, reader, names, tied, config, plan, generation_config(model))
 
     def require_layers(self) -> None:
         """Raise `RecipeError` if no layer is quantized."""
@@ -140,13 +113,20 @@ class Source:
         Raises:
             CheckpointError: a weight cannot be used (`find_fault`), or a tensor cannot be read.
         """
-        weights = {f"{job.name}.weight" for job in self.plan.quantized}
+        layers = {job.weight_name: job for job in self.plan.quantized}
         hashes = {}
         for name in self.names:
-            tensor = self.reader.read(name)
-            if fault := find_fault(tensor, is_kept=name not in weights):
-                raise CheckpointError(f"Tensor '{name}' cannot be used: {fault}")
-            hashes[name] = hash_tensor(tensor)
+            job, digest = layers.get(name), hashlib.sha256()
+            is_stack = job is not None and job.is_stack
+            parts = (
+                read_matrices(self.reader, job) if job and is_stack else [self.reader.read(name)]
+            )
+            for index, part in enumerate(parts):
+                if fault := find_fault(part, is_kept=job is None):
+                    where = f", expert {index}," if is_stack else ""
+                    raise CheckpointError(f"Tensor '{name}'{where} cannot be used: {fault}")
+                digest.update(tensor_bytes(part))
+            hashes[name] = digest.hexdigest()
         return hashes
 
     def read_checked(self, name: str, sha256: str) -> Tensor:
@@ -163,28 +143,75 @@ class Source:
         return tensor
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run reads: one model or several, and what goes along with them."""
+
+    #: By component of a pipeline; of a model alone the name is "".
+    sources: dict[str, Source]
+    #: Files to copy, by their path in the target: the rest of a pipeline.
+    others: dict[str, Path] = field(default_factory=dict)
+    #: What of the pipeline is left as it is, or left out: sentences for the user.
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls,
+        checkpoints: Mapping[str, Checkpoint],
+        recipe: Recipe,
+        others: Mapping[str, Path] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> "Origin":
+        """Check and plan every model, as `Source.open` does; an error names the component."""
+        sources = {}
+        for component, checkpoint in checkpoints.items():
+            with name_component(component, len(checkpoints)):
+                sources[component] = Source.open(checkpoint, recipe)
+        return cls(sources, dict(others or {}), notes)
+
+    @property
+    def plan(self) -> Plan:
+        """What the linear layers of all models get."""
+        return Plan.join({name: source.plan for name, source in self.sources.items()}, self.notes)
+
+    def with_plans(self, plans: Mapping[str, Plan]) -> "Origin":
+        """Return the same with another plan of each model."""
+        planned = {name: replace(s, plan=plans[name]) for name, s in self.sources.items()}
+        return replace(self, sources=planned)
+
+    def require_layers(self) -> None:
+        """Raise `RecipeError` if of some model no layer is quantized."""
+        for component, source in self.sources.items():
+            with name_component(component, len(self.sources)):
+                source.require_layers()
+
+
+@contextmanager
+def name_component(component: str, of: int) -> Iterator[None]:
+    """Let an error say which of several models it is about; `of` is how many there are."""
+    try:
+        yield
+    except LoraqError as error:
+        if of == 1:
+            raise
+        raise type(error)(f"Component '{component}': {error}") from error
+
+
 def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors a model wants stored, and the names that share one of them.
 
-    A module may stand in two places: then its second names may be stored, or not.
+    A module may stand in two places, or two modules may hold one parameter: then the second names
+    may be stored, or not.
     """
-    owners = dict(model.named_modules(remove_duplicate=False))
-    first: dict[tuple[int, str], str] = {}
+    first: dict[int, str] = {}
     expected, tied = {}, {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        source = first.setdefault((id(owners[owner]), leaf), name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        source = first.setdefault(id(tensor), name)
         if source != name:
             tied[name] = source
         if source == name or name in stored:
             expected[name] = tensor
     return expected, tied
-
-
-def _find_denoisers(others: dict[str, Path]) -> list[str]:
-    """Return the components among a pipeline's other files that could be quantized as well."""
-    folders = {name.partition("/")[0] for name in others if name.endswith("/config.json")}
-    return sorted(name for name in folders if any(word in name for word in DENOISERS))
 
 
 def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:
@@ -196,22 +223,22 @@ def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:
     return sorted(name for name in reader.names if name.partition(".")[0] not in own)
 
 
-def plan_tensors(files: TensorReader, recipe: Recipe, linear: frozenset[str] | None = None) -> Plan:
+def plan_tensors(files: TensorReader, recipe: Recipe) -> Plan:
     """Plan a model of which no module is built.
+
+    Every matrix `….weight` is taken for a linear layer, unless its name is one that only tables
+    have.
 
     Args:
         files: its tensors.
         recipe: what is asked.
-        linear: names of its linear layers; where nobody knows them, every matrix `….weight` is
-            taken for one, unless its name is one that only tables have.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in files.names:
         layer, _, leaf = name.rpartition(".")
         shape = files.shape(name)
         is_matrix = len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0
-        is_known = layer in linear if linear is not None else not _TABLE.search(layer)
-        if layer and leaf == "weight" and is_matrix and is_known:
+        if layer and leaf == "weight" and is_matrix and not _TABLE.search(layer):
             shapes[layer] = (shape[0], shape[1])
     return Plan.of(shapes, recipe)
 

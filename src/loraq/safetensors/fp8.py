@@ -119,6 +119,13 @@ class Fp8Reader:
         scale = self.files.read(self.scales[name]).float()
         return tensor.float() * scale.reshape(-1, *[1] * (tensor.dim() - 1))
 
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first axis; raises `CheckpointError` as `read`."""
+        if name in self.scales:
+            return self.read(name)[index]
+        tensor = self.files.read_slice(name, index)
+        return tensor.bfloat16() if name in self.coded else tensor
+
     def _require_scale(self, name: str, scale: str) -> None:
         shape, scale_shape = self.shape(name), self.files.shape(scale)
         rows = torch.Size(scale_shape).numel()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraq.errors import CheckpointError, list_some
 from loraq.regular_file import open_regular
-from loraq.safetensors.header import DTYPES, Header, read_header
+from loraq.safetensors.header import DTYPES, Header, TensorSpec, read_header
 from loraq.safetensors.selection import read_weight_map, select_weights
 
 
@@ -34,6 +34,10 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU; raises `CheckpointError` if it cannot be read."""
+        ...
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first axis; raises `CheckpointError` as `read`."""
         ...
 
 
@@ -103,16 +107,30 @@ class ShardReader:
         Raises:
             CheckpointError: there is no tensor of this name, or it cannot be read.
         """
+        return self._read(name, None)
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first axis, of which alone the bytes are read.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        return self._read(name, index)
+
+    def _read(self, name: str, index: int | None) -> Tensor:
         if name not in self._home:
             raise CheckpointError(f"'{self.folder}' has no tensor '{name}'.")
         header, path = self._shards[self._home[name]], self.file_of(name)
-        spec = header.specs[name]
+        spec, offset = header.specs[name], header.offsets[name]
+        if index is not None:
+            spec = TensorSpec(spec.dtype, spec.shape[1:])
+            offset += index * spec.nbytes
         raw = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
         try:
             with open_regular(path) as file:
                 if file.seek(0, 2) != header.file_bytes:
                     raise OSError(f"it had {header.file_bytes} bytes and has {file.tell()} now")
-                file.seek(header.offsets[name])
+                file.seek(offset)
                 left = memoryview(raw.numpy().data)
                 while left:
                     if not (n := file.readinto(left)):

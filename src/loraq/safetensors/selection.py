@@ -28,6 +28,8 @@ _FILE = re.compile(
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[\w-]+))?\.json")
 #: Weights that are not read: pickles, which may run code of their own, and other formats.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.msgpack", "*.h5")
+#: Patterns of all names of weight files.
+WEIGHT_FILES = ("*.safetensors*", *_OTHER_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def select_weights(folder: Path, variant: str | None = None) -> Weights:
 
 def may_hold_weights(place: Path) -> bool:
     """Return whether there is a file, or a folder with one, of weights of any format."""
-    patterns = ("*.safetensors*", *_OTHER_FORMATS)
-    return place.is_file() or any(_visible(place, pattern) for pattern in patterns)
+    return place.is_file() or any(_visible(place, pattern) for pattern in WEIGHT_FILES)
 
 
 def is_model_weights(name: str) -> bool:

@@ -22,7 +22,7 @@ from loraq.kernels.base import (
     pass_straight_through,
 )
 from loraq.kernels.fp8_row import Fp8Operands, Fp8Row
-from loraq.kernels.resident import Resident
+from loraq.kernels.low_memory import LowMemory
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 
@@ -32,7 +32,7 @@ _PACKED = ("mxfp4", "mxint4")
 SMALL_M = 16
 
 _FP8_ROW = Fp8Row()
-_LOW_MEMORY = Resident("low_memory", keeps_operands=False)
+_LOW_MEMORY = LowMemory()
 
 
 class TritonRow(Backend):
@@ -72,15 +72,15 @@ class TritonRow(Backend):
         return 2e-2
 
     def prepare(
-        self, packed: PackedWeight, dtype: torch.dtype
+        self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype
     ) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None] | Fp8Operands:
         """Return the operands of `fp8_row`; or the packed weight, and the factors in bf16.
 
         Raises:
             KernelError: the weight cannot be folded exactly.
         """
-        if not _is_weight_only(packed.scheme):
-            return _FP8_ROW.prepare(packed, dtype)
+        if not _is_weight_only(scheme):
+            return _FP8_ROW.prepare(packed, scheme, dtype)
         return packed, decode_factors(packed.branch)
 
     def linear(self, x: Tensor, operands: Any, scheme: Scheme, bias: Tensor | None) -> Tensor:

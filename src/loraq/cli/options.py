@@ -1,0 +1,134 @@
+"""Options that several commands have, and how their values are read."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from loraq.recipe import Recipe
+
+
+def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that make a recipe."""
+    options = (
+        click.option(
+            "--recipe",
+            default="default",
+            show_default=True,
+            help="Name (`loraq formats`), or .toml/.json file.",
+        ),
+        click.option(
+            "--budget",
+            help="Bits per weight (5.25), or a 16-bit branch's bytes (r16=32); sets the ranks.",
+        ),
+        click.option(
+            "--allocate",
+            "allocation",
+            flag_value="greedy",
+            help="Share the budget among the layers: the same bytes in all, ranks where they help "
+            "most.",
+        ),
+        click.option("--method", help="Method instead of the recipe's (`loraq methods`)."),
+        click.option(
+            "--effort",
+            metavar="LEVEL",
+            help="Level of effort; for method loraq: fast, default or best.",
+        ),
+        click.option("--seed", type=int, help="Seed instead of the recipe's."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+RECIPE_OPTIONS = ("recipe", "budget", "allocation", "method", "effort", "seed")
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="config.json or its folder, for a SOURCE without one.",
+)
+
+
+variant_option = click.option(
+    "--variant",
+    metavar="NAME",
+    help="Which copy of the weights in a folder that holds several, such as fp16.",
+)
+
+
+components_option = click.option(
+    "--components",
+    metavar="all|NAME,…",
+    help="What of a pipeline is quantized: names, or all for its denoisers and text encoders. "
+    "[default: its denoisers]",
+)
+
+
+component_option = click.option(
+    "--component",
+    metavar="NAME",
+    help="Which model of a pipeline that has several, such as transformer_2.",
+)
+
+
+def size_option_value(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+    """Read a size such as "2GB", "500 MB" or "1GiB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
+    size = found and round(
+        float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")
+    )
+    if not size:
+        raise click.BadParameter(
+            f"'{text}' is not a size. Write a number and a unit, such as 2GB or 500MB."
+        )
+    return size
+
+
+def stats_option_value(
+    _context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
+) -> Path | dict[str, Path] | None:
+    """Read a file, or "transformer=FILE" once for each component."""
+    if not texts:
+        return None
+    if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).exists()):
+        return Path(texts[0])
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file or name in found:
+            raise click.BadParameter(
+                f"'{text}' is no NAME=FILE of another component. Give one file, or NAME=FILE once "
+                "for each component."
+            )
+        found[name] = Path(file)
+    return found
+
+
+def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
+    """Return the recipe that the options describe."""
+    from dataclasses import replace
+
+    from loraq.methods import METHODS
+    from loraq.recipe import Recipe
+
+    asked = {key: value for key, value in overrides.items() if value is not None}
+    made = replace(Recipe.of(recipe), **asked)
+    if METHODS[made.method].efforts:
+        return made
+    if "effort" in asked:
+        able = ", ".join(name for name, method in METHODS.items() if method.efforts)
+        raise click.UsageError(
+            f"Method '{made.method}' has no levels of effort. Leave --effort out, or use a method "
+            f"that has them ({able})."
+        )
+    if made.effort != "default":
+        click.echo(
+            f"Note: method '{made.method}' has no levels of effort, so the recipe's "
+            f"'{made.effort}' changes nothing.",
+            err=True,
+        )
+    return made

@@ -1,0 +1,243 @@
+"""Matrix products on weights that are decoded at each call: nothing but the packed bytes is kept.
+
+One decoded weight is in memory while a layer runs; a training step decodes it once more for the
+gradient instead of keeping it. 4-bit codes are decoded two at a time through a table of 256 bytes,
+several times faster than one code at a time.
+
+No activation is rounded, unless it is to be simulated, as in `resident`. For many tokens the branch
+is added to the weight, for few it runs beside it, whichever takes fewer multiplications.
+"""
+
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from loraq.formats import BlockFormat, QTensor, get_format
+from loraq.formats.scales import view_bytes
+from loraq.kernels.base import Backend, Operands, decode, decode_one, flatten_tokens
+from loraq.kernels.reference import run
+from loraq.kernels.resident import Resident, merge, operand_dtype
+from loraq.packed import PackedWeight
+from loraq.scheme import Branch, Scheme
+
+#: Decoded values handled at a time, so that the passes over them stay in cache.
+_CHUNK_VALUES = 1 << 18
+
+
+class LowMemory(Backend):
+    """Multiply in the input's dtype with weights that are decoded for each call."""
+
+    name = "low_memory"
+    keeps_operands = False
+    emulates = True
+
+    def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        """Return `None`: every layer runs."""
+        return None
+
+    def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
+        """Return that of `resident`."""
+        return Resident().bound(scheme, dtype)
+
+    def prepare(self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype) -> PackedWeight:
+        """Return the packed weight."""
+        return packed
+
+    def linear(
+        self, x: Tensor, operands: PackedWeight, scheme: Scheme, bias: Tensor | None
+    ) -> Tensor:
+        """Return y (…, out) in the dtype of x (…, in)."""
+        if scheme.is_weight_only:
+            side = operands.scheme.rotation if scheme.rotation == 0 else 0
+            tensors, branch = list(operands.tensors.values()), operands.scheme.branch
+            factor, rank = (branch.weight, branch.rank) if branch else ("", 0)
+            main, n_out = operands.scheme.weight, operands.shape[0]
+            return _packed_linear(x, tensors, n_out, main, factor, rank, side, bias)
+        dtype = operand_dtype(x.dtype)
+        return run(x, decode_by_table(operands, dtype, scheme.rotation), scheme, bias, dtype)
+
+
+def _unpack(tensors: list[Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
+    return PackedWeight.from_tensors(
+        dict(zip(scheme.storage(shape), tensors, strict=True)), scheme, shape
+    )
+
+
+def _scheme(main: str, factor: str, rank: int, rotation: int) -> Scheme:
+    return Scheme(main, branch=Branch(rank, factor) if rank else None, rotation=rotation)
+
+
+# One opaque operator: a compiler would keep decoded weights, and trace again for other numbers of
+# tokens; autograd would keep the decoded weight of every layer.
+@library.custom_op("loraq::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor,
+    tensors: list[Tensor],
+    n_out: int,
+    main: str,
+    factor: str,
+    rank: int,
+    rotation: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return x (Qw(R) + U D)ᵀ + b, the matrices rotated back by `rotation` first.
+
+    Args:
+        x: (…, in).
+        tensors: those of `PackedWeight.tensors`, in their order.
+        n_out: output channels.
+        main: format of the main weight.
+        factor: format of both factors.
+        rank: of the branch, 0 for none.
+        rotation: side of the blocks by which what is stored is rotated and x is not.
+        bias: (out).
+    """
+    scheme, shape = _scheme(main, factor, rank, rotation), (n_out, x.shape[-1])
+    dtype = operand_dtype(x.dtype)
+    operands = decode_by_table(_unpack(tensors, scheme, shape), dtype, 0)
+    if len(flatten_tokens(x)) * sum(shape) >= prod(shape):  # both times the rank
+        operands = merge(operands)
+    return run(x, operands, scheme, bias, dtype)
+
+
+@_packed_linear.register_fake
+def _(
+    x: Tensor,
+    tensors: list[Tensor],
+    n_out: int,
+    main: str,
+    factor: str,
+    rank: int,
+    rotation: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n_out))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tensors, *ctx.rest, bias = inputs
+    ctx.n_in, ctx.dtype = x.shape[-1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    back = _packed_linear_back(gradient, tensors, *ctx.rest, ctx.n_in, ctx.dtype)
+    bias = None
+    if ctx.bias_dtype is not None:
+        bias = flatten_tokens(gradient).float().sum(0).to(ctx.bias_dtype)
+    return back, [None] * len(tensors), None, None, None, None, None, bias
+
+
+@library.custom_op("loraq::packed_linear_back", mutates_args=())
+def _packed_linear_back(
+    gradient: Tensor,
+    tensors: list[Tensor],
+    n_out: int,
+    main: str,
+    factor: str,
+    rank: int,
+    rotation: int,
+    n_in: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    scheme = _scheme(main, factor, rank, rotation)
+    packed = _unpack(tensors, scheme, (n_out, n_in))
+    dense, _, _ = merge(decode_by_table(packed, operand_dtype(dtype), 0))
+    return (gradient.to(dense.dtype) @ dense).to(dtype)
+
+
+@_packed_linear_back.register_fake
+def _(
+    gradient: Tensor,
+    tensors: list[Tensor],
+    n_out: int,
+    main: str,
+    factor: str,
+    rank: int,
+    rotation: int,
+    n_in: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], n_in), dtype=dtype)
+
+
+_packed_linear.register_autograd(_backward, setup_context=_save)
+
+
+def decode_by_table(
+    packed: PackedWeight, dtype: torch.dtype, rotation: int | None = None
+) -> Operands:
+    """Return what `decode` returns, sooner for 4-bit tensors."""
+    return decode(packed, dtype, rotation, _decode_pairs)
+
+
+def _decode_pairs(q: QTensor, dtype: torch.dtype) -> Tensor:
+    if q.format.bits != 4:
+        return decode_one(q, dtype)
+    return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+
+
+# Opaque, as `loraq::dequantize` is, so that a compiled model keeps no decoded weight as a constant.
+@library.custom_op("loraq::dequantize_pairs", mutates_args=())
+def _dequantize_pairs(
+    packed: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    name: str,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt = get_format(name)
+    assert isinstance(fmt, BlockFormat)
+    assert scale is not None
+    factor = fmt.scale_format.decode(scale)
+    if global_scale is not None:
+        factor = factor * view_bytes(global_scale, torch.float32)
+    # A product of a 4-bit value and a scale of 8 significant bits is exact in fp32, so rounding it
+    # to bf16 at once is what rounding a decoded fp32 weight is. Longer scales multiply in fp32.
+    exact = dtype == torch.bfloat16 and fmt.scale_format.n_bytes < 4 and global_scale is None
+    work = dtype if exact else torch.float32
+    table, factor = _pairs(name, work, packed.device), factor.to(work)
+    size = fmt.block_size or n
+    out = torch.empty((len(packed), n), dtype=dtype, device=packed.device)
+    step = max(1, _CHUNK_VALUES // n) if packed.device.type == "cpu" else len(packed)
+    for start in range(0, len(packed), step):
+        part = slice(start, start + step)
+        values = (
+            table.index_select(0, packed[part].flatten().int())
+            .view(work)
+            .view(len(packed[part]), -1)
+        )
+        if n % size or n % 2:
+            values = values[:, :n] * factor[part].repeat_interleave(size, -1)[:, :n]
+        else:
+            values.view(len(values), -1, size).mul_(factor[part].unsqueeze(-1))
+        out[part] = values
+    return out
+
+
+@_dequantize_pairs.register_fake
+def _(
+    packed: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    name: str,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
+
+
+@lru_cache(maxsize=32)
+def _pairs(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Both values of every byte, as one integer a byte: a single look-up then moves both."""
+    fmt = get_format(name)
+    assert isinstance(fmt, BlockFormat)
+    byte, grid = torch.arange(256, device="cpu"), fmt.element.grid().to(dtype)
+    pairs = torch.stack((grid[byte & 15], grid[byte >> 4]), -1)
+    return pairs.view(torch.int32 if dtype == torch.bfloat16 else torch.int64).flatten().to(device)
