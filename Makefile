@@ -61,8 +61,8 @@ clean:
 	@echo "setup: making .venv-exports with the programs that load exports (once, some minutes)"
 	@$(PYTHON) -m venv .venv-exports
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
-		gguf sdnq kernels
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
+		gguf sdnq kernels onnxruntime
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
 	@touch $@
 

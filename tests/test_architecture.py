@@ -46,7 +46,13 @@ FENCES = {
     "click": ["cli"],
     "rich": ["cli", "pipeline/progress.py"],
     "triton": [f"kernels/triton/{name}.py" for name in ("quant_down", "gemm_up", "small_m")],
+    "onnx_ir": ["exports/onnx_graph.py"],
+    "onnxscript": ["exports/onnx_graph.py"],
+    "gguf": [],
+    "onnx": [],
+    "onnxruntime": [],
     "safetensors": [],
+    "sdnq": [],
     "pickle": [],
     "yaml": [],
 }

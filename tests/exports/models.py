@@ -99,7 +99,7 @@ MODELS = {
         "PixArtTransformer2DModel",
         lambda: nn.Module.to(load_float(assets_folder() / "transformer"), torch.float32),
         lambda: {
-            "hidden_states": _rand(2, 1, 16, 16),
+            "hidden_states": _rand(2, 1, 8, 8),
             "encoder_hidden_states": _rand(2, 1, 64, seed=1),
             "timestep": torch.tensor([500, 500]),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from small.pixart import small_pixart
 
 import loraq
 from loraq.checkpoint.inspect import DenseWeights
-from loraq.errors import CheckpointError, ExportError
+from loraq.errors import CheckpointError, ExportError, MissingLibraryError
+from loraq.exports import onnx_graph
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.table import TARGETS
 from loraq.integrations.diffusers import empty_model
@@ -30,9 +32,14 @@ RECIPES = {
         "scheme": "int4+bf16-r16",
         "rules": [{"match": "*norm*.linear", "skip": True}],
     },
+    "onnx": "int4-a16+w8a8-r32",
     "torchao": "nvfp4-a16+bf16-r16",
     "dense": "mxfp4-a4+w8a8-r16-h32",
 }
+
+
+#: Targets whose configuration is that of a float model.
+FLOATS = ("gguf", "onnx", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,12 @@ def place(tmp_path_factory) -> Path:
     for name, recipe in RECIPES.items():
         save_quantized("flux", recipe, place / name)
     return place
+
+
+@pytest.fixture(autouse=True)
+def graph(monkeypatch):
+    """Packages of ONNX are not needed here: `make test-exports` builds and runs the graphs."""
+    monkeypatch.setattr("loraq.exports.onnx.build_graph", lambda *_: b"graph")
 
 
 def export(source: Path, target: Path, to: str, **options):
@@ -58,12 +71,14 @@ def test_a_target_holds_every_layer_of_its_recipe(place, tmp_path, to):
     assert {layer.fate for layer in report.layers} == {wanted}
     assert report.largest_change == 0.0 or to == "dense"
     assert report.nbytes == sum(
-        size for name, size in report.files.items() if name.endswith(("tensors", "gguf"))
+        size
+        for name, size in report.files.items()
+        if name.endswith(("tensors", "gguf", "onnx", "data"))
     )
     assert all((tmp_path / "out" / name).stat().st_size == n for name, n in report.files.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method")
-    assert method == {"gguf": None, "dense": None, "nunchaku-lite": "nunchaku_lite"}.get(to, to)
+    assert method == ({"nunchaku-lite": "nunchaku_lite"} | dict.fromkeys(FLOATS)).get(to, to)
     document = json.loads((tmp_path / "out/loraq_export.json").read_text())
     assert document["target"] == to
     assert document["layers"].keys() == DenseWeights(place / to).manifest.layers.keys()
@@ -90,7 +105,7 @@ def test_the_same_bytes_come_out_twice(place, tmp_path, to):
 def test_the_card_says_how_to_load_and_what_goes_wrong(place, tmp_path, to):
     export(place / to, tmp_path / "out", to)
     text = (tmp_path / "out/README.md").read_text()
-    assert "FluxTransformer2DModel.from_" in text
+    assert ("InferenceSession" if to == "onnx" else "FluxTransformer2DModel.from_") in text
     assert '"out' in text
     assert str(tmp_path) not in text  # the card may be published
     assert all(trap in text for trap in TARGETS[to].about.traps)
@@ -149,7 +164,7 @@ def test_a_rotation_is_refused_with_the_way_out(place, tmp_path, to):
     assert "--to dense" in message
 
 
-@pytest.mark.parametrize("to", ["gguf", "nunchaku-lite", "torchao"])
+@pytest.mark.parametrize("to", ["gguf", "nunchaku-lite", "onnx", "torchao"])
 def test_too_much_that_would_be_dense_is_refused_with_the_recipe(tmp_path, to):
     save_quantized("flux", "mxfp4-a16+w8a8-r16", tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", to)
@@ -205,6 +220,23 @@ def test_dtypes_that_cannot_be(place, tmp_path, options, reason):
 
 def test_an_unknown_target_is_named_with_the_closest(place, tmp_path):
     assert "Did you mean 'sdnq'?" in refused(place / "sdnq", tmp_path / "out", "sdqn")
+
+
+def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("loraq.exports.onnx.build_graph", onnx_graph.build_graph)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(MissingLibraryError, match=r'pip install "loraq\[onnx\]"'):
+        export(place / "onnx", tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_inputs_of_a_class_must_be_known(tmp_path):
+    model = small_pixart(num_layers=1, use_additional_conditions=True)
+    loraq.quantize_(model, "int4_b32-a16+bf16-r8", effort="fast", progress=False)
+    loraq.save(model, tmp_path / "quantized")
+    message = refused(tmp_path / "quantized", tmp_path / "out", "onnx")
+    assert "The inputs of PixArtTransformer2DModel with this configuration are not known" in message
 
 
 def test_a_float_folder_is_no_source(place, tmp_path):

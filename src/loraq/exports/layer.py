@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loraq.formats import QTensor
 from loraq.formats.block import BlockFormat
+from loraq.packed import LowRankBranch
 from loraq.safetensors.header import TensorSpec
 from loraq.scheme import Scheme
 
@@ -109,6 +110,8 @@ class Layer:
     main: QTensor
     #: The branch in fp32, LoRAs of the user included; `None` for none.
     branch: Factors | None
+    #: The branch as it is stored, without LoRAs.
+    packed_branch: LowRankBranch | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ TRAPS = (
     "Never fuse or merge it (`fuse_lora`, `merge_and_unload`, a loader that merges): the sum is "
     "rounded to 4 bits again, which is worse than having no branch.",
     "diffusers: a LoRA that is loaded later becomes the only active one, which switches the branch "
-    'off without a word. Then call `set_adapters(["loraq", "other"])`, with every adapter named; '
+    'off without an error. Then call `set_adapters(["loraq", "other"])`, with every adapter named; '
     "or let `loraq export --lora FILE` put the other one into the branch.",
 )
 

@@ -136,6 +136,7 @@ def _plan(
     name = type(source.model).__name__
     job = Job(
         heads=tuple(head for head in source.heads if not head.n_experts),
+        model=source.model,
         config=source.config,
         floats=source.find_floats(),
         takes_lora=hasattr(type(source.model), "load_lora_adapter"),

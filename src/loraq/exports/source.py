@@ -139,7 +139,8 @@ class ExportSource:
     def read_layer(self, head: Head) -> Layer:
         """Return a quantized layer that is not rotated, with what LoRAs add to its branch."""
         packed = PackedWeight.from_tensors(self._read_parts(head), head.scheme, head.shape)
-        return Layer(head, packed.main, build_factors(packed, self.adapters.get(head.name, [])))
+        branch = build_factors(packed, self.adapters.get(head.name, []))
+        return Layer(head, packed.main, branch, packed.branch)
 
     def read_dense(self, head: Head) -> Tensor:
         """Return the effective weight in fp32 (out, in), or (experts, out, in), with LoRAs."""

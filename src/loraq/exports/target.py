@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraq.errors import ExportError
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
@@ -47,6 +47,8 @@ class Job:
 
     #: Every quantized matrix, one that shares bytes under each of its names; no stacked experts.
     heads: tuple[Head, ...]
+    #: The model on the meta device, its quantized layers empty.
+    model: nn.Module
     #: Content of `config.json`, without its `quantization_config`.
     config: Mapping[str, Any]
     #: Kind of each module that has a float weight of two or more axes, by its name.

@@ -57,6 +57,7 @@ def test_a_sana_whose_convolutions_are_dense(tmp_path):
     assert distance(output(loaded, "sana"), exact_output(model, "sana")) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_a_second_lora_switches_the_branch_off_unless_both_are_named(tmp_path):
     """The trap in the model card, and the way out of it."""
     model = save_quantized("flux", MIXED, tmp_path / "quantized")

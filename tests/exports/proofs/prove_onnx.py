@@ -1,0 +1,40 @@
+"""`onnx`: whole models by ONNX Runtime."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import loraq
+from tests.exports.models import MODELS, distance, exact_output, save_quantized
+
+#: ONNX Runtime adds in another order: of the tiny SANA torch itself is 5e-7 from the sums in fp64,
+#: and ONNX Runtime 1.6e-6, as many with its optimizations switched off.
+LARGEST = {"flux": 1e-6, "pixart": 1e-6, "sana": 2e-6}
+CASES = [
+    ("flux", "int4-a16+bf16-r16"),
+    ("flux", "int4-a16+w8a8-r32"),
+    ("flux", "mxint4-a16+w6a6-r32"),
+    ("pixart", "int4_b32-a16+w8a8-r32"),
+    ("sana", "int4-a16+bf16-r16"),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe"), CASES, ids=str)
+def test_a_whole_model_is_the_exact_weight_only_forward(tmp_path, name, recipe):
+    model = save_quantized(name, recipe, tmp_path / "quantized")
+    report = loraq.export(
+        *(tmp_path / "quantized", tmp_path / "out"),
+        **{"to": "onnx", "allow_dense": name == "sana", "progress": False},
+    )
+    assert report.counts["rounded"] == 0
+    session = onnxruntime.InferenceSession(
+        tmp_path / "out/model.onnx", providers=["CPUExecutionProvider"]
+    )
+    inputs = MODELS[name].inputs()
+    feeds = {
+        each.name: inputs[each.name].numpy().astype(np.float32) for each in session.get_inputs()
+    }
+    found = torch.tensor(session.run(None, feeds)[0])
+    assert distance(found, exact_output(model, name)) < LARGEST[name]
+    assert distance(exact_output(model, name, branch=False), found) > 1e-2
