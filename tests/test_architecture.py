@@ -51,6 +51,7 @@ FENCES = {
     "gguf": [],
     "onnx": [],
     "onnxruntime": [],
+    "openvino": [],
     "safetensors": [],
     "sdnq": [],
     "pickle": [],

@@ -1,4 +1,4 @@
-"""Target `onnx`: one graph for ONNX Runtime, its weights in a file beside it.
+"""Target `onnx`: one graph for ONNX Runtime and OpenVINO, its weights in a file beside it.
 
 By tensor, for a layer (N, K) in blocks of B, operator `MatMulNBits` of the domain com.microsoft:
 
@@ -78,21 +78,26 @@ class Onnx(Target):
 
     about = About(
         name="onnx",
-        loaded_by="ONNX Runtime (FLUX, PixArt, SANA, SD3)",
+        loaded_by="ONNX Runtime and OpenVINO (FLUX, PixArt, SANA, SD3)",
         holds="INT4 in blocks of 16, 32, 64 …, MXINT4; any rank in each layer; 8-bit branches as "
         "8 bits where the rank is a multiple of 32; no 1×1 convolutions, no FP4",
         exact="codes, scales, and branches of every format (8-bit ones stay 8 bits, others are "
         "written in fp32)",
-        activations="fp32; ONNX Runtime rounds to 8 bits only where accuracy_level is set to 4",
-        verified="whole models (FLUX, SANA, PixArt) by ONNX Runtime on a CPU; SANA to 2e-6, where "
-        "fp32 sums in another order differ by as much",
-        unverified="OpenVINO, GPU and NPU providers; SD3",
+        activations="fp32; OpenVINO rounds to 8 bits unless it is told not to",
+        verified="whole models (FLUX, SANA, PixArt) by both on a CPU; SANA to 2e-6, where fp32 "
+        "sums in another order differ by as much",
+        unverified="GPUs and NPUs; SD3; speed",
         recipe="int4-a16+w8a8-r32",
         load="import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("{folder}/model.onnx")\n'
-        "print([(each.name, each.shape) for each in session.get_inputs()])",
+        "print([(each.name, each.shape) for each in session.get_inputs()])\n\n"
+        "# or\nimport openvino\n\n"
+        'exact = {{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}\n'
+        'model = openvino.Core().compile_model("{folder}/model.onnx", "CPU", exact)',
         traps=(
             "`model.onnx` and `model.onnx.data` belong together, under these names.",
+            "OpenVINO's defaults round activations to 8 bits in blocks, a relative error of about "
+            "3e-3; the two settings above switch that off.",
             "The graph is that of one forward: text encoder, scheduler and VAE are not in it.",
             "Batch and number of text tokens are free, and FLUX's image tokens; height and width "
             "of latents are `sample_size` in `config.json`. Prompts come without padding.",
