@@ -3,7 +3,7 @@
 Full-size models on the meta device, planned with one recipe: the published configurations of
 `published.toml`, then every transformer class that diffusers exports, in the published size or else
 in that of its default configuration. Read the last column: it counts everything in the file, kept
-layers, biases and norms at 16 bits each. `page` makes docs/architectures.md of the same figures.
+layers, biases and norms too. `page` makes docs/architectures.md of the same figures.
 
     python -m benchmarks.architectures [--save]
 """
@@ -41,9 +41,10 @@ loads every one of these classes at a small size, bit for bit.
   and stacked experts count as such.
 * **weight-only**: the part of it whose activations stay in 16 bits. These are modulations, which run on one row for
   each image.
-* **kept**: linear layers that stay in 16 bits: input and output projections, embeddings, timestep networks.
+* **kept**: linear layers that do not get the recipe's format. Embeddings, text projections and adaptive norms are stored
+  in **8-bit**; input and output projections and gates stay in 16 bits.
 * **not linear**: all the rest, such as larger convolutions, token tables, biases and norms.
-* **bits**: of the whole file for each parameter, with all that is kept at 16 bits.
+* **bits**: of the whole file for each parameter, with all that stays floats at 16 bits.
 
 Which layer is which, and why, is in `src/loraq/data/families.toml`; `loraq plan` shows it for a model, and a rule in
 a recipe overrides it:
@@ -71,8 +72,10 @@ class Coverage:
     quantized: float
     #: Share in layers that are quantized weight-only.
     weight_only: float
-    #: Share in linear layers that are kept.
+    #: Share in linear layers that are kept, those in eight bits included.
     kept: float
+    #: Share in kept layers that are stored in eight bits.
+    kept_in_8_bits: float
     #: Bits of the whole file for each parameter.
     bits_per_parameter: float
 
@@ -82,18 +85,19 @@ class Coverage:
         plan = Plan.of_model(model, recipe)
         total = sum(parameter.numel() for parameter in model.parameters())
         weights = {layer.name: math.prod(layer.shape) for layer in plan.layers}
-        quantized = sum(weights[layer.name] for layer in plan.quantized)
-        weight_only = [
-            layer for layer in plan.quantized if layer.scheme and layer.scheme.activation == "bf16"
-        ]
+        in_8_bits = sum(weights[layer.name] for layer in plan.kept_in_8_bits)
+        low = [layer for layer in plan.quantized if not layer.is_kept]
+        quantized = sum(weights[layer.name] for layer in low)
+        weight_only = [layer for layer in low if layer.scheme.activation == "bf16"]
         nbytes = plan.nbytes + 2 * (total - sum(weights.values()))
         return cls(
             parameters=total,
             layers=len(plan.layers),
-            layers_quantized=len(plan.quantized),
+            layers_quantized=len(low),
             quantized=quantized / total,
             weight_only=sum(weights[layer.name] for layer in weight_only) / total,
             kept=(sum(weights.values()) - quantized) / total,
+            kept_in_8_bits=in_8_bits / total,
             bits_per_parameter=8 * nbytes / total,
         )
 
@@ -135,7 +139,8 @@ def _on_meta(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
 def page() -> str:
     """Return docs/architectures.md: what the rules do to every transformer class."""
     recipe = Recipe.named("default")
-    headings = ("parameters", "layers", "4-bit", "weight-only", "kept", "not linear", "bits")
+    headings = ("parameters", "layers", "4-bit", "weight-only", "kept", "8-bit", "not linear")
+    headings += ("bits",)
     lines = [INTRO]
     for first, covered in (
         ("published model", of_published(recipe)),
@@ -144,7 +149,7 @@ def page() -> str:
         body = []
         for name, row in covered.items():
             rest = max(0.0, 1 - row.quantized - row.kept)
-            shares = (row.quantized, row.weight_only, row.kept, rest)
+            shares = (row.quantized, row.weight_only, row.kept, row.kept_in_8_bits, rest)
             cells = [f"{row.parameters / 1e9:.2f} B", f"{row.layers_quantized} of {row.layers}"]
             cells += [f"{share:.1%}" for share in shares] + [f"{row.bits_per_parameter:.2f}"]
             body.append([f"`{name}`" if first == "class" else name, *cells])

@@ -13,6 +13,7 @@ import benchmarks.quality.page
 import benchmarks.speed.page
 from benchmarks import architectures
 from benchmarks.pages import table
+from benchmarks.quality import ledger
 from benchmarks.results import read
 from loraq.cli import main
 from loraq.exports.table import TARGETS
@@ -43,6 +44,12 @@ def formats_page() -> str:
         "its scale.",
         "",
         *table(headings, map(format_cells, FORMATS), "l" * len(headings)),
+        "The block scales of `nvfp4` go down to e4m3's subnormal 2⁻⁹ under the global scale. "
+        "torchao clamps them to its",
+        "smallest normal number 2⁻⁶: where a block is that small beside the matrix's largest "
+        "value, its bytes differ from ours",
+        "and hold less of the block.",
+        "",
         "A suffix `_b<size>` sets another block size for integers: `int8_b64`, `int4_b32`.",
         "",
         "## Recipe names",
@@ -150,7 +157,7 @@ if __name__ == "__main__":
         "exports.md": exports_page(),
         "architectures.md": architectures.page(),
         "performance.md": benchmarks.speed.page.page(records),
-        "quality.md": benchmarks.quality.page.page(records),
+        "quality.md": benchmarks.quality.page.page(records, ledger.read()),
     }
     stale = [
         name
@@ -162,4 +169,4 @@ if __name__ == "__main__":
     for name, text in pages.items():
         (HERE / name).write_text(text)
     # Not compared: another version of the drawing library draws other paths.
-    benchmarks.quality.page.draw(records, HERE / "quality.svg")
+    benchmarks.quality.page.draw(ledger.read(), HERE / "quality.svg")

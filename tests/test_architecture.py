@@ -19,7 +19,7 @@ ROWS = (
     "autocast dense formats json_files layer_input options stacks transforms",
     "expert_weight safetensors scheme linalg state stats",
     "budget packed precision recipe_names rules",
-    "families kernels",
+    "appended families kernels",
     "methods nn",
     "experts",
     "layers recipe parallel",

@@ -31,6 +31,8 @@ COMMANDS = [
     "inspect",
     "compare",
     "absorb-lora",
+    "append-lora",
+    "remove-lora",
     "formats",
     "methods",
     "demo",
@@ -38,7 +40,7 @@ COMMANDS = [
     "stats",
     "export",
 ]
-FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast")
+FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 
 
 def run(*arguments: object) -> Result:
@@ -284,7 +286,7 @@ def test_quantize_gives_one_document(place, tmp_path):
     found = document("quantize", place / "float", tmp_path / "out", *FAST, "--seed", 3)
     assert found["target"] == str(tmp_path / "out")
     assert Recipe.from_dict(found["recipe"]) == replace(
-        Recipe.named("mxfp4+w8a8-r8"), effort="fast", seed=3
+        Recipe.named("mxfp4+w8a8-r8"), effort="fast", seed=3, keep="float"
     )
     assert len(found["layers"]) == 8
     assert found["layers"][0]["name"] == "transformer_blocks.0.attn1.to_q"
@@ -381,13 +383,16 @@ def test_plan_shows_every_layer_and_why_it_is_kept(place):
         "why",
     ]
     assert lines[0].split() == headings
-    assert len(lines) == 1 + 16 + 2
-    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-2]}
+    assert len(lines) == 1 + 16 + 3
+    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-3]}
     assert shown["transformer_blocks.0.attn1.to_q"] == ["32×32", "mxfp4", "mxfp4"]
     assert shown["transformer_blocks.0.attn2.to_k"] == ["32×32", "kept", "2.0"]
     assert "text-side projection of the cross-attention" in text
-    assert lines[-2].startswith("8 layers quantized at ")
-    assert lines[-2].endswith(" bits per weight, 8 kept.")
+    assert lines[-3].startswith("8 layers quantized at ")
+    assert lines[-3].endswith(" bits per weight, 8 kept.")
+    in_8_bits = succeeds("plan", place / "float", *FAST[:-2])
+    assert "int8_b128 (kept)" in in_8_bits
+    assert " bits per weight, 8 kept, 7 of them in 8 bits." in in_8_bits
 
 
 def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
@@ -408,7 +413,7 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
 
 def test_a_budget_sets_the_rank(place):
     small, large = (
-        document("plan", place / "float", "--recipe", "mxfp4+w8a8", "--budget", budget)
+        document("plan", place / "float", *FAST[-2:], "--recipe", "mxfp4+w8a8", "--budget", budget)
         for budget in ("r16=2", "r16=8")
     )
     ranks = [
@@ -434,9 +439,9 @@ def test_inspect_shows_every_layer(place):
         "size",
         "error",
     ]
-    assert len(lines) == 1 + 8 + 2
+    assert len(lines) == 1 + 8 + 3
     assert "r8 mxint8/mxint8" in lines[1]
-    assert lines[-2].startswith("8 quantized layers, ")
+    assert lines[-3].startswith("8 quantized layers, ")
     assert lines[-1] == "All files are as they were written."
     assert succeeds("inspect", place / "quantized-pipeline") == (
         f"{text}So are the other files of the pipeline: 1.\n"
@@ -835,7 +840,7 @@ def test_names_of_strangers_are_shown_escaped_in_tables_and_exact_in_json(capsys
 
 @pytest.fixture(scope="module")
 def exportable(place) -> Path:
-    recipe = ("--recipe", "int4_b32-a16+bf16-r8", "--effort", "fast")
+    recipe = ("--recipe", "int4_b32-a16+bf16-r8", "--effort", "fast", "--keep", "float")
     succeeds("quantize", place / "float", place / "int4", *recipe)
     return place / "int4"
 

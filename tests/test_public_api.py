@@ -21,6 +21,7 @@ PUBLIC = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "append_lora",
     "collect_pipeline_stats",
     "collect_stats",
     "dequantize_",
@@ -35,6 +36,7 @@ PUBLIC = [
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",
+    "remove_lora",
     "save",
     "save_stats",
     "set_activations",
@@ -85,8 +87,8 @@ def test_every_public_name_documents_its_own_members():
         (
             "quantize_",
             [
-                *("model", "recipe", "*effort", "*budget", "*rank", "*modules_to_not_convert"),
-                *("*stats", "*components", "*workers", "*progress"),
+                *("model", "recipe", "*effort", "*budget", "*rank", "*keep"),
+                *("*modules_to_not_convert", "*stats", "*components", "*workers", "*progress"),
             ],
         ),
         (
@@ -107,6 +109,11 @@ def test_every_public_name_documents_its_own_members():
             "plan_export",
             ["source", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"],
         ),
+        (
+            "append_lora",
+            ["model", "lora", "scale", "*name", "*component", "*target", "*overwrite", "*progress"],
+        ),
+        ("remove_lora", ["model", "name", "*component", "*target", "*overwrite", "*progress"]),
         ("plan_model", ["model", "recipe", "*workers", "*progress"]),
         ("set_activations", ["model", "precision", "*simulate"]),
         ("set_backend", ["model", "name"]),

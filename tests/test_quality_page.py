@@ -1,5 +1,6 @@
 """The page of quality says what the newest result files say, and judges beyond noise only."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,33 +9,144 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 quality_page = pytest.importorskip("benchmarks.quality.page")
+from benchmarks.quality import ledger  # noqa: E402
+from benchmarks.quality.field import Entrant  # noqa: E402
+from benchmarks.quality.ranking import finalists  # noqa: E402
 from benchmarks.quality.row import ModelRow  # noqa: E402
+from benchmarks.quality.tables import COMPARISONS, QUALIFYING  # noqa: E402
 from benchmarks.results import RENAMED, read, rename  # noqa: E402
 from benchmarks.rivals import page as rivals_section  # noqa: E402
 
+TITLE = "W4A8, own samples"
+DECLARED = COMPARISONS[TITLE].declared
 
-def row(
-    label,
-    velocity,
-    *,
-    method="loraq",
-    bits=4.9,
-    same_bytes=True,
-    group="W4A16, own samples",
-    world="digits",
-):
+
+def line(label="LoRaQ", recipe=DECLARED, seed=0, error=0.010, **changes):
     numbers = {
-        "bits_per_weight": bits,
+        "bits_per_weight": 4.9,
         "weight_error": 0.1,
         "output_error": 0.05,
-        "psnr_db": 40.0,
-        "ssim": 0.99,
         "seconds": 3.0,
         "peak_bytes": 9 * 2**20,
+        "velocity_error": error,
     }
-    names = {"label": label, "method": method, "group": group, "world": world, "recipe": "int4-a16"}
-    names["effort"] = "fast"
-    return {**names, **numbers, "same_bytes": same_bytes, "velocity_errors": velocity}
+    method = {"LoRaQ": "loraq", "GPTQ": "gptq"}.get(label, "svdquant")
+    names = {"world": "digits", "group": TITLE, "label": label, "recipe": recipe, "seed": seed}
+    names |= {"method": method, "effort": "fast", "budget": "", "fingerprint": "f"}
+    names |= {"date": f"2026-01-02T00:00:0{seed % 10}", "commit": "abc1234"}
+    return {**names, **numbers, **changes}
+
+
+def ledger_of(folder, *lines):
+    for one in lines:
+        ledger.add(one, folder)
+    return ledger.read(folder)
+
+
+def with_errors(label, errors, recipe="mxfp4-a8+w8a8-h0", **changes):
+    return [line(label, recipe, seed, error, **changes) for seed, error in enumerate(errors)]
+
+
+OURS = with_errors("LoRaQ", [0.010, 0.011, 0.0105], DECLARED)
+
+
+def judged(lines):
+    page = quality_page.page([], lines).splitlines()
+    return next(text for text in page if text.startswith(f"| digits, {TITLE} |")).split("|")
+
+
+def test_the_page_is_what_the_result_files_give():
+    assert (ROOT / "docs" / "quality.md").read_text() == quality_page.page(read(), ledger.read())
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([0.020, 0.022, 0.021], "won, bar 1.05 met"),
+        ([0.01030, 0.01133, 0.01081], "won, bar 1.05 **missed**"),
+        ([0.0101, 0.0109, 0.0106], "**tied**, bar 1.05 **missed**"),
+        ([0.005, 0.0055, 0.00525], "**lost**, bar 1.05 **missed**"),
+        ([0.020], "not judged: one seed"),
+    ],
+)
+def test_a_table_is_won_or_lost_only_beyond_the_confidence_interval(tmp_path, errors, expected):
+    rival = with_errors("SVDQuant ×20 + GPTQ", errors)
+    assert judged(ledger_of(tmp_path, *OURS, *rival))[-2].strip() == expected
+
+
+def test_the_declared_row_meets_the_strongest_rival_that_stores_no_more(tmp_path):
+    better = with_errors("LoRaQ", [0.001, 0.001, 0.001], "int4-aint8+int8-h0")
+    larger = with_errors("GPTQ", [0.002, 0.002, 0.002], "x", bits_per_weight=5.25)
+    weak = with_errors("SVDQuant ×1 + GPTQ", [0.03, 0.03, 0.03])
+    strong = with_errors("QERA", [0.02, 0.022, 0.021])
+    cells = judged(ledger_of(tmp_path, *OURS, *better, *larger, *weak, *strong))
+    assert cells[2].strip().startswith("QERA")
+    assert cells[4].strip() == f"`{DECLARED}`"
+    assert cells[6].strip() == "2.00 ± 0.00"
+
+
+def test_ratios_are_run_by_run_on_the_seeds_that_both_have(tmp_path):
+    rival = [line("QERA", "r", 1, 0.022), line("QERA", "r", 2, 0.021), line("QERA", "r", 4, 9.0)]
+    assert judged(ledger_of(tmp_path, *OURS, *rival))[6].strip() == "2.00 ± 0.00"
+
+
+def test_what_is_not_measured_is_said_and_nothing_is_judged(tmp_path):
+    assert judged(ledger_of(tmp_path))[-2].strip() == "not measured yet"
+    assert judged(ledger_of(tmp_path, line("QERA", "r")))[-2].strip() == "not measured yet"
+    unfair = {"benchmark": "quality.run", "date": "2026", "rows": [{"same_bytes": True}]}
+    unfair["rows"][0] |= {**line(), "velocity_errors": [1.0], "peak_bytes": 1}
+    assert quality_page.studies([unfair]) == {}
+
+
+def test_rows_that_store_other_branches_say_so(tmp_path):
+    ours = line(optimized=48, n_layers=64)
+    assert "| 48 of 64 |" in quality_page.page([], ledger_of(tmp_path, ours))
+
+
+def test_the_newest_line_of_a_row_and_seed_counts(tmp_path):
+    new = line(error=0.5, date="2027-01-01")
+    found = ledger_of(tmp_path, new, line(error=0.1))
+    (row,) = ledger.rows(found, "digits", TITLE, [0, 1])
+    assert (row.velocity_errors, row.seeds) == ((0.5,), (0,))
+
+
+def test_the_strongest_rivals_of_the_qualification_go_on_and_no_row_of_ours(tmp_path):
+    rows = COMPARISONS[TITLE].entrants
+    lines = [
+        line(row.label, row.recipe, QUALIFYING[0], 1 + i / 1000, method=row.method)
+        for i, row in enumerate(rows)
+    ]
+    strong = [i for i, row in enumerate(rows) if row.method != "loraq"][20:23]
+    for i in strong:
+        lines[i]["velocity_error"] = 0.01
+    heavy = next(i for i, row in enumerate(rows) if row.method == "qera" and i not in strong)
+    lines[heavy] |= {"velocity_error": 0.001, "bits_per_weight": 5.1}
+    going = finalists(ledger_of(tmp_path, *lines), "digits", TITLE)
+    assert set(strong) <= going
+    assert heavy not in going
+    assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == {DECLARED}
+    assert all(i in going for i, row in enumerate(rows) if row.as_published)
+
+
+def test_a_fingerprint_is_of_what_a_method_makes_and_what_is_done_besides():
+    def seen(**changes):
+        return ledger.fingerprint(replace(row, **changes), "r16=5", "fast")
+
+    row = Entrant("a", "mxfp4-a4+w8a8-h0", "gptq", statistics="own samples")
+    assert seen() == seen(label="b")
+    different = [seen(), seen(options={"rounds": 5}), seen(smoothing="grid"), seen(method="loraq")]
+    assert len(set(different)) == 4
+
+
+def test_the_picture_is_the_same_for_the_same_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = ledger_of(tmp_path, *OURS, *with_errors("QERA", [0.02, 0.022, 0.021]))
+    pictures = []
+    for name in ("one.svg", "other.svg"):
+        quality_page.draw(lines, tmp_path / name)
+        pictures.append((tmp_path / name).read_text())
+    assert pictures[0] == pictures[1]
+    assert pictures[0].startswith("<?xml")
 
 
 def record(*rows, date="2026-01-02", **changes):
@@ -47,85 +159,6 @@ def record(*rows, date="2026-01-02", **changes):
     }
     plain |= {"torch": "2", "cpu_count": 2}
     return plain | {"rows": list(rows)} | changes
-
-
-OURS = row("LoRaQ", [0.010, 0.011, 0.0105])
-
-
-def verdict(*rows):
-    lines = quality_page.page([record(*rows)]).splitlines()
-    return next(line for line in lines if line.startswith("| digits, ")).split("|")
-
-
-def test_the_page_is_what_the_result_files_give():
-    assert (ROOT / "docs" / "quality.md").read_text() == quality_page.page(read())
-
-
-def test_the_newest_record_of_each_table_counts_and_others_are_left_out():
-    old = record(row("old", [1.0]), row("kept", [1.0], group="W4A8, own samples"))
-    new = record(row("new", [1.0]), row("newer", [1.0]), date="2026-01-03")
-    there = record(row("there", [1.0], world="patches"))
-    foreign = record({"label": "of an older form", "world": "digits"}, date="2026-01-04")
-    timings = record(row("timings", [1.0]), benchmark="speed.layer", date="2026-01-05")
-    found = quality_page.newest([old, there, new, foreign, timings])
-    labels = {
-        (world, group): [row.label for row in kept.rows]
-        for world, tables in found.items()
-        for group, kept in tables.items()
-    }
-    assert labels == {
-        ("digits", "W4A16, own samples"): ["new", "newer"],
-        ("digits", "W4A8, own samples"): ["kept"],
-        ("patches", "W4A16, own samples"): ["there"],
-    }
-    assert old["rows"][0]["label"] == "old"
-
-
-@pytest.mark.parametrize(
-    ("rival", "expected"),
-    [
-        ([0.020, 0.022, 0.021], "met"),
-        ([0.0101, 0.0109, 0.0106], "**open**: within noise"),
-        ([0.005, 0.0055, 0.00525], "**MISSED**"),
-    ],
-)
-def test_a_bar_is_met_or_missed_only_beyond_the_confidence_interval(rival, expected):
-    assert verdict(row("GPTQ", rival, method="gptq"), OURS)[-2].strip() == expected
-
-
-def test_a_rival_meets_rows_that_store_no_more_and_have_its_main_format():
-    plain = row("INT5", [0.008, 0.0082, 0.0081], method="rtn", bits=5.25, same_bytes=False) | {
-        "recipe": "int5-a16"
-    }
-    larger = row("LoRaQ, 5.25 bits", [0.006, 0.0061, 0.0062], bits=5.24, same_bytes=False)
-    assert verdict(plain, OURS)[4:6] == [" LoRaQ ", " 4.90 "]
-    assert verdict(plain, OURS, larger)[4:6] == [" LoRaQ, 5.25 bits ", " 5.24 "]
-    rival = row("SVDQuant", [0.02, 0.021, 0.022], method="svdquant") | {"recipe": "mxfp4-a16+bf16"}
-    ours = row("LoRaQ, MXFP4", [0.012, 0.013, 0.014]) | {"recipe": "mxfp4-a16+w6a6"}
-    assert verdict(rival, OURS, ours)[4] == " LoRaQ, MXFP4 "
-    smaller = row("round to nearest", [0.01, 0.01, 0.01], method="rtn", bits=4.25)
-    assert verdict(smaller, rival, OURS, ours)[2] == " SVDQuant "
-
-
-def test_ratios_are_to_the_best_row_of_the_same_bytes():
-    larger = row("more bytes", [0.005, 0.0055, 0.00525], bits=5.25, same_bytes=False)
-    rows = [OURS, larger, row("worse", [0.02, 0.022, 0.021])]
-    lines = quality_page.figures([ModelRow.from_record(line) for line in rows])
-    cells = {
-        line.split("|")[1].strip(): line.split("|")[7].strip() for line in lines if "int4" in line
-    }
-    assert cells == {"LoRaQ": "1", "more bytes": "0.50 ± 0.00", "worse": "2.00 ± 0.00"}
-
-
-def test_the_picture_is_the_same_for_the_same_numbers(tmp_path):
-    pytest.importorskip("matplotlib")
-    records = [record(OURS, row("SVDQuant", [0.02, 0.022, 0.021], method="svdquant"))]
-    pictures = []
-    for name in ("one.svg", "other.svg"):
-        quality_page.draw(records, tmp_path / name)
-        pictures.append((tmp_path / name).read_text())
-    assert pictures[0] == pictures[1]
-    assert pictures[0].startswith("<?xml")
 
 
 def rival(name, error, ours, table="1152x1152", a4=0.2):

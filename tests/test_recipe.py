@@ -219,7 +219,7 @@ def test_the_scheme_may_be_a_name(name):
     [
         (
             {**MINIMAL, "sed": 1},
-            r"Unknown key in recipe 'sed'\. Did you mean 'seed'.*budget, effort, method",
+            r"Unknown key in recipe 'sed'\. Did you mean 'seed'.*budget, effort, keep, method",
         ),
         (
             {"scheme": {"weight": "mxfp4", "rank": 3}},
@@ -232,8 +232,8 @@ def test_the_scheme_may_be_a_name(name):
         ),
         (
             {**MINIMAL, "rules": [{"match": "*"}, {"match": "a", "skipp": True}]},
-            r"key in rules\[1\] 'skipp'\. Did you mean 'skip'.*activation, branch, match, reason, "
-            r"skip, weight",
+            r"key in rules\[1\] 'skipp'\. Did you mean 'skip'.*activation, branch, keep, match, "
+            r"reason, skip, weight",
         ),
         (
             {**MINIMAL, "rules": [{"match": "a*", "branch": {"ranks": 3}}]},

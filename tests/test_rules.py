@@ -74,8 +74,9 @@ def test_a_rule_gives_a_branch_to_a_recipe_without_one():
 
 def test_a_rule_of_the_recipe_overrides_the_rules_of_the_class():
     name, model_class = "transformer_blocks.0.attn2.to_k", "PixArtTransformer2DModel"
-    assert recipe_of().scheme_for(name, (64, 64), model_class) is None
-    assert recipe_of().scheme_for(name, (64, 64)) is not None
+    assert recipe_of(keep="float").scheme_for(name, (64, 64), model_class) is None
+    assert recipe_of().scheme_for(name, (64, 64), model_class) == Scheme("int8_b128")
+    assert recipe_of().scheme_for(name, (64, 64)) == recipe_of().scheme
     forced = recipe_of(rules=(Rule("*.attn2.*", skip=False),))
     assert forced.scheme_for(name, (64, 64), model_class) == forced.scheme
     assert forced.scheme_for("proj_out", (64, 64), model_class) is None

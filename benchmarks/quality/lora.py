@@ -1,55 +1,91 @@
-"""Does a LoRA do on a quantized model what it does on the float model, loaded on top or absorbed?
+"""Does a LoRA do on a quantized model what it does on the float one: on top, appended or absorbed?
 
-    python -m benchmarks.quality.lora      # 1 minute on one core; needs `pip install "loraq[lora]"`
+    python -m benchmarks.quality.lora --save     # 5 minutes on one core; needs "loraq[lora,demo]"
 
-A SANA transformer of random weights (128 wide, two transformer blocks) and a random LoRA of rank 4
-on its attention projections. `change error` is ‖Δ_quantized − Δ_float‖ / ‖Δ_float‖, Δ being what
-the LoRA does to the output; `output error` is that of the quantized model without any LoRA, and is
-what the change error has to be read against. Random weights say that it works; they say nothing
-about a trained LoRA's look.
+The trained digits transformer, and a LoRA of rank 8 on its attention and feed-forward layers that
+is trained here, on digits in negative (`--steps` of it). The reference is the float model with the
+LoRA's product added to its weights. `change error` is ‖Δ_quantized − Δ_float‖ / ‖Δ_float‖, Δ being
+what the LoRA does to the velocity; `output error` is that of the quantized model without any LoRA,
+which the change error has to be read against. `product` is the mean over the layers of ‖ΔW − U D‖ /
+‖ΔW‖, where the LoRA is stored by itself. `forward` is one pass of 256 images, against that of the
+quantized model without the LoRA, and `bytes` what the model takes more than without it: a layer
+that is kept in fp32 here, and holds bf16 numbers, shrinks when a LoRA is appended to it.
 """
 
+import copy
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-import diffusers
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loraq
-import loraq.diffusers
+from benchmarks.record import options, report
+from loraq.evaluation import digits, flow
+from loraq.integrations.adapters import register_adapters
+from loraq.integrations.lora import Lora
+from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
 
-RECIPES = ("mxint8", "mxfp4-a8+w8a8-r16", "mxfp4+w8a8-r16", "mxfp4")
+#: Every precision of the branch, one recipe without a branch, and INT8 rows.
+RECIPES = (
+    "mxfp4-a8+bf16",
+    "mxfp4-a8+w8a8",
+    "mxfp4-a8+w6a8",
+    "mxfp4-a8+w4a8",
+    "int4-a8+int8",
+    "mxfp4-a16+w8a8",
+    "mxfp4-a8",
+)
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def transformer() -> nn.Module:
-    """Return the float model, the same each time."""
+def adapt(model: nn.Module) -> nn.Module:
+    """Put an untrained LoRA on a model, quantized or not."""
+    register_adapters()
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS)
+    peft.inject_adapter_in_model(config, model)  # type: ignore[arg-type]
+    return model
+
+
+def train(file: Path, steps: int) -> None:
+    """Train a LoRA of the float model on digits in negative, and write it."""
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 32, "num_cross_attention_heads": 4}
-    sizes |= {
-        "cross_attention_head_dim": 32,
-        "cross_attention_dim": 128,
-        "caption_channels": 64,
-        "num_layers": 2,
-    }
-    return diffusers.SanaTransformer2DModel(
-        in_channels=4, out_channels=4, sample_size=16, patch_size=1, **sizes
-    ).eval()
+    model = adapt(digits.load_transformer(torch.float32))
+    images, labels = digits.real_digits()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, 2e-3)
+    for _ in range(steps):
+        chosen, times = torch.randint(len(images), (32,)), torch.rand(32)
+        noise, wanted = torch.randn(32, 1, 8, 8), -images[chosen]
+        noised = flow.interpolate(wanted, noise, times)
+        velocity = digits.predict_velocity(model, noised, times, labels[chosen])
+        loss = (velocity - (wanted - noise)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    state = peft.get_peft_model_state_dict(model)  # type: ignore[arg-type]
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
 
 
-def output(model: nn.Module) -> Tensor:
-    """Return one forward on seeded latents and text."""
-    generator = torch.Generator().manual_seed(1)
-    latents, text = (
-        torch.randn(2, 4, 16, 16, generator=generator),
-        torch.randn(2, 8, 64, generator=generator),
-    )
-    with torch.no_grad():
-        return model(latents, text, torch.tensor([100.0, 800.0]), return_dict=False)[0]
+def load_on_top(model: nn.Module, file: Path) -> None:
+    """Load the LoRA as an adapter in floats."""
+    peft.set_peft_model_state_dict(adapt(model), load_file(file))  # type: ignore[arg-type]
+
+
+def fuse(model: nn.Module, file: Path) -> None:
+    """Add the LoRA's product to float weights."""
+    for name, adapter in Lora.read(file).adapters.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data += adapter.delta()
 
 
 def relative(difference: Tensor, reference: Tensor) -> float:
@@ -57,46 +93,94 @@ def relative(difference: Tensor, reference: Tensor) -> float:
     return (difference.norm() / reference.norm()).item()
 
 
+def nbytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def fastest(model: nn.Module, repeats: int) -> float:
+    """Return the seconds of one pass."""
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        digits.velocity_probe(model)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def measure(name: str, source: Path, file: Path, change: Tensor, repeats: int) -> list[Any]:
+    """Return a row for each way to use the LoRA on one recipe."""
+    plain = digits.load_transformer(torch.float32)
+    exact = digits.velocity_probe(plain)
+    loraq.quantize_(plain, replace(Recipe.named(name), effort="fast"), progress=False)
+    before, alone = digits.velocity_probe(plain), fastest(plain, repeats)
+    products: dict[str, float] = {}
+
+    def append(model: nn.Module) -> None:
+        appended = loraq.append_lora(model, file, progress=False)
+        products["append"] = mean(factors.relative_error for factors in appended.factors)
+
+    ways: dict[str, Callable[[nn.Module], object]] = {
+        "on top": lambda model: load_on_top(model, file),
+        "append": append,
+        "absorb": lambda model: loraq.absorb_lora(model, file, source, progress=False),
+    }
+    rows = []
+    for way, put in ways.items():
+        model = copy.deepcopy(plain)
+        begin = time.perf_counter()
+        put(model)
+        seconds = time.perf_counter() - begin
+        ours = digits.velocity_probe(model) - before
+        rows.append(
+            {
+                "recipe": name,
+                "way": way,
+                "output_error": relative(before - exact, exact),
+                "change_error": relative(ours - change, change),
+                "product_error": products.get(way),
+                "bytes": nbytes(model) - nbytes(plain),
+                "bytes_before": nbytes(plain),
+                "seconds": seconds,
+                "forward": fastest(model, repeats) / alone,
+                "layers": len(quantized_layers(model)),
+            }
+        )
+        print(
+            f"{name:16} {way:8} {rows[-1]['output_error']:12.4f} {rows[-1]['change_error']:12.4f}"
+            f" {products.get(way, float('nan')):10.4f} {rows[-1]['bytes']:9} {seconds:8.1f}"
+            f" {rows[-1]['forward']:8.2f}",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
-    """Print one row for each recipe."""
-    torch.set_num_threads(1)
+    """Print one row for each recipe and way."""
+    chosen = options(
+        __doc__,
+        steps=(60, "steps of training the LoRA (default: 60)"),
+        lora=("", "file to keep the trained LoRA in, which a later run reads"),
+        recipes=(RECIPES, "recipes to measure (default: every precision of the branch)"),
+    )
     with tempfile.TemporaryDirectory() as place:
-        source, lora = Path(place) / "float", Path(place) / "lora"
-        model = transformer()
-        model.save_pretrained(source)
-        exact = output(model)
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        torch.manual_seed(2)
-        model.add_adapter(
-            peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
-        )
-        model.save_lora_adapter(lora)
-        change = output(model) - exact
-        print(
-            f"The LoRA changes the float model's output by {relative(change, exact):.3f} of its "
-            f"norm.\n"
-        )
-        print(
-            "recipe               output error   change error, loaded   absorbed   absorb: layers, "
-            "s a layer"
-        )
-        for name in RECIPES:
-            loaded, absorbed = (type(model).from_pretrained(source) for _ in range(2))
-            recipe = replace(Recipe.named(name), effort="fast")
-            for quantized in (loaded, absorbed):
-                loraq.quantize_(quantized, recipe, progress=False)
-            before = output(loaded)
-            loaded.load_lora_adapter(lora, prefix=None, use_safetensors=True)
-            on_top = output(loaded) - before
-            begin = time.perf_counter()
-            report = loraq.absorb_lora(absorbed, lora, source, progress=False)
-            seconds = (time.perf_counter() - begin) / len(report.layers)
-            inside = output(absorbed) - before
-            errors = (relative(on_top - change, change), relative(inside - change, change))
-            print(
-                f"{name:20} {relative(before - exact, exact):12.4f} {errors[0]:22.4f} "
-                f"{errors[1]:10.4f} {len(report.layers):16} {seconds:11.2f}"
-            )
+        file = Path(chosen.lora or Path(place) / "negative.safetensors")
+        if not file.exists():
+            train(file, chosen.steps)
+        model = digits.load_transformer(torch.float32)
+        exact = digits.velocity_probe(model)
+        fuse(model, file)
+        change = digits.velocity_probe(model) - exact
+        share = relative(change, exact)
+        print(f"The LoRA changes the float model's velocity by {share:.3f} of its norm.\n")
+        print("recipe           way      output error change error    product  bytes  s  forward")
+        source = digits.assets_folder() / "transformer"
+        rows = [
+            row | {"change": share}
+            for name in chosen.recipes
+            for row in measure(name, source, file, change, chosen.repeats)
+        ]
+    report(rows, save=chosen.save)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ ERROR_BARS = {
 }
 SECONDS_BARS = {(1152, 1152): 6.0, (1152, 4608): 20.0}
 BASELINE = SVDQuant(scale_rule=None)
+#: How many times LoRaQ's error SVDQuant x100 with scale search is to have, beside the same branch.
+RIVAL_BAR, JUDGED_BRANCHES = 1.20, ("w8a8", "w6a6")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,39 @@ def opened(branch: Branch) -> Branch:
     return replace(branch, rank=0)
 
 
+def rival_label(name: str) -> str:
+    """Return how alternated SVDQuant with a quantized branch is called."""
+    return f"SVDQuant r{NOMINAL[name].rank} {name} x100"
+
+
+def judge_rivals(
+    main: str, ratios: dict[tuple[str, tuple[int, int]], list[float]], shapes: list[tuple[int, int]]
+) -> list[Row]:
+    """Print and return how much more error SVDQuant x100 has than LoRaQ, beside the same branch.
+
+    The mean over shapes of the mean over seeds, run by run.
+    """
+    rows: list[Row] = []
+    for name in JUDGED_BRANCHES:
+        ours = f"LoRaQ r{NOMINAL[name].rank} {name}"
+        over = [
+            fmean(
+                theirs / own
+                for theirs, own in zip(
+                    ratios[rival_label(name), shape], ratios[ours, shape], strict=True
+                )
+            )
+            for shape in shapes
+        ]
+        kept, shown = fmean(over) >= RIVAL_BAR, " ".join(f"{ratio:.3f}" for ratio in over)
+        print(
+            f"SVDQuant x100 / LoRaQ, {main} {name}: {shown}, mean {fmean(over):.3f}, "
+            f"bar {RIVAL_BAR:.2f} {verdict(kept)}"
+        )
+        rows.append({"table": "same branch", "main": main, "branch": name, "ratios": over})
+    return rows
+
+
 def verdict(kept: bool) -> str:
     """Return how a bar is shown."""
     return "met" if kept else "MISSED"
@@ -97,6 +132,10 @@ def entries(main: str, shape: tuple[int, int]) -> list[Entry]:
         Entry("SVDQuant r32 w16a16", SVDQuant(), r32),
         Entry("SVDQuant r32 w16a16 x100", SVDQuant(rounds=100), r32),
     ]
+    for name, branch in NOMINAL.items():
+        if branch.weight != "bf16":
+            scheme = Scheme(main, branch=branch)
+            lines.append(Entry(rival_label(name), SVDQuant(rounds=100), scheme))
     for name, branch in NOMINAL.items():
         bar = ERROR_BARS.get(main, {}).get(name)
         lines.append(
@@ -163,6 +202,7 @@ def synthetic_weights(mains: list[str], shapes: list[tuple[int, int]], seeds: ra
                 | {"ratios": ratios[label, shape], "cpu_seconds": seconds[label, shape]}
                 for label, shape in keys
             ]
+        rows += judge_rivals(main, ratios, shapes)
     return rows
 
 

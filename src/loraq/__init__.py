@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
     from loraq.integrations.activations import ActivationSchedule, set_activations
+    from loraq.integrations.append import append_lora, remove_lora
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.integrations.diffusers import load
     from loraq.integrations.models import quantize, quantize_
@@ -47,6 +48,7 @@ _HOMES = {
     "Rule": "loraq.rules",
     "Scheme": "loraq.scheme",
     "absorb_lora": "loraq.integrations.absorb",
+    "append_lora": "loraq.integrations.append",
     "collect_pipeline_stats": "loraq.integrations.pipelines",
     "collect_stats": "loraq.pipeline.collect",
     "dequantize_": "loraq.checkpoint.floats",
@@ -61,6 +63,7 @@ _HOMES = {
     "quantize_": "loraq.integrations.models",
     "quantize_checkpoint": "loraq.integrations.checkpoints",
     "quantize_weight": "loraq.pipeline.module",
+    "remove_lora": "loraq.integrations.append",
     "save": "loraq.checkpoint",
     "save_stats": "loraq.checkpoint.stats_file",
     "set_activations": "loraq.integrations.activations",
@@ -81,6 +84,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "absorb_lora",
+    "append_lora",
     "collect_pipeline_stats",
     "collect_stats",
     "dequantize_",
@@ -95,6 +99,7 @@ __all__ = [
     "quantize_",
     "quantize_checkpoint",
     "quantize_weight",
+    "remove_lora",
     "save",
     "save_stats",
     "set_activations",

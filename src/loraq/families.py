@@ -1,4 +1,4 @@
-"""Families of model classes: which of their layers stay in 16 bits, and which are weight-only."""
+"""Families of model classes: which of their layers are kept, and which are weight-only."""
 
 import tomllib
 from collections.abc import Sequence

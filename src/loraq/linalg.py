@@ -71,7 +71,7 @@ def svd_of_product(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
     """Return the exact SVD of `up @ down` without forming the product."""
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.mT)
-    left, values, right = torch.linalg.svd(r_up @ r_down.mT)
+    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     return TruncatedSVD(q_up @ left, values, right @ q_down.mT)
 
 

@@ -42,6 +42,7 @@ class QuantizedLayer(nn.Module):
 
     #: Codes of the main weight; the other packed tensors stand beside it.
     weight_packed: nn.Parameter
+    bias: nn.Parameter | None
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
     #: What follows the layer's name in that of the float weight.
@@ -84,12 +85,12 @@ class QuantizedLayer(nn.Module):
         nn.Module.__init__(self)  # not that of the float layer, which would make a float weight
         scheme.check((out_features, in_features))
         self.in_features, self.out_features, self._scheme = in_features, out_features, scheme
+        # The bias first: models ask `next(module.parameters()).dtype` what floats a part takes.
+        empty = torch.empty(out_features, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(empty) if bias else None)
         for name, stored in scheme.storage(self.packed_shape).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
         self.record = {}
         self.weight_dtype = dtype or torch.float32
         self.ask_activations("stored")
@@ -101,11 +102,11 @@ class QuantizedLayer(nn.Module):
     ) -> Self:
         """Return the layer that stores a packed weight, on its device.
 
-        The bias is taken over as it is, a `Parameter` stays the same object. `dtype` is that of
-        `weight` where there is no bias.
+        The bias is taken over as it is. `dtype` is that of `weight` where there is no bias.
         """
-        n_out, n_in = packed.shape
-        layer = cls(n_in, n_out, packed.scheme, bias=False, device="meta", dtype=dtype)
+        (n_out, n_in), main = packed.shape, Scheme(packed.scheme.weight)
+        layer = cls(n_in, n_out, main, bias=False, device="meta", dtype=dtype)
+        layer._scheme = packed.scheme  # LoRAs may have raised its rank beyond min(out, in)
         for name, tensor in packed.tensors.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -323,15 +324,12 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:  # last, as in the state of a float layer
+            destination[f"{prefix}bias"] = destination.pop(f"{prefix}bias")
         mark_packed(destination, prefix[:-1], self.weight_leaf)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
         self._prepared = None
         # Copied into a parameter, or assigned as one, other numbers would pass for bytes.

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from loraq.errors import KernelError, unknown
+from loraq.formats import CastFormat
 from loraq.scheme import Scheme
 
 #: What can be asked of a layer: what its scheme says, or activations of so many bits.
@@ -28,8 +29,8 @@ def schemes_at(stored: Scheme, precision: str) -> tuple[Scheme, ...]:
     """
     if precision not in PRECISIONS:
         raise KernelError(unknown("precision of activations", precision, PRECISIONS))
-    if precision == "stored":
-        return (stored,)
+    if precision == "stored" or isinstance(stored.weight_format, CastFormat):
+        return (stored,)  # a main weight of 16 bits is that of a layer which was kept in floats
     if precision == "a16":  # rotated as the bytes are
         return (replace(stored.weight_only(), rotation=stored.rotation),)
     bits = int(precision[1:])

@@ -1,7 +1,7 @@
 """Which scheme and method a model's layers get: `Recipe`, and its forms as a table or a file."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,6 +18,10 @@ from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
 
 ALLOCATIONS = ("uniform", "greedy")
+#: How layers can be stored that a rule keeps out of the scheme: as they are, or in eight bits,
+#: rounded to nearest, with activations as they are. Of the 8-bit formats this one has the least
+#: error for its bytes (docs/decisions/0025-kept-layers.md).
+KEEPS: dict[str, Scheme | None] = {"float": None, "int8": Scheme("int8_b128")}
 
 #: The longest file that is read; a rule takes 50 bytes, and Python's TOML a second for 2 MB.
 _MOST_BYTES = 256_000
@@ -46,6 +50,9 @@ class Recipe:
     #: "greedy" (ranks go where they lower the summed squared error most, with the same bytes in
     #: all; see `loraq.pipeline.sharing`).
     allocation: str = "uniform"
+    #: How layers are stored that the rules of the model's class keep out of the scheme: "int8"
+    #: (eight bits, without a branch) or "float" (as they are).
+    keep: str = "int8"
     #: Read from top to bottom before the rules of the model's class; the first match wins.
     rules: tuple[Rule, ...] = ()
 
@@ -63,8 +70,8 @@ class Recipe:
         }
         if self.effort not in efforts:
             raise RecipeError(unknown("effort", self.effort, efforts))
-        if self.allocation not in ALLOCATIONS:
-            raise RecipeError(unknown("allocation", self.allocation, ALLOCATIONS))
+        _require_known("allocation", self.allocation, ALLOCATIONS)
+        _require_known("way to keep layers", self.keep, KEEPS)
         legal = [f.name for f in fields(METHODS[self.method])]
         for name in self.options:
             if name not in legal:
@@ -92,6 +99,7 @@ class Recipe:
         effort: str | None = None,
         budget: str | float | None = None,
         rank: int | None = None,
+        keep: str | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
     ) -> "Recipe":
         """Return the recipe with some of what is changed most often; `None` changes nothing.
@@ -100,6 +108,7 @@ class Recipe:
             effort: how long the method works.
             budget: storage of a layer, for a recipe that leaves the rank open.
             rank: of every layer's branch, in place of the recipe's.
+            keep: how the layers are stored that the model's class keeps: "int8" or "float".
             modules_to_not_convert: modules that stay as they are, with all that is in them: whole
                 dotted names, or the end or the middle of one ("proj_out", "blocks.0", "ff");
                 patterns of the shell too.
@@ -108,7 +117,7 @@ class Recipe:
             RecipeError: the recipe has nothing that an argument could change, or it contradicts
                 another.
         """
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {} if keep is None else {"keep": keep}
         if effort is not None:
             if not METHODS[self.method].efforts:
                 raise RecipeError(
@@ -160,23 +169,34 @@ class Recipe:
         of_class = (rule for rule in family_rules(model_class) if rule.matches(inner))
         return next((rule for rule in self.rules if rule.matches(name)), next(of_class, None))
 
+    def keeps(self, name: str, model_class: str = "", within: str = "") -> bool:
+        """Return whether a rule keeps a layer out of the scheme, however it is stored then.
+
+        The arguments are those of `rule_for`.
+        """
+        rule = self.rule_for(name, model_class, within)
+        return rule is not None and bool(rule.keep)
+
     def requested_scheme(self, name: str, model_class: str = "", within: str = "") -> Scheme | None:
-        """Return the scheme of one layer as requested, or `None` if the layer is skipped.
+        """Return the scheme of one layer as requested, or `None` if the layer stays as it is.
 
         Its rank is 0 if a budget is to settle it. The arguments are those of `rule_for`.
         """
         rule = self.rule_for(name, model_class, within)
         if rule is not None and rule.skip:
             return None
+        if rule is not None and rule.keep:
+            return KEEPS[self.keep]
         scheme = self.scheme if rule is None else rule.apply(self.scheme)
         return replace(scheme, branch=None) if METHODS[self.method].branch == "none" else scheme
 
     def scheme_for(
         self, name: str, shape: tuple[int, int], model_class: str = "", within: str = ""
     ) -> Scheme | None:
-        """Return the scheme of one layer with its rank settled, or `None` if the layer is skipped.
+        """Return the scheme of one layer with its rank settled, or `None` if it stays as it is.
 
-        The arguments beside the shape, (out, in), are those of `rule_for`.
+        So does a layer that is kept and so narrow that eight bits and their scales store no less
+        than 16. The arguments beside the shape, (out, in), are those of `rule_for`.
 
         Raises:
             SchemeError: the request does not fit the shape; the message carries the layer's name.
@@ -189,7 +209,8 @@ class Recipe:
             scheme.check(shape)
         except SchemeError as error:
             raise SchemeError(f"Layer '{name}': {error}" if name else str(error)) from error
-        return scheme
+        saves = scheme.nbytes(shape) < 2 * shape[0] * shape[1]
+        return scheme if saves or not self.keeps(name, model_class, within) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal recipe."""
@@ -275,6 +296,11 @@ class Recipe:
             return cls(scheme=what)
         file = file_of(what)
         return cls.named(str(what)) if file is None else cls.read(file)
+
+
+def _require_known(what: str, chosen: str, known: Collection[str]) -> None:
+    if chosen not in known:
+        raise RecipeError(unknown(what, chosen, known))
 
 
 def _keep_module(name: str) -> Rule:

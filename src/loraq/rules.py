@@ -15,8 +15,11 @@ class Rule:
 
     #: Shell pattern for the dotted layer name, or several with "|" between; `*` also matches dots.
     match: str
-    #: True leaves the layer as it is; False quantizes it even where the model's class skips it.
+    #: True leaves the layer as it is; False quantizes it even where the model's class keeps it.
     skip: bool | None = None
+    #: True keeps the layer out of the scheme: it is stored as the recipe's `keep` says, in eight
+    #: bits or as it is.
+    keep: bool | None = None
     #: True leaves all activations in 16 bits, also those of the branch, and stores the weights as
     #: the recipe says.
     weight_only: bool | None = None
@@ -31,6 +34,12 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "the rule")
+        if self.keep and self.skip is not None:
+            raise RecipeError(
+                f"Rule '{self.match}' has both `keep = true` and `skip`. `skip = true` leaves a "
+                "layer as it is, `keep = true` stores it as the recipe's `keep` says. Leave one of "
+                "them out."
+            )
 
     def matches(self, name: str) -> bool:
         """Return whether the rule is for a layer of this dotted name."""

@@ -112,7 +112,7 @@ def save_quantized(name: str, recipe: str | dict[str, Any], folder: Path) -> nn.
     """Quantize a model by a fast method, save it, and return it."""
     model = MODELS[name].build()
     asked = {"scheme": recipe} if isinstance(recipe, str) else recipe
-    made = Recipe.from_dict({"method": "svdquant", **asked})
+    made = Recipe.from_dict({"method": "svdquant", "keep": "float", **asked})
     loraq.quantize_(model, made, progress=False)
     loraq.save(model, folder)
     return model

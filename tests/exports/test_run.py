@@ -18,6 +18,7 @@ from loraq.exports import onnx_graph
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.table import TARGETS
 from loraq.integrations.diffusers import empty_model
+from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
 from tests.exports.models import MODELS, save_quantized
 from tests.folders import files_of
@@ -317,7 +318,7 @@ def test_a_layer_that_stands_in_two_places_is_written_twice(tmp_path, monkeypatc
         return model
 
     model = share(MODELS["flux"].build())
-    loraq.quantize_(model, "int4-a16", progress=False)
+    loraq.quantize_(model, "int4-a16", keep="float", progress=False)
     loraq.save(model, tmp_path / "quantized")
     monkeypatch.setattr(
         "loraq.exports.source.empty_model", lambda folder: share(empty_model(folder))
@@ -333,13 +334,43 @@ def test_a_layer_that_stands_in_two_places_is_written_twice(tmp_path, monkeypatc
     assert all(torch.equal(first[part], second[part]) for part in first)
 
 
+@pytest.mark.parametrize("to", ["sdnq", "gguf"])
+def test_layers_that_the_class_keeps_in_8_bits_may_be_dense(tmp_path, to):
+    recipe = {"scheme": "int4_b32-a16+bf16-r16", "keep": "int8"}
+    model = save_quantized("flux", recipe, tmp_path / "quantized")
+    kept = {name for name, layer in quantized_layers(model).items() if layer.record.get("kept")}
+    assert kept
+    done = export(tmp_path / "quantized", tmp_path / "out", to)
+    assert {layer.name for layer in done.layers if layer.is_kept} == kept
+    wanted = "exact" if to == "gguf" else "dense"
+    assert {layer.fate for layer in done.layers if layer.is_kept} == {wanted}
+    assert done.dense_share == 0.0
+
+
+def test_a_lora_that_was_appended_before_is_a_part_of_the_branch(place, tmp_path, rng):
+    name = "transformer_blocks.0.attn.to_q"
+    factors = {
+        f"transformer.{name}.lora_A.weight": torch.randn(4, 128, generator=rng),
+        f"transformer.{name}.lora_B.weight": torch.randn(128, 4, generator=rng) * 0.05,
+    }
+    save_file(factors, tmp_path / "style.safetensors", {"format": "pt"})
+    changed, file = tmp_path / "changed", tmp_path / "style.safetensors"
+    loraq.append_lora(place / "sdnq", file, target=changed, progress=False)
+    done = export(changed, tmp_path / "out", "sdnq")
+    assert done.counts["exact"] == len(done.layers)
+    written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
+    assert written[f"{name}.svd_up"].shape == (128, 24)
+
+
 def test_stacked_experts_are_dense_in_the_shape_of_the_model(tmp_path):
     from loraq.integrations.diffusers import _quiet_diffusers
 
     with _quiet_diffusers() as diffusers:
         model = small_model(diffusers.NucleusMoEImageTransformer2DModel)
     rules = [{"match": "*experts*|*.0.attn.to_q", "skip": False}, {"match": "*", "skip": True}]
-    recipe = Recipe.from_dict({"scheme": "int4_b32-a16", "method": "rtn", "rules": rules})
+    recipe = Recipe.from_dict(
+        {"scheme": "int4_b32-a16", "method": "rtn", "keep": "float", "rules": rules}
+    )
     loraq.quantize_(model, recipe, progress=False)
     loraq.save(model, tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", "sdnq")

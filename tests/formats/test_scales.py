@@ -289,6 +289,26 @@ def test_nvfp4_agrees_with_torchao():
     assert torch.equal(q.dequantize(), expected.dequantize(torch.float32))
 
 
+def test_nvfp4_keeps_blocks_below_a_28672nd_of_the_largest_that_torchao_rounds_coarsely():
+    x = gaussian(4, 32, seed=5)
+    x[:, 16:] *= 2.0**-17
+    x[0, 0] = 2688.0 / 512
+    scale = per_tensor_amax_to_scale(x.abs().max())
+    theirs = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale)
+    ours = get_format("nvfp4").quantize(x, "absmax")
+    smallest = torch.tensor([2.0**-6]).to(torch.float8_e4m3fn).view(torch.uint8).item()
+    assert (ours.scale[:, 1] < smallest).all()
+    assert (ours.scale[:, 1] > 0).all()
+    assert (theirs.scale.view(torch.uint8)[:, 1] == smallest).all()
+    small = x[:, 16:]
+    errors = [
+        ((q[:, 16:] - small).norm() / small.norm()).item()
+        for q in (ours.dequantize(), theirs.dequantize(torch.float32))
+    ]
+    assert errors[0] < 0.2
+    assert errors[1] > 0.5
+
+
 # --- fitted and search ----------------------------------------------------------------------------
 
 

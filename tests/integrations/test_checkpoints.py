@@ -30,7 +30,7 @@ from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
 
-RECIPE = replace(Recipe.named("mxfp4+w8a8-r4"), method="lqer")
+RECIPE = replace(Recipe.named("mxfp4+w8a8-r4"), method="lqer", keep="float")
 #: Names in the files of the library, and in the original ones.
 Z_IMAGE_NAMES = {
     "all_final_layer.2-1.": "final_layer.",

@@ -31,7 +31,7 @@ from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
 
-RECIPE = replace(Recipe.named("mxfp4+w8a8-r8"), method="lqer")
+RECIPE = replace(Recipe.named("mxfp4+w8a8-r8"), method="lqer", keep="float")
 #: Files of the other components, some of them in deeper folders.
 OTHERS = {
     "model_index.json": b'{"_class_name": "PixArtSigmaPipeline",'

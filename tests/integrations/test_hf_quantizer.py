@@ -231,25 +231,25 @@ def test_what_would_fail_late_is_refused_at_once(source):
             T5EncoderModel.from_pretrained(source, quantization_config=LoraqConfig(recipe))
 
 
-def test_stacked_experts_stay_and_their_files_are_read(tmp_path):
+def test_stacked_experts_are_quantized_from_files_that_hold_them_one_by_one(tmp_path):
     config = transformers.Qwen3MoeConfig(
         **DECODER, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     )
     torch.manual_seed(0)
     model = transformers.Qwen3MoeForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "float")  # one by one, as the published models
-    reasons = {
-        other.name.rpartition(".")[2]: other.reason
-        for other in loraq.plan_model(model, RECIPE).others
-    }
-    assert reasons["gate_up_proj"] == "not a linear layer, but Qwen3MoeExperts"
+    quantized = {job.name.rpartition(".")[2] for job in loraq.plan_model(model, RECIPE).quantized}
+    assert {"gate_up_proj", "down_proj"} <= quantized
     loraq.quantize_checkpoint(tmp_path / "float", tmp_path / "q", RECIPE, progress=False)
     loraq.quantize_(model, RECIPE, progress=False)
     loraq.save(model, tmp_path / "m")
     for file in (tmp_path / "m").iterdir():
         assert file.read_bytes() == (tmp_path / "q" / file.name).read_bytes()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
-    assert same(loaded, model)
+    for loaded in (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q"),
+        type(model).from_pretrained(tmp_path / "float", quantization_config=LoraqConfig(RECIPE)),
+    ):
+        assert same(loaded, model)
 
 
 # --- afterwards -----------------------------------------------------------------------------------
@@ -393,3 +393,14 @@ def test_a_pipeline_is_quantized_while_it_loads_by_both_libraries(tmp_path):
         )
     copied = copy.deepcopy(again.text_encoder)
     assert torch.equal(encode(copied), encode(again.text_encoder))
+
+
+def test_the_default_dtype_of_the_process_changes_nothing(folder):
+    expected = loraq.load(folder)
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = loraq.load(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(loaded, expected)
+    assert torch.equal(encode(loaded), encode(expected))

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from small.models import small_model
 
 from loraq.errors import CheckpointError
-from loraq.integrations.absorb import _read_lora
-from loraq.integrations.lora import Lora
+from loraq.integrations.lora import Lora, read_lora
 from loraq.integrations.lora_names import find_mixin
 from loraq.safetensors.reader import ShardReader
 from tests.patience import PATIENCE
@@ -485,7 +484,7 @@ def test_a_pipe_in_the_place_of_a_lora_is_refused_at_once(tmp_path):
         with pytest.raises(CheckpointError, match=r"is not a (file|folder|LoRA)|and not a file"):
             Lora.read(path)
         with pytest.raises(CheckpointError, match=r"is not a (file|folder|LoRA)|and not a file"):
-            _read_lora(path, torch.nn.Linear(1, 1))
+            read_lora(path, torch.nn.Linear(1, 1))
 
 
 def test_an_option_that_is_said_twice_and_differently_is_refused(tmp_path):

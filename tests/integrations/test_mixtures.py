@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def test_every_expert_is_what_it_would_be_alone(name):
         x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(1))
         for e, weight in enumerate(floats.get_parameter(stack_name).detach()):
             matrix = weight.t().contiguous() if stack.transposed else weight
-            alone = loraq.quantize_weight(matrix, RECIPE, name=f"{stack_name}.{e}").packed
+            recipe = replace(loraq.Recipe.of(RECIPE), scheme=layer.scheme)
+            alone = loraq.quantize_weight(matrix, recipe, name=f"{stack_name}.{e}").packed
             product = x @ (layer[e] if stack.transposed else layer[e].t())
             assert torch.equal(product, QuantizedLinear.from_packed(alone)(x))
 

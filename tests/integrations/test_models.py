@@ -72,6 +72,7 @@ def test_what_is_changed_most_often_is_an_argument(source):
         "mxfp4+w8a8",
         effort="fast",
         rank=4,
+        keep="float",
         modules_to_not_convert=["ff", "transformer_blocks.0.attn1"],
         progress=False,
     )

@@ -77,6 +77,17 @@ def main() -> dict[str, float]:
     for name in ("mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24", "mxint4-a16+w8a8-r24"):
         found[f"compiled {name}"] = compiled(name)
     found["gradient"] = gradient()
+    return found | odd_inputs()
+
+
+def odd_inputs() -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in ("mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24", "mxfp4-amxfp8_e4m3", "mxfp4-a16+w8a8-r24"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for value in (torch.nan, torch.inf):
+                found[f"odd {name} {dtype} {value}"] = odd(name, dtype, value)
+    for name in ("mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24", "mxfp4-a16+bf16-r24"):
+        found[f"fp16 {name}"] = beyond_fp16(name)
     return found
 
 
@@ -151,6 +162,40 @@ def gradient() -> float:
     (made(x) * toward).sum().backward()
     assert x.grad is not None
     return distance(x.grad, toward @ made.reconstruct())
+
+
+def odd(name: str, dtype: torch.dtype, value: float) -> float:
+    """Number of outputs that are NaN here and not in the reference, or the other way round; and of
+    outputs of other tokens that changed.
+    """
+    made, x = layer_of(name), gaussian(4, 96).to(dtype)
+    spoilt = x.clone()
+    spoilt[2, 7] = value
+    with torch.no_grad():
+        y, clean = made(spoilt), made(x)
+        made.backend = "reference"
+        expected = made(spoilt)
+    if value == torch.inf and "-a16" in name:  # no rounding saturates it: inf or NaN
+        wrong = (y.isfinite() != expected.isfinite())[2]
+    else:
+        wrong = (y.isnan() != expected.isnan())[2]
+    others = [0, 1, 3]
+    return float(wrong.sum() + (y[others] != clean[others]).sum())
+
+
+def beyond_fp16(name: str) -> float:
+    """Number of outputs that are infinite, where a main product beyond fp16 is answered by the
+    branch.
+    """
+    scheme, up, down = parse_scheme(name), gaussian(48, 24), gaussian(24, 96)
+    assert scheme.branch is not None
+    factor = scheme.branch.weight_format
+    branch = LowRankBranch(factor.quantize(-1000 * up), factor.quantize(down))
+    main = scheme.weight_format.quantize(1000 * up @ down)
+    made = QuantizedLinear.from_packed(PackedWeight(scheme, main, branch), gaussian(48))
+    made.backend = "triton"
+    with torch.no_grad():
+        return float((~made(gaussian(4, 96).half()).isfinite()).sum())
 
 
 if __name__ == "__main__":

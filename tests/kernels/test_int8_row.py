@@ -147,6 +147,22 @@ def test_mx_rows_of_similar_scales_fit_exactly(name):
     assert (error == 0) == (spread <= {"mxfp4": 3, "mxint4": 4, "mxint8": 0, "mxfp6_e2m3": 1}[name])
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**-100, 2.0**-115])
+def test_what_a_tiny_weight_loses_is_seen(scale):
+    # Squares of such numbers leave fp32, where a loss would look like none.
+    weight = gaussian(48, 64)
+    weight[:, 32:] *= 2.0**-5  # blocks further apart than INT8 rows can hold
+    stored = get_format("mxfp4").quantize(scale * weight)
+    rows, error = rows_of(stored)
+    exact = stored.dequantize().double()
+    lost = (rows.codes * rows.scale[:, None].double() - exact).norm() / exact.norm()
+    assert error == pytest.approx(lost.item(), rel=1e-5)
+    assert error > 1e-3
+    packed = PackedWeight(parse_scheme("mxfp4-aint8"), stored)
+    with pytest.raises(KernelError, match="INT8 rows change the weight in 'mxfp4' by 0"):
+        Int8Row(weight_error=0.0).prepare(packed, packed.scheme, torch.float32)
+
+
 def test_mxfp4_fits_exactly_up_to_three_binades_and_not_with_seven():
     def stored(binades):
         w = torch.full((2, 64), 6.0)

@@ -95,6 +95,8 @@ def test_on_hopper_the_branch_rides_in_the_same_kernel(built, name):
         ("layer", 1.0),  # in units of the stated bound
         ("compiled", 0.0),  # the same kernels
         ("gradient", 1e-5),
+        ("odd", 0.0),
+        ("fp16", 0.0),
     ],
 )
 def test_an_interpreted_kernel_is_the_reference(interpreted, kernel, bound):

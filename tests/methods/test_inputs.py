@@ -7,8 +7,10 @@ from correlated_inputs import correlated, stats_of
 from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import SchemeError
 from loraq.formats import get_format
+from loraq.linalg import truncated_svd
 from loraq.methods import feedback
 from loraq.methods.inputs import Inputs
+from loraq.methods.noise import noise_powers
 from loraq.stats import ActivationStats
 
 X = correlated(2000, 96)
@@ -108,3 +110,50 @@ def test_uncorrelated_inputs_leave_the_filter_nothing_but_to_shrink():
 def test_a_negative_damping_is_refused(noise):
     with pytest.raises(SchemeError, match=r"A damping of -0\.5 is negative"):
         Inputs(stats_of(X), -0.5, noise).round(dit_like(24, 96), get_format("mxfp4"), "search")
+
+
+@pytest.mark.parametrize(("name", "other"), [("int4", None), ("mxfp4", "mxint4")])
+def test_noise_spreads_over_channels_as_rounding_spreads_it(name, other):
+    """Nearer than by the other rule: a float's step follows its channel, an integer's its block."""
+    fmt = get_format(name).for_rows()
+    x = gaussian(4000, 128) * torch.tensor([1.0, 1.0, 2.0, 2.0]).repeat(32)
+    power = x.square().mean(0)
+
+    def distance(spread):
+        found = (x - fmt.round(x)).square().mean(0)
+        return ((found / found.mean()).log() - (spread / spread.mean()).log()).abs().mean().item()
+
+    wrong = noise_powers(power, other and get_format(other))
+    assert distance(noise_powers(power, fmt)) < 0.9 * distance(wrong)
+
+
+def test_blocks_of_noise_may_end_early_or_be_the_whole_row():
+    power = torch.arange(1.0, 71)
+    parts = noise_powers(power, get_format("int4"))
+    assert torch.allclose(parts, torch.tensor([32.5] * 64 + [67.5] * 6))
+    assert torch.allclose(noise_powers(power, get_format("int8")), torch.full((70,), 35.5))
+    for fmt in (None, get_format("bf16")):
+        assert torch.equal(noise_powers(power, fmt), power)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e15, 1e-15])
+def test_the_best_branch_leaves_the_least_to_a_filtered_main_weight(scale):
+    """What is left is min over M of tr((R − M) H (R − M)ᵀ) + tr(M Σ Mᵀ), taken here by a solver."""
+    weight, noise, damping, rank = dit_like(24, 96), 0.02, 0.01, 5
+    stats = stats_of(X * scale)
+    moment = stats.second_moment.double()
+    moment = moment / moment.diagonal().mean() + damping * torch.eye(96)
+    sigma = noise * moment.diagonal().diag()
+
+    def left(up, down):
+        rest = weight.double() - up.double() @ down.double()
+        main = torch.linalg.solve(moment + sigma, moment @ rest.mT).mT
+        error = rest - main
+        return ((error @ moment * error).sum() + (main @ sigma * main).sum()).item()
+
+    svd = truncated_svd(weight, rank, seed=0)
+    best = Inputs(stats, damping, noise).best_branch(weight, svd, 0)
+    metric = moment - moment @ torch.linalg.solve(moment + sigma, moment)
+    tail = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(metric))[rank:]
+    assert left(*best.to_balanced()) == pytest.approx(tail.square().sum().item(), rel=1e-3)
+    assert left(*best.to_balanced()) < 0.97 * left(*svd.to_balanced())

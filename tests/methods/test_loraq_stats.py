@@ -11,6 +11,8 @@ from correlated_inputs import correlated, output_error, stats_of
 from benchmarks.worlds.matrices import dit_like
 from loraq.errors import CalibrationError
 from loraq.methods import GPTQ, LoRaQ
+from loraq.methods.inputs import Inputs
+from loraq.nn import QuantizedLinear
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 
@@ -78,6 +80,41 @@ def test_inputs_at_the_edge_are_no_problem(kind, full, rotation):
     assert ours.reconstruct().isfinite().all()
     assert ours.relative_error < 0.5
     assert ours.metrics["objective"] <= ours.metrics["start_objective"]
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+@pytest.mark.parametrize("factor", ["mxint8", "mxfp4"])
+def test_beside_noisy_activations_the_branch_is_not_the_svd_of_the_weight(
+    name, factor, monkeypatch
+):
+    """Measured with activations that are really rounded, not by the objective alone."""
+    scheme = Scheme(name, name, Branch(8, factor, "mxint8", "int8"), 32)
+    exact = X @ WEIGHT.mT
+
+    def solve():
+        solution = FAST.solve(WEIGHT, scheme, stats=stats_of(X))
+        layer = QuantizedLinear.from_packed(solution.packed)
+        layer.backend = "reference"  # others may leave activations as they are
+        return (layer(X) - exact).norm().item(), solution.metrics
+
+    now, new = solve()
+    monkeypatch.setattr(Inputs, "best_branch", lambda self, weight, svd, seed: svd)
+    before, old = solve()
+    assert now < 0.99 * before
+    assert new["objective"] < old["objective"] <= old["start_objective"]
+
+
+def test_a_branch_as_noisy_as_the_main_path_gets_no_answer_to_its_noise(monkeypatch):
+    def fail(*_):
+        raise AssertionError("nobody asks for it")
+
+    monkeypatch.setattr(Inputs, "best_branch", fail)
+    for scheme in (
+        Scheme("mxfp4", "mxfp4", Branch(8, "mxint8", "mxfp4")),
+        Scheme("mxfp4", branch=Branch(8, "mxint8")),
+    ):
+        metrics = FAST.solve(WEIGHT, scheme, stats=stats_of(X)).metrics
+        assert metrics["objective"] <= metrics["start_objective"]
 
 
 def test_statistics_of_another_layer_are_refused():

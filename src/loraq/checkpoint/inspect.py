@@ -3,6 +3,7 @@
 What each layer is, how two folders differ, and how much memory a folder takes once it runs.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ class Inspected:
     others: dict[str, StoredFile]
     #: Whether these were checked too; they are not if the folder stands alone.
     is_checked: bool
+    #: Of each model its parameters, and the bytes of all its tensors.
+    sizes: dict[str, tuple[int, int]]
 
 
 def inspect_folder(path: Path) -> Inspected:
@@ -147,15 +150,17 @@ def inspect_folder(path: Path) -> Inspected:
     if is_pipeline(path):
         found = find_packed(path)
         manifests = {name: read_checked(folder) for name, folder in found.items()}
-        return Inspected(manifests, _check_others(path, manifests), True)
+        sizes = {name: count_stored(found[name], manifests[name]) for name in found}
+        return Inspected(manifests, _check_others(path, manifests), True, sizes)
     manifest, root = read_checked(path), Path(os.path.abspath(path)).parent
+    size = {"": count_stored(path, manifest)}
     if not manifest.components or not is_pipeline(root):
-        return Inspected({"": manifest}, manifest.components, False)
+        return Inspected({"": manifest}, manifest.components, False, size)
     manifests = {
         name: manifest if folder.samefile(path) else read_checked(folder)
         for name, folder in find_packed(root).items()
     }
-    return Inspected({"": manifest}, _check_others(root, manifests), True)
+    return Inspected({"": manifest}, _check_others(root, manifests), True, size)
 
 
 def find_packed(root: Path) -> dict[str, Path]:
@@ -264,6 +269,30 @@ def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Me
         Memory(FLOAT, 0, 2 * n_weights, others, 0),
         *(Memory(name, nbytes, kept[name], others, refused[name]) for name in names),
     ]
+
+
+def count_stored(folder: Path, manifest: Manifest) -> tuple[int, int]:
+    """Return the numbers that a quantized folder stores, and the bytes of all its tensors.
+
+    A packed weight counts with the numbers that it stands for.
+
+    Args:
+        folder: of the transformer.
+        manifest: what is in it.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    reader = ShardReader(folder)
+    specs = {name: spec for file in reader.files.values() for name, spec in file.specs.items()}
+    packed: set[str] = set()
+    numbers = 0
+    for name, layer in manifest.layers.items():
+        parts = set(_find_stored(manifest, name).values())
+        numbers += 0 if parts <= packed else math.prod(layer.shape)  # one in two places counts once
+        packed |= parts
+    numbers += sum(math.prod(spec.shape) for name, spec in specs.items() if name not in packed)
+    return numbers, sum(spec.nbytes for spec in specs.values())
 
 
 def read_checked(folder: Path) -> Manifest:

@@ -11,10 +11,13 @@ from typing import Any, get_type_hints
 
 import torch
 
+from loraq.appended import Stack
 from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
+from loraq.experts import QuantizedExperts
 from loraq.json_files import read_json, write_json
+from loraq.nn import QuantizedLayer
 from loraq.regular_file import is_plain_name
 from loraq.safetensors.header import read_header
 from loraq.safetensors.selection import is_model_weights, select_weights
@@ -37,6 +40,7 @@ _RECORD: dict[str, Any] = {
     "source_dtype": str,
     "stats_sha256": str,
     "absorbed": dict,
+    "kept": bool,
 }
 #: Types of the fields of what a scheme is built of.
 _HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}
@@ -60,6 +64,16 @@ class StoredLayer:
         """Whether it is a stack of experts, which one parameter of the model holds."""
         return len(self.shape) == 3
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the rules kept it out of the recipe's scheme, and it is stored in eight bits."""
+        return bool(self.record.get("kept"))
+
+    @property
+    def stack(self) -> Stack:
+        """What its branch is made of."""
+        return Stack.of(self.record, self.scheme)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -72,6 +86,27 @@ class Manifest:
     tied: dict[str, str]
     #: Other files of the pipeline that the folder is in, by their path from the folder above.
     components: dict[str, StoredFile] = field(default_factory=dict)
+
+    @classmethod
+    def of_layers(
+        cls,
+        layers: Mapping[str, QuantizedLayer],
+        tied: dict[str, str],
+        components: Mapping[str, StoredFile],
+    ) -> "Manifest":
+        """Return what stands in the manifest of a model with these layers."""
+        recipes: list[dict[str, Any]] = []
+        stored = {}
+        for name, layer in layers.items():
+            record = dict(layer.record)
+            recipe = record.pop("recipe", None)
+            if recipe is not None:
+                if recipe not in recipes:
+                    recipes.append(recipe)
+                record["recipe"] = recipes.index(recipe)
+            transposed = isinstance(layer, QuantizedExperts) and layer.transposed
+            stored[name] = StoredLayer(layer.packed_shape, layer.scheme, record, transposed)
+        return cls(stored, recipes, tied, dict(components))
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -227,11 +262,15 @@ def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
             scheme | {"branch": branch and Branch(**_take_fields(branch, Branch, of))}, Scheme, of
         )
     )
-    built.check(tuple(shape[-2:]))
     own = {"shape", "scheme", *(["transposed"] if len(shape) == 3 else [])}
     record = {key: value for key, value in entry.items() if key not in own}
     _check_record(record, n_recipes, of)
-    return StoredLayer(tuple(shape), built, record, transposed)
+    layer = StoredLayer(tuple(shape), built, record, transposed)
+    try:
+        layer.stack.check(built, (shape[-2], shape[-1]))
+    except ValueError as error:
+        raise ValueError(f"{of}: {error}") from error
+    return layer
 
 
 def _check_record(record: dict[str, Any], n_recipes: int, of: str) -> None:
@@ -268,7 +307,7 @@ def _take(table: dict[str, Any], key: str, kind: Any, of: str) -> Any:
     if key not in table:
         raise ValueError(f"{of} has no '{key}'.")
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
         raise ValueError(f"'{key}' of {of} is {value!r}.")
     return value
 

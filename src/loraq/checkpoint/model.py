@@ -18,13 +18,12 @@ from loraq.checkpoint.configuration import (
 )
 from loraq.checkpoint.contents import require_numbers, require_ties
 from loraq.checkpoint.fit import require_kind, require_names
-from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.origin import require_origin_kept
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.places import build_empty_layer, find_replaced
 from loraq.checkpoint.renaming import rename_tensors
 from loraq.errors import CheckpointError
-from loraq.experts import QuantizedExperts
 from loraq.json_files import write_json
 from loraq.kernels import DEFAULT_BACKEND, check_for_all, resolve_backend
 from loraq.layers import (
@@ -103,17 +102,7 @@ def write_model(
                 f"Tensor '{name}' is {tensor.dtype}, which is no weight without its scale and "
                 "could not be loaded. Cast it to 16 bits first."
             )
-    recipes: list[dict[str, object]] = []
-    stored = {}
-    for name, layer in require_quantized(model).items():
-        record = dict(layer.record)
-        recipe = record.pop("recipe", None)
-        if recipe is not None:
-            if recipe not in recipes:
-                recipes.append(recipe)
-            record["recipe"] = recipes.index(recipe)
-        transposed = isinstance(layer, QuantizedExperts) and layer.transposed
-        stored[name] = StoredLayer(layer.packed_shape, layer.scheme, record, transposed)
+    manifest = Manifest.of_layers(require_quantized(model), tied, components or {})
     config = model_config(model)
     stem = ".".join(part for part in (weights_stem(config), variant) if part)
     files = write_shards(tensors, folder, stem, shard_bytes)
@@ -122,7 +111,7 @@ def write_model(
         files["config.json"] = hashlib.sha256(raw).hexdigest()
     if generation := generation_config(model):
         write_json(folder / GENERATION_FILE, generation)
-    Manifest(stored, recipes, tied, dict(components or {})).write(folder, files)
+    manifest.write(folder, files)
 
 
 def require_quantized(model: nn.Module) -> dict[str, QuantizedLayer]:

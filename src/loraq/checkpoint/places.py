@@ -1,5 +1,6 @@
 """What of a model the layers of a manifest take the place of, and empty layers to put there."""
 
+import torch
 from torch import Tensor, nn
 
 from loraq.checkpoint.manifest import Manifest, StoredLayer
@@ -7,6 +8,8 @@ from loraq.errors import CheckpointError, KernelError, SchemeError
 from loraq.experts import QuantizedExperts
 from loraq.layers import is_linear, matrix_of, quantized_class
 from loraq.nn import QuantizedLayer
+from loraq.packed import PackedWeight
+from loraq.scheme import Scheme
 from loraq.stacks import Stack, stacks_in
 
 
@@ -97,9 +100,28 @@ def _build_linear(old: nn.Module, stored: StoredLayer) -> QuantizedLayer | None:
         fits = is_linear(old) and matrix_of(old).shape == stored.shape
     if not fits:
         return None
-    n_out, n_in = stored.shape
     weight, bias = old.weight, old.bias
     assert isinstance(weight, Tensor)
-    return quantized_class(old)(
-        n_in, n_out, stored.scheme, bias=bias is not None, device="meta", dtype=weight.dtype
-    )
+    n_out, n_in = stored.shape
+    return empty_layer(old, stored.scheme, (n_out, n_in), weight.dtype, bias=bias is not None)
+
+
+def empty_layer(
+    old: nn.Module, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool
+) -> QuantizedLayer:
+    """Return the layer that a linear layer becomes, on the meta device.
+
+    Args:
+        old: what it takes the place of.
+        scheme: of the layer; its rank may be larger than a solver would give it.
+        shape: (out, in).
+        dtype: of the bias, and of `weight`.
+        bias: whether there is one.
+    """
+    tensors = {
+        name: torch.empty(stored, dtype=torch.uint8, device="meta")
+        for name, stored in scheme.storage(shape).items()
+    }
+    packed = PackedWeight.from_tensors(tensors, scheme, shape)
+    shift = torch.empty(shape[0], dtype=dtype, device="meta") if bias else None
+    return quantized_class(old).from_packed(packed, shift, dtype=dtype)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.cli.output import (
+    activation_of,
+    print_json,
+    print_table,
+    show_size,
+    size_document,
+    size_of,
+)
 from loraq.errors import show
 
 if TYPE_CHECKING:
@@ -34,11 +41,15 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     if memory:
         _show_memory(path, as_json=as_json)
         return
+        return
     found = inspect_folder(_home_of(path))
     if as_json:
         files = {name: stored.to_dict() for name, stored in found.others.items()}
         components = {"checked": found.is_checked, "files": files}
-        models = {name: _document(manifest) for name, manifest in found.manifests.items()}
+        models = {
+            name: {**_document(manifest), **size_document(*found.sizes[name])}
+            for name, manifest in found.manifests.items()
+        }
         shown = models.popitem()[1] if len(models) == 1 else {"models": models}
         print_json({**shown, "components": components})
         return
@@ -46,6 +57,7 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
         if len(found.manifests) > 1:
             click.echo(f"{show(name)}:")
         _show_layers(manifest)
+        show_size(*found.sizes[name])
         if len(found.manifests) > 1:
             click.echo()
     click.echo("All files are as they were written.")
@@ -74,17 +86,32 @@ def _document(manifest: "Manifest") -> dict[str, Any]:
 
 
 def _show_layers(manifest: "Manifest") -> None:
-    rows, nbytes, weights = [], 0, 0
+    rows, nbytes, weights, kept = [], 0, 0, 0
     for name, layer in manifest.layers.items():
-        scheme, branch, size = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
+        scheme, branch, stored = layer.scheme, layer.scheme.branch, layer.scheme.nbytes(layer.shape)
         side = f"r{branch.rank} {branch.weight}/{branch.activation}" if branch else "none"
         error = f"{layer.record['relative_error']:.4f}" if "relative_error" in layer.record else ""
         shape, seen = "×".join(map(str, layer.shape)), activation_of(scheme)
-        rows.append((name, shape, scheme.weight, seen, side, size_of(size), error))
-        nbytes, weights = nbytes + size, weights + math.prod(layer.shape)
+        if layer.is_kept:
+            kept += 1
+        else:
+            nbytes, weights = nbytes + stored, weights + math.prod(layer.shape)
+        weight = f"{scheme.weight} (kept)" if layer.is_kept else scheme.weight
+        rows.append((name, shape, weight, seen, side, size_of(stored), error))
     print_table(("layer", "out×in", "weight", "activation", "branch", "size", "error"), rows)
     bits = f"{8 * nbytes / max(1, weights):.3f} bits per weight"
-    click.echo(f"{len(rows)} quantized layers, {size_of(nbytes)}, {bits}.")
+    click.echo(f"{len(rows) - kept} quantized layers, {size_of(nbytes)}, {bits}.")
+    if kept:
+        click.echo(f"{kept} layers are kept in 8 bits.")
+    loras: dict[str, list[float]] = {}
+    for layer in manifest.layers.values():
+        for part in layer.stack.loras:
+            loras.setdefault(part.name, []).append(part.scale)
+    for lora, scales in loras.items():
+        click.echo(
+            f"LoRA '{show(lora)}' at scale {scales[0]:g} is appended to {len(scales)} layers; the "
+            "errors are those without it."
+        )
     if with_stats := sum("stats_sha256" in layer.record for layer in manifest.layers.values()):
         click.echo(
             f"{with_stats} of them were made with activation statistics: their error counts "

@@ -1,13 +1,12 @@
 """`loraq export`: a quantized folder as files that another program loads."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import size_option_value
+from loraq.cli.options import size_option_value, split_scale
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import show
 
@@ -72,7 +71,7 @@ def export(
     from loraq.exports.run import export as run
     from loraq.exports.run import plan_export
 
-    options["lora"] = [_split_lora(text) for text in options["lora"]]
+    options["lora"] = [split_scale(text) for text in options["lora"]]
     if target is None or as_plan:
         planned = {name: options[name] for name in ("lora", "pad_rank", "allow_dense", "dtype")}
         report = plan_export(source, to=to, **planned)
@@ -84,16 +83,6 @@ def export(
     _show_report(report, as_plan=as_plan)
     if not as_plan:
         click.echo(f"Written to {show(target)}; `README.md` there says how it is loaded.")
-
-
-def _split_lora(text: str) -> tuple[Path, float]:
-    """Read FILE[:SCALE]; what follows the last colon is part of the name unless a number."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        strength = float(scale) if colon else math.nan
-    except ValueError:
-        strength = math.nan
-    return (Path(path), strength) if math.isfinite(strength) else (Path(text), 1.0)
 
 
 def _show_targets(*, as_json: bool) -> None:

@@ -37,6 +37,14 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             metavar="LEVEL",
             help="Level of effort; for method loraq: fast, default or best.",
         ),
+        click.option(
+            "--rank", type=click.IntRange(1), help="Rank of every branch instead of the recipe's."
+        ),
+        click.option(
+            "--keep",
+            metavar="HOW",
+            help="How layers are stored that the model's class keeps: int8 or float.",
+        ),
         click.option("--seed", type=int, help="Seed instead of the recipe's."),
     )
     for option in reversed(options):
@@ -44,7 +52,16 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-RECIPE_OPTIONS = ("recipe", "budget", "allocation", "method", "effort", "seed")
+RECIPE_OPTIONS = (
+    "recipe",
+    "budget",
+    "allocation",
+    "method",
+    "effort",
+    "rank",
+    "keep",
+    "seed",
+)
 
 config_option = click.option(
     "--config",
@@ -108,7 +125,7 @@ def stats_option_value(
     return found
 
 
-def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
+def read_recipe(recipe: str, *, rank: int | None = None, **overrides: Any) -> "Recipe":
     """Return the recipe that the options describe."""
     from dataclasses import replace
 
@@ -117,6 +134,8 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
 
     asked = {key: value for key, value in overrides.items() if value is not None}
     made = replace(Recipe.of(recipe), **asked)
+    if rank is not None:  # with a budget too, the recipe says that one of them settles it
+        made = made.adjusted(rank=rank, budget=asked.get("budget"))
     if METHODS[made.method].efforts:
         return made
     if "effort" in asked:
@@ -132,3 +151,13 @@ def read_recipe(recipe: str, **overrides: Any) -> "Recipe":
             err=True,
         )
     return made
+
+
+def split_scale(lora: str) -> tuple[str, float]:
+    """Return path and scale of "LORA:SCALE"; a file of that very name is one without a scale."""
+    path, colon, scale = lora.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        return lora, 1.0
+    return (path, number) if colon and path and not Path(lora).exists() else (lora, 1.0)

@@ -65,6 +65,24 @@ def size_of(nbytes: int) -> str:
     return f"{size:.2f} GiB"
 
 
+def size_document(parameters: int, nbytes: int) -> dict[str, Any]:
+    """Return the size of a whole model as `--json` shows it."""
+    return {
+        "parameters": parameters,
+        "model_nbytes": nbytes,
+        "effective_bits": 8 * nbytes / max(1, parameters),
+    }
+
+
+def show_size(parameters: int, nbytes: int) -> None:
+    """Print the size of a whole model: of all tensors that are stored, headers not counted."""
+    bits = 8 * nbytes / max(1, parameters)
+    click.echo(
+        f"The whole model: {parameters:,} parameters, {size_of(nbytes)}, {bits:.3f} effective bits "
+        "per parameter."
+    )
+
+
 def activation_of(scheme: "Scheme") -> str:
     """Return the format of a layer's input, and the rotation before it as recipe names write it."""
     return scheme.activation + (f" h{scheme.rotation}" if scheme.rotation else "")

@@ -16,7 +16,14 @@ from loraq.cli.options import (
     stats_option_value,
     variant_option,
 )
-from loraq.cli.output import activation_of, print_json, print_table, size_of
+from loraq.cli.output import (
+    activation_of,
+    print_json,
+    print_table,
+    show_size,
+    size_document,
+    size_of,
+)
 from loraq.errors import show
 
 if TYPE_CHECKING:
@@ -101,6 +108,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "recipe": report.recipe.to_dict(),
                 "notes": report.plan.notes,
                 "bits_per_weight": report.plan.bits_per_weight,
+                **size_document(report.plan.parameters, report.plan.model_nbytes),
                 "mean_relative_error": report.mean_relative_error,
                 "mean_output_error": report.mean_output_error,
                 "components": {
@@ -122,11 +130,11 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         click.echo("Already complete: made by the same settings from the same weights.")
     for name, of_one in report.components.items():
         click.echo(
-            f"{name}: {len(of_one.layers)} layers quantized, {len(of_one.plan.kept)} kept, "
-            f"{of_one.plan.bits_per_weight:.3f} bits per weight, mean relative error "
-            f"{of_one.mean_relative_error:.4f}."
+            f"{name}: {_count_quantized(of_one.plan)} layers quantized, "
+            f"{_count_kept(of_one.plan)}, {of_one.plan.bits_per_weight:.3f} bits per weight, mean "
+            f"relative error {of_one.mean_relative_error:.4f}."
         )
-    click.echo(f"{len(report.layers)} layers quantized, {len(report.plan.kept)} kept.")
+    click.echo(f"{_count_quantized(report.plan)} layers quantized, {_count_kept(report.plan)}.")
     if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
     click.echo(
@@ -139,6 +147,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
             f" of the weights, {report.mean_output_error:.4f} of the outputs by the statistics"
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
+    show_size(report.plan.parameters, report.plan.model_nbytes)
     click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
 
 
@@ -210,12 +219,23 @@ def _print_plan(planned: "Plan") -> None:
 
 def _print_totals(planned: "Plan") -> None:
     click.echo(
-        f"{len(planned.quantized)} layers quantized at {planned.bits_per_weight:.3f} bits per "
-        f"weight, {len(planned.kept)} kept."
+        f"{_count_quantized(planned)} layers quantized at {planned.bits_per_weight:.3f} bits per "
+        f"weight, {_count_kept(planned)}."
     )
     click.echo(
         f"Linear weights: {size_of(planned.nbytes_bf16)} in bf16, {size_of(planned.nbytes)} after."
     )
+    show_size(planned.parameters, planned.model_nbytes)
+
+
+def _count_quantized(planned: "Plan") -> int:
+    return len(planned.quantized) - len(planned.kept_in_8_bits)
+
+
+def _count_kept(planned: "Plan") -> str:
+    in_8_bits = len(planned.kept_in_8_bits)
+    text = f"{len(planned.kept) + in_8_bits} kept"
+    return f"{text}, {in_8_bits} of them in 8 bits" if in_8_bits else text
 
 
 def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
@@ -230,7 +250,8 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
         scheme, branch = layer.scheme, layer.scheme.branch
         side = f"{branch.weight}/{branch.activation}" if branch else "none"
         rank = str(branch.rank) if branch else ""
-        formats = (scheme.weight, activation_of(scheme), side, rank)
+        weight = f"{scheme.weight} (kept)" if layer.is_kept else scheme.weight
+        formats = (weight, activation_of(scheme), side, rank)
         bits = f"{layer.bits_per_weight:.3f}"
         rows.append((layer.name, shape, *formats, size, bits, layer.reason))
     return rows
@@ -246,6 +267,7 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
             "name": layer.name,
             "shape": layer.shape,
             "scheme": asdict(layer.scheme) if isinstance(layer, LayerJob) else None,
+            "kept": not isinstance(layer, LayerJob) or layer.is_kept,
             "reason": layer.reason,
             "nbytes": layer.nbytes,
             "bits_per_weight": layer.bits_per_weight if isinstance(layer, LayerJob) else 16.0,
@@ -257,6 +279,7 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         "nbytes": planned.nbytes,
         "nbytes_bf16": planned.nbytes_bf16,
         "bits_per_weight": planned.bits_per_weight,
+        **size_document(planned.parameters, planned.model_nbytes),
     }
     return {
         "layers": layers,

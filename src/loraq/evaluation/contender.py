@@ -30,6 +30,8 @@ class Contender:
     budget: str | None = None
     effort: str | None = None
     allocation: str = "uniform"
+    #: In floats, so that what is compared is the method alone.
+    keep: str = "float"
     rules: tuple[Rule, ...] = ()
     #: What to make of the recipe for this model before it is quantized.
     adapt: Callable[[nn.Module, Recipe], Recipe] | None = None
@@ -55,6 +57,7 @@ class Contender:
             budget=self.budget or budget or named.budget,
             effort=self.effort or effort,
             allocation=self.allocation,
+            keep=self.keep,
             rules=self.rules,
         )
 

@@ -28,6 +28,8 @@ class Head:
     #: Shape of the float weight: (out, in), (out, in, 1, 1) of a 1×1 convolution, or of three axes
     #: for stacked experts.
     dense_shape: tuple[int, ...]
+    #: Whether the rules of the class kept it out of the recipe's scheme, in 8 bits.
+    is_kept: bool = False
     #: How many experts are stacked; 0 for a linear layer or convolution.
     n_experts: int = 0
     #: Whether stacked experts are (experts, in, out) in the model.

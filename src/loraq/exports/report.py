@@ -25,6 +25,8 @@ class LayerFate:
     #: Bytes of the weight, before and after.
     nbytes_before: int
     nbytes: int
+    #: Whether the rules of the class kept it out of the recipe's scheme, in 8 bits.
+    is_kept: bool = False
     #: ‖Ŵ' − Ŵ‖ / ‖Ŵ‖ of what the target decodes; `None` before it is written.
     relative_change: float | None = None
 
@@ -66,9 +68,14 @@ class ExportReport:
 
     @property
     def dense_share(self) -> float:
-        """Share of the quantized weights that is written dense."""
-        total = sum(layer.numel for layer in self.layers)
-        return sum(each.numel for each in self.layers if each.fate == DENSE) / max(1, total)
+        """Share of the quantized weights that is written dense.
+
+        Layers that the rules of the class keep in 8 bits do not count: they are floats wherever
+        else the model is quantized.
+        """
+        counted = [layer for layer in self.layers if not layer.is_kept]
+        total = sum(layer.numel for layer in counted)
+        return sum(each.numel for each in counted if each.fate == DENSE) / max(1, total)
 
     @property
     def largest_change(self) -> float:

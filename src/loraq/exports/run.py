@@ -149,7 +149,7 @@ def _plan(
     layers = [_predict(target, head) for head in source.heads]
     report = ExportReport(kind.about, tuple(layers), tuple(target.notes()))
     if not kind.is_dense and report.dense_share > _MOST_DENSE and not allow_dense:
-        dense = [layer for layer in layers if layer.fate == DENSE]
+        dense = [layer for layer in layers if layer.fate == DENSE and not layer.is_kept]
         reasons = dict.fromkeys(layer.reason for layer in dense)
         raise ExportError(
             f"Target '{kind.about.name}' would hold {report.dense_share:.0%} of the quantized "
@@ -167,7 +167,7 @@ def _predict(target: Target, head: Head) -> LayerFate:
     fate = DENSE if refused else ROUNDED if reason else EXACT
     specs = [target.dense_spec(head)] if refused else list(target.all_specs(head).values())
     nbytes = sum(spec.nbytes for spec in specs)
-    return LayerFate(head.name, head.packed_shape, fate, reason, head.nbytes, nbytes)
+    return LayerFate(head.name, head.packed_shape, fate, reason, head.nbytes, nbytes, head.is_kept)
 
 
 def _split(lora: LoraFile) -> tuple[Path, float]:

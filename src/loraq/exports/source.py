@@ -192,6 +192,7 @@ def _find_heads(
                 shape=shape,
                 scheme=module.scheme,
                 dense_shape=_shape_of(module),
+                is_kept=manifest.layers[stored].is_kept,
                 n_experts=stack.n_experts if stack else 0,
                 is_transposed=stack is not None and stack.transposed,
                 bias=reader.dtype(bias) if module.bias is not None else "",

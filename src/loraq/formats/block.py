@@ -223,8 +223,15 @@ class BlockFormat:
             out_rows[part] = values.flatten(-2)[..., : rows.shape[-1]]
         return out
 
-    def quantize(self, x: Tensor, rule: str | None = None) -> QTensor:
+    def quantize(
+        self, x: Tensor, rule: str | None = None, *, above: Tensor | None = None
+    ) -> QTensor:
         """Return the packed tensor; `dequantize` gives exactly what `round` gives.
+
+        Args:
+            x: any float dtype, any leading shape.
+            rule: scale rule; `None` is `default_rule`.
+            above: fp32 scale(s) above the block scales, flat, in place of those that fit x.
 
         Raises:
             FormatError: a value is NaN or infinite (the message names the index), or the rule does
@@ -235,7 +242,7 @@ class BlockFormat:
         require_finite(x, self.name)
         rows = x.reshape(-1, x.shape[-1])  # (rows, n)
         n = rows.shape[-1]
-        global_scale = self._global_scale(x)
+        global_scale = self._global_scale(x) if above is None else above
         packed, scales = [], []
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())  # (rows, n_blocks, block_size)

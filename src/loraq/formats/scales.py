@@ -2,7 +2,9 @@
 
 A scale always multiplies: value = element * scale (* global_scale). Three storages are in use:
 E8M0, a bare power of two (OCP MX v1.0, section 5.4); E4M3 under one fp32 scale (NVFP4); bf16 or
-fp32 (plain integers and FP8 rows).
+fp32 (plain integers and FP8 rows). An NVFP4 block scale may be an e4m3 subnormal, down to 2^-9
+under the global one, as the format allows; torchao clamps it to e4m3's smallest normal number,
+2^-6, and so rounds blocks below a 28,672th of the largest value to coarser steps.
 
 A block of zeros, or one so small that its scale would be an fp32 subnormal, gets the smallest scale
 there is and decodes to zeros; a block too large for the largest scale saturates.

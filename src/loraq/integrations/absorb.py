@@ -6,14 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loraq.appended import KEY
 from loraq.checkpoint.apart import require_apart
-from loraq.checkpoint.folder import file_sha256, require_free
-from loraq.checkpoint.links import find_files, require_own_weights
-from loraq.checkpoint.model_index import is_pipeline, list_apart, read_components
+from loraq.checkpoint.folder import require_free
+from loraq.checkpoint.links import require_own_weights
+from loraq.checkpoint.model_index import is_pipeline
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, model_folder, save_beside
-from loraq.integrations.lora import Adapter, Lora, find_lora_file
+from loraq.integrations.folders import Folder
+from loraq.integrations.lora import Adapter, Lora, find_lora_file, read_lora
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLayer
 from loraq.options import checked
@@ -22,9 +24,7 @@ from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
-from loraq.safetensors.header import read_header
 from loraq.safetensors.reader import ShardReader
-from loraq.safetensors.selection import WEIGHT_FILES
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,12 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     require_apart(Path(target), model, find_lora_file(Path(lora)), source)
     require_free(Path(target), overwrite=overwrite)
     require_no_run(Path(target))
-    folder, others = _find_model(Path(model), component)
-    name = folder.name if others else ""
-    floats = _open_floats(source, component or name, variant)
-    quantized = load(folder)
+    found = Folder.find(Path(model), component)
+    floats = _open_floats(source, component or found.component, variant)
+    quantized = load(found.path)
     absorbed = _absorb(quantized, lora, floats, scale, progress)
-    save_beside(quantized, name, others, Path(target), overwrite=overwrite)
+    save_beside(quantized, found.component, found.others, Path(target), overwrite=overwrite)
     return absorbed
-
-
-def _find_model(root: Path, component: str | None) -> tuple[Path, dict[str, Path]]:
-    """Return the folder of the quantized model that is meant, and the rest of its pipeline."""
-    if not is_pipeline(root):
-        folder = model_folder(root, component)
-        require_own_weights(root, folder)
-        return folder, {}
-    components = read_components(root)
-    for part in components.values():
-        require_own_weights(root, part.folder)
-    folder = model_folder(root, component, quantized=True)
-    apart = list_apart(root, components, WEIGHT_FILES)
-    return folder, find_files(root, without={folder.name, *apart})
 
 
 def _open_floats(root: Path, component: str | None, variant: str | None) -> ShardReader:
@@ -132,7 +117,7 @@ def _absorb(
     scale: float,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
-    lora, lora_sha256 = _read_lora(lora_path, model)
+    lora, lora_sha256 = read_lora(lora_path, model)
     mark = {"sha256": lora_sha256, "scale": scale}
     layers = _find_layers(model, lora, source)
     quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
@@ -145,7 +130,8 @@ def _absorb(
             device = next(layer.parameters()).device
             weight = _add_lora(name, layer, source, lora.adapters[name], scale, device)
             shape = layer.out_features, layer.in_features
-            job = LayerJob.of(name, shape, layer.scheme, recipes[name])
+            is_kept = bool(layer.record.get("kept"))
+            job = LayerJob.of(name, shape, layer.scheme, recipes[name], is_kept=is_kept)
             finished = quantize_layer(job, weight)
             new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend
@@ -171,17 +157,6 @@ def _absorb(
                 weight.copy_(before[name])
             raise
     return Absorbed(tuple(reports), tuple(name for name in layers if name not in new), lora.others)
-
-
-def _read_lora(path: str | Path, model: nn.Module) -> tuple[Lora, str]:
-    """Return a LoRA, and the hash of the file that it is in."""
-    file = find_lora_file(Path(path))
-    read_header(file)  # a file that is not one is not hashed for minutes
-    before = file_sha256(file)
-    lora = Lora.read(path, model)
-    if file_sha256(lora.file) != before:
-        raise CheckpointError(f"'{lora.file}' changed while it was read. Try again.")
-    return lora, before
 
 
 def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str, nn.Module]:
@@ -218,6 +193,11 @@ def _find_layers(model: nn.Module, lora: Lora, source: ShardReader) -> dict[str,
 
 
 def _require_recipe(name: str, layer: QuantizedLayer) -> Recipe:
+    if KEY in layer.record:
+        raise LayerError(
+            f"LoRAs were appended to layer '{name}', which absorbing would lose. Remove them first "
+            "(`loraq.remove_lora`), absorb, and append them again."
+        )
     if not {"recipe", "source_sha256", "source_dtype"} <= layer.record.keys():
         raise LayerError(
             f"Layer '{name}' does not say how it was made. Quantize the model again with "

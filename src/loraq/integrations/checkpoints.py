@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.links import find_files, require_own_weights
 from loraq.checkpoint.model_index import (
@@ -159,7 +162,8 @@ def plan_checkpoint(  # noqa: PLR0913 - as `quantize_checkpoint`
 
 def _plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if checkpoint.model is not None and not may_hold_weights(checkpoint.weights):
-        return Plan.of_model(checkpoint.model, recipe)
+        # What stays floats is counted in 16 bits, as most models are published.
+        return Plan.of_model(nn.Module.to(checkpoint.model, torch.bfloat16), recipe)
     return Source.open(checkpoint, recipe).plan
 
 

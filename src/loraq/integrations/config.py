@@ -53,6 +53,7 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
         effort: str | None = None,
         budget: str | float | None = None,
         rank: Rank | None = None,
+        keep: str | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         **others: Any,
     ) -> None:
@@ -61,9 +62,10 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
         Args:
             recipe: a recipe, a scheme, a name such as "mxfp4+w8a8", a path to a .toml or .json
                 file, or plain data.
-            effort: as for `Recipe.adjusted`, like the other three.
+            effort: as for `Recipe.adjusted`, like the other four.
             budget: storage of a layer.
             rank: of every branch.
+            keep: how layers are stored that the model's class keeps: "int8" or "float".
             modules_to_not_convert: modules that stay as they are.
             others: only `quant_method`, which the libraries hand back.
 
@@ -75,8 +77,8 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
         if others or method != LoraqMethod.LORAQ.value:
             raise LoraqError(
                 f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes "
-                "`recipe`, `effort`, `budget`, `rank` and `modules_to_not_convert`; everything "
-                "else is a field of a `loraq.Recipe`."
+                "`recipe`, `effort`, `budget`, `rank`, `keep` and `modules_to_not_convert`; "
+                "everything else is a field of a `loraq.Recipe`."
             )
         self.quant_method: Any = LoraqMethod.LORAQ
         given = Recipe.from_dict(recipe) if isinstance(recipe, dict) else Recipe.of(recipe)
@@ -84,6 +86,7 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
             effort=effort,
             budget=budget,
             rank=rank,
+            keep=keep,
             modules_to_not_convert=modules_to_not_convert,
         )
 

@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, list_some
 from loraq.integrations.lora_names import convert_names
 from loraq.json_files import parse_json, read_json
+from loraq.safetensors.header import read_header
 from loraq.safetensors.reader import ShardReader
 
 #: Names of the weights in a folder, the first that is there.
@@ -128,6 +130,26 @@ def find_lora_file(path: Path) -> Path:
     return files[0]
 
 
+def read_lora(path: str | Path, model: nn.Module) -> tuple[Lora, str]:
+    """Return a LoRA for a model, and the hash of the file that it is in.
+
+    Raises:
+        CheckpointError: as for `Lora.read`, or the file changed meanwhile.
+    """
+    file = find_lora_file(Path(path))
+    read_header(file)  # a file that is not one is not hashed for minutes
+    before = file_sha256(file)
+    lora = Lora.read(path, model)
+    if file_sha256(lora.file) != before:
+        raise CheckpointError(f"'{lora.file}' changed while it was read. Try again.")
+    return lora, before
+
+
+def name_of(file: Path) -> str:
+    """Return what a LoRA is called: its file, or the folder if all such files are called alike."""
+    return (file.resolve().parent.name if file.name in _FILES else "") or file.stem
+
+
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Return factors and alphas by layer, and the names that are neither."""
     parts: dict[str, dict[str, Tensor]] = {}
@@ -168,8 +190,8 @@ def _require_plain(file: Path, strange: list[str]) -> None:
     if strange:
         raise CheckpointError(
             f"'{file}' holds tensors that are not of a plain LoRA: {list_some(strange)}. Only "
-            "lora_A/lora_B (or down/up) weights and alphas can be absorbed; DoRA, LoKr and LoRA "
-            "biases cannot."
+            "lora_A/lora_B (or down/up) weights and alphas can be absorbed or appended; DoRA, LoKr "
+            "and LoRA biases cannot."
         )
 
 
@@ -275,7 +297,7 @@ def _build_adapter(
             f"'{file}': layer '{layer}' has only {', '.join(found)}. Both factors are required."
         )
     if options.get("use_dora"):
-        raise CheckpointError(f"'{file}' is a DoRA. Only a plain LoRA can be absorbed.")
+        raise CheckpointError(f"'{file}' is a DoRA. Only a plain LoRA can be absorbed or appended.")
     down, up = found["down"], found["up"]
     rank = down.shape[0] if down.ndim else 0
     if (

@@ -69,7 +69,7 @@ def convert_names(
             raise CheckpointError(
                 f"'{file}': diffusers' converter of LoRAs for {type(model).__name__} does not "
                 f"understand the names ({type(error).__name__}: {error}). Is the LoRA for this "
-                "model? Only a plain LoRA can be absorbed."
+                "model? Only a plain LoRA can be absorbed or appended."
             ) from error
     weights, alphas = found if isinstance(found, tuple) else (found, None)
     alphas = alphas or {}

@@ -32,6 +32,7 @@ def quantize_(
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     components: None = None,
@@ -48,6 +49,7 @@ def quantize_(
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | StatsByComponent | None = None,
     components: str | Sequence[str] | None = None,
@@ -57,13 +59,14 @@ def quantize_(
 
 
 @checked
-def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what people ask for by name
+def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what people ask for by name
     model: Any,
     recipe: str | Path | Scheme | Recipe = "default",
     *,
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | StatsByComponent | None = None,
     components: str | Sequence[str] | None = None,
@@ -86,6 +89,7 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         effort: how long the method works, in place of the recipe's.
         budget: storage of a layer, such as "5.25" (bits per weight), for a recipe without a rank.
         rank: of every layer's branch, in place of the recipe's.
+        keep: how layers are stored that the model's class keeps: "int8" or "float".
         modules_to_not_convert: modules that stay as they are, as for `Recipe.adjusted`.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; of several
             components a mapping of these by component. `None` needs no data.
@@ -110,7 +114,11 @@ def quantize_(  # noqa: PLR0913 - the four that adjust the recipe are what peopl
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
     recipe = Recipe.of(recipe).adjusted(
-        effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
+        effort=effort,
+        budget=budget,
+        rank=rank,
+        keep=keep,
+        modules_to_not_convert=modules_to_not_convert,
     )
     if isinstance(model, nn.Module):
         if components is not None:
@@ -174,6 +182,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
     effort: str | None = None,
     budget: str | float | None = None,
     rank: Rank | None = None,
+    keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     workers: Workers = 1,
@@ -190,6 +199,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
         effort: how long the method works.
         budget: storage of a layer.
         rank: of every layer's branch.
+        keep: how layers are stored that the model's class keeps.
         modules_to_not_convert: modules that stay as they are.
         stats: statistics by layer.
         workers: layers solved at a time.
@@ -204,7 +214,11 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
             "takes a pipeline too; for files, `loraq.quantize_checkpoint`."
         )
     recipe = Recipe.of(recipe).adjusted(
-        effort=effort, budget=budget, rank=rank, modules_to_not_convert=modules_to_not_convert
+        effort=effort,
+        budget=budget,
+        rank=rank,
+        keep=keep,
+        modules_to_not_convert=modules_to_not_convert,
     )
     model = bare_model(model)
     weights = [

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from loraq.checkpoint.model_index import Component
 from loraq.errors import CheckpointError, LoraqError
-from loraq.pipeline.plan import ComponentSize, Plan
+from loraq.pipeline.counting import ComponentSize
+from loraq.pipeline.plan import Plan
 from loraq.safetensors.header import FLOATS
 from loraq.safetensors.reader import ShardReader
 from loraq.safetensors.selection import WEIGHT_FILES

@@ -71,6 +71,7 @@ def transformers_model(config: dict[str, Any], config_file: Path, weights: Path)
             made = transformers.AutoConfig.for_model(str(config.pop("model_type")), **config)
             made.architectures = [name]
             with (
+                torch.device("cpu"),  # whatever the process has set
                 bounded_construction(bound_parameters(weights)),
                 local_torch_dtype(_stored_dtype(weights), name),
                 init_empty_weights(include_buffers=False),
@@ -246,6 +247,7 @@ def name_in(model: Any) -> Callable[[str], str | None]:
     transformers renames, and leaves out what the model does not have.
     """
     modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix
+    modules |= {name for name, _ in model.named_parameters()}  # stacks of experts take their places
     renamings = renamings_of(model)
 
     def rename(name: str) -> str | None:

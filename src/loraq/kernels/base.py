@@ -14,6 +14,10 @@ from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Scheme
 from loraq.transforms import unrotate
 
+_LARGEST_FP16 = torch.finfo(torch.float16).max
+#: The largest bound that a back end states.
+_WIDEST_BOUND = 4e-2
+
 
 class LayerSpec(NamedTuple):
     """What a back end is chosen by."""
@@ -50,7 +54,8 @@ class Backend(ABC):
     def bound(self, scheme: Scheme, dtype: torch.dtype) -> float:
         """Return the largest ‖y − y_reference‖ / ‖y_reference‖ for inputs of `dtype`.
 
-        0 means equal bits.
+        0 means equal bits. A bound is relative to the output, so it is not for tokens whose largest
+        channels hardly reach it: docs/backends.md states how large they may be.
         """
 
     @abstractmethod
@@ -149,6 +154,14 @@ def decode_factors(branch: LowRankBranch | None) -> tuple[Tensor, Tensor] | None
     return decode_one(branch.proj_down, torch.bfloat16), decode_one(branch.proj_up, torch.bfloat16)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a layer's sums until the branch is in them: bf16 for bf16, else fp32.
+
+    fp16 would overflow where a main product and a branch are large and cancel.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def flatten_tokens(x: Tensor) -> Tensor:
     """Return x (…, in) as (tokens, in)."""
     return x.reshape(-1, x.shape[-1])
@@ -160,8 +173,13 @@ def finish(
     scheme: Scheme,
     factors: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
+    *,
+    is_exact: bool = False,
 ) -> Tensor:
     """Return the layer's output, made of its main product.
+
+    An fp16 output that is over the largest number by no more than a back end may be wrong is that
+    number: sums in bf16 would else make infinities of numbers that fp16 holds.
 
     Args:
         y: main product (tokens, out).
@@ -169,11 +187,15 @@ def finish(
         scheme: formats of the branch's activations.
         factors: proj_down and proj_up in bf16, for a main product without the branch.
         bias: (out), for a main product without it.
+        is_exact: whether all sums were in fp32, so that what is over the largest number is so.
     """
     if factors is not None:
         y = y + _side_path(flatten_tokens(x), factors, scheme)
     if bias is not None:
         y = y + bias
+    if x.dtype == torch.float16 and not is_exact:
+        clipped = y.clamp(-_LARGEST_FP16, _LARGEST_FP16)
+        y = torch.where(y.abs() <= (1 + _WIDEST_BOUND) * _LARGEST_FP16, clipped, y)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 

@@ -10,6 +10,11 @@ e4m3's normal numbers loses bits there, at 2^-15 of its token's largest. The bra
 Hopper adds FP8 products in 13 bits and truncates, so that long sums shrink. Above
 `LONGEST_FAST_SUM` the product is asked to carry its sums on in fp32. On a CPU the same operands are
 multiplied in fp32: slow, for tests.
+
+So the bound is kept for tokens whose largest magnitude is at most 2^12 times the root mean square
+of the others, whatever the weight is; beyond that, where the largest channel reaches the output as
+the others do. A weight that all but ignores a channel of 1e5 times the others is what it excludes:
+there the scale of the token is that of numbers which do not count, and the error can be a tenth.
 """
 
 from typing import Any, NamedTuple

@@ -33,6 +33,7 @@ from loraq.kernels.base import (
     finish,
     flatten_tokens,
     pass_straight_through,
+    sum_dtype,
 )
 from loraq.kernels.int8_matrix import (
     TOP,
@@ -129,7 +130,7 @@ class Int8Row(Backend):
         if not _in_integers(scheme):
             return Int8Operands(rows, None, decode_factors(packed.branch))
         down = codes_of(packed.branch.proj_down)
-        up = decode_one(packed.branch.proj_up, _sum_dtype(dtype) if packs else dtype)
+        up = decode_one(packed.branch.proj_up, sum_dtype(dtype))
         return Int8Operands(rows, (pack_rows(down) if packs else down, up), None)
 
     def linear(
@@ -160,14 +161,6 @@ def _in_integers(scheme: Scheme) -> bool:
     )
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that packed products are written in.
-
-    fp16 would overflow before the token's scale is applied.
-    """
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
 def _packed_linear(
     x: Tensor, weight: Rows, down: Rows | None, up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -176,9 +169,9 @@ def _packed_linear(
     The token's scale comes last: until then all is divided by it, which keeps the branch small
     enough for the dtype of the sums, and leaves one pass over y in place of three.
     """
-    dtype = _sum_dtype(x.dtype)
+    dtype = sum_dtype(x.dtype)
     tokens, scale = encode_rows(x, UNSIGNED)  # (tokens, in), (tokens)
-    y = x.new_empty((len(x), len(weight.scale)))
+    y = x.new_empty((len(x), len(weight.scale)), dtype=dtype)
     shift = x.new_zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
     scale = scale.to(dtype)[:, None]
     for part in parts_of(len(x), _CHUNK_TOKENS_PACKED):
@@ -210,9 +203,9 @@ def _round_latent(latent: Tensor) -> Tensor:
 def _int8_linear(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    n_tokens = len(x)
+    n_tokens, dtype = len(x), sum_dtype(x.dtype)
     if n_tokens == 0:
-        return x.new_empty((0, len(scales[0])))
+        return x.new_empty((0, len(scales[0])), dtype=dtype)
     if codes[0].is_mkldnn:
         weight, *down = map(Rows, codes, scales)
         return _packed_linear(x, weight, down[0] if down else None, up, bias)
@@ -220,8 +213,8 @@ def _int8_linear(
         padded = pad(x, (0, 0, 0, 32 - n_tokens))
         return _int8_linear(padded, codes, scales, up, bias)[:n_tokens].clone()
     tokens, token_scale = encode_rows(x)  # (tokens, in), (tokens)
-    y = x.new_empty((n_tokens, len(scales[0])))
-    inner = x.new_empty((n_tokens, 0 if up is None else up.shape[1]))  # (tokens, rank)
+    y = x.new_empty((n_tokens, len(scales[0])), dtype=dtype)
+    inner = y.new_empty((n_tokens, 0 if up is None else up.shape[1]))  # (tokens, rank)
     shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
     # A part's int32 sums are scaled while they are in the cache; the up-projection is one product
     # for all tokens, added to y in place.
@@ -238,7 +231,7 @@ def _int8_linear(
 def _(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((x.shape[0], scales[0].shape[0]))
+    return x.new_empty((x.shape[0], scales[0].shape[0]), dtype=sum_dtype(x.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

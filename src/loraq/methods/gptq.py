@@ -10,10 +10,11 @@ from typing import Annotated
 from torch import Tensor
 
 from loraq.formats.scale_rules import RuleName
-from loraq.linalg import truncated_svd
 from loraq.methods.base import Method, register
-from loraq.methods.feedback import Feedback
 from loraq.methods.fits import Fit, quantize_branch
+from loraq.methods.inputs import Inputs
+from loraq.methods.noise import rounding_noise
+from loraq.methods.svdquant import Alternation
 from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
@@ -22,9 +23,10 @@ from loraq.stats import ActivationStats
 @register
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Round with error feedback through the second moment; a branch is one-shot SVDQuant's.
+    """Round with error feedback through the second moment; a branch is SVDQuant's.
 
-    Without a branch it rounds all of the weight. `metrics` holds "output_error".
+    It is one-shot unless `rounds` says otherwise. Without a branch the method
+    rounds all of the weight. `metrics` holds "output_error".
     """
 
     name = "gptq"
@@ -36,6 +38,12 @@ class GPTQ(Method):
     damping: Annotated[float, Range(0, 1e9)] = 0.01
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: RuleName | None = "search"
+    #: With a branch: as in `SVDQuant`.
+    rounds: Annotated[int, Range(1, 1_000_000)] = 1
+    patience: Annotated[int, Range(1, 1_000_000)] = 5
+    rotate: bool = False
+    #: Whether noise of rounded activations is filtered, as LoRaQ does; see `Inputs.round`.
+    noise_filter: bool = False
 
     @property
     def needs_full_moment(self) -> bool:
@@ -46,9 +54,16 @@ class GPTQ(Method):
         assert stats is not None
         fitted, target = None, weight
         if scheme.branch is not None:
-            svd = truncated_svd(weight, scheme.branch.rank, seed=seed)
-            fitted = quantize_branch(*svd.to_canonical(), scheme.branch, self.scale_rule)
+            factors, _ = Alternation(
+                scheme.branch, self.rounds, self.patience, self.scale_rule, self.rotate
+            ).run(weight, scheme.weight_format, seed)
+            fitted = quantize_branch(*factors, scheme.branch, self.scale_rule)
             target = weight - fitted.reconstruct()
-        feedback = Feedback(stats.second_moment, damping=self.damping)
-        main = feedback.round(target, scheme.weight_format, self.scale_rule)
-        return Fit(main, fitted)
+        noise = rounding_noise(scheme.activation, rotation=scheme.rotation)
+        inputs = Inputs(
+            stats,
+            self.damping,
+            noise if self.noise_filter else 0.0,
+            scheme.activation_format if self.noise_filter else None,
+        )
+        return Fit(inputs.round(target, scheme.weight_format, self.scale_rule), fitted)

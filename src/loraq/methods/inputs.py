@@ -3,7 +3,17 @@
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With
 E[x xᵀ] the price of an error is exactly the output error it makes, rounding feeds errors back
 (`loraq.methods.feedback.Feedback`), and noise of rounded activations is filtered. Activation noise
-is priced by h alone: it is about as large as its channel, and not correlated with the input.
+is priced by h alone: it is not correlated with the input, and its power in each channel follows
+from h and the format (`loraq.methods.noise.noise_powers`).
+
+Let the noise have power Σ, and let a branch leave R = W − UD of the weight. The main weight that
+answers noisy inputs best is R H (H + Σ)⁻¹ (Wiener's filter), and what it cannot avoid is
+
+    min over M of tr((R − M) H (R − M)ᵀ) + tr(M Σ Mᵀ) = tr(R N Rᵀ),  N = H (H + Σ)⁻¹ Σ
+
+So the best branch of rank r beside such a main weight is not the truncated SVD of W but the one in
+the metric N: with N = C Cᵀ, SVD_r(W C) C⁻¹. In directions with more signal than noise N is Σ, in
+the others H: a branch gains nothing where there is no signal.
 """
 
 import math
@@ -15,8 +25,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.formats import Format, QTensor
-from loraq.linalg import energy, frobenius, require_damping
+from loraq.linalg import (
+    TruncatedSVD,
+    damped_cholesky,
+    energy,
+    frobenius,
+    require_damping,
+    svd_of_product,
+    truncated_svd,
+)
 from loraq.methods.feedback import Feedback
+from loraq.methods.noise import noise_powers
 from loraq.stats import ActivationStats
 
 
@@ -31,8 +50,9 @@ class Inputs:
     stats: ActivationStats | None = None
     #: `GPTQ.damping` of rounding with feedback.
     feedback_damping: float = 0.01
-    #: Relative noise power of the main path's rounded activations.
+    #: Relative noise power of the main path's rounded activations, and their format.
     activation_noise: float = 0.0
+    activation: Format | None = None
 
     def importance(self, damping: float) -> Float[Tensor, " in"] | None:
         """Return what an error of each channel counts, 1 in the mean, or `None` for all alike.
@@ -70,13 +90,41 @@ class Inputs:
             return energy(error).item()
         return self.stats.output_energy(error, torch.float32) / self._power
 
-    def noise_energy(self, matrix: Float[Tensor, "out in"]) -> float:
-        """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels."""
+    def noise_energy(self, matrix: Float[Tensor, "out in"], fmt: Format | None = None) -> float:
+        """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels.
+
+        Args:
+            matrix: what the noisy input is multiplied with.
+            fmt: whose rounding makes the noise.
+        """
         if self.stats is None:
             return energy(matrix).item()
-        return (
-            matrix.square().sum(0, dtype=torch.float64) @ self.stats.mean_square.double()
-        ).item() / self._power
+        powers = noise_powers(self.stats.mean_square.double(), fmt)
+        return (matrix.square().sum(0, dtype=torch.float64) @ powers).item() / self._power
+
+    def best_branch(
+        self, weight: Float[Tensor, "out in"], svd: TruncatedSVD, seed: int
+    ) -> TruncatedSVD:
+        """Return SVD_r(W C) C⁻¹, the branch of which `round` makes the most; see the module text.
+
+        Only with all second moments and activation noise.
+
+        Args:
+            weight: W.
+            svd: the truncated SVD of W, which is near enough to begin with.
+            seed: of the randomized SVD.
+        """
+        noise_filter, _ = self._answer
+        assert noise_filter is not None
+        metric = noise_filter.double() * self._noise
+        metric = (metric + metric.mT) / metric.diagonal().mean()  # symmetric but for fp32
+        root = damped_cholesky(metric, 1e-6).float()
+        rank, near = len(svd.values), root.mT @ svd.right.mT
+        up, down = truncated_svd(
+            weight @ root, rank, seed=seed, iterations=2, start=near
+        ).to_balanced()
+        down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+        return svd_of_product(up, down)
 
     def size(self, weight: Float[Tensor, "out in"]) -> float:
         """Return √E‖x Wᵀ‖², 1 if it is zero."""
@@ -89,6 +137,17 @@ class Inputs:
         assert self.stats is not None
         return self.stats.mean_square.double().mean().item() or 1.0
 
+    @property
+    def _ridge(self) -> float:
+        return self.feedback_damping * self._power
+
+    @property
+    def _noise(self) -> Float[Tensor, " in"]:
+        """Σ, in double precision: that of the damped moment, because no channel is without."""
+        assert self.stats is not None
+        damped = self.stats.mean_square.double() + self._ridge
+        return self.activation_noise * noise_powers(damped, self.activation)
+
     @cached_property
     def _answer(self) -> tuple[Float[Tensor, "in in"] | None, Feedback]:
         """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ.
@@ -100,8 +159,9 @@ class Inputs:
         if not self.activation_noise:
             return None, Feedback(moment, damping=self.feedback_damping)
         require_damping(self.feedback_damping)
-        clean = moment.to(torch.float64, copy=True)
-        clean.diagonal().add_(self.feedback_damping * self._power)
-        noisy = clean.clone()
-        noisy.diagonal().add_(self.activation_noise * clean.diagonal())
-        return torch.linalg.solve(noisy, clean).mT.float(), Feedback(noisy, damping=0.0)
+        noise, noisy = self._noise, moment.to(torch.float64, copy=True)
+        noisy.diagonal().add_(self._ridge + noise)
+        # H (H + Σ)⁻¹ = I − Σ (H + Σ)⁻¹, in less than half of the time of a solution by LU.
+        noise_filter = torch.cholesky_inverse(damped_cholesky(noisy, 0.0)).mul_(-noise[:, None])
+        noise_filter.diagonal().add_(1)
+        return noise_filter.float(), Feedback(noisy, damping=0.0)

@@ -22,10 +22,13 @@ cancel each other lose what they won on the weight (see `loraq.methods.noise`).
 Statistics of the inputs, which nobody needs to give, change two things. In all norms above a
 channel counts by its mean square (`Inputs.importance`). And if all second moments are known, the
 last rounding of the main weight feeds its errors back (`Feedback`) and filters the noise of rounded
-activations (`Inputs.round`), and candidates are compared by the output error that they make.
+activations (`Inputs.round`), and candidates are compared by the output error that they make. With
+noise to filter, one more of them is the branch that leaves the filter the least
+(`Inputs.best_branch`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -34,7 +37,7 @@ from torch import Tensor
 
 from loraq.formats import Format
 from loraq.formats.scale_rules import RuleName
-from loraq.linalg import svd_of_product, truncated_svd
+from loraq.linalg import TruncatedSVD, svd_of_product, truncated_svd
 from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, Iterate, Problem, move, spread
 from loraq.methods.fits import Fit, quantize_branch
@@ -68,7 +71,8 @@ class LoRaQ(Method):
     noise of rounded activations, so that the error of the weight alone may be larger than that of
     rounding to nearest: on a weight that the main format holds exactly, for example.
 
-    `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant;
+    `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant,
+    and "optimized", 1 if the refined factors are stored and 0 if another candidate was better;
     with statistics ‖W‖ is the size of the output, and there is "output_error".
     """
 
@@ -118,7 +122,7 @@ class LoRaQ(Method):
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         branch = self._require_branch(scheme)
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
-        inputs = Inputs(stats, self.feedback_damping, noise.main)
+        inputs = Inputs(stats, self.feedback_damping, noise.main, scheme.activation_format)
         problem = Problem(
             weight,
             scheme.weight_format,
@@ -128,10 +132,24 @@ class LoRaQ(Method):
         )
         svd = truncated_svd(weight, branch.rank, seed=seed)
         refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.to_balanced())), seed)
-        start = Factors(*svd.to_canonical())
+        start = self._prepare(svd, noise, seed)
+        none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
+        candidates: list[tuple[Factors, RuleName | None]] = [
+            (refined, "fitted"),
+            (start, self.scale_rule),
+            (none, "fitted"),
+        ]
+        if inputs.rounds_with_feedback and noise.main > noise.branch:
+            # A branch that sees more than the main path is better than none, and this one best.
+            answer = self._prepare(inputs.best_branch(weight, svd, seed), noise, seed)
+            candidates[2] = (answer, self.scale_rule)
+        return self._choose_best(weight, scheme, noise, inputs, candidates)
+
+    def _prepare(self, svd: TruncatedSVD, noise: ActivationNoise, seed: int) -> Factors:
+        """Return factors of a branch that was not annealed."""
         if noise.intermediate and self.rotate:  # it must not have outstanding rank directions
-            start = spread(Factors(*svd.to_balanced()), seed)
-        return self._choose_best(weight, scheme, noise, inputs, refined, start)
+            return spread(Factors(*svd.to_balanced()), seed)
+        return Factors(*svd.to_canonical())
 
     def _anneal(self, problem: Problem, factors: Factors) -> Factors:
         """Phase 1: full-precision factors, over-relaxed from `heat` down to `final_step`."""
@@ -177,25 +195,28 @@ class LoRaQ(Method):
         scheme: Scheme,
         noise: ActivationNoise,
         inputs: Inputs,
-        refined: Factors,
-        start: Factors,
+        branches: Sequence[tuple[Factors, RuleName | None]],
     ) -> Fit:
-        """Store the best in J: refined factors, one-shot SVDQuant's, no branch, plain rounding."""
+        """Store the best in J of some factors, each with its scale rule, and of plain rounding.
+
+        The second ones are one-shot SVDQuant's, which "start_objective" is of.
+        """
         branch, main = self._require_branch(scheme), scheme.weight_format
-        none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
         candidates = []
-        for factors, rule in ((refined, "fitted"), (start, self.scale_rule), (none, "fitted")):
+        for factors, rule in branches:
             candidate = quantize_branch(*factors, branch, rule)
             rest = weight - candidate.reconstruct()
             candidates.append((candidate, inputs.round(rest, main, self.scale_rule)))
         if inputs.rounds_with_feedback:  # which is mostly, but not always, better
-            candidates.append((candidates[-1][0], main.quantize(weight, self.scale_rule)))
+            up, down = (torch.zeros_like(factor) for factor in branches[0][0])
+            none = quantize_branch(up, down, branch, "fitted")
+            candidates.append((none, main.quantize(weight, self.scale_rule)))
         errors, objectives = [], []
         for candidate, stored in candidates:
             product, rounded = candidate.reconstruct(), stored.dequantize()
             errors.append(objective := inputs.error_energy(weight - product - rounded))
             if noise.main:
-                objective += noise.main * inputs.noise_energy(rounded)
+                objective += noise.main * inputs.noise_energy(rounded, scheme.activation_format)
             if noise.branch:  # the intermediate is a sum of channels, as large as they are together
                 objective += noise.input * inputs.noise_energy(product)
                 objective += noise.intermediate * inputs.error_energy(product)
@@ -205,6 +226,7 @@ class LoRaQ(Method):
         metrics = {
             "objective": math.sqrt(objectives[best]) / norm,
             "start_objective": math.sqrt(objectives[1]) / norm,
+            "optimized": float(best == 0),
         }
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(errors[best]) / norm

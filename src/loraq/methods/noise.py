@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraq.formats import CastFormat, get_format
+from loraq.formats import BlockFormat, CastFormat, Format, get_format
 from loraq.linalg import energy
 from loraq.scheme import Branch, Scheme
 from loraq.transforms import rotate
@@ -57,6 +57,22 @@ class ActivationNoise(NamedTuple):
             error, rounded = error * root, rounded * root if self.main else rounded
         total = energy(error) + self.branch * branch_energy
         return total + self.main * energy(rounded) if self.main else total
+
+
+def noise_powers(mean_square: Tensor, fmt: Format | None) -> Tensor:
+    """Return how the noise of rounded activations spreads over the channels, up to a factor.
+
+    The step of an integer is its block's, whatever its own magnitude: all channels of a block get
+    the block's mean power. A float's step follows its magnitude: every channel keeps its own.
+
+    Args:
+        mean_square: E[x²] of each channel, (in).
+        fmt: of the activations; `None` for one that is not known.
+    """
+    if not isinstance(fmt, BlockFormat) or fmt.element.is_float:
+        return mean_square
+    blocks = mean_square.split(fmt.block_size or len(mean_square))
+    return torch.cat([block.mean().expand(len(block)) for block in blocks])
 
 
 @lru_cache(maxsize=64)

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.formats.scale_rules import RuleName
-from loraq.linalg import damped_cholesky, truncated_svd
+from loraq.linalg import damped_cholesky, svd_of_product, truncated_svd
 from loraq.methods.base import Method, register
+from loraq.methods.descent import Factors, spread
 from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.prediction import tail_energies
 from loraq.options import Range
@@ -30,6 +31,7 @@ class _ErrorSVD(Method):
     """A branch that is the weighted SVD of the rounding error."""
 
     scale_rule: RuleName | None
+    rotate: bool
 
     @abstractmethod
     def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
@@ -41,6 +43,9 @@ class _ErrorSVD(Method):
         main = scheme.weight_format.quantize(weight, self.scale_rule)
         error = weight - main.dequantize()
         up, down = weighted_svd(error, moment, branch.rank, damping=damping, seed=seed)
+        if self.rotate:
+            factors = svd_of_product(up.contiguous(), down.contiguous()).to_balanced()
+            up, down = spread(Factors(*factors), seed)
         return Fit(main, quantize_branch(up, down, branch, self.scale_rule))
 
     def _predict_shares(self, weight: Tensor, error: Tensor, scheme: Scheme) -> Tensor:
@@ -57,6 +62,8 @@ class LQER(_ErrorSVD):
 
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: RuleName | None = "search"
+    #: Whether the factors are rotated in rank space, as LoRaQ's are; see `spread`.
+    rotate: bool = False
 
     def _weigh(self, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, float]:
         return torch.ones(weight.shape[1], device=weight.device), 0.0
@@ -77,6 +84,8 @@ class QERA(_ErrorSVD):
     damping: Annotated[float, Range(0, 1e9)] = 1e-4
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: RuleName | None = "search"
+    #: Whether the factors are rotated in rank space, as LoRaQ's are; see `spread`.
+    rotate: bool = False
 
     @property
     def needs_full_moment(self) -> bool:

@@ -6,17 +6,19 @@ activations and is not used.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from loraq.formats import Format
 from loraq.formats.scale_rules import RuleName
 from loraq.linalg import frobenius, truncated_svd
 from loraq.methods.base import Method, register
+from loraq.methods.descent import Factors, spread
 from loraq.methods.fits import Fit, quantize_branch
 from loraq.options import Range
-from loraq.scheme import Scheme
+from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
 
 
@@ -38,26 +40,50 @@ class SVDQuant(Method):
     patience: Annotated[int, Range(1, 1_000_000)] = 5
     #: Scale rule of weight and factors; `None` is the direct rule of each format.
     scale_rule: RuleName | None = "search"
+    #: Whether the factors are rotated in rank space, as LoRaQ's are; see `spread`.
+    rotate: bool = False
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
-        branch = self._require_branch(scheme)
-        main, factor = scheme.weight_format, branch.weight_format
+        branch, main = self._require_branch(scheme), scheme.weight_format
+        factors, used = Alternation(
+            branch, self.rounds, self.patience, self.scale_rule, self.rotate
+        ).run(weight, main, seed)
+        fitted = quantize_branch(*factors, branch, self.scale_rule)
+        stored = main.quantize(weight - fitted.reconstruct(), self.scale_rule)
+        return Fit(stored, fitted, {"rounds": float(used)})
+
+
+class Alternation(NamedTuple):
+    """Truncated SVD of what rounding leaves, rounding of what the SVD leaves, in turn."""
+
+    branch: Branch
+    #: As in `SVDQuant`.
+    rounds: int
+    patience: int
+    scale_rule: RuleName | None
+    rotate: bool
+
+    def run(self, weight: Tensor, main: Format, seed: int) -> tuple[Factors, int]:
+        """Return the factors of the best round, before their rounding, and the number of rounds."""
+        factor, rule = self.branch.weight_format, self.scale_rule
         best, best_error, best_round = None, torch.inf, 0
         target, start = weight, None
         for t in range(self.rounds):
             iterations = 2 if t else 8  # later rounds begin with the directions of the last one
-            svd = truncated_svd(target, branch.rank, seed=seed, iterations=iterations, start=start)
+            svd = truncated_svd(
+                target, self.branch.rank, seed=seed, iterations=iterations, start=start
+            )
             start = svd.right.mT
-            up, down = svd.to_canonical()
-            rest = weight - factor.round(up, self.scale_rule) @ factor.round(down, self.scale_rule)
-            rounded = main.round(rest, self.scale_rule)
+            factors = Factors(*svd.to_canonical())
+            if self.rotate:
+                factors = spread(Factors(*svd.to_balanced()), seed)
+            rest = weight - factor.round(factors.up, rule) @ factor.round(factors.down, rule)
+            rounded = main.round(rest, rule)
             error = frobenius(rest - rounded).item()
             if error < best_error:
-                best, best_error, best_round = (up, down), error, t
+                best, best_error, best_round = factors, error, t
             elif t - best_round >= self.patience:
                 break
             target = weight - rounded
         assert best is not None
-        fitted = quantize_branch(*best, branch, self.scale_rule)
-        stored = main.quantize(weight - fitted.reconstruct(), self.scale_rule)
-        return Fit(stored, fitted, {"rounds": float(t + 1)})
+        return best, t + 1

@@ -129,4 +129,5 @@ def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, s
         source_dtype=record["source_dtype"],
         stats_sha256=record.get("stats_sha256", ""),
         output_error=record.get("output_error"),
+        kept=job.is_kept,
     )

@@ -104,6 +104,8 @@ def quantize_layer(
         source_dtype=dtype,
         stats_sha256=stats_sha256,
         output_error=None if job.is_stack else solutions[0].metrics.get("output_error"),
+        metrics={} if job.is_stack else solutions[0].metrics,
+        kept=job.is_kept,
     )
     return FinishedLayer(packed, report, job.transposed)
 

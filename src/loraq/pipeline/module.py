@@ -82,7 +82,8 @@ def quantize_weight(
     scheme = recipe.scheme_for(name, shape)
     if scheme is None:
         raise RecipeError(f"The recipe skips layer '{name}'. Use another name, or remove the rule.")
-    return solve_layer(LayerJob.of(name, shape, scheme, recipe), weight, stats)
+    job = LayerJob.of(name, shape, scheme, recipe, is_kept=recipe.keeps(name))
+    return solve_layer(job, weight, stats)
 
 
 @checked
@@ -188,10 +189,10 @@ def quantize_(
     model = bare_model(model)
     recipe, layers = Recipe.of(recipe), _find_layers(model)
     stats, plan = open_stats(stats), Plan.of_model(model, recipe)
-    if not plan.quantized and not quantized_layers(model):
+    if not plan.has_work and not quantized_layers(model):
         raise RecipeError(
             f"Nothing to quantize: {len(layers)} linear layers were found in "
-            f"{type(model).__name__}, and all are skipped. `loraq plan` shows why; a rule with "
+            f"{type(model).__name__}, and all are kept. `loraq plan` shows why; a rule with "
             "`skip = false` overrides."
         )
     for job in plan.quantized:

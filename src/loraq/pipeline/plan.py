@@ -20,7 +20,8 @@ from loraq.layers import (
     require_bare,
     tied_layers,
 )
-from loraq.methods import Method, layer_seed
+from loraq.methods import RTN, Method, layer_seed
+from loraq.pipeline.counting import ComponentSize, count_beside
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 
@@ -49,11 +50,13 @@ class LayerJob:
     reason: str = ""
     #: Whether the budget settled the rank, and not the recipe itself.
     sized: bool = False
+    #: Whether the rules keep it out of the recipe's scheme, and it is stored in eight bits.
+    is_kept: bool = False
     #: Whether the model has a stack of experts as (experts, in, out).
     transposed: bool = False
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913 (options are keyword-only)
         cls,
         name: str,
         shape: tuple[int, ...],
@@ -62,18 +65,21 @@ class LayerJob:
         *,
         reason: str = "",
         sized: bool = False,
+        is_kept: bool = False,
     ) -> "LayerJob":
         """Return the job of a layer whose scheme is settled, with the recipe's method and seed.
+
+        A layer that is kept is rounded to nearest, whatever the method.
 
         Raises:
             SchemeError: the method cannot solve this scheme; the message carries the layer's name.
         """
-        method = recipe.solver(scheme)
+        method = RTN() if is_kept else recipe.solver(scheme)
         try:
             method.check(scheme)
         except LoraqError as error:
             raise SchemeError(f"Layer '{name}': {error}") from error
-        return cls(name, shape, scheme, method, recipe.seed, reason, sized)
+        return cls(name, shape, scheme, method, recipe.seed, reason, sized, is_kept)
 
     @property
     def is_stack(self) -> bool:
@@ -144,20 +150,6 @@ class OtherWeight:
 
 
 @dataclass(frozen=True)
-class ComponentSize:
-    """How large a model of a pipeline is, with all that is in it and not in linear layers."""
-
-    name: str
-    class_name: str
-    #: Bytes of all its weights in bf16.
-    nbytes_bf16: int
-    #: Bytes after the run; `None` if it is left as it is.
-    nbytes: int | None = None
-    #: What they would be if it were quantized; `None` if it is, or if that is not known.
-    if_quantized: int | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
     """What every linear layer of a model gets, in the order of the model."""
 
@@ -165,6 +157,12 @@ class Plan:
     #: Weights of more than `SIGNIFICANT` of the model that cannot be quantized; empty if only
     #: shapes were known.
     others: tuple[OtherWeight, ...] = ()
+    #: Numbers that the whole model stores, in linear layers and elsewhere; 0 if only the shapes of
+    #: the linear layers were known.
+    parameters: int = 0
+    #: Bytes of all that is stored beside the weights of the quantized layers: layers that stay
+    #: floats, embeddings, norms, biases.
+    other_nbytes: int = 0
     #: What of the source was chosen, decoded or left out: sentences for the user.
     notes: tuple[str, ...] = ()
     #: Of a pipeline of which several models are quantized: the plan of each, by component.
@@ -188,7 +186,14 @@ class Plan:
             layers += [replace(each, name=f"{component}/{each.name}") for each in plan.layers]
             others += [replace(each, name=f"{component}/{each.name}") for each in plan.others]
             of_parts += [f"{component}: {note}" for note in plan.notes]
-        return cls(tuple(layers), tuple(others), (*of_parts, *notes), dict(plans))
+        return cls(
+            tuple(layers),
+            tuple(others),
+            sum(plan.parameters for plan in plans.values()),
+            sum(plan.other_nbytes for plan in plans.values()),
+            (*of_parts, *notes),
+            dict(plans),
+        )
 
     @classmethod
     def of(
@@ -285,17 +290,40 @@ class Plan:
             else layer
             for layer in planned.layers
         )
-        return replace(planned, layers=layers, others=others)
+        planned = replace(planned, layers=layers, others=others)
+        return planned.counting(
+            *count_beside(model, [job.weight_name for job in planned.quantized])
+        )
+
+    def counting(self, numbers: int, nbytes: int) -> "Plan":
+        """Return the plan that knows what is stored beside the weights of the quantized layers.
+
+        Args:
+            numbers: how many.
+            nbytes: that they take.
+        """
+        packed = sum(math.prod(job.shape) for job in self.quantized)
+        return replace(self, parameters=numbers + packed, other_nbytes=nbytes)
 
     @property
     def quantized(self) -> tuple[LayerJob, ...]:
-        """The layers that are quantized."""
+        """The layers that are stored in packed form, those that are kept in eight bits too."""
         return tuple(layer for layer in self.layers if isinstance(layer, LayerJob))
 
     @property
     def kept(self) -> tuple[KeptLayer, ...]:
-        """The layers that stay as they are."""
+        """The layers that stay floats."""
         return tuple(layer for layer in self.layers if isinstance(layer, KeptLayer))
+
+    @property
+    def kept_in_8_bits(self) -> tuple[LayerJob, ...]:
+        """The layers that the rules keep out of the scheme, stored in eight bits."""
+        return tuple(job for job in self.quantized if job.is_kept)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any layer gets the recipe's scheme."""
+        return len(self.quantized) > len(self.kept_in_8_bits)
 
     @property
     def nbytes(self) -> int:
@@ -309,9 +337,20 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean stored bits for each weight of the quantized layers."""
-        weights = sum(math.prod(layer.shape) for layer in self.quantized)
-        return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
+        """Mean stored bits for each weight of the layers that have the recipe's scheme."""
+        jobs = [job for job in self.quantized if not job.is_kept]
+        weights = sum(math.prod(job.shape) for job in jobs)
+        return 8 * sum(job.nbytes for job in jobs) / weights if weights else 0.0
+
+    @property
+    def model_nbytes(self) -> int:
+        """Bytes of all that the model stores after the run."""
+        return self.other_nbytes + sum(job.nbytes for job in self.quantized)
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits for each parameter of the whole model; 0 if its parameters are not known."""
+        return 8 * self.model_nbytes / self.parameters if self.parameters else 0.0
 
 
 def _find_models(model: nn.Module) -> dict[str, str]:
@@ -342,9 +381,11 @@ def _plan_layer(
     scheme = recipe.scheme_for(name, (shape[-2], shape[-1]), model_class, within)
     requested = recipe.requested_scheme(name, model_class, within)
     if scheme is None or requested is None:
-        return KeptLayer(name, shape, reason)
+        why = "" if requested is None else "; eight bits would store no less"
+        return KeptLayer(name, shape, reason + why)
     sized = requested.branch is not None and requested.branch.rank == 0
-    return LayerJob.of(name, shape, scheme, recipe, reason=reason, sized=sized)
+    is_kept = recipe.keeps(name, model_class, within)
+    return LayerJob.of(name, shape, scheme, recipe, reason=reason, sized=sized, is_kept=is_kept)
 
 
 def _has_large_branch(job: LayerJob) -> bool:

@@ -33,6 +33,10 @@ class LayerReport:
     #: The same ratio of the layer's outputs, activations not rounded, by the statistics; `None`
     #: without any.
     output_error: float | None = None
+    #: What else the method measured; not stored.
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    #: Whether the rules keep it out of the recipe's scheme.
+    kept: bool = False
 
     def record(self) -> dict[str, float | int | str]:
         """Return what a checkpoint keeps besides shape and scheme, equal in every run."""
@@ -45,7 +49,8 @@ class LayerReport:
             "source_dtype",
             "stats_sha256",
         )
-        return {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
+        found = {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
+        return {**found, "kept": True} if self.kept else found
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,9 @@ class Report:
 
     @property
     def mean_relative_error(self) -> float:
-        """Mean of the layers' relative errors."""
-        return sum(layer.relative_error for layer in self.layers) / max(1, len(self.layers))
+        """Mean of the relative errors of the layers that have the recipe's scheme."""
+        errors = [layer.relative_error for layer in self.layers if not layer.kept]
+        return sum(errors) / max(1, len(errors))
 
     @property
     def mean_output_error(self) -> float | None:

@@ -1,8 +1,9 @@
 """What is quantized: float checkpoints, their tensors checked, their layers planned."""
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from loraq.pipeline.layer import hash_tensor, read_matrices
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import Fp8Reader, decode_fp8
-from loraq.safetensors.header import FLOATS
+from loraq.safetensors.header import FLOATS, TensorSpec
 from loraq.safetensors.layout import tensor_bytes
 from loraq.safetensors.reader import ShardReader, TensorReader
 
@@ -82,7 +83,7 @@ class Source:
             config = add_quantization_config(checkpoint.config) if checkpoint.config else {}
             _require_floats(decoded, checkpoint.weights)
             plan = plan_tensors(decoded, recipe)
-            plan = replace(plan, notes=tuple(notes))
+            plan = _count(replace(plan, notes=tuple(notes)), decoded, decoded.names)
             return cls(files, decoded, tuple(decoded.names), {}, config, plan)
         config = model_config(model)
         reader = decoded if checkpoint.convert is None else checkpoint.convert(decoded)
@@ -97,14 +98,15 @@ class Source:
         require_fit(reader, expected, checkpoint.weights, unused)
         names = tuple(name for name in expected if name not in tied)
         plan = replace(Plan.of_model(model, recipe), notes=tuple(notes))
+        plan = _count(plan, reader, names)
         return cls(files, reader, names, tied, config, plan, generation_config(model))
 
     def require_layers(self) -> None:
         """Raise `RecipeError` if no layer is quantized."""
-        if not self.plan.quantized:
+        if not self.plan.has_work:
             raise RecipeError(
                 f"Nothing to quantize: {len(self.plan.layers)} linear layers were found, and all "
-                "are skipped. `loraq plan` shows why; a rule with `skip = false` overrides."
+                "are kept. `loraq plan` shows why; a rule with `skip = false` overrides."
             )
 
     def hash_weights(self) -> dict[str, str]:
@@ -212,6 +214,16 @@ def list_tensors(model: nn.Module, stored: list[str]) -> tuple[dict[str, Tensor]
         if source == name or name in stored:
             expected[name] = tensor
     return expected, tied
+
+
+def _count(plan: Plan, reader: TensorReader, names: Sequence[str]) -> Plan:
+    """Return the plan that knows the size of the whole model: of all tensors to write."""
+    weights = {job.weight_name for job in plan.quantized}
+    specs = [
+        TensorSpec(reader.dtype(name), reader.shape(name)) for name in names if name not in weights
+    ]
+    numbers = sum(math.prod(spec.shape) for spec in specs)
+    return plan.counting(numbers, sum(spec.nbytes for spec in specs))
 
 
 def _find_unused(model: nn.Module, reader: TensorReader) -> list[str]:

@@ -18,8 +18,9 @@ from torch import Tensor
 @triton.jit
 def _mx_scale(largest):
     """OCP MX v1.0, section 6.3, for E4M3: 2^(floor(log2 largest) - 8)."""
-    binade = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.maximum(binade, 2.0**-118) * 2.0**-8
+    # A token of an infinity saturates, as in the reference: its binade is that of fp32's largest.
+    bits = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x7F000000)
+    return tl.maximum(bits.to(tl.float32, bitcast=True), 2.0**-118) * 2.0**-8
 
 
 @triton.jit
@@ -30,8 +31,12 @@ def _inverse(power_of_two):
 
 @triton.jit
 def _round_e4m3(y):
-    """To nearest, ties to even, saturating: the adder rounds at the step of each binade."""
-    y = tl.minimum(tl.maximum(y, -448.0), 448.0)
+    """To nearest, ties to even, saturating: the adder rounds at the step of each binade.
+
+    NaN stays NaN, which minimum and maximum would drop.
+    """
+    y = tl.maximum(y, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(y, 448.0, propagate_nan=tl.PropagateNan.ALL)
     binade = (y.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = tl.maximum(binade, 2.0**-6) * 1572864.0  # 1.5 * 2^(23 - 3)
     return (y + shift) - shift
@@ -57,13 +62,15 @@ def quant_down_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, RANK)
     row_start = rows.to(tl.int64)[:, None] * n_in
-    largest = tl.zeros((BLOCK_M,), tl.float32)
+    # As bits, magnitudes are in the order of their values with NaN last, which a maximum of floats
+    # would drop.
+    largest = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, n_in, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         there = (rows < n_tokens)[:, None] & (k < n_in)[None, :]
         x = tl.load(x_ptr + row_start + k[None, :], there, 0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-    token_scale = _mx_scale(largest)
+        largest = tl.maximum(largest, tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+    token_scale = _mx_scale(largest.to(tl.float32, bitcast=True))
     inverse = _inverse(token_scale)
     inner = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in range(0, n_in, BLOCK_K):
@@ -87,6 +94,8 @@ def quant_down_kernel(
                 inner = tl.dot(values, down.to(tl.float32), inner, input_precision="ieee")
             else:
                 inner = tl.dot(values.to(tl.bfloat16), down, inner)
+    # A code need not hold NaN where a cast saturates; the scale makes all of the token NaN.
+    token_scale = tl.where(largest > 0x7F800000, float("nan"), token_scale)
     tl.store(scale_ptr + rows, token_scale, rows < n_tokens)
     if HAS_BRANCH:
         blocks = tl.reshape(inner, (BLOCK_M, RANK // 32, 32))

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraq.kernels.base import sum_dtype
+
 
 @triton.jit
 def small_m_kernel(
@@ -70,7 +72,7 @@ def small_m_kernel(
 
 
 def small_m(x: Tensor, packed: Tensor, scale: Tensor, *, integer: bool) -> Tensor:
-    """Return y (tokens, out) in the dtype of x (tokens, in), for at most 16 tokens.
+    """Return y (tokens, out) in the dtype of sums of x (tokens, in), for at most 16 tokens.
 
     Args:
         x: bf16 (other dtypes are multiplied as bf16).
@@ -79,7 +81,7 @@ def small_m(x: Tensor, packed: Tensor, scale: Tensor, *, integer: bool) -> Tenso
         integer: whether the codes are MXINT4.
     """
     (n_tokens, n_in), n_out = x.shape, len(packed)
-    y = torch.empty((n_tokens, n_out), dtype=x.dtype, device=x.device)
+    y = torch.empty((n_tokens, n_out), dtype=sum_dtype(x.dtype), device=x.device)
     small_m_kernel[(triton.cdiv(n_out, 16),)](
         x.contiguous(),
         packed,

@@ -1,0 +1,115 @@
+"""Who meets whom: every method on every branch precision and rotation, generated as a product.
+
+A table says which main weights it has, with which activations, branches and rotations. Each of
+these recipes is then given to every method, LoRaQ being one of them. So a rival has, by
+construction, every precision of the branch, every rotation of the input, the same bytes, the same
+statistics and the same scale search that a LoRaQ row has. What LoRaQ does inside, rivals are given
+as options: alternation, rotation in rank space, and with statistics rounding with error feedback
+through the filter of activation noise. SVDQuant also gets its own smoothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from benchmarks.worlds.world import OWN_SAMPLES
+from loraq.evaluation.contender import Contender
+from loraq.recipe_names import parse_scheme
+
+DIRECT = {"scale_rule": None}
+#: Alternations of SVDQuant that are tried.
+ROUNDS = (1, 20, 100)
+#: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
+SMOOTHINGS = ("0.5", "grid")
+
+
+@dataclass(frozen=True)
+class Entrant(Contender):
+    """A contender of a comparison."""
+
+    #: Of SVDQuant: one of `SMOOTHINGS`, or empty for none.
+    smoothing: str = ""
+    #: Whether it is a method as its authors published it, which is always measured.
+    as_published: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells rows of a table apart."""
+        return self.label, self.recipe, self.budget or ""
+
+
+class Main(NamedTuple):
+    """A main weight and what is put beside it."""
+
+    #: Main format and activations, as recipes name them.
+    recipe: str
+    #: Of 16, 8, 6 and 4 bits.
+    branches: tuple[str, ...]
+    #: Sides of the rotation of the input.
+    rotations: tuple[int, ...] = (0,)
+    #: Instead of the world's.
+    budget: str | None = None
+
+
+def entrants(mains: tuple[Main, ...], *, statistics: bool) -> tuple[Entrant, ...]:
+    """Return every row of a table."""
+    rows: list[Entrant] = []
+    for main in mains:
+        for side in main.rotations:
+            plain = f"{main.recipe}-h{side}"
+            rows += _without_branch(plain, statistics)
+            for branch in main.branches:
+                recipe = f"{main.recipe}+{branch}-h{side}"
+                with_branch = (_sampled if statistics else _unsampled)(recipe)
+                rows += [replace(row, budget=main.budget) for row in with_branch]
+    source = OWN_SAMPLES if statistics else ""
+    known = {row.key: replace(row, statistics=source) for row in rows}
+    return tuple(known.values())  # a main weight with two budgets is without a branch only once
+
+
+def _without_branch(recipe: str, statistics: bool) -> Iterator[Entrant]:
+    if not statistics:
+        yield Entrant("round to nearest", recipe, "rtn")
+        return
+    yield Entrant("GPTQ", recipe, "gptq", as_published=recipe.endswith("-h0"))
+    if is_rounded(recipe):
+        yield Entrant("GPTQ, noise filter", recipe, "gptq", {"noise_filter": True})
+
+
+def _unsampled(recipe: str) -> Iterator[Entrant]:
+    """Rows with a branch, from weights alone."""
+    spread = {"rotate": True} if is_quantized(recipe) else {}
+    if recipe.endswith("+bf16-h0"):
+        yield Entrant("SVDQuant as published", recipe, "svdquant", DIRECT, as_published=True)
+    yield Entrant("LQER", recipe, "lqer", spread)
+    for rounds in ROUNDS:
+        label = f"SVDQuant ×{rounds} + search"
+        yield Entrant(label, recipe, "svdquant", {"rounds": rounds, **spread})
+    yield Entrant("LoRaQ", recipe)
+
+
+def _sampled(recipe: str) -> Iterator[Entrant]:
+    """Rows with a branch, with statistics of the model's own samples."""
+    spread = {"rotate": True} if is_quantized(recipe) else {}
+    helped = spread | ({"noise_filter": True} if is_rounded(recipe) else {})
+    if recipe.endswith("+bf16-h0"):
+        yield Entrant("SVDQuant + GPTQ as published", recipe, "gptq", as_published=True)
+    yield Entrant("QERA", recipe, "qera", spread)
+    for rounds in ROUNDS:
+        options = {"rounds": rounds, **helped}
+        yield Entrant(f"SVDQuant ×{rounds} + GPTQ", recipe, "gptq", options)
+        for smoothing in SMOOTHINGS if rounds < max(ROUNDS) else ():
+            label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
+            yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
+    yield Entrant("LoRaQ", recipe)
+
+
+def is_quantized(recipe: str) -> bool:
+    """Whether a recipe's branch has fewer than 16 bits."""
+    branch = parse_scheme(recipe).branch
+    return branch is not None and branch.weight_format.bits < 16
+
+
+def is_rounded(recipe: str) -> bool:
+    """Whether a recipe's activations have fewer than 16 bits."""
+    return parse_scheme(recipe).activation_format.bits < 16

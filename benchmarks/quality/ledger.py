@@ -1,0 +1,82 @@
+"""The results of `benchmarks.quality.run`: a line for each row and seed, added as it is measured.
+
+So a run can be killed and goes on, several sessions can add to it, and a row whose method has
+changed since is measured again: each line carries the fingerprint of what the method makes of a
+fixed matrix. The newest line of a row and seed counts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.field import Entrant
+from benchmarks.quality.row import ModelRow
+from benchmarks.results import RESULTS
+from benchmarks.worlds.matrices import dit_like, gaussian
+from loraq.evaluation.contender import Contender
+from loraq.pipeline.module import quantize_weight
+from loraq.stats import ActivationStats
+
+FOLDER = RESULTS / "quality"
+Line = dict[str, Any]
+#: World, table, label, recipe, budget.
+RowKey = tuple[str, str, str, str, str]
+
+
+def add(line: Line, folder: Path = FOLDER) -> None:
+    """Add a line to the file of its world and table."""
+    letters = "".join(c if c.isalnum() else "-" for c in line["group"].lower())
+    path = folder / line["world"] / f"{letters}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(folder: Path = FOLDER) -> dict[RowKey, dict[int, Line]]:
+    """Return the newest line of every row and seed."""
+    found: dict[RowKey, dict[int, Line]] = {}
+    lines = [
+        json.loads(text)
+        for path in sorted(folder.glob("*/*.jsonl"))
+        for text in path.read_text().splitlines()
+    ]
+    for line in sorted(lines, key=lambda line: line["date"]):
+        key = (line["world"], line["group"], line["label"], line["recipe"], line["budget"])
+        found.setdefault(key, {})[line["seed"]] = line
+    return found
+
+
+def rows(
+    lines: dict[RowKey, dict[int, Line]], world: str, group: str, seeds: Iterable[int]
+) -> list[ModelRow]:
+    """Return the rows of a table that were measured with any of the seeds."""
+    wanted = set(seeds)
+    found = []
+    for key, by_seed in lines.items():
+        if key[:2] == (world, group) and (chosen := sorted(wanted & by_seed.keys())):
+            found.append(ModelRow.of_lines([by_seed[seed] for seed in chosen]))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _fixed() -> tuple[torch.Tensor, ActivationStats]:
+    inputs = gaussian(256, 96, 1) @ gaussian(96, 96, 2) / 10
+    return dit_like(64, 96), ActivationStats(256, inputs.mT @ inputs / 256)
+
+
+def fingerprint(contender: Contender, budget: str, effort: str) -> str:
+    """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
+    weight, stats = _fixed()
+    recipe = contender.to_recipe(budget=budget, effort=effort)
+    packed = quantize_weight(weight, recipe, stats=stats if contender.statistics else None).packed
+    digest = hashlib.sha256()
+    for name, tensor in sorted(packed.tensors.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    besides = contender.smoothing if isinstance(contender, Entrant) else ""
+    digest.update(f"{contender.statistics}/{besides}/{contender.allocation}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,111 @@
+"""Who is judged by what: the declared LoRaQ row, the strongest rival, and what their ratio says."""
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from benchmarks.quality import ledger
+from benchmarks.quality.row import ModelRow
+from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS
+from loraq.evaluation.contender import Contender
+
+#: Two-sided 95 % quantile of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+#: Rows that differ by less than this many bits store the same.
+SAME_BITS = 0.05
+Lines = dict[ledger.RowKey, dict[int, ledger.Line]]
+
+
+def finalists(lines: Lines, world: str, group: str) -> set[int]:
+    """Return the rows of a table that are measured on the page's seeds, by their index.
+
+    They are the declared one, those as published, and the strongest rivals in the qualification
+    that store no more than the declared row. LoRaQ's own row is never chosen by its result here.
+    """
+    comparison = COMPARISONS[group]
+    rows = comparison.entrants
+    index = {(row.label, row.recipe, row.budget or ""): i for i, row in enumerate(rows)}
+    chosen = {i for i, row in enumerate(rows) if row.as_published or is_declared(row, group)}
+    qualified = ledger.rows(lines, world, group, QUALIFYING)
+    strongest = sorted(rivals(qualified, group), key=lambda row: fmean(row.velocity_errors))
+    for row in strongest[:FINALISTS]:
+        if (key := (row.label, row.recipe, row.budget)) in index:
+            chosen.add(index[key])
+    return chosen
+
+
+def is_declared(row: Contender | ModelRow, group: str) -> bool:
+    """Whether a row is the one that its table is judged by."""
+    comparison = COMPARISONS.get(group)
+    return comparison is not None and (row.label, row.recipe) == ("LoRaQ", comparison.declared)
+
+
+def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
+    """Return the row that a table is judged by, if it is measured."""
+    return next((row for row in rows if is_declared(row, group)), None)
+
+
+def rivals(rows: Sequence[ModelRow], group: str) -> list[ModelRow]:
+    """Return the rows of other methods that store no more than the declared one."""
+    ours = declared(rows, group)
+    most = ours.bits_per_weight + SAME_BITS if ours else float("inf")
+    return [row for row in rows if row.method != "loraq" and row.bits_per_weight <= most]
+
+
+class Verdict(NamedTuple):
+    """A table's strongest rival against its declared row."""
+
+    rival: ModelRow
+    ours: ModelRow
+    #: Rival / ours, run by run.
+    ratios: list[float]
+    bar: float
+
+    @property
+    def said(self) -> str:
+        """Won, tied or lost by the confidence interval, and whether the bar is met."""
+        mean, half = fmean(self.ratios), half_width(self.ratios)
+        if len(self.ratios) < 2:
+            return "not judged: one seed"
+        won = "won" if mean - half > 1 else "**lost**" if mean + half < 1 else "**tied**"
+        return f"{won}, bar {self.bar:.2f} {'met' if mean >= self.bar else '**missed**'}"
+
+
+def verdict(rows: Sequence[ModelRow], group: str) -> Verdict | None:
+    """Return the verdict on a table, if the declared row and a rival are measured on one seed."""
+    ours = declared(rows, group)
+    if ours is None:
+        return None
+    pairs = [(ratios(rival, ours), rival) for rival in rivals(rows, group)]
+    most = max((len(found) for found, _ in pairs), default=0)
+    if not most:
+        return None
+    found, rival = min(
+        ((found, rival) for found, rival in pairs if len(found) == most),
+        key=lambda pair: fmean(pair[0]),
+    )
+    return Verdict(rival, ours, found, COMPARISONS[group].bar)
+
+
+def ratios(row: ModelRow, reference: ModelRow) -> list[float]:
+    """Return the ratio of two rows' velocity errors, run by run, on the seeds that both have."""
+    theirs = dict(zip(reference.seeds, reference.velocity_errors, strict=True))
+    pairs = zip(row.seeds, row.velocity_errors, strict=True)
+    return [error / theirs[seed] for seed, error in pairs if seed in theirs]
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half the width of a 95 % confidence interval of the mean; 0 for one value."""
+    return STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """Return the mean and half the width of its 95 % confidence interval."""
+    half = f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{half}"
+
+
+def final_rows(lines: Lines, world: str, group: str) -> list[ModelRow]:
+    """Return the rows of a table that are measured on the page's seeds."""
+    return ledger.rows(lines, world, group, SEEDS)
