@@ -76,6 +76,8 @@ EXPORT_RULES = (
     "exact for bf16 and all MX formats; `--dtype float32` is exact for all.",
     "A layer that the target cannot hold is written as a float weight and counted; more than a "
     "tenth of the weights is refused, with the recipe that fits (`--allow-dense` allows it).",
+    "Layers that the rules of a class keep in 8 bits become floats where the target holds no INT8, "
+    "and do not count in that tenth (`--keep float` of `loraq quantize` leaves them as they are).",
     "Every layer is decoded by the target's own formulas as it is written, and compared with what "
     "loraq computes with; a change beyond a rounding to bf16 stops the export.",
     "Rotated layers (recipes with `-h32`, or with 4-bit activations beside a quantized branch) fit "
