@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast fuzz crash lint fmt bench docs clean
+.PHONY: demo test check-fast test-exports fuzz crash lint fmt bench docs clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (6 minutes); report in demo/report.png"
@@ -41,14 +41,29 @@ fuzz: .venv/dev.stamp
 	@echo "fuzz: every reader against 24 000 mutated files (6 minutes on two cores)"
 	@$(BIN)/python -m tests.fuzz
 
+# The targets' own loaders and arithmetic, in an environment of its own: sdnq is GPL, and no part of
+# loraq depends on it. Of cache-dit one file is read, so it comes without what it requires.
+test-exports: .venv-exports/stamp
+	@echo "test-exports: every target of loraq export by its own code (3 minutes)"
+	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-exports demo
 
 .venv/torch.stamp: constraints.txt
 	@echo "setup: making .venv and installing torch (once, about a minute)"
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is required: make PYTHON=..."'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0
+	@touch $@
+
+.venv-exports/stamp: constraints.txt pyproject.toml
+	@echo "setup: making .venv-exports with the programs that load exports (once, some minutes)"
+	@$(PYTHON) -m venv .venv-exports
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
+		gguf sdnq kernels onnxruntime openvino
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
 	@touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml

@@ -27,7 +27,7 @@ ROWS = (
     "pipeline",
     "integrations",
     "transformers",
-    "diffusers evaluation",
+    "diffusers evaluation exports",
     "cli",
 )
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts.split()}
@@ -46,7 +46,14 @@ FENCES = {
     "click": ["cli"],
     "rich": ["cli", "pipeline/progress.py"],
     "triton": [f"kernels/triton/{name}.py" for name in ("quant_down", "gemm_up", "small_m")],
+    "onnx_ir": ["exports/onnx_graph.py"],
+    "onnxscript": ["exports/onnx_graph.py"],
+    "gguf": [],
+    "onnx": [],
+    "onnxruntime": [],
+    "openvino": [],
     "safetensors": [],
+    "sdnq": [],
     "pickle": [],
     "yaml": [],
 }

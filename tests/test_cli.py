@@ -38,6 +38,7 @@ COMMANDS = [
     "demo",
     "doctor",
     "stats",
+    "export",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 
@@ -832,3 +833,62 @@ def test_names_of_strangers_are_shown_escaped_in_tables_and_exact_in_json(capsys
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert json.loads(text) == {"layers": [{"name": name}]}
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exportable(place) -> Path:
+    recipe = ("--recipe", "int4_b32-a16+bf16-r8", "--effort", "fast", "--keep", "float")
+    succeeds("quantize", place / "float", place / "int4", *recipe)
+    return place / "int4"
+
+
+def test_export_lists_its_targets():
+    text = succeeds("export", "--list")
+    names = {target["name"] for target in document("export", "--list")["targets"]}
+    assert {"sdnq", "gguf", "nunchaku-lite", "torchao", "dense"} <= names
+    assert all(f"\n{name}\n" in f"\n{text}" for name in names)
+    assert "not verified: " in text
+
+
+def test_export_plans_and_writes_nothing(exportable, tmp_path):
+    text = succeeds("export", exportable, tmp_path / "out", "--to", "sdnq", "--plan")
+    assert "transformer_blocks.0.attn1.to_q" in text
+    assert not (tmp_path / "out").exists()
+    found = document("export", exportable, "--to", "sdnq", "--plan")
+    assert found["written"] is None
+    assert found["counts"]["exact"] == len(found["layers"])
+
+
+def test_export_writes_and_says_how_it_is_loaded(exportable, tmp_path):
+    text = succeeds("export", exportable, tmp_path / "out", "--to", "sdnq")
+    assert f"Written to {tmp_path / 'out'}" in text
+    assert "Activations there: 16 bits" in text
+    assert "from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    found = document("export", exportable, tmp_path / "again", "--to", "dense")
+    assert found["written"] == str(tmp_path / "again")
+    assert found["target"] == "dense"
+
+
+def test_export_stacks_loras(exportable, tmp_path):
+    from safetensors.torch import save_file
+
+    name = "transformer.transformer_blocks.0.attn1.to_q.lora"
+    factors = {f"{name}_A.weight": torch.ones(2, 32), f"{name}_B.weight": torch.ones(32, 2)}
+    save_file(factors, tmp_path / "style.safetensors")
+    given = f"{tmp_path / 'style.safetensors'}:0.5"
+    found = document("export", exportable, tmp_path / "out", "--to", "sdnq", "--lora", given)
+    layer = found["layers"]["transformer_blocks.0.attn1.to_q"]
+    assert layer["bytes"] > layer["bytes_before"]
+
+
+def test_export_refuses_with_one_message(exportable, tmp_path):
+    assert "Unknown target 'gguff'. Did you mean 'gguf'?" in fails(
+        "export", exportable, tmp_path / "out", "--to", "gguff"
+    )
+    for arguments in ((), (exportable,), (exportable, tmp_path / "out")):
+        result = run("export", *arguments)
+        assert result.exit_code == 2
+        assert "`loraq export --list` lists the targets" in " ".join(result.stderr.split())

@@ -25,10 +25,12 @@ PUBLIC = [
     "collect_pipeline_stats",
     "collect_stats",
     "dequantize_",
+    "export",
     "get_format",
     "load",
     "load_into",
     "load_stats",
+    "plan_export",
     "plan_model",
     "quantize",
     "quantize_",
@@ -86,8 +88,7 @@ def test_every_public_name_documents_its_own_members():
             "quantize_",
             [
                 *("model", "recipe", "*effort", "*budget", "*rank", "*keep"),
-                "*modules_to_not_convert",
-                *("*stats", "*components", "*workers", "*progress"),
+                *("*modules_to_not_convert", "*stats", "*components", "*workers", "*progress"),
             ],
         ),
         (
@@ -96,6 +97,17 @@ def test_every_public_name_documents_its_own_members():
                 *("model", "lora", "source", "*scale", "*component", "*variant", "*target"),
                 *("*overwrite", "*progress"),
             ],
+        ),
+        (
+            "export",
+            [
+                *("source", "target", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"),
+                *("*shard_bytes", "*link", "*overwrite", "*verify", "*progress"),
+            ],
+        ),
+        (
+            "plan_export",
+            ["source", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"],
         ),
         (
             "append_lora",

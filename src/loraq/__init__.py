@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraq.checkpoint.floats import dequantize_
     from loraq.checkpoint.stats_file import load_stats, save_stats
     from loraq.errors import LoraqError
+    from loraq.exports.run import export, plan_export
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
     from loraq.integrations.activations import ActivationSchedule, set_activations
@@ -51,10 +52,12 @@ _HOMES = {
     "collect_pipeline_stats": "loraq.integrations.pipelines",
     "collect_stats": "loraq.pipeline.collect",
     "dequantize_": "loraq.checkpoint.floats",
+    "export": "loraq.exports.run",
     "get_format": "loraq.formats",
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
     "load_stats": "loraq.checkpoint.stats_file",
+    "plan_export": "loraq.exports.run",
     "plan_model": "loraq.pipeline.module",
     "quantize": "loraq.integrations.models",
     "quantize_": "loraq.integrations.models",
@@ -85,10 +88,12 @@ __all__ = [
     "collect_pipeline_stats",
     "collect_stats",
     "dequantize_",
+    "export",
     "get_format",
     "load",
     "load_into",
     "load_stats",
+    "plan_export",
     "plan_model",
     "quantize",
     "quantize_",

@@ -89,6 +89,10 @@ class KernelError(LoraqError, RuntimeError):
     """No back end can run this layer on this device."""
 
 
+class ExportError(LoraqError, ValueError):
+    """A target of `export` cannot hold a model, or not as it was asked to."""
+
+
 class LoraqWarning(UserWarning):
     """Something was put right, or is not as it was asked for."""
 

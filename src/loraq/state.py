@@ -29,8 +29,9 @@ class PackedStateDict(OrderedDict[str, Any]):
                 module = self._model.get_submodule(place)
             except AttributeError:
                 continue
-            if getattr(module, "weight_leaf", None) == part:
-                weight = module.weight
+            # What an adapter puts around a layer shows the layer's weight, too.
+            if getattr(module, "weight_leaf", "weight") == part:
+                weight = getattr(module, "weight", None)
                 if isinstance(weight, DenseWeight):
                     return weight
         raise KeyError(name)

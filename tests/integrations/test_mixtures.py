@@ -26,7 +26,7 @@ from small.models import run, small_model  # noqa: E402
 
 RECIPE = loraq.Recipe.from_dict({"scheme": "mxfp4+w8a8-r4", "method": "lqer"})
 EXACT = loraq.Recipe.from_dict(
-    {"scheme": {"weight": "int8", "activation": "int8"}, "method": "rtn"}
+    {"scheme": {"weight": "int8", "activation": "int8"}, "method": "rtn", "keep": "float"}
 )
 #: What files are made of: one linear layer, and the experts.
 ONLY = [

@@ -477,7 +477,9 @@ def test_a_configuration_survives_json():
 
 
 def test_a_configuration_takes_what_adjusts_a_recipe(source):
-    config = LoraqConfig("mxfp4+w8a8", effort="fast", rank=4, modules_to_not_convert=["ff"])
+    config = LoraqConfig(
+        "mxfp4+w8a8", effort="fast", rank=4, keep="float", modules_to_not_convert=["ff"]
+    )
     assert (config.recipe.effort, config.recipe.scheme.branch.rank) == ("fast", 4)
     mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
     assert mapping.quant_mapping["transformer"].recipe == config.recipe

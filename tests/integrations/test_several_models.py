@@ -28,7 +28,7 @@ from tests.folders import alone, files_of
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-RECIPE = replace(Recipe.named("int4-a16+w8a8-r4"), method="lqer")
+RECIPE = replace(Recipe.named("int4-a16+w8a8-r4"), method="lqer", keep="float")
 DENOISERS = ("transformer", "transformer_2")
 WAN = {
     "patch_size": (1, 2, 2),

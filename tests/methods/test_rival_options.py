@@ -13,6 +13,7 @@ from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.evaluation.contender import simulate
 from loraq.methods import GPTQ, LQER, QERA, LoRaQ, SVDQuant
 from loraq.methods.descent import Factors
+from loraq.methods.inputs import Inputs
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
 from loraq.scheme import Branch, Scheme

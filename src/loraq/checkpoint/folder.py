@@ -4,8 +4,9 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,10 +14,12 @@ from loraq.errors import CheckpointError, list_some
 from loraq.json_files import read_json
 from loraq.regular_file import open_regular
 
+#: What `loraq export` writes beside a model: which files are its own, among other things.
+EXPORT_REPORT = "loraq_export.json"
 _VARIANT = r"(\.(fp16|fp32|bf16|fp8|ema|non_ema))?"
 #: What diffusers, transformers and loraq call the files of a model or of a pipeline's component.
 _KNOWN_FILES = re.compile(
-    r"(config|model_index|loraq|generation_config)\.json"
+    r"(config|model_index|loraq|loraq_export|generation_config)\.json"
     rf"|(diffusion_pytorch_)?model{_VARIANT}(-\d{{5}}-of-\d{{5}})?{_VARIANT}\.safetensors"
     rf"|(diffusion_pytorch_)?model{_VARIANT}\.safetensors\.index{_VARIANT}\.json"
     r"|(scheduler|preprocessor|processor|video_preprocessor|feature_extractor)_config\.json"
@@ -98,6 +101,28 @@ def require_writable(path: Path) -> None:
         )
 
 
+def require_space(target: Path, needed: int, *, linked: Iterable[Path] = ()) -> None:
+    """Raise `CheckpointError` if the disk of a target cannot hold what will be written.
+
+    Args:
+        target: the folder to make.
+        needed: bytes.
+        linked: files that get a second name there instead of a copy.
+    """
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"'{parent}' has {free / 1e9:.3g} GB free and about {needed / 1e9:.3g} GB are "
+            "needed. Free space, or choose another target."
+        )
+    if any(path.resolve().stat().st_dev != parent.stat().st_dev for path in linked):
+        raise CheckpointError(
+            f"'{parent}' is on another disk than the source, and hard links cannot cross. "
+            "Leave `--link` out to copy."
+        )
+
+
 def require_replaceable(folder: Path) -> None:
     """Raise `CheckpointError` unless all that a folder holds was written by loraq or diffusers.
 
@@ -137,7 +162,12 @@ def is_replaceable(folder: Path) -> bool:
 
 def _is_model(folder: Path) -> bool:
     manifest = read_object(folder / "loraq.json")
-    return is_model_config(folder / "config.json") or "format_version" in manifest
+    export = read_object(folder / EXPORT_REPORT)
+    return (
+        is_model_config(folder / "config.json")
+        or "format_version" in manifest
+        or {"loraq", "target", "files"} <= export.keys()
+    )
 
 
 def is_model_config(path: Path) -> bool:
@@ -175,10 +205,12 @@ def _refuse_to_replace(error: OSError) -> NoReturn:
 
 
 def _list_recorded(folder: Path, components: list[str]) -> dict[str, int]:
-    """Return the sizes of a pipeline's other files that the manifests in it list, by their path."""
+    """Return the sizes of files that a report, or the manifests of components, list, by path."""
     sizes = {}
-    for component in components:
-        recorded = read_object(folder / component / "loraq.json").get("components")
+    tables = [
+        read_object(folder / component / "loraq.json").get("components") for component in components
+    ]
+    for recorded in (read_object(folder / EXPORT_REPORT).get("files"), *tables):
         for name, entry in recorded.items() if isinstance(recorded, dict) else ():
             if isinstance(entry, dict) and isinstance(entry.get("bytes"), int):
                 sizes[str(name)] = entry["bytes"]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import component_option, variant_option
+from loraq.cli.options import component_option, split_scale, variant_option
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import LoraqError, list_some, show
 
@@ -92,7 +92,7 @@ def append_lora(
     if len(names) > len(loras):
         raise LoraqError(f"There are {len(names)} names for {len(loras)} LoRAs. Leave some out.")
     requests = [
-        Request(*_split_scale(lora), names[i] if i < len(names) else None)
+        Request(*split_scale(lora), names[i] if i < len(names) else None)
         for i, lora in enumerate(loras)
     ]
     appended = append_loras(path, requests, target=target, **options)
@@ -135,13 +135,3 @@ def remove_lora(path: Path, name: str, target: Path, as_json: bool, **options: A
         print_json({"target": str(target), "layers": layers})
         return
     click.echo(f"Removed from {len(layers)} layers. Written to {show(target)}.")
-
-
-def _split_scale(lora: str) -> tuple[str, float]:
-    """Return path and scale of "LORA:SCALE"; a file of that very name is one without a scale."""
-    path, colon, scale = lora.rpartition(":")
-    try:
-        number = float(scale)
-    except ValueError:
-        return lora, 1.0
-    return (path, number) if colon and path and not Path(lora).exists() else (lora, 1.0)

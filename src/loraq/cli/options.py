@@ -151,3 +151,13 @@ def read_recipe(recipe: str, *, rank: int | None = None, **overrides: Any) -> "R
             err=True,
         )
     return made
+
+
+def split_scale(lora: str) -> tuple[str, float]:
+    """Return path and scale of "LORA:SCALE"; a file of that very name is one without a scale."""
+    path, colon, scale = lora.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        return lora, 1.0
+    return (path, number) if colon and path and not Path(lora).exists() else (lora, 1.0)

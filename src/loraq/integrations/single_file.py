@@ -12,6 +12,14 @@ from loraq.safetensors.fp8 import Fp8Reader
 from loraq.safetensors.reader import ShardReader, TensorReader
 
 
+def is_single_file_class(name: str) -> bool:
+    """Return whether diffusers loads a class, by its name, from a single file."""
+    with _quiet_diffusers():
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+        return name in SINGLE_FILE_LOADABLE_CLASSES
+
+
 class ConvertedReader(DeferredReader):
     """The tensors of an original checkpoint under the names of the diffusers class."""
 

@@ -1,7 +1,6 @@
 """What is written: the quantized folder as a whole, be it one model or a pipeline with several."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 
 from loraq.checkpoint.components import StoredFile, check_components, copy_components
+from loraq.checkpoint.folder import require_space
 from loraq.checkpoint.partial import partial_path
-from loraq.errors import CheckpointError
 from loraq.pipeline.machine import describe_machine
 from loraq.pipeline.part import Part
 from loraq.pipeline.report import Report
@@ -71,23 +70,12 @@ class Target:
             target: the folder to make.
             link: whether the other components are hard links instead of copies.
         """
-        parent = next(parent for parent in target.absolute().parents if parent.exists())
         others = self.others.values()
         needed = sum(part.layout.nbytes for part in self.parts)
         needed += sum(0 if link else path.stat().st_size for path in others)
         for path in partial_path(target).rglob("*"):
             needed -= path.stat().st_size if path.is_file() else 0
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise CheckpointError(
-                f"'{parent}' has {free / 1e9:.3g} GB free and about {needed / 1e9:.3g} GB are "
-                "needed. Free space, or choose another target."
-            )
-        if link and any(path.resolve().stat().st_dev != parent.stat().st_dev for path in others):
-            raise CheckpointError(
-                f"'{parent}' is on another disk than the source, and hard links cannot cross. "
-                "Leave `--link` out to copy."
-            )
+        require_space(target, needed, linked=others if link else ())
 
     def allocate(self, folder: Path) -> None:
         """Take the space of all shards below the folder where the target grows."""

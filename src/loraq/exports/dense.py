@@ -1,0 +1,30 @@
+"""Target `dense`: every layer as a float weight again."""
+
+from loraq.exports.layer import Head
+from loraq.exports.target import About, Target
+
+
+class Dense(Target):
+    """Effective weights, main plus branch, rotated back, in the source's own layout."""
+
+    about = About(
+        name="dense",
+        loaded_by="diffusers, and whatever reads float weights",
+        holds="every format, rank and rotation; 1×1 convolutions, stacked experts",
+        exact="rounded once to bf16 or fp16, as any checkpoint is; `--dtype float32` is not",
+        activations="16 or 32 bits, nothing is rounded",
+        verified="whole models by diffusers, against the exact weight-only forward",
+        unverified="nothing",
+        recipe="any",
+        load='import diffusers\n\nmodel = diffusers.{model_class}.from_pretrained("{folder}")',
+        traps=(
+            "It takes the memory of the float model: this is for evaluation, training and "
+            "programs that read nothing else.",
+        ),
+    )
+    takes_rotation = True
+    is_dense = True
+
+    def refuses(self, head: Head) -> str:
+        """Return why a layer is dense: that is what was asked for."""
+        return "as asked"

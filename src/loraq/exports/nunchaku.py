@@ -1,0 +1,288 @@
+"""Target `nunchaku-lite`: layers of Nunchaku's engine in a folder of diffusers.
+
+What a tensor core reads at once stands together; `Tiling`s say how, from the axes of a matrix
+(N, K), N in tiles of 128, to the order in the file. Two kinds of layers: SVDQ (W4A4 with a branch)
+and AWQ (W4A16 without one, for modulations).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraq.errors import ExportError
+from loraq.exports.codes import (
+    Tiling,
+    e2m1_values,
+    join_low_first,
+    offset_codes,
+    per_block,
+    signed_values,
+    split_low_first,
+)
+from loraq.exports.factors import cast_factors, explain_rounding, pad_rank
+from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
+from loraq.exports.target import About, Job, Target, most_common
+from loraq.formats.scales import view_bytes
+from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
+
+_TILE = 128
+#: Values that share a scale, by the precision.
+_GROUP = {"int4": 64, "nvfp4": 16}
+_RANK_STEP = 16
+
+
+def codes_tiling(n: int, k: int) -> Tiling:
+    """Return the order of the codes of an SVDQ layer: rows nt·128 + a·16 + b·8 + c."""
+    return Tiling((n // 128, 8, 2, 8, k // 64, 2, 4, 8), (0, 4, 1, 3, 6, 2, 5, 7))
+
+
+def vector_tiling(n: int, groups: int = 1) -> Tiling:
+    """Return the order of one value a row, or of each row's scales (N, groups)."""
+    return Tiling((n // 128, 8, 2, 4, 2, groups), (0, 5, 1, 3, 2, 4))
+
+
+def micro_tiling(n: int, groups: int) -> Tiling:
+    """Return the order of the E4M3 scales (N, groups) of NVFP4."""
+    return Tiling((n // 128, 4, 4, 8, groups // 4, 4), (0, 4, 3, 2, 1, 5))
+
+
+def down_tiling(rank: int, k: int) -> Tiling:
+    """Return the order of `proj_down` (R, K)."""
+    return Tiling((rank // 16, 2, 8, k // 16, 2, 4, 2), (3, 0, 2, 5, 1, 4, 6))
+
+
+def up_tiling(n: int, rank: int) -> Tiling:
+    """Return the order of `proj_up` (N, R)."""
+    return Tiling((n // 16, 2, 8, rank // 16, 2, 4, 2), (0, 3, 2, 5, 1, 4, 6))
+
+
+def awq_tiling(n: int, k: int) -> Tiling:
+    """Return the order of the codes of an AWQ layer."""
+    return Tiling((n // 4, 4, k // 64, 2, 4, 8), (0, 2, 1, 3, 5, 4))
+
+
+class NunchakuLite(Target):
+    """A folder of diffusers with `quant_method: nunchaku_lite`."""
+
+    about = About(
+        name="nunchaku-lite",
+        loaded_by="diffusers 0.42 with the package kernels, on NVIDIA GPUs before Hopper and from "
+        "Blackwell on",
+        holds="INT4 (blocks of 64) or NVFP4, one of them a file, one rank, a multiple of 16; out "
+        "and in multiples of 128; modulations as INT4 without a branch; no 1×1 convolutions",
+        exact="codes and scales; NVFP4's global scale to 3e-4; branches of bf16 and MX formats",
+        activations="4 bits by the target's own rule (absmax / 7, or NVFP4 without a global scale)",
+        verified="every permutation against cache-dit's packer; whole models (FLUX) by diffusers' "
+        "loader and layers, the CUDA kernels emulated from their formulas",
+        unverified="the CUDA kernels; signed INT4 scales, which loraq writes, on a card",
+        recipe="int4+bf16-r32",
+        load="# pip install kernels; DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment\n"
+        "import diffusers\nimport torch\n\n"
+        "model = diffusers.{model_class}.from_pretrained("
+        '"{folder}", torch_dtype=torch.bfloat16)',
+        traps=(
+            "It does not run on Hopper (H100, H200), nor on a CPU.",
+            "Run one prompt against loraq's own output first: no card was at hand for the kernels.",
+        ),
+    )
+
+    def __init__(self, job: Job) -> None:
+        """Settle precision and rank of the file."""
+        super().__init__(job)
+        if job.new_dtype == torch.float32:
+            raise ExportError(
+                "Target 'nunchaku-lite' runs in 16 bits. Use `--dtype bfloat16` or float16."
+            )
+        able = [head for head in job.heads if not _misfit(head)]
+        svdq = [head for head in able if not _is_awq(head)]
+        self.precision: str | None = most_common(svdq, lambda head: head.scheme.weight)
+        ranks = sorted({h.rank for h in svdq if h.scheme.weight == self.precision})
+        largest = max(ranks, default=0)
+        self.rank = max(_RANK_STEP, -(-largest // _RANK_STEP) * _RANK_STEP)
+        if ranks and ranks != [self.rank] and not job.pads_rank:
+            raise ExportError(
+                f"Target 'nunchaku-lite' needs one rank for all layers, a multiple of {_RANK_STEP}"
+                f", and there are {', '.join(map(str, ranks))}. Fill up to {self.rank} with zeros "
+                f"(`--pad-rank`), or quantize again with '{self.about.recipe}'."
+            )
+
+    def refuses(self, head: Head) -> str:
+        """Return why a layer is dense."""
+        if reason := _misfit(head):
+            return reason
+        if not _is_awq(head) and head.scheme.weight != self.precision:
+            return f"{head.scheme.weight} beside {self.precision}"
+        return ""
+
+    def explain_rounding(self, head: Head) -> str:
+        """Return what of a layer is rounded."""
+        reasons = [explain_rounding(head, self.job.new_dtype)]
+        if head.scheme.weight == "nvfp4":
+            reasons.append("global scale rounded, by 3e-4 at most")
+        return ", ".join(reason for reason in reasons if reason)
+
+    def notes(self) -> list[str]:
+        """Return what is special of the model here."""
+        held = [head for head in self.job.heads if not self.refuses(head)]
+        weight_only = [h for h in held if not _is_awq(h) and h.scheme.activation == "bf16"]
+        if not weight_only:
+            return []
+        return [
+            f"{len(weight_only)} layers were solved for 16-bit activations and run on 4-bit ones "
+            "there: this costs quality that the weights do not show."
+        ]
+
+    def specs(self, head: Head) -> Specs:
+        """Return the tensors of a layer but its bias."""
+        (n, k), kind, name = head.shape, DTYPE_NAMES[self.job.new_dtype], head.name
+        groups = k // _GROUP[head.scheme.weight]
+        if _is_awq(head):
+            return {
+                f"{name}.qweight": TensorSpec("I32", (n // 4, k // 2)),
+                f"{name}.wscales": TensorSpec(kind, (groups, n)),
+                f"{name}.wzeros": TensorSpec(kind, (groups, n)),
+            }
+        specs = {
+            f"{name}.qweight": TensorSpec("I8", (n, k // 2)),
+            f"{name}.smooth_factor": TensorSpec(kind, (k,)),
+            f"{name}.proj_down": TensorSpec(kind, (k, self.rank)),
+            f"{name}.proj_up": TensorSpec(kind, (n, self.rank)),
+            f"{name}.wscales": TensorSpec(
+                kind if self.precision == "int4" else "F8_E4M3", (groups, n)
+            ),
+        }
+        if self.precision == "nvfp4":
+            specs[f"{name}.wtscale"] = TensorSpec(kind, (1,))
+            specs[f"{name}.wcscales"] = TensorSpec(kind, (n,))
+        return specs
+
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return the tensors of `specs`."""
+        made = self._awq(layer) if _is_awq(layer.head) else self._svdq(layer)
+        specs = self.specs(layer.head)
+        return {
+            name: made[name.rpartition(".")[2]].view(spec.shape) for name, spec in specs.items()
+        }
+
+    def _awq(self, layer: Layer) -> dict[str, Tensor]:
+        (n, k), main, dtype = layer.head.shape, layer.main, self.job.new_dtype
+        assert main.scale is not None, "INT4 has block scales"
+        codes = split_low_first(offset_codes(main.packed)).to(torch.uint8)
+        laid = join_low_first(awq_tiling(n, k).lay(codes))
+        scale = view_bytes(main.scale, torch.bfloat16).to(dtype).mT.contiguous()
+        return {"qweight": laid.view(torch.int32), "wscales": scale, "wzeros": -8 * scale}
+
+    def _svdq(self, layer: Layer) -> dict[str, Tensor]:
+        (n, k), main, dtype = layer.head.shape, layer.main, self.job.new_dtype
+        assert main.scale is not None, "INT4 and NVFP4 have block scales"
+        codes = split_low_first(main.packed).to(torch.uint8)
+        padded = pad_rank(layer.branch, self.rank, layer.head.shape)
+        branch = cast_factors(padded, dtype, layer.head.name)
+        made = {
+            "qweight": join_low_first(codes_tiling(n, k).lay(codes)).view(torch.int8),
+            "smooth_factor": torch.ones(k, dtype=dtype),
+            "proj_down": down_tiling(self.rank, k).lay(branch.down),
+            "proj_up": up_tiling(n, self.rank).lay(branch.up),
+        }
+        if self.precision == "int4":
+            scale = view_bytes(main.scale, torch.bfloat16).to(dtype)
+            return made | {"wscales": vector_tiling(n, k // _GROUP["int4"]).lay(scale)}
+        assert main.global_scale is not None, "NVFP4 has a global scale"
+        above = view_bytes(main.global_scale, torch.float32)[0]
+        tensor_scale, channel_scale = split_scale(above, dtype)
+        micro = micro_tiling(n, k // _GROUP["nvfp4"]).lay(main.scale)
+        return made | {
+            "wscales": micro.view(torch.float8_e4m3fn),
+            "wtscale": tensor_scale,
+            "wcscales": channel_scale.expand(n).contiguous(),
+        }
+
+    def decode(self, tensors: Tensors, head: Head) -> Decoded:
+        """Return what the kernels compute with, by their formulas."""
+        (n, k), name = head.shape, head.name
+        raw, groups = tensors[f"{name}.qweight"], k // _GROUP[head.scheme.weight]
+        nibbles = split_low_first(raw.view(torch.uint8).flatten())
+        scales = tensors[f"{name}.wscales"]
+        if _is_awq(head):
+            codes = awq_tiling(n, k).gather(nibbles).view(n, k)
+            zeros = tensors[f"{name}.wzeros"].float().mT.repeat_interleave(64, 1)
+            return Decoded(per_block(codes.float(), scales.mT) + zeros)
+        codes = codes_tiling(n, k).gather(nibbles).view(n, k)
+        if self.precision == "int4":
+            scale = vector_tiling(n, groups).gather(scales).view(n, groups)
+            main = per_block(signed_values(codes), scale)
+        else:
+            laid = scales.view(torch.uint8)
+            micro = micro_tiling(n, groups).gather(laid).view(n, groups)
+            rows = vector_tiling(n).gather(tensors[f"{name}.wcscales"]).float().view(n, 1)
+            above = rows * tensors[f"{name}.wtscale"].float()
+            main = per_block(e2m1_values(codes), micro.view(torch.float8_e4m3fn).float() * above)
+        rank = self.rank
+        down = down_tiling(rank, k).gather(tensors[f"{name}.proj_down"]).view(rank, k)
+        up = up_tiling(n, rank).gather(tensors[f"{name}.proj_up"]).view(n, rank)
+        return Decoded(main, Factors(up.float(), down.float()))
+
+    def lay_bias(self, head: Head, bias: Tensor) -> Tensor:
+        """Return the bias in the order of the rows; AWQ has it plain."""
+        if _is_awq(head):
+            return bias
+        return vector_tiling(head.shape[0]).lay(bias)
+
+    def config(self, held: Sequence[Head]) -> dict[str, Any]:
+        """Return `config.json`; a section without layers would be an error."""
+        svdq = [head.name for head in held if not _is_awq(head)]
+        awq = [head.name for head in held if _is_awq(head)]
+        quantization: dict[str, Any] = {
+            "quant_method": "nunchaku_lite",
+            "compute_dtype": str(self.job.new_dtype).removeprefix("torch."),
+        }
+        if svdq and self.precision:
+            quantization["svdq_w4a4"] = {
+                "precision": self.precision,
+                "group_size": _GROUP[self.precision],
+                "rank": self.rank,
+                "targets": svdq,
+            }
+        if awq:
+            quantization["awq_w4a16"] = {"precision": "int4", "group_size": 64, "targets": awq}
+        return {**self.job.config, "quantization_config": quantization}
+
+
+def split_scale(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return two numbers of a dtype whose product is nearest to a positive fp32 number.
+
+    NVFP4's global scale is one number of 16 bits for the matrix, times one for each row. A power of
+    two is exact; the product of two numbers of bf16 hits any other within 3e-4.
+    """
+    steps = torch.arange(1, 2, torch.finfo(dtype).eps, dtype=torch.float64)
+    rows = steps.to(dtype)
+    whole = (scale.double() / rows.double()).to(dtype)
+    error = (whole.double() * rows.double() - scale.double()).abs()
+    best = int(error.argmin())
+    return whole[best : best + 1].clone(), rows[best : best + 1].clone()
+
+
+def _is_awq(head: Head) -> bool:
+    """Return whether a layer runs on 16-bit activations there: INT4, no branch, none asked for."""
+    return head.scheme.weight == "int4" and head.scheme.activation == "bf16" and not head.rank
+
+
+def _misfit(head: Head) -> str:
+    """Return why no file of Nunchaku holds a layer."""
+    n, k = head.shape
+    if head.scheme.weight not in _GROUP:
+        return f"{head.scheme.weight} is neither INT4 in blocks of 64 nor NVFP4"
+    if head.is_conv:
+        return "Nunchaku has no quantized convolution"
+    if _is_awq(head):
+        return f"{n}×{k}: out in fours and in in 64s are needed" if n % 4 or k % 64 else ""
+    if head.is_modulation:
+        return (
+            "a modulation would run on 4-bit activations there: leave it in 16 bits (a rule with "
+            "skip = true), or quantize it as INT4 without a branch"
+        )
+    if n % _TILE or k % _TILE:
+        return f"{n}×{k}: multiples of {_TILE} are needed"
+    return ""

@@ -1,0 +1,264 @@
+"""Target `onnx`: one graph for ONNX Runtime and OpenVINO, its weights in a file beside it.
+
+By tensor, for a layer (N, K) in blocks of B, operator `MatMulNBits` of the domain com.microsoft:
+
+    weight_codes   (N, K/B, B/2)   code + 8, element 2j in the low half; zero point 8
+    weight_scales  (N · K/B)       fp32
+    down_codes     (R, K/32, 32)   an 8-bit branch: code + 128;   down_scales (R · K/32)
+    up_codes       (N, R/32, 32)                                  up_scales   (N · R/32)
+    down, up       (K, R), (R, N)  any other branch, in fp32
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraq import disk
+from loraq.errors import ExportError
+from loraq.exports.codes import offset_codes, per_block, split_low_first
+from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
+from loraq.exports.onnx_graph import build_graph
+from loraq.exports.target import About, Job, Target
+from loraq.formats import QTensor
+from loraq.formats.block import BlockFormat
+from loraq.safetensors.header import DTYPES, TensorSpec
+from loraq.safetensors.layout import tensor_bytes
+
+FILE, DATA = "model.onnx", "model.onnx.data"
+_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class OnnxLayout:
+    """The graph, and where every tensor stands in the file beside it."""
+
+    graph: bytes
+    offsets: dict[str, int]
+    specs: dict[str, TensorSpec]
+    data_bytes: int
+
+    @property
+    def files(self) -> list[str]:
+        """The graph and the numbers."""
+        return [FILE, DATA]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return len(self.graph) + self.data_bytes
+
+    def allocate(self, folder: Path) -> None:
+        """Write the graph, and make the other file at its final size."""
+        disk.write_file(folder / FILE, self.graph)
+        descriptor = disk.open_file(folder / DATA, create=True)
+        try:
+            os.ftruncate(descriptor, self.data_bytes)
+        finally:
+            os.close(descriptor)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors at their places."""
+        descriptor = disk.open_file(folder / DATA)
+        try:
+            for name, tensor in tensors.items():
+                raw = tensor_bytes(tensor)
+                assert len(raw) == self.specs[name].nbytes, f"'{name}' does not fit its place"
+                disk.write_at(descriptor, raw, self.offsets[name])
+        finally:
+            os.close(descriptor)
+
+
+class Onnx(Target):
+    """A graph of ONNX Runtime's 4- and 8-bit products."""
+
+    about = About(
+        name="onnx",
+        loaded_by="ONNX Runtime and OpenVINO (FLUX, PixArt, SANA, SD3)",
+        holds="INT4 in blocks of 16, 32, 64 …, MXINT4; any rank in each layer; 8-bit branches as "
+        "8 bits where the rank is a multiple of 32; no 1×1 convolutions, no FP4",
+        exact="codes, scales, and branches of every format (8-bit ones stay 8 bits, others are "
+        "written in fp32)",
+        activations="fp32; OpenVINO rounds to 8 bits unless it is told not to",
+        verified="whole models (FLUX, SANA, PixArt) by both on a CPU; SANA to 2e-6, where fp32 "
+        "sums in another order differ by as much",
+        unverified="GPUs and NPUs; SD3; speed",
+        recipe="int4-a16+w8a8-r32",
+        load="import onnxruntime\n\n"
+        'session = onnxruntime.InferenceSession("{folder}/model.onnx")\n'
+        "print([(each.name, each.shape) for each in session.get_inputs()])\n\n"
+        "# or\nimport openvino\n\n"
+        'exact = {{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}\n'
+        'model = openvino.Core().compile_model("{folder}/model.onnx", "CPU", exact)',
+        traps=(
+            "`model.onnx` and `model.onnx.data` belong together, under these names.",
+            "OpenVINO's defaults round activations to 8 bits in blocks, a relative error of about "
+            "3e-3; the two settings above switch that off.",
+            "The graph is that of one forward: text encoder, scheduler and VAE are not in it.",
+            "Batch and number of text tokens are free, and FLUX's image tokens; height and width "
+            "of latents are `sample_size` in `config.json`. Prompts come without padding.",
+        ),
+    )
+
+    def __init__(self, job: Job) -> None:
+        """Look at the class, whose inputs must be known."""
+        super().__init__(job)
+        if job.dtype not in (None, torch.float32):
+            raise ExportError("Target 'onnx' runs in fp32. Leave `--dtype` out.")
+        self.inputs, self.fixed = example_inputs(job.model_class, job.config)
+
+    def refuses(self, head: Head) -> str:
+        """Return why a layer is dense."""
+        fmt = head.main
+        if fmt is None or fmt.bits != 4 or fmt.element.is_float:
+            return f"ONNX Runtime runs INT4 weights here, and this is {head.scheme.weight}"
+        if head.is_conv:
+            return "MatMulNBits is no convolution"
+        if not head.is_whole or head.block < 16 or head.block & (head.block - 1):
+            return f"rows of {head.shape[1]} in blocks of {head.block}: powers of two are needed"
+        return ""
+
+    def specs(self, head: Head) -> Specs:
+        """Return the tensors of a layer."""
+        (n, k), rank, name, block = head.shape, head.rank, head.name, head.block
+        specs = {
+            f"{name}.weight_codes": TensorSpec("U8", (n, k // block, block // 2)),
+            f"{name}.weight_scales": TensorSpec("F32", (n * k // block,)),
+        }
+        if _is_8_bit(head):
+            return specs | {
+                f"{name}.down_codes": TensorSpec("U8", (rank, k // 32, 32)),
+                f"{name}.down_scales": TensorSpec("F32", (rank * k // 32,)),
+                f"{name}.up_codes": TensorSpec("U8", (n, rank // 32, 32)),
+                f"{name}.up_scales": TensorSpec("F32", (n * rank // 32,)),
+            }
+        if rank:
+            specs[f"{name}.down"] = TensorSpec("F32", (k, rank))
+            specs[f"{name}.up"] = TensorSpec("F32", (rank, n))
+        return specs
+
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return codes, scales and factors."""
+        head, main, made = layer.head, layer.main, dict[str, Tensor]()
+        made["weight_codes"], made["weight_scales"] = offset_codes(main.packed), _scales(main)
+        if _is_8_bit(head):
+            assert layer.packed_branch is not None, "a format of 8 bits is that of a branch"
+            for part in ("down", "up"):
+                factor: QTensor = getattr(layer.packed_branch, f"proj_{part}")
+                made[f"{part}_codes"] = factor.packed ^ 0x80
+                made[f"{part}_scales"] = _scales(factor)
+        elif layer.branch is not None:
+            made["down"], made["up"] = layer.branch.down.mT, layer.branch.up.mT
+        specs = self.specs(head)
+        return {
+            name: made[name.rpartition(".")[2]].reshape(spec.shape) for name, spec in specs.items()
+        }
+
+    def decode(self, tensors: Tensors, head: Head) -> Decoded:
+        """Return (code − zero point) · scale of every product."""
+        n, name = head.shape[0], head.name
+        codes = split_low_first(tensors[f"{name}.weight_codes"].view(n, -1)) - 8
+        main = per_block(codes.float(), tensors[f"{name}.weight_scales"].view(n, -1))
+        if _is_8_bit(head):
+            parts = []
+            for part, rows in (("up", n), ("down", head.rank)):
+                values = tensors[f"{name}.{part}_codes"].view(rows, -1).float() - 128
+                parts.append(per_block(values, tensors[f"{name}.{part}_scales"].view(rows, -1)))
+            return Decoded(main, Factors(*parts))
+        if not head.rank:
+            return Decoded(main)
+        return Decoded(main, Factors(tensors[f"{name}.up"].mT, tensors[f"{name}.down"].mT))
+
+    def kept_dtype(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
+        """Return fp32 for every float."""
+        return "F32" if DTYPES[dtype].is_floating_point else dtype
+
+    def dense_spec(self, head: Head) -> TensorSpec:
+        """Return fp32."""
+        return TensorSpec("F32", head.dense_shape)
+
+    def layout(
+        self,
+        specs: Mapping[str, TensorSpec],
+        stem: str,
+        shard_bytes: int,
+        metadata: Mapping[str, str],
+    ) -> OnnxLayout:
+        """Build the graph, with places instead of numbers."""
+        offsets, end = {}, 0
+        for name, spec in specs.items():
+            offsets[name] = end
+            end += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+        def place(name: str) -> tuple[str, int, TensorSpec] | None:
+            return (DATA, offsets[name], specs[name]) if name in specs else None
+
+        held = [(head, self.specs(head)) for head in self.job.heads if not self.why_dense(head)]
+        graph = build_graph(self.job.model, held, self.inputs, self.fixed, place)
+        return OnnxLayout(graph, offsets, dict(specs), end)
+
+
+def example_inputs(
+    model_class: str, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return inputs of a model's forward by its configuration, and its other arguments.
+
+    Raises:
+        ExportError: the class is not known here.
+    """
+    batch, tokens, text = 2, 64, 24
+    side, channels = config.get("sample_size"), config.get("in_channels")
+    inputs = {"timestep": torch.ones(batch)}
+    if model_class == "FluxTransformer2DModel":
+        inputs |= {
+            "hidden_states": torch.zeros(batch, tokens, int(channels or 0)),
+            "encoder_hidden_states": torch.zeros(batch, text, config["joint_attention_dim"]),
+            "pooled_projections": torch.zeros(batch, config["pooled_projection_dim"]),
+            "img_ids": torch.zeros(tokens, 3),
+            "txt_ids": torch.zeros(text, 3),
+        }
+        if config.get("guidance_embeds"):
+            inputs["guidance"] = torch.ones(batch)
+        return inputs, {}
+    of_text = {"SD3Transformer2DModel": "joint_attention_dim"}.get(model_class, "caption_channels")
+    known = ("PixArtTransformer2DModel", "SanaTransformer2DModel", "SD3Transformer2DModel")
+    if model_class not in known or config.get("use_additional_conditions"):
+        raise ExportError(
+            f"The inputs of {model_class} with this configuration are not known to target 'onnx', "
+            f"which knows FluxTransformer2DModel, {', '.join(known)}. Use another target (`loraq "
+            "export --list`)."
+        )
+    inputs |= {
+        "hidden_states": torch.zeros(batch, int(channels or 0), int(side or 0), int(side or 0)),
+        "encoder_hidden_states": torch.zeros(batch, text, config[of_text]),
+    }
+    if model_class == "SD3Transformer2DModel":
+        inputs["pooled_projections"] = torch.zeros(batch, config["pooled_projection_dim"])
+    is_pixart = model_class == "PixArtTransformer2DModel"
+    conditions = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return inputs, conditions if is_pixart else {}
+
+
+def _is_8_bit(head: Head) -> bool:
+    """Return whether the branch stays in 8 bits: integers in blocks of 32, no LoRA on top."""
+    branch = head.scheme.branch
+    fmt = branch.weight_format if branch else None
+    return (
+        isinstance(fmt, BlockFormat)
+        and fmt.bits == 8
+        and not fmt.element.is_float
+        and fmt.block_size == 32
+        and not head.lora_rank
+        and head.rank % 32 == 0
+        and head.shape[1] % 32 == 0
+    )
+
+
+def _scales(matrix: QTensor) -> Tensor:
+    """Return what an integer code is multiplied by, in fp32."""
+    assert isinstance(matrix.format, BlockFormat)
+    return matrix.format.scales(matrix) * 2.0**-matrix.format.element.mantissa_bits

@@ -1,0 +1,215 @@
+"""What a target is: what it says of itself, what it holds, and how it writes and reads a layer."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loraq.errors import ExportError
+from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
+from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
+from loraq.safetensors.layout import ShardLayout
+
+
+@dataclass(frozen=True)
+class About:
+    """A row of the table of targets."""
+
+    #: As `--to` takes it.
+    name: str
+    #: Programs that load it.
+    loaded_by: str
+    #: Formats and layers that it holds.
+    holds: str
+    #: What of them is bit for bit the same, and what is rounded.
+    exact: str
+    #: Activations that run there.
+    activations: str
+    #: How the files are checked, by whose code.
+    verified: str
+    #: What nobody has run.
+    unverified: str
+    #: A recipe whose layers it holds without a loss.
+    recipe: str
+    #: Python that loads it; `{folder}` and `{model_class}` are filled in.
+    load: str
+    #: What goes wrong there without an error.
+    traps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: the model, as far as it is known without its bytes, and the options."""
+
+    #: Every quantized matrix, one that shares bytes under each of its names; no stacked experts.
+    heads: tuple[Head, ...]
+    #: The model on the meta device, its quantized layers empty.
+    model: nn.Module
+    #: Content of `config.json`, without its `quantization_config`.
+    config: Mapping[str, Any]
+    #: Kind of each module that has a float weight of two or more axes, by its name.
+    floats: Mapping[str, str]
+    #: Whether diffusers puts adapters beside the layers of the class.
+    takes_lora: bool
+    #: Whether diffusers loads the class from a single file.
+    is_single_file: bool
+    #: Reads the block scales of a main weight, in fp32, without a global scale.
+    read_scale: Callable[[Head], Tensor]
+    #: Dtype that was asked for; `None` leaves floats as they are.
+    dtype: torch.dtype | None = None
+    #: Whether branches are filled up with zeros where a target needs one rank.
+    pads_rank: bool = False
+
+    @property
+    def model_class(self) -> str:
+        """Class of the model."""
+        return str(self.config.get("_class_name", ""))
+
+    @property
+    def new_dtype(self) -> torch.dtype:
+        """Dtype of what is written as floats anew: factors and dense weights."""
+        return self.dtype or torch.bfloat16
+
+
+class Layout(Protocol):
+    """Where every byte of a set of files will stand; `ShardLayout` is one."""
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        ...
+
+    def allocate(self, folder: Path) -> None:
+        """Make the files at their final size."""
+        ...
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors at their places."""
+        ...
+
+
+class Target:
+    """Base of the targets: a folder of diffusers in which some layers are packed another way.
+
+    An instance is settled for one job: format and rank that hold for the whole file are known.
+    """
+
+    about: ClassVar[About]
+    #: Whether the branch goes into a LoRA file of its own.
+    has_branch_file: ClassVar[bool] = False
+    #: Whether it holds layers in a rotated basis.
+    takes_rotation: ClassVar[bool] = False
+    #: Whether every layer becomes dense on purpose.
+    is_dense: ClassVar[bool] = False
+
+    def __init__(self, job: Job) -> None:
+        """Settle what holds for the whole file.
+
+        Args:
+            job: the model and the options.
+
+        Raises:
+            ExportError: the target does not know the class, or needs what the layers do not have;
+                the message names the option or the recipe that helps.
+        """
+        self.job = job
+
+    def refuses(self, head: Head) -> str:
+        """Return why a layer must be written dense; "" if the target holds it."""
+        raise NotImplementedError
+
+    def why_dense(self, head: Head) -> str:
+        """Return why a layer or a stack of experts is dense; "" if the target holds it."""
+        if head.n_experts and not self.is_dense:
+            return f"no layer of {self.about.name} holds stacked experts"
+        return self.refuses(head)
+
+    def explain_rounding(self, head: Head) -> str:
+        """Return what of a layer is rounded, as far as formats say; "" for nothing."""
+        return ""
+
+    def specs(self, head: Head) -> Specs:
+        """Return the tensors of a layer in the weight file."""
+        raise NotImplementedError
+
+    def branch_specs(self, head: Head) -> Specs:
+        """Return the tensors of a layer in the LoRA file."""
+        return {}
+
+    def all_specs(self, head: Head) -> Specs:
+        """Return the tensors of a layer in both files."""
+        return self.specs(head) | self.branch_specs(head)
+
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return the tensors of `specs` and `branch_specs`."""
+        raise NotImplementedError
+
+    def decode(self, tensors: Tensors, head: Head) -> Decoded:
+        """Return what the target computes with, by its own formulas, from what was written."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """Return what a user should know of this model in this target."""
+        return []
+
+    def lay_bias(self, head: Head, bias: Tensor) -> Tensor:
+        """Return the bias of a layer that the target holds as it is stored there."""
+        return bias
+
+    def kept_dtype(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
+        """Return the dtype, in safetensors' notation, of a tensor that stays as it is."""
+        is_float = DTYPES[dtype].is_floating_point and DTYPES[dtype].itemsize > 1
+        return DTYPE_NAMES[self.job.dtype] if is_float and self.job.dtype else dtype
+
+    def dense_spec(self, head: Head) -> TensorSpec:
+        """Return dtype and shape of the weight of a layer that the target does not hold."""
+        return TensorSpec(DTYPE_NAMES[self.job.new_dtype], head.dense_shape)
+
+    def config(self, held: Sequence[Head]) -> dict[str, Any]:
+        """Return `config.json`."""
+        return dict(self.job.config)
+
+    def metadata(self, specs: Mapping[str, TensorSpec], held: Sequence[Head]) -> dict[str, str]:
+        """Return text for the header of the weight file."""
+        return {}
+
+    def layout(
+        self,
+        specs: Mapping[str, TensorSpec],
+        stem: str,
+        shard_bytes: int,
+        metadata: Mapping[str, str],
+    ) -> Layout:
+        """Lay out the weight file or files."""
+        return ShardLayout.of(specs, stem, shard_bytes, metadata)
+
+
+def most_common(heads: Sequence[Head], key: Callable[[Head], Any]) -> Any:
+    """Return the value that most weights of some layers have; `None` for no layers."""
+    counted = Counter[Any]()
+    for head in heads:
+        counted[key(head)] += head.numel
+    return counted.most_common(1)[0][0] if counted else None
+
+
+def require_lora(job: Job, about: About) -> None:
+    """Require that diffusers can put the branch beside the layers of the model's class.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    if not job.takes_lora:
+        raise ExportError(
+            f"Target '{about.name}' holds the branch as a LoRA, and {job.model_class} takes none "
+            "in diffusers (it has no `load_lora_adapter`). Use `--to sdnq`, which holds branches "
+            "itself, or `--to dense`."
+        )
