@@ -40,6 +40,7 @@ def layer_of(name: str, n_out: int, n_in: int, *, bias: bool = True) -> Quantize
     solved = quantize_weight(dit_like(n_out, n_in), name, method="svdquant")
     layer = QuantizedLinear.from_packed(solved.packed, gaussian(1, n_out, 5)[0] if bias else None)
     layer.backend = "resident"
+    layer.ask_activations("stored", simulate=True)
     return layer
 
 
@@ -91,8 +92,9 @@ def work(rank: int, folder: str) -> None:
                 )
                 numbers[f"feed forward {exact}"] = distance(both(x), whole(x))
             sharded = feed_forward(name)
-            for layer in (sharded[0], sharded[2]):
+            for layer in (sharded[0], sharded[2], whole[0], whole[2]):
                 layer.backend = "low_memory"
+            for layer in (sharded[0], sharded[2]):
                 fully_shard(layer, mesh=mesh)
             fully_shard(sharded, mesh=mesh)
             numbers["fsdp"] = float(torch.equal(sharded(x), whole(x)))

@@ -113,7 +113,7 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
                 "mean_output_error": report.mean_output_error,
                 "components": {
                     name: {
-                        "layers": len(of_one.layers),
+                        "layers": _count_quantized(of_one.plan),
                         "bits_per_weight": of_one.plan.bits_per_weight,
                         "mean_relative_error": of_one.mean_relative_error,
                         "mean_output_error": of_one.mean_output_error,
