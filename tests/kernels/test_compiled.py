@@ -13,12 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.worlds.matrices import gaussian
 from benchmarks.worlds.random_layers import random_layer
 from loraq.errors import KernelError
-from loraq.kernels import BACKENDS, int8_row
+from loraq.kernels import BACKENDS, DEFAULT_BACKEND, int8_row
 from loraq.nn import QuantizedLinear
 from loraq.recipe_names import parse_scheme
 
 #: Back end and recipe; `triton` is compiled in `interpret_triton.py`.
 CASES = [
+    ("auto", "mxfp4-a8+w8a8-r16"),
+    ("auto", "int8-a8+int8-r16"),
     ("reference", "mxfp4-a8+w8a8-r16"),
     ("resident", "mxfp4-a4+w8a8-r16"),
     ("resident", "mxfp4-a16+w8a8-r16"),
@@ -56,7 +58,7 @@ def counted() -> CompileCounterWithBackend:
 
 
 def test_no_back_end_is_left_out():
-    assert {backend for backend, _ in ON_GPU} == set(BACKENDS)
+    assert {backend for backend, _ in ON_GPU} == {DEFAULT_BACKEND, *BACKENDS}
 
 
 @each_case

@@ -135,7 +135,9 @@ def safe_divisor(scale: Tensor) -> Tensor:
 
 def view_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Reinterpret raw bytes along the last axis, even if a file map left them at an odd address."""
-    if packed.storage_offset() % dtype.itemsize or not packed.is_contiguous():
+    # A compiler cannot ask for the address.
+    is_traced = torch.compiler.is_compiling()
+    if is_traced or packed.storage_offset() % dtype.itemsize or not packed.is_contiguous():
         packed = packed.clone(memory_format=torch.contiguous_format)
     return packed.view(dtype)
 
