@@ -11,7 +11,6 @@ from jaxtyping import install_import_hook
 #: protocols and postponed imports cannot be checked at run time. And not the formats, where no
 #: shape is written and the check is dear.
 CHECKED = [
-    "loraq.appended",
     "loraq.linalg",
     "loraq.stats",
     "loraq.methods.base",

@@ -17,6 +17,7 @@ BUILT_IN_BASE = {
     "LayerError": RuntimeError,
     "CalibrationError": ValueError,
     "CheckpointError": OSError,
+    "ExportError": ValueError,
     "KernelError": RuntimeError,
     "MissingLibraryError": ImportError,
 }
