@@ -23,7 +23,7 @@ from loraq.kernels.resident import Resident, merge, operand_dtype
 from loraq.packed import PackedWeight
 from loraq.scheme import Branch, Scheme
 
-#: Decoded values handled at a time, so that the passes over them stay in cache.
+#: Decoded values handled at a time by each thread, so that the passes over them stay in cache.
 _CHUNK_VALUES = 1 << 18
 
 
@@ -205,7 +205,9 @@ def _dequantize_pairs(
     table, factor = _pairs(name, work, packed.device), factor.to(work)
     size = fmt.block_size or n
     out = torch.empty((len(packed), n), dtype=dtype, device=packed.device)
-    step = max(1, _CHUNK_VALUES // n) if packed.device.type == "cpu" else len(packed)
+    # Fewer and longer passes for more threads: at the end of each one all wait for the last.
+    at_once = _CHUNK_VALUES * torch.get_num_threads()
+    step = max(1, at_once // n) if packed.device.type == "cpu" else len(packed)
     for start in range(0, len(packed), step):
         part = slice(start, start + step)
         values = (
