@@ -27,7 +27,7 @@ class Component:
 
     folder: Path
     #: Where its class is from, such as "diffusers" or "transformers".
-    library: str
+    package: str
     class_name: str
 
     @property
@@ -38,12 +38,12 @@ class Component:
     @property
     def is_denoiser(self) -> bool:
         """Whether it is a transformer or a U-Net."""
-        return is_denoiser(self.name, self.library, self.class_name)
+        return is_denoiser(self.name, self.package, self.class_name)
 
     @property
     def is_text_encoder(self) -> bool:
         """Whether it reads the prompt, and is no tokenizer."""
-        return is_text_encoder(self.name, self.library)
+        return is_text_encoder(self.name, self.package)
 
     @property
     def is_model(self) -> bool:
@@ -64,15 +64,15 @@ class Component:
         return f"{self.name} ({self.class_name})"
 
 
-def is_denoiser(name: str, library: str, class_name: str) -> bool:
+def is_denoiser(name: str, package: str, class_name: str) -> bool:
     """Return whether a component is a transformer or a U-Net, by its name and class."""
     said = f"{name} {class_name}".lower()
-    return library != "transformers" and any(word in said for word in DENOISERS)
+    return package != "transformers" and any(word in said for word in DENOISERS)
 
 
-def is_text_encoder(name: str, library: str) -> bool:
+def is_text_encoder(name: str, package: str) -> bool:
     """Return whether a component is a model of transformers that reads the prompt."""
-    return library == "transformers" and any(word in name for word in TEXT_ENCODERS)
+    return package == "transformers" and any(word in name for word in TEXT_ENCODERS)
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -139,7 +139,7 @@ def choose_components(
     """
     components = read_components(root)
     names = choose_names(
-        {name: (part.library, part.class_name) for name, part in components.items()}, asked
+        {name: (part.package, part.class_name) for name, part in components.items()}, asked
     )
     chosen = [part for name, part in components.items() if name in names]
     if absent := [part.name for part in chosen if not part.is_model]:
@@ -166,7 +166,7 @@ def choose_names(
     """Return which components of a pipeline are meant, in their order.
 
     Args:
-        kinds: library and class of every component, by name.
+        kinds: package and class of every component, by name.
         asked: as for `choose_components`.
 
     Raises:
