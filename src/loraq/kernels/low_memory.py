@@ -9,7 +9,6 @@ is added to the weight, for few it runs beside it, whichever takes fewer multipl
 """
 
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import torch
@@ -51,74 +50,62 @@ class LowMemory(Backend):
     ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         if scheme.is_weight_only:
-            side = operands.scheme.rotation if scheme.rotation == 0 else 0
-            tensors, branch = list(operands.tensors.values()), operands.scheme.branch
-            factor, rank = (branch.weight, branch.rank) if branch else ("", 0)
-            main, n_out = operands.scheme.weight, operands.shape[0]
-            return _packed_linear(x, tensors, n_out, main, factor, rank, side, bias)
+            tensors, stored = list(operands.tensors.values()), operands.scheme
+            rotation = stored.rotation if scheme.rotation == 0 else 0
+            return _packed_linear(x, tensors, _write_scheme(stored, rotation), bias)
         dtype = operand_dtype(x.dtype)
         return run(x, decode_by_table(operands, dtype, scheme.rotation), scheme, bias, dtype)
 
 
-def _unpack(tensors: list[Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
-    return PackedWeight.from_tensors(
-        dict(zip(scheme.storage(shape), tensors, strict=True)), scheme, shape
-    )
+def _write_scheme(scheme: Scheme, rotation: int) -> str:
+    """Return formats, rank and rotation as one string, which operators can take."""
+    factor, rank = (scheme.branch.weight, scheme.branch.rank) if scheme.branch else ("", 0)
+    return f"{scheme.weight} {factor} {rank} {rotation}"
 
 
-def _scheme(main: str, factor: str, rank: int, rotation: int) -> Scheme:
-    return Scheme(main, branch=Branch(rank, factor) if rank else None, rotation=rotation)
+@lru_cache(maxsize=1024)
+def _read_scheme(text: str) -> Scheme:
+    """Return the weight-only scheme that `_write_scheme` has written."""
+    main, factor, rank, rotation = text.split(" ")
+    branch = Branch(int(rank), factor) if factor else None
+    return Scheme(main, branch=branch, rotation=int(rotation))
+
+
+def _decode(tensors: list[Tensor], scheme: Scheme, n_in: int, dtype: torch.dtype) -> Operands:
+    shape = len(tensors[0]), n_in
+    stored = dict(zip(scheme.storage(shape), tensors, strict=True))
+    packed = PackedWeight.from_tensors(stored, scheme, shape)
+    return decode_by_table(packed, operand_dtype(dtype), 0)
 
 
 # One opaque operator: a compiler would keep decoded weights, and trace again for other numbers of
 # tokens; autograd would keep the decoded weight of every layer.
 @library.custom_op("loraq::packed_linear", mutates_args=())
-def _packed_linear(
-    x: Tensor,
-    tensors: list[Tensor],
-    n_out: int,
-    main: str,
-    factor: str,
-    rank: int,
-    rotation: int,
-    bias: Tensor | None,
-) -> Tensor:
-    """Return x (Qw(R) + U D)ᵀ + b, the matrices rotated back by `rotation` first.
+def _packed_linear(x: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor | None) -> Tensor:
+    """Return x (Qw(R) + U D)ᵀ + b, the matrices rotated back first.
 
     Args:
         x: (…, in).
-        tensors: those of `PackedWeight.tensors`, in their order.
-        n_out: output channels.
-        main: format of the main weight.
-        factor: format of both factors.
-        rank: of the branch, 0 for none.
-        rotation: side of the blocks by which what is stored is rotated and x is not.
+        tensors: those of `PackedWeight.tensors`, in their order; the first has a row for each
+            output channel.
+        scheme: by `_write_scheme`; its rotation is that of the stored matrices, and not of x.
         bias: (out).
     """
-    scheme, shape = _scheme(main, factor, rank, rotation), (n_out, x.shape[-1])
-    dtype = operand_dtype(x.dtype)
-    operands = decode_by_table(_unpack(tensors, scheme, shape), dtype, 0)
-    if len(flatten_tokens(x)) * sum(shape) >= prod(shape):  # both times the rank
+    read = _read_scheme(scheme)
+    operands = _decode(tensors, read, x.shape[-1], x.dtype)
+    n_out, n_in = operands.main.shape
+    if len(flatten_tokens(x)) * (n_out + n_in) >= n_out * n_in:  # both times the rank
         operands = merge(operands)
-    return run(x, operands, scheme, bias, dtype)
+    return run(x, operands, read, bias, operand_dtype(x.dtype))
 
 
 @_packed_linear.register_fake
-def _(
-    x: Tensor,
-    tensors: list[Tensor],
-    n_out: int,
-    main: str,
-    factor: str,
-    rank: int,
-    rotation: int,
-    bias: Tensor | None,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n_out))
+def _(x: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(tensors[0])))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tensors, *ctx.rest, bias = inputs
+    x, tensors, ctx.scheme, bias = inputs
     ctx.n_in, ctx.dtype = x.shape[-1], x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors)
@@ -126,42 +113,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
-    back = _packed_linear_back(gradient, tensors, *ctx.rest, ctx.n_in, ctx.dtype)
+    back = _packed_linear_back(gradient, tensors, ctx.scheme, ctx.n_in, ctx.dtype)
     bias = None
     if ctx.bias_dtype is not None:
         bias = flatten_tokens(gradient).float().sum(0).to(ctx.bias_dtype)
-    return back, [None] * len(tensors), None, None, None, None, None, bias
+    return back, [None] * len(tensors), None, bias
 
 
 @library.custom_op("loraq::packed_linear_back", mutates_args=())
 def _packed_linear_back(
-    gradient: Tensor,
-    tensors: list[Tensor],
-    n_out: int,
-    main: str,
-    factor: str,
-    rank: int,
-    rotation: int,
-    n_in: int,
-    dtype: torch.dtype,
+    gradient: Tensor, tensors: list[Tensor], scheme: str, n_in: int, dtype: torch.dtype
 ) -> Tensor:
-    scheme = _scheme(main, factor, rank, rotation)
-    packed = _unpack(tensors, scheme, (n_out, n_in))
-    dense, _, _ = merge(decode_by_table(packed, operand_dtype(dtype), 0))
+    dense, _, _ = merge(_decode(tensors, _read_scheme(scheme), n_in, dtype))
     return (gradient.to(dense.dtype) @ dense).to(dtype)
 
 
 @_packed_linear_back.register_fake
 def _(
-    gradient: Tensor,
-    tensors: list[Tensor],
-    n_out: int,
-    main: str,
-    factor: str,
-    rank: int,
-    rotation: int,
-    n_in: int,
-    dtype: torch.dtype,
+    gradient: Tensor, tensors: list[Tensor], scheme: str, n_in: int, dtype: torch.dtype
 ) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], n_in), dtype=dtype)
 
