@@ -25,7 +25,7 @@ from loraq.kernels import (
 )
 from loraq.layer_input import require_input
 from loraq.packed import PackedWeight
-from loraq.precision import schemes_at
+from loraq.precision import require_precision, schemes_at
 from loraq.scheme import Scheme
 from loraq.state import mark_packed
 from loraq.transforms import rotate
@@ -165,7 +165,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             KernelError: there is no such precision.
         """
-        schemes_at(self._scheme, precision)
+        require_precision(precision)
         self.activations, self.simulate, self._prepared = precision, simulate, None
 
     @property

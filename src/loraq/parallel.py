@@ -140,8 +140,10 @@ class LoraqRowwise(ParallelStyle):
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x = cast_input(args[0])
             with without_autocast(x.device):
-                inner = _sum_over_ranks(side.down(rotate(x, layer.scheme.rotation)), group)
-                return (_sum_over_ranks(y.float(), group) + side.up(inner)).to(y.dtype)
+                x, rounds = rotate(x, layer.scheme.rotation), layer.simulate
+                inner = _sum_over_ranks(side.down(x, rounds=rounds), group)
+                branch = side.up(inner, rounds=rounds)
+                return (_sum_over_ranks(y.float(), group) + branch).to(y.dtype)
 
         layer.register_forward_hook(add_branch)
         return layer
@@ -152,8 +154,7 @@ class _Side(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, branch: Branch) -> None:
         super().__init__()
-        # Without rounding nothing depends on what is summed first.
-        self.branch = branch if layer.simulate else Branch(branch.rank, branch.weight)
+        self.branch = branch
         stored = layer.packed.branch
         assert stored is not None
         self.proj_down = nn.Parameter(
@@ -161,15 +162,16 @@ class _Side(nn.Module):
         )
         self.proj_up = nn.Parameter(decode_one(stored.proj_up, torch.float32), requires_grad=False)
 
-    def down(self, x: Tensor) -> Tensor:
-        return linear(
-            round_activation(x, self.branch.activation_format, torch.float32), self.proj_down
-        )
+    def down(self, x: Tensor, *, rounds: bool) -> Tensor:
+        return linear(_see(x, self.branch.activation_format, rounds=rounds), self.proj_down)
 
-    def up(self, inner: Tensor) -> Tensor:
-        return linear(
-            round_activation(inner, self.branch.intermediate_format, torch.float32), self.proj_up
-        )
+    def up(self, inner: Tensor, *, rounds: bool) -> Tensor:
+        return linear(_see(inner, self.branch.intermediate_format, rounds=rounds), self.proj_up)
+
+
+def _see(x: Tensor, fmt: Format, *, rounds: bool) -> Tensor:
+    """Return what a product in fp32 sees of an activation; rounding is only simulated there."""
+    return round_activation(x, fmt, torch.float32) if rounds else x.float()
 
 
 def _sum_over_ranks(y: Tensor, group: Any) -> Tensor:

@@ -13,6 +13,12 @@ PRECISIONS = ("stored", "a16", "a8", "a4")
 _NATIVE = {8: ("int8", "mxfp8_e4m3", "fp8_e4m3"), 4: ("mxfp4",)}
 
 
+def require_precision(precision: str) -> None:
+    """Raise `KernelError` for a precision that is none of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise KernelError(unknown("precision of activations", precision, PRECISIONS))
+
+
 def schemes_at(stored: Scheme, precision: str) -> tuple[Scheme, ...]:
     """Return the schemes that run stored bytes with activations of a precision, the best first.
 
@@ -27,8 +33,7 @@ def schemes_at(stored: Scheme, precision: str) -> tuple[Scheme, ...]:
     Raises:
         KernelError: there is no such precision, or no format of it.
     """
-    if precision not in PRECISIONS:
-        raise KernelError(unknown("precision of activations", precision, PRECISIONS))
+    require_precision(precision)
     if precision == "stored" or isinstance(stored.weight_format, CastFormat):
         return (stored,)  # a main weight of 16 bits is that of a layer which was kept in floats
     if precision == "a16":  # rotated as the bytes are

@@ -55,6 +55,30 @@ def test_a_weight_only_layer_beside_others_stays_in_16_bits(quantized):
     assert asked(model) == {name: "a16" if name == first else "a4" for name in asked(model)}
 
 
+def test_layers_that_a_class_keeps_stay_in_16_bits():
+    """They are weight-only in a model of which all other layers are that too, by the recipe."""
+    model = load_transformer()
+    recipe = loraq.Recipe(loraq.Scheme("int4"), method="rtn")
+    loraq.quantize_(model, recipe, progress=False)
+    kept = {name for name, layer in quantized_layers(model).items() if layer.record.get("kept")}
+    loraq.set_activations(model, "a4")
+    assert kept
+    assert {name for name, precision in asked(model).items() if precision == "a16"} == kept
+    before = asked(model)
+    with pytest.raises(KernelError, match="Unknown precision of activations 'a5'"):
+        loraq.set_activations(model, "a5")
+    assert asked(model) == before
+
+
+def test_an_unknown_precision_switches_no_layer(quantized):
+    model = copy.deepcopy(quantized)
+    layer = next(iter(quantized_layers(model).values()))
+    layer.scheme = loraq.Scheme(layer.scheme.weight, "bf16", layer.scheme.weight_only().branch)
+    with pytest.raises(KernelError, match="Unknown precision of activations 'a5'"):
+        loraq.set_activations(model, "a5")
+    assert set(asked(model).values()) == {"stored"}
+
+
 def test_an_unknown_precision_changes_nothing(quantized):
     with pytest.raises(KernelError, match="Unknown precision of activations 'a5'"):
         loraq.set_activations(quantized, "a5")

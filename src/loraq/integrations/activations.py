@@ -8,6 +8,7 @@ from loraq.errors import LoraqError
 from loraq.families import family_rules, known_class
 from loraq.layers import bare_model, quantized_layers
 from loraq.options import Range, checked
+from loraq.precision import require_precision
 
 
 @checked
@@ -17,7 +18,7 @@ def set_activations(model: nn.Module, precision: str, *, simulate: bool = False)
     The same stored bytes serve all precisions. Where the device, or the back end that is asked for,
     has no product of so few bits, rounding activations would cost time and precision and gain
     nothing: the layer runs in 16 bits there. Layers that the recipe made weight-only for what they
-    are, such as modulations, always do.
+    are, such as modulations, and those that their class keeps always do.
 
     Args:
         model: with quantized layers.
@@ -36,11 +37,13 @@ def set_activations(model: nn.Module, precision: str, *, simulate: bool = False)
             f"{type(model).__name__} has no quantized layer, whose activations could be rounded. "
             "Quantize it first: `loraq.quantize_`."
         )
+    require_precision(precision)  # before the first layer is switched
     names = [kind.__name__ for kind in type(bare_model(model)).__mro__]
     rules = [rule for rule in family_rules(known_class(names)) if rule.weight_only]
     is_mixed = any(not layer.scheme.is_weight_only for layer in layers.values())
     for name, layer in layers.items():
-        is_special = is_mixed or any(rule.matches(name) for rule in rules)
+        is_kept = layer.record.get("kept", False)
+        is_special = is_mixed or is_kept or any(rule.matches(name) for rule in rules)
         stays = layer.scheme.is_weight_only and is_special
         layer.ask_activations("a16" if stays else precision, simulate=simulate)
 
