@@ -154,10 +154,11 @@ def decode_factors(branch: LowRankBranch | None) -> tuple[Tensor, Tensor] | None
     return decode_one(branch.proj_down, torch.bfloat16), decode_one(branch.proj_up, torch.bfloat16)
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a layer's sums until the branch is in them: bf16 for bf16, else fp32.
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a layer's operands, and of its sums until the branch is in them.
 
-    fp16 would overflow where a main product and a branch are large and cancel.
+    It is bf16 for bf16, else fp32: CPUs do that far faster than fp16, which would also overflow
+    where a main product and a branch are large and cancel.
     """
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 

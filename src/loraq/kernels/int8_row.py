@@ -33,7 +33,7 @@ from loraq.kernels.base import (
     finish,
     flatten_tokens,
     pass_straight_through,
-    sum_dtype,
+    work_dtype,
 )
 from loraq.kernels.int8_matrix import (
     TOP,
@@ -130,7 +130,7 @@ class Int8Row(Backend):
         if not _in_integers(scheme):
             return Int8Operands(rows, None, decode_factors(packed.branch))
         down = codes_of(packed.branch.proj_down)
-        up = decode_one(packed.branch.proj_up, sum_dtype(dtype))
+        up = decode_one(packed.branch.proj_up, work_dtype(dtype))
         return Int8Operands(rows, (pack_rows(down) if packs else down, up), None)
 
     def linear(
@@ -169,7 +169,7 @@ def _packed_linear(
     The token's scale comes last: until then all is divided by it, which keeps the branch small
     enough for the dtype of the sums, and leaves one pass over y in place of three.
     """
-    dtype = sum_dtype(x.dtype)
+    dtype = work_dtype(x.dtype)
     tokens, scale = encode_rows(x, UNSIGNED)  # (tokens, in), (tokens)
     y = x.new_empty((len(x), len(weight.scale)), dtype=dtype)
     shift = x.new_zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
@@ -203,7 +203,7 @@ def _round_latent(latent: Tensor) -> Tensor:
 def _int8_linear(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    n_tokens, dtype = len(x), sum_dtype(x.dtype)
+    n_tokens, dtype = len(x), work_dtype(x.dtype)
     if n_tokens == 0:
         return x.new_empty((0, len(scales[0])), dtype=dtype)
     if codes[0].is_mkldnn:
@@ -231,7 +231,7 @@ def _int8_linear(
 def _(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], up: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((x.shape[0], scales[0].shape[0]), dtype=sum_dtype(x.dtype))
+    return x.new_empty((x.shape[0], scales[0].shape[0]), dtype=work_dtype(x.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,9 +16,16 @@ from torch import Tensor, library
 
 from loraq.formats import BlockFormat, QTensor, get_format
 from loraq.formats.scales import view_bytes
-from loraq.kernels.base import Backend, Operands, decode, decode_one, flatten_tokens
+from loraq.kernels.base import (
+    Backend,
+    Operands,
+    decode,
+    decode_one,
+    flatten_tokens,
+    work_dtype,
+)
 from loraq.kernels.reference import run
-from loraq.kernels.resident import Resident, merge, operand_dtype
+from loraq.kernels.resident import Resident, merge
 from loraq.packed import PackedWeight
 from loraq.scheme import Branch, Scheme
 
@@ -53,7 +60,7 @@ class LowMemory(Backend):
             tensors, stored = list(operands.tensors.values()), operands.scheme
             rotation = stored.rotation if scheme.rotation == 0 else 0
             return _packed_linear(x, tensors, _write_scheme(stored, rotation), bias)
-        dtype = operand_dtype(x.dtype)
+        dtype = work_dtype(x.dtype)
         return run(x, decode_by_table(operands, dtype, scheme.rotation), scheme, bias, dtype)
 
 
@@ -75,7 +82,7 @@ def _decode(tensors: list[Tensor], scheme: Scheme, n_in: int, dtype: torch.dtype
     shape = len(tensors[0]), n_in
     stored = dict(zip(scheme.storage(shape), tensors, strict=True))
     packed = PackedWeight.from_tensors(stored, scheme, shape)
-    return decode_by_table(packed, operand_dtype(dtype), 0)
+    return decode_by_table(packed, work_dtype(dtype), 0)
 
 
 # One opaque operator: a compiler would keep decoded weights, and trace again for other numbers of
@@ -96,7 +103,7 @@ def _packed_linear(x: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor |
     n_out, n_in = operands.main.shape
     if len(flatten_tokens(x)) * (n_out + n_in) >= n_out * n_in:  # both times the rank
         operands = merge(operands)
-    return run(x, operands, read, bias, operand_dtype(x.dtype))
+    return run(x, operands, read, bias, work_dtype(x.dtype))
 
 
 @_packed_linear.register_fake

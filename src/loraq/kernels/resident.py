@@ -11,15 +11,10 @@ and the layer costs what `nn.Linear` costs.
 import torch
 from torch import Tensor
 
-from loraq.kernels.base import Backend, Operands, decode
+from loraq.kernels.base import Backend, Operands, decode, work_dtype
 from loraq.kernels.reference import run
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
-
-
-def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return bf16 for bf16 inputs, else fp32, which CPUs do far faster than fp16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 class Resident(Backend):
@@ -42,12 +37,12 @@ class Resident(Backend):
 
     def prepare(self, packed: PackedWeight, scheme: Scheme, dtype: torch.dtype) -> Operands:
         """Return the decoded weights; where no activation is rounded, as one matrix."""
-        operands = decode(packed, operand_dtype(dtype), scheme.rotation)
+        operands = decode(packed, work_dtype(dtype), scheme.rotation)
         return merge(operands) if scheme.is_weight_only else operands
 
     def linear(self, x: Tensor, operands: Operands, scheme: Scheme, bias: Tensor | None) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
-        return run(x, operands, scheme, bias, operand_dtype(x.dtype))
+        return run(x, operands, scheme, bias, work_dtype(x.dtype))
 
 
 def merge(operands: Operands) -> Operands:

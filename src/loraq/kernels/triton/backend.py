@@ -20,7 +20,7 @@ from loraq.kernels.base import (
     finish,
     flatten_tokens,
     pass_straight_through,
-    sum_dtype,
+    work_dtype,
 )
 from loraq.kernels.fp8_row import Fp8Operands, Fp8Row
 from loraq.kernels.low_memory import LowMemory
@@ -112,17 +112,17 @@ def _fp8_branch_linear(
     from loraq.kernels.triton.quant_down import quant_down
 
     if len(x) == 0:
-        return x.new_empty((0, len(codes)), dtype=sum_dtype(x.dtype))
+        return x.new_empty((0, len(codes)), dtype=work_dtype(x.dtype))
     tokens, token_scale, inner = quant_down(x, factors[0] if factors else None)
     branch = (inner, factors[1]) if factors else None
-    return gemm_up((tokens, token_scale), (codes, scale), branch, bias, sum_dtype(x.dtype))
+    return gemm_up((tokens, token_scale), (codes, scale), branch, bias, work_dtype(x.dtype))
 
 
 @_fp8_branch_linear.register_fake
 def _(
     x: Tensor, codes: Tensor, scale: Tensor, factors: list[Tensor], bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((x.shape[0], codes.shape[0]), dtype=sum_dtype(x.dtype))
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=work_dtype(x.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,4 +151,4 @@ def _small_m(x: Tensor, packed: Tensor, scale: Tensor, integer: bool) -> Tensor:
 
 @_small_m.register_fake
 def _(x: Tensor, packed: Tensor, scale: Tensor, integer: bool) -> Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]), dtype=sum_dtype(x.dtype))
+    return x.new_empty((x.shape[0], packed.shape[0]), dtype=work_dtype(x.dtype))

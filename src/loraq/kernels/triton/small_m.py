@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraq.kernels.base import sum_dtype
+from loraq.kernels.base import work_dtype
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def small_m(x: Tensor, packed: Tensor, scale: Tensor, *, integer: bool) -> Tenso
         integer: whether the codes are MXINT4.
     """
     (n_tokens, n_in), n_out = x.shape, len(packed)
-    y = torch.empty((n_tokens, n_out), dtype=sum_dtype(x.dtype), device=x.device)
+    y = torch.empty((n_tokens, n_out), dtype=work_dtype(x.dtype), device=x.device)
     small_m_kernel[(triton.cdiv(n_out, 16),)](
         x.contiguous(),
         packed,
