@@ -319,7 +319,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = None
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

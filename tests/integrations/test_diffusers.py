@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from loraq.integrations.diffusers import (
 )
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
+from loraq.safetensors.reader import ShardReader
 from tests.folders import alone, components_of, files_of
 
 pytest.importorskip("diffusers")
@@ -236,6 +238,35 @@ def test_no_weights_are_made_while_an_empty_model_is(source):
     model = empty_model(source)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_no_default_device_changes_what_is_loaded(source, tmp_path, default):
+    quantize(source, tmp_path / "out")
+    wanted = [loraq.load(tmp_path / "out"), load_float(source)]
+    with torch.device(default):
+        found = [loraq.load(tmp_path / "out"), load_float(source)]
+    for first, second in zip(wanted, found, strict=True):
+        assert torch.equal(
+            velocity(nn.Module.to(first, torch.float32)),
+            velocity(nn.Module.to(second, torch.float32)),
+        )
+
+
+def test_tensors_go_to_their_device_one_by_one(source, tmp_path, monkeypatch):
+    quantize(source, tmp_path / "out")
+    living, most = [], []
+
+    def read(self, name, read=ShardReader.read):
+        most.append(sum(each() is not None for each in living))
+        living.append(weakref.ref(tensor := read(self, name)))
+        return tensor
+
+    monkeypatch.setattr(ShardReader, "read", read)
+    loaded = loraq.load(tmp_path / "out", device="meta")
+    assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"meta"}
+    assert len(most) > 20
+    assert max(most) == 0
 
 
 def test_float_weights_are_read_exactly(model, source):

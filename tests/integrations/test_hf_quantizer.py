@@ -5,6 +5,7 @@ and `save_pretrained` serve quantized models.
 import copy
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -348,6 +349,31 @@ def test_the_installed_version_is_supported_and_others_are_named():
     require_supported("transformers", transformers.__version__, SUPPORTED)
     with pytest.raises(LoraqError, match=r"transformers 4.57.1 is installed; loraq.transformers"):
         require_supported("transformers", "4.57.1", SUPPORTED)
+
+
+def test_an_unsupported_version_does_not_keep_diffusers_from_being_served(tmp_path):
+    pytest.importorskip("diffusers")
+    from small.pixart import small_pixart
+
+    model = small_pixart(torch.float32)
+    loraq.quantize_(model, RECIPE, progress=False)
+    loraq.save(model, tmp_path / "out")
+    program = """
+import sys, diffusers, transformers
+transformers.__version__ = "4.57.1"
+import loraq.diffusers
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+loaded = diffusers.PixArtTransformer2DModel.from_pretrained(sys.argv[1])
+print("loraq" in AUTO_QUANTIZER_MAPPING, len(loraq.layers.quantized_layers(loaded)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", str(len(quantized_layers(model)))]
+    assert "Text encoders of transformers are not served: transformers 4.57.1 is" in done.stderr
 
 
 def test_a_pipeline_is_quantized_while_it_loads_by_both_libraries(tmp_path):

@@ -562,6 +562,15 @@ def test_the_plan_shows_each_component_and_recommends_a_large_text_encoder(writt
     assert not [note for note in document["notes"] if "in bf16" in note]
 
 
+def test_sizes_are_known_without_weights_too(source):
+    with_weights = plan_checkpoint(source, RECIPE)
+    for path in source.rglob("*.safetensors"):
+        path.unlink()
+    planned = plan_checkpoint(source, RECIPE)
+    assert planned.sizes == with_weights.sizes
+    assert planned.notes == with_weights.notes
+
+
 def quantized_tensors(folder: Path) -> dict[str, torch.Tensor]:
     model = load_float(folder)
     loraq.quantize_(model, RECIPE, progress=False)

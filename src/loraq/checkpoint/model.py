@@ -154,15 +154,31 @@ def load_into(
     """
     model = bare_model(model)
     require_bare(model)
-    manifest, reader, devices, layers = _check_folder(
-        model, Path(folder), backend=backend, verify=verify
-    )
+    load_onto(model, Path(folder), None, backend=backend, verify=verify)
+
+
+def load_onto(
+    model: nn.Module, folder: Path, device: torch.device | None, *, backend: str, verify: bool
+) -> None:
+    """Load a folder as `load_into`, each tensor to a device as soon as it is read.
+
+    Args:
+        model: the architecture.
+        folder: a quantized one.
+        device: where all tensors go; `None` leaves each where the one is that it replaces.
+        backend: as for `load_into`.
+        verify: as for `load_into`.
+
+    Raises:
+        CheckpointError, KernelError: as `load_into`.
+    """
+    manifest, reader, devices, layers = _check_folder(model, folder, backend=backend, verify=verify)
     # Everything is read before anything changes; what is left then are assignments.
     read: dict[str, Tensor] = {}
-    for name, device in devices.items():
+    for name, own in devices.items():
         source = manifest.tied.get(name, name)
         if source not in read:
-            read[source] = reader.read(source).to(device)
+            read[source] = reader.read(source).to(own if device is None else device)
     swap([*find_places(model, layers), *_find_tensors(model, layers, devices, manifest.tied, read)])
     take_dtype(model)
     answer_for_weights(model, layers)

@@ -41,7 +41,6 @@ def inspect(path: Path, memory: bool, as_json: bool) -> None:
     if memory:
         _show_memory(path, as_json=as_json)
         return
-        return
     found = inspect_folder(_home_of(path))
     if as_json:
         files = {name: stored.to_dict() for name, stored in found.others.items()}

@@ -66,15 +66,18 @@ class Deferred:
 
     #: What made it, if it is the only result: a function and its arguments.
     made: tuple[Callable[..., Any], Any, Any] | None
+    #: How to read one entry of its first axis, if it stands for a tensor of a file.
+    read_entry: Callable[[int], Tensor] | None
 
     def __init__(
         self,
         meta: Tensor,
         compute: Callable[[], Tensor],
         made: tuple[Callable[..., Any], Any, Any] | None = None,
+        read_entry: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Note how to compute a tensor that looks like `meta`."""
-        self.meta, self.compute, self.made = meta, compute, made
+        self.meta, self.compute, self.made, self.read_entry = meta, compute, made, read_entry
 
     @classmethod
     def __torch_function__(
@@ -102,7 +105,11 @@ class Deferred:
 def stand_in(files: TensorReader, name: str) -> Deferred:
     """Return what stands for a tensor of a file."""
     meta = torch.empty(files.shape(name), dtype=DTYPES[files.dtype(name)], device="meta")
-    return Deferred(meta, lambda: files.read(name))
+    return Deferred(
+        meta,
+        lambda: files.read(name),
+        read_entry=lambda index: files.read_slice(name, index),
+    )
 
 
 def _note(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -126,15 +133,25 @@ def _note(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
 def _entry(deferred: Deferred, index: int) -> Deferred:
     """Return one entry of a tensor's first axis.
 
-    Of experts that a converter has stacked, and perhaps joined with others, the rest is not read.
+    Of experts that a file has stacked, or a converter, which may have joined them with others or
+    turned them, the rest is not read.
     """
-    if deferred.made is not None:
-        function, (parts, *rest), kwargs = deferred.made
-        axis = kwargs.get("dim", rest[0] if rest else 0)
-        if function is torch.stack and axis == 0:
-            return parts[index]
-        if function is torch.cat and axis > 0:
-            return _note(torch.cat, ([_entry(part, index) for part in parts], axis - 1), {})
+    if (read_entry := deferred.read_entry) is not None:
+        return Deferred(deferred.meta[index], lambda: read_entry(index))
+    if deferred.made is None:
+        return deferred[index]
+    function, (parts, *rest), kwargs = deferred.made
+    axes = [*rest, *kwargs.values()]
+    if function is torch.stack and axes in ([], [0]):
+        return parts[index]
+    if function is torch.cat and axes and axes[0] > 0:
+        return _note(torch.cat, ([_entry(part, index) for part in parts], axes[0] - 1), {})
+    if function is torch.Tensor.contiguous:
+        return _entry(parts, index)  # whoever reads it makes it contiguous
+    if function in (torch.transpose, torch.Tensor.transpose):
+        axes = [axis % deferred.meta.dim() for axis in axes]
+        if min(axes) > 0:
+            return _note(torch.transpose, (_entry(parts, index), *(axis - 1 for axis in axes)), {})
     return deferred[index]
 
 

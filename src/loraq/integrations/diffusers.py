@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraq.checkpoint import load_into, save
+from loraq.checkpoint import save
 from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.checkpoint.model import write_model
+from loraq.checkpoint.model import load_onto, write_model
 from loraq.checkpoint.model_index import INDEX, choose_model, is_pipeline
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_methods
@@ -110,7 +110,11 @@ def model_of(config: dict[str, Any], config_file: Path, weights: Path | None = N
         try:
             require_plausible(config)
             most = bound_parameters(weights)
-            with bounded_construction(most), init_empty_weights(include_buffers=False):
+            with (
+                torch.device("cpu"),  # whatever the process has set
+                bounded_construction(most),
+                init_empty_weights(include_buffers=False),
+            ):
                 return kind.from_config(config)  # type: ignore[attr-defined]
         except Exception as error:  # constructors of diffusers raise what they like
             reason = error if isinstance(error, LoraqError) else f"{type(error).__name__}: {error}"
@@ -222,7 +226,7 @@ def load(
             "with diffusers; or copy the quantized folder again."
         )
     model = model_of(config, home / "config.json")
-    load_into(model, home, backend=backend, verify=verify)
+    load_onto(model, home, torch.device(device), backend=backend, verify=verify)
     if dtype is None:
         unify_dtypes(model)
     else:

@@ -39,12 +39,10 @@ def survey(
             continue
         before, after, if_quantized = _measure(part.folder, variant), None, None
         if name in plans:
-            before = before or plans[name].nbytes_bf16  # of a configuration without weights
-            after = before + plans[name].nbytes - plans[name].nbytes_bf16
+            before, after = _apply(plans[name], before)
         elif part.is_text_encoder and not part.is_quantized:
             try:
-                plan = plan_left(part)
-                if_quantized = before + plan.nbytes - plan.nbytes_bf16
+                before, if_quantized = _apply(plan_left(part), before)
             except LoraqError as error:
                 reasons[name] = str(error)
         sizes.append(ComponentSize(name, part.class_name, before, after, if_quantized))
@@ -67,6 +65,15 @@ def survey(
                 f"times {than}. {then}"
             )
     return tuple(sizes), advice
+
+
+def _apply(plan: Plan, nbytes: int) -> tuple[int, int]:
+    """Return the bytes of a model in bf16 and after a plan, from those of its files.
+
+    Of a configuration without weights these are 0, and the plan counts.
+    """
+    before = nbytes or 2 * plan.parameters
+    return before, before + plan.nbytes - plan.nbytes_bf16
 
 
 def _measure(folder: Path, variant: str | None) -> int:
