@@ -70,6 +70,21 @@ def test_activations_are_not_mixed_in_a_group(group):
     )
 
 
+@each_group
+def test_every_row_of_ours_has_a_rival_that_got_all_that_it_got(group):
+    ours = [c for c in CONTENDERS[group] if c.method == "loraq"]
+    assert ours
+    for row in ours:
+        (twin,) = (
+            c
+            for c in CONTENDERS[group]
+            if (c.recipe, c.statistics) == (row.recipe, row.statistics)
+            and c.method == ("gptq" if row.statistics else "svdquant")
+            and c.options == {"rounds": 100, "rotate": True}
+        )
+        assert (twin.budget, twin.rules, twin.keep) == (row.budget, row.rules, row.keep)
+
+
 def test_labels_are_unique_because_pictures_are_found_by_them():
     names = [
         (contender.recipe, contender.label) for group in CONTENDERS.values() for contender in group
@@ -86,7 +101,12 @@ def test_the_default_recipe_takes_part():
 def result() -> DemoResult:
     pytest.importorskip("diffusers")
     pytest.importorskip("sklearn")
-    star = next(c for group in CONTENDERS.values() for c in group if c.recipe == NAMED["default"])
+    star = next(
+        c
+        for group in CONTENDERS.values()
+        for c in group
+        if (c.recipe, c.method) == (NAMED["default"], "loraq")
+    )
     few = {
         name: (group[0], next(c for c in group if "+bf16" in c.recipe))
         for name, group in CONTENDERS.items()

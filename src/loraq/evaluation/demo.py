@@ -28,19 +28,22 @@ N_OWN_SAMPLES = 64
 OWN_SAMPLES = "own samples"
 #: SVDQuant as published: scales of the largest value, no search.
 DIRECT = {"scale_rule": None}
+#: SVDQuant with all that LoRaQ gets: alternation, searched scales, factors rotated in rank space.
+HELPED = {"rounds": 100, "rotate": True}
 
 
-#: Grouped by the activations of the main path, which are never mixed in one comparison.
+#: Grouped by the activations of the main path, which are never mixed in one comparison. Every row
+#: of LoRaQ has its twin: SVDQuant with the same formats and rotation, helped.
 CONTENDERS: dict[str, tuple[Contender, ...]] = {
     "weight-only": (
         Contender("round to nearest", "mxfp4-a16", "rtn"),
         Contender("plain INT5 (more bytes)", "int5-a16", "rtn"),
         Contender("SVDQuant, 16-bit branch", "mxfp4-a16+bf16", "svdquant", DIRECT),
-        Contender("SVDQuant ×100 + scale search", "mxfp4-a16+bf16", "svdquant", {"rounds": 100}),
+        Contender("SVDQuant ×100, 16-bit branch", "mxfp4-a16+bf16", "svdquant", HELPED),
         Contender("LoRaQ, 16-bit branch", "mxfp4-a16+bf16"),
+        Contender("SVDQuant ×100, 8-bit branch", "mxfp4-a16+w8a8", "svdquant", HELPED),
         Contender("LoRaQ, 8-bit branch", "mxfp4-a16+w8a8"),
-        Contender("LoRaQ, 6-bit branch", "mxfp4-a16+w6a6"),
-        Contender("LoRaQ, 4-bit branch", "mxfp4-a16+w4a8"),
+        Contender("SVDQuant ×100, INT4 main, 6-bit branch", "int4-a16+w6a6", "svdquant", HELPED),
         Contender("LoRaQ, INT4 main, 6-bit branch", "int4-a16+w6a6"),
     ),
     "weight-only, with statistics of the model's own samples (still no data)": (
@@ -48,23 +51,29 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender(
             "SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", statistics=OWN_SAMPLES
         ),
+        Contender(
+            "SVDQuant ×100 + GPTQ, 6-bit branch",
+            "int4-a16+w6a6",
+            "gptq",
+            HELPED,
+            statistics=OWN_SAMPLES,
+        ),
         Contender("LoRaQ, 6-bit branch", "int4-a16+w6a6", statistics=OWN_SAMPLES),
     ),
     "4-bit weights, 8-bit activations": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
         Contender("SVDQuant, 16-bit branch", "mxfp4-a8+bf16", "svdquant", DIRECT),
+        Contender("SVDQuant ×100, W8A8 branch", "mxfp4-a8+w8a8", "svdquant", HELPED),
         Contender("LoRaQ, W8A8 branch", "mxfp4-a8+w8a8"),
-        Contender("LoRaQ, W6A6 branch", "mxfp4-a8+w6a6"),
-        Contender("LoRaQ, W6A8 branch", "mxfp4-a8+w6a8"),
+        Contender("SVDQuant ×100, W4A8 branch", "mxfp4-a8+w4a8", "svdquant", HELPED),
         Contender("LoRaQ, W4A8 branch", "mxfp4-a8+w4a8"),
     ),
     "4-bit weights, 4-bit activations": (
         Contender("round to nearest", "mxfp4-a4", "rtn"),
         Contender("SVDQuant, 16-bit branch", "mxfp4-a4+bf16", "svdquant", DIRECT),
-        Contender("SVDQuant, rotated as LoRaQ's", "mxfp4-a4+bf16-h32", "svdquant", DIRECT),
+        Contender("SVDQuant ×100, W8A8 branch", "mxfp4-a4+w8a8", "svdquant", HELPED),
         Contender("LoRaQ, W8A8 branch", "mxfp4-a4+w8a8"),
-        Contender("LoRaQ, W6A6 branch", "mxfp4-a4+w6a6"),
-        Contender("LoRaQ, W6A8 branch", "mxfp4-a4+w6a8"),
+        Contender("SVDQuant ×100, W4A8 branch", "mxfp4-a4+w4a8", "svdquant", HELPED),
         Contender("LoRaQ, W4A8 branch", "mxfp4-a4+w4a8"),
     ),
 }
