@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraq.appended import Part, Stack, append, branch_for, remove
+from loraq.appended import Part, BranchStack, append, branch_for, remove
 from loraq.errors import LayerError
 from loraq.linalg import relative_error
 from loraq.methods import METHODS
@@ -49,15 +49,15 @@ def solve(scheme: Scheme, matrix: Tensor | None = None) -> PackedWeight:
 
 
 def put(
-    packed: PackedWeight, stack: Stack, name: str, factors: tuple[Tensor, Tensor]
-) -> tuple[PackedWeight, Stack, float]:
+    packed: PackedWeight, stack: BranchStack, name: str, factors: tuple[Tensor, Tensor]
+) -> tuple[PackedWeight, BranchStack, float]:
     rank = min(factors[0].shape[1], *packed.shape)
     branch = branch_for(packed.scheme, (), Branch(0, "mxint8", "mxint8", "int8"))
     return append(packed, stack, Part(name, "0" * 64, 1.0, 0, rank), branch, factors)
 
 
-def bare(packed: PackedWeight) -> Stack:
-    return Stack.of({}, packed.scheme)
+def bare(packed: PackedWeight) -> BranchStack:
+    return BranchStack.of({}, packed.scheme)
 
 
 def assert_same(ours: PackedWeight, theirs: PackedWeight) -> None:
@@ -148,7 +148,7 @@ def test_a_lora_wider_than_the_layer_takes_the_rank_of_the_layer():
 
 
 def test_a_lora_begins_at_a_block_and_takes_a_multiple_of_eight():
-    stack = Stack(9, (Part("a", "", 1.0, 0, 5), Part("b", "", 1.0, 0, 16)))
+    stack = BranchStack(9, (Part("a", "", 1.0, 0, 5), Part("b", "", 1.0, 0, 16)))
     starts = {
         fmt: [part.start for part in stack.arranged(Branch(0, *fmt)).loras]
         for fmt in (
@@ -238,8 +238,8 @@ GOOD = {"rank": 8, "loras": [{"name": "a", "sha256": "", "scale": 1, "start": 32
 )
 def test_a_record_that_contradicts_the_scheme_is_refused(damage):
     scheme = Scheme("mxfp4", "bf16", Branch(40, "mxint8"))
-    stack = Stack.of({"appended": GOOD}, scheme)
+    stack = BranchStack.of({"appended": GOOD}, scheme)
     assert stack.note() == GOOD
     assert stack.base_of(scheme) == Scheme("mxfp4", "bf16", Branch(8, "mxint8"))
     with pytest.raises(ValueError, match="appended"):
-        Stack.of({"appended": damage(GOOD)}, scheme)
+        BranchStack.of({"appended": damage(GOOD)}, scheme)

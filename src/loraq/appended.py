@@ -38,7 +38,7 @@ from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.transforms import rotate
 
-#: Key of a layer's record under which a `Stack` stands.
+#: Key of a layer's record under which a `BranchStack` stands.
 KEY = "appended"
 #: Each LoRA takes a multiple of so many ranks.
 STEP = 8
@@ -68,7 +68,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stack:
+class BranchStack:
     """What a layer's branch is made of."""
 
     #: Rank of the branch without any LoRA; 0 if the layer had no branch.
@@ -80,7 +80,7 @@ class Stack:
     kept: str | None = None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], scheme: Scheme) -> "Stack":
+    def of(cls, record: Mapping[str, Any], scheme: Scheme) -> "BranchStack":
         """Return the stack that a layer's record notes, else its branch alone.
 
         Raises:
@@ -123,7 +123,7 @@ class Stack:
         noted: dict[str, Any] = {"rank": self.rank, "loras": [asdict(part) for part in self.loras]}
         return noted if self.kept is None else noted | {"kept": self.kept}
 
-    def arranged(self, branch: Branch) -> "Stack":
+    def arranged(self, branch: Branch) -> "BranchStack":
         """Return the same LoRAs where they stand on a branch of these formats."""
         end, parts = self.rank, []
         for part in self.loras:
@@ -169,11 +169,11 @@ def branch_for(scheme: Scheme, others: Iterable[Branch], default: Branch) -> Bra
 
 def append(
     packed: PackedWeight,
-    stack: Stack,
+    stack: BranchStack,
     part: Part,
     branch: Branch,
     factors: tuple[Tensor, Tensor],
-) -> tuple[PackedWeight, Stack, float]:
+) -> tuple[PackedWeight, BranchStack, float]:
     """Return a weight with one more LoRA on its branch, its stack, and the error of the LoRA.
 
     Args:
@@ -228,7 +228,7 @@ def append(
     return result, new, error
 
 
-def remove(packed: PackedWeight, stack: Stack, name: str) -> tuple[PackedWeight, Stack]:
+def remove(packed: PackedWeight, stack: BranchStack, name: str) -> tuple[PackedWeight, BranchStack]:
     """Return a weight without one of its LoRAs, and its stack; all else keeps its bytes."""
     branch, factors = packed.scheme.branch, packed.branch
     assert branch is not None

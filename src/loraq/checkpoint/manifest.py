@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from loraq.appended import Stack
+from loraq.appended import BranchStack
 from loraq.checkpoint.components import StoredFile, parse_components
 from loraq.checkpoint.folder import file_sha256
 from loraq.errors import CheckpointError, FormatError, SchemeError, list_some
@@ -70,9 +70,9 @@ class StoredLayer:
         return bool(self.record.get("kept"))
 
     @property
-    def stack(self) -> Stack:
+    def stack(self) -> BranchStack:
         """What its branch is made of."""
-        return Stack.of(self.record, self.scheme)
+        return BranchStack.of(self.record, self.scheme)
 
 
 @dataclass(frozen=True)

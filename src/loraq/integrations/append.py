@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from loraq.appended import Part, Stack, append, branch_for, remove
+from loraq.appended import Part, BranchStack, append, branch_for, remove
 from loraq.errors import LayerError, LoraqError, list_some
 from loraq.experts import QuantizedExperts
 from loraq.integrations.edits import Change, Place, edit
@@ -244,7 +244,7 @@ class _Named(NamedTuple):
     lora: Lora
 
 
-def _plan(place: Place, stacks: Mapping[str, Stack], loras: Sequence[_Named]) -> list[Change]:
+def _plan(place: Place, stacks: Mapping[str, BranchStack], loras: Sequence[_Named]) -> list[Change]:
     wanted: dict[str, list[tuple[_Named, Adapter]]] = {}
     for named in loras:
         for layer, adapter in _find_layers(place.model, named.lora).items():
@@ -261,13 +261,13 @@ def _plan(place: Place, stacks: Mapping[str, Stack], loras: Sequence[_Named]) ->
 def _plan_layer(
     place: Place,
     layer: str,
-    stack: Stack | None,
+    stack: BranchStack | None,
     wanted: Sequence[tuple[_Named, Adapter]],
     branches: Sequence[Branch],
 ) -> Change:
     weights = place.weights(layer)
     if stack is None:
-        stack = Stack(0, kept=weights.kept)
+        stack = BranchStack(0, kept=weights.kept)
     before = stack
     base = stack.base_of(weights.scheme)
     branch = branch_for(weights.scheme, branches, BRANCHES["w8a8"])
@@ -275,7 +275,7 @@ def _plan_layer(
     for named, adapter in wanted:
         rank = min(adapter.down.shape[0], *shape)
         parts.append(Part(named.name, named.sha256, named.scale, 0, rank))
-    after = Stack(before.rank, (*before.loras, *parts), before.kept).arranged(branch)
+    after = BranchStack(before.rank, (*before.loras, *parts), before.kept).arranged(branch)
 
     def make(packed: PackedWeight) -> tuple[PackedWeight, tuple[AppendedFactors, ...]]:
         now, notes = before, []
@@ -298,12 +298,12 @@ def _factors_of(adapter: Adapter, scale: float, packed: PackedWeight) -> tuple[T
     return up * math.copysign(root, strength), down * root
 
 
-def _plan_removal(place: Place, layer: str, stack: Stack, name: str) -> Change:
+def _plan_removal(place: Place, layer: str, stack: BranchStack, name: str) -> Change:
     weights = place.weights(layer)
     branch = weights.scheme.branch
     assert branch is not None
     left = tuple(part for part in stack.loras if part.name != name)
-    after = Stack(stack.rank, left, stack.kept).arranged(branch)
+    after = BranchStack(stack.rank, left, stack.kept).arranged(branch)
     base = stack.base_of(weights.scheme)
 
     def make(packed: PackedWeight) -> tuple[PackedWeight, tuple[AppendedFactors, ...]]:
@@ -312,12 +312,12 @@ def _plan_removal(place: Place, layer: str, stack: Stack, name: str) -> Change:
     return Change(layer, weights, after.scheme_of(base, branch), after, make)
 
 
-def _stacks_of(model: nn.Module) -> dict[str, Stack]:
+def _stacks_of(model: nn.Module) -> dict[str, BranchStack]:
     """Return what the branch of every quantized layer of a model is made of."""
     stacks = {}
     for name, layer in quantized_layers(model).items():
         try:
-            stacks[name] = Stack.of(layer.record, layer.scheme)
+            stacks[name] = BranchStack.of(layer.record, layer.scheme)
         except ValueError as error:
             raise LayerError(f"Layer '{name}' has a damaged record: {error}") from error
     return stacks

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loraq.appended import KEY, Stack
+from loraq.appended import KEY, BranchStack
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import copy_components
 from loraq.checkpoint.folder import require_free
@@ -75,7 +75,7 @@ class Change(NamedTuple):
     name: str
     weights: Weights
     scheme: Scheme
-    stack: Stack
+    stack: BranchStack
     #: Returns the new packed weight, and notes for whoever asked for the change.
     make: Callable[[PackedWeight], tuple[PackedWeight, tuple[Any, ...]]]
 
