@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraq.appended import Part, BranchStack, append, branch_for, remove
+from loraq.appended import BranchStack, Part, append, branch_for, remove
 from loraq.errors import LayerError
 from loraq.linalg import relative_error
 from loraq.methods import METHODS

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from loraq.appended import Part, BranchStack, append, branch_for, remove
+from loraq.appended import BranchStack, Part, append, branch_for, remove
 from loraq.errors import LayerError, LoraqError, list_some
 from loraq.experts import QuantizedExperts
 from loraq.integrations.edits import Change, Place, edit
