@@ -1,5 +1,6 @@
 """A run of the quality benchmark goes on where it stopped, and smoothing changes no float model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -82,3 +83,22 @@ def test_tokens_are_kept_from_many_calls():
     next(keeping, None)
     model(gaussian(100, 8, 9))
     assert torch.equal(found["0"], torch.cat([gaussian(100, 8, s)[:100:25] for s in range(3)]))
+
+
+def test_a_row_that_fails_is_named_and_loses_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(run, "look_at", lambda *_: None)
+    monkeypatch.setattr(run, "measure", measure_but_for_the_second)
+    added = []
+    monkeypatch.setattr(run.ledger, "add", added.append)
+    jobs = [run.Job("digits", TITLE, index, 0, "fast", pictures=False) for index in range(3)]
+    with pytest.raises(SystemExit, match="1 rows failed"):
+        run.run("digits", jobs, 1)
+    assert [line["index"] for line in added] == [0, 2]
+    assert "FAILED: RuntimeError('no')" in capsys.readouterr().out
+
+
+def measure_but_for_the_second(job, place):
+    if job.index == 1:
+        raise RuntimeError("no")
+    return {"index": job.index, "velocity_error": 0.5}
