@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraq import disk
 from loraq.checkpoint.journal import Journal, describe_change
 from loraq.checkpoint.partial import (
     explain_interrupt,
@@ -149,6 +150,8 @@ def _quantize_files(
         jobs.sort(key=lambda job: -math.prod(work.job_of(job).shape))
         n_kept = n_layers - len(jobs)
         components = target.write_kept(place.folder, checked, link=settings.link)
+        if ranks.size > 1:
+            disk.sync_tree(place.folder)  # other hosts write beside what is there
         ranks.broadcast("layout", fingerprint)
         with show_layers(progress, "quantize") as show:
             # On an error all workers end first.
