@@ -1,4 +1,4 @@
-"""Clusters on one machine: agents of torchrun on the loopback stand for hosts, and can be killed."""
+"""Clusters on one machine: agents of torchrun on the loopback stand for hosts; they can be killed."""
 
 import json
 import os

@@ -125,7 +125,7 @@ def test_when_all_workers_are_killed_the_layer_is_named(monkeypatch):
         ),
         pytest.raises(
             LayerError,
-            match="Layer 'x' failed: its worker was killed by signal 9. If memory ran out, use few",
+            match=r"Layer 'x' failed: its worker was killed by signal 9\. If memory ran out, use",
         ),
     ):
         do([{"name": "x", "action": "die"}, {"name": "a", "value": 2}], 2)
@@ -149,7 +149,7 @@ def test_a_torch_without_torch_distributed_has_one_worker(monkeypatch):
 
 def test_torchrun_and_workers_are_one_too_many(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(RankError, match="torchrun started 4 ranks.* Leave `--workers`"):
+    with pytest.raises(RankError, match=r"torchrun started 4 ranks.* Leave `--workers`"):
         do([], 2)
 
 

@@ -61,6 +61,11 @@ def gather(folder: Path, journal: Journal) -> None:
         path.unlink()
 
 
+def hold_layers(folder: Path) -> bool:
+    """Return whether any worker has finished a layer: a line after the first."""
+    return any(path.read_bytes().count(b"\n") > 1 for path in folder.glob("*.jsonl"))
+
+
 @contextmanager
 def _lock_left(path: Path) -> Iterator[int]:
     descriptor = disk.open_file(path)

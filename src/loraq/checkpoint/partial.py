@@ -26,9 +26,9 @@ from typing import Any
 from loraq import disk
 from loraq.checkpoint.folder import refusal, require_free, require_writable, resolve_target
 from loraq.checkpoint.journal import Journal, describe_change
-from loraq.checkpoint.journals import gather
+from loraq.checkpoint.journals import gather, hold_layers
 from loraq.checkpoint.private import make_private, require_alone
-from loraq.errors import CheckpointError, LayerError, LoraqWarning
+from loraq.errors import CheckpointError, LayerError, LoraqWarning, RankError
 
 _JOURNAL, _JOURNALS, _FILES, _REPLACED = "journal.jsonl", "journals", "files", "replaced"
 #: Longest name, in bytes, of which the partial folder's is made; file systems take 255.
@@ -200,20 +200,21 @@ def resumable_folder(
     with _open_partial(target, restart=restart) as partial:
         journal = partial.journal
         partial.require_same(fingerprint, n_layers)
+        published = False
         try:
             require_free(partial.target, overwrite=overwrite)
             partial.resume() if journal.layers else partial.begin(fingerprint)
             yield partial
             partial.publish(overwrite=overwrite)
-            journal.layers = {}
-        except (CheckpointError, LayerError) as error:
+            published = True
+        except (CheckpointError, LayerError, RankError) as error:
             kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
             raise type(error)(f"{error}{kept}") from error
         except OSError as error:
             kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
             raise CheckpointError(f"{refusal(target, error)}{kept}") from error
         finally:
-            if not journal.layers:  # nothing that is worth keeping, or everything is in its place
+            if published or not (journal.layers or hold_layers(partial.path / _JOURNALS)):
                 partial.remove()
 
 

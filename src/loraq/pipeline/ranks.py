@@ -17,20 +17,22 @@ had is done by another one. If it was only slow, both give the same, and write t
                     leads            works
     alone           this process     this process, without a board
     workers=N       this process     N children on one thread each
-    torchrun        rank 0           a child of rank 0, and every other rank
+    torchrun        rank 0           every rank; of rank 0 a thread beside the leader
 
 Children are spawned, not forked, leave Ctrl-C to their parent, and end when it ends, however that
 happens. Which of all these does a layer never changes a byte.
 """
 
+import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import get_context, parent_process, resource_tracker
@@ -79,7 +81,7 @@ class Ranks:
     rank: int = 0
     #: How many run this program: 1 unless torchrun started more.
     size: int = 1
-    #: Children that the leader starts; none if it works itself.
+    #: Children that the leader starts; none if it works itself, and under torchrun.
     workers: int = 0
     board: Board | None = None
     address: Address | None = None
@@ -133,26 +135,28 @@ class Ranks:
         n_children = min(self.workers, len(jobs))
         children = [self._start(work, index) for index in range(n_children)]
         try:
-            while tickets.open:
-                yield from tickets.collect()
-                tickets.renew_lost()
-                _require_one_alive(children, tickets)
-                time.sleep(_LOOK)
+            with nullcontext() if self.size == 1 else _work_beside(board, self.phases, work):
+                while tickets.open:
+                    yield from tickets.collect()
+                    tickets.renew_lost()
+                    _require_one_alive(children, tickets)
+                    time.sleep(_LOOK)
+                tickets.end(n_children if self.size == 1 else self.size)
         finally:
             for child in children:
                 child.kill()
             for child in children:
                 child.join()
-        tickets.end(n_children + self.size - 1)
 
     def _start(self, work: Work, index: int) -> BaseProcess:
         """Start a child; it inherits a mask that blocks SIGINT from its first moment."""
         context = get_context("spawn")
-        place = Place(index, index) if self.size == 1 else Place(0, _read_variable("LOCAL_RANK"))
         resource_tracker.ensure_running()  # would unblock SIGINT if the first process started it
         with _no_interrupts():
             child = context.Process(
-                target=_serve, args=(self.address, self.phases, work, place), daemon=True
+                target=_serve,
+                args=(self.address, self.phases, work, Place(index, index)),
+                daemon=True,
             )
             child.start()
         return child
@@ -209,9 +213,13 @@ def _join(rank: int, size: int) -> Iterator[Ranks]:
         _be_quiet()
     with Pulse(board):
         try:
-            yield Ranks(rank, size, workers=int(rank == 0), board=board, address=address)
+            yield Ranks(rank, size, board=board, address=address)
         except BaseException:
-            if board.count("failed") > 1:
+            try:
+                speaks = board.count("failed") == 1
+            except RankError:  # the store has gone
+                speaks = rank == 0
+            if not speaks:
                 time.sleep(1)  # torchrun ends all when one has ended: the first has not spoken yet
                 os._exit(1)
             raise
@@ -221,6 +229,31 @@ def _join(rank: int, size: int) -> Iterator[Ranks]:
         if time.monotonic() > patience:
             break
         time.sleep(_LOOK)
+
+
+@contextmanager
+def _work_beside(board: Board, phase: int, work: Work) -> Iterator[None]:
+    """Let a thread of the leader take tickets, too."""
+    place = Place(0, _read_variable("LOCAL_RANK"))
+
+    def take() -> None:
+        with suppress(RankError):  # the leader finds that out, too
+            _take_tickets(board, phase, work, place)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        # An interpreter that ends in the middle of a layer may crash.
+        atexit.register(_exit_at_once)
+        raise
+    thread.join()
+
+
+def _exit_at_once() -> None:
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _be_quiet() -> None:
