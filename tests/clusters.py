@@ -1,4 +1,4 @@
-"""Clusters on one machine: agents of torchrun on the loopback stand for hosts; they can be killed."""
+"""Clusters on one machine: torchrun's agents on the loopback as hosts, which can be killed."""
 
 import json
 import os
@@ -43,7 +43,8 @@ class Cluster:
     hosts: int = 1
     #: On each host.
     ranks: int = 1
-    environment: dict[str, str] = field(default_factory=dict)
+    #: Whether each host has an agent of torchrun; else all ranks start by themselves, as by srun.
+    torchrun: bool = True
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     agents: list[subprocess.Popen] = field(default_factory=list)
 
@@ -53,25 +54,26 @@ class Cluster:
             port = free.getsockname()[1]
         environment = {
             **os.environ,
-            **self.environment,
             "PYTHONPATH": str(Path(loraq.__file__).parents[1]),
             "OMP_NUM_THREADS": "1",
             MARK: self.mark,
         }
-        for host in range(self.hosts):
+        for rank in () if self.torchrun else range(self.hosts * self.ranks):
+            ours = {"RANK": rank, "WORLD_SIZE": self.hosts * self.ranks}
+            ours |= {"LOCAL_RANK": rank % self.ranks, "MASTER_ADDR": "127.0.0.1"}
+            ours |= {"MASTER_PORT": port}
+            here = {**environment, **{name: str(value) for name, value in ours.items()}}
+            self._start([sys.executable, *self.command], here)
+        for host in range(self.hosts if self.torchrun else 0):
             place = ("--nnodes", self.hosts, "--node-rank", host, "--nproc-per-node", self.ranks)
             meet = ("--master-addr", "127.0.0.1", "--master-port", port)
             agent = [sys.executable, "-m", "torch.distributed.run", *place, *meet]
-            self.agents.append(
-                subprocess.Popen(
-                    [*map(str, agent), *self.command],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
+            self._start([*map(str, agent), *self.command], environment)
         return self
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> None:
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.agents.append(subprocess.Popen(command, env=environment, text=True, **output))
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing behind."""

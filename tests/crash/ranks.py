@@ -99,8 +99,7 @@ def main() -> int:
             what, wrong = try_one(place, names, random.Random(options.seed * 1000 + trial))
             counts[what] += 1
             failures += bool(wrong)
-            if wrong:
-                print(f"FAILED trial {trial}, {what}: {wrong}", flush=True)
+            print(f"trial {trial}, {what}: {wrong or 'well'}", flush=True)
     found = ", ".join(f"{what} {counts[what]}" for what in sorted(counts))
     seconds = time.monotonic() - begin
     print(f"ranks: {options.trials} kills ({found}); {failures} failures, {seconds:.0f} s")

@@ -110,6 +110,31 @@ main()
     assert "'another' now" in output
 
 
+def test_the_layers_of_a_lost_rank_are_taken_by_others(tmp_path):
+    names = make_source(tmp_path / "source.safetensors", n_layers=12, width=224)
+    target = tmp_path / "out"
+    command = ["-m", "loraq", "quantize", str(tmp_path / "source.safetensors"), str(target)]
+    command += ["--effort", "fast"]
+    with Cluster(command, 1, 3, torchrun=False) as cluster:
+        while not finished(target):
+            time.sleep(0.02)
+            assert cluster.agents[0].poll() is None, cluster.read_all(1)
+        cluster.agents[2].kill()
+        outputs = cluster.read_all(120)
+    assert [agent.returncode for agent in cluster.agents] == [0, 0, -signal.SIGKILL], outputs
+    assert sorted(solved(outputs[0])) == sorted(names)
+    assert files_of(target) == expected_of(tmp_path)
+
+
+def expected_of(folder: Path) -> dict[str, bytes]:
+    """Return what one process makes of the source in a folder."""
+    recipe = loraq.Recipe.from_dict({**loraq.Recipe.named("default").to_dict(), "effort": "fast"})
+    loraq.quantize_checkpoint(
+        folder / "source.safetensors", folder / "expected", recipe, progress=False
+    )
+    return files_of(folder / "expected")
+
+
 @pytest.mark.parametrize("victim", ["rank", "agent", "all"])
 def test_kill_9_and_the_same_command_again(place, tmp_path, victim):
     names = make_source(tmp_path / "source.safetensors", n_layers=8, width=224)
@@ -131,8 +156,4 @@ def test_kill_9_and_the_same_command_again(place, tmp_path, victim):
     assert cluster.agents[0].returncode == 0, output
     assert sorted(solved(output)) == sorted({*names} - done)
     assert f"{len(done)} of them were finished before" in output
-    recipe = loraq.Recipe.from_dict({**loraq.Recipe.named("default").to_dict(), "effort": "fast"})
-    loraq.quantize_checkpoint(
-        tmp_path / "source.safetensors", tmp_path / "expected", recipe, progress=False
-    )
-    assert files_of(target) == files_of(tmp_path / "expected")
+    assert files_of(target) == expected_of(tmp_path)

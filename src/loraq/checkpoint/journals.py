@@ -22,7 +22,9 @@ _PATIENCE = 10.0
 
 
 def open_own(folder: Path, worker: int, fingerprint: Mapping[str, Any]) -> Journal:
-    """Begin the journal of a worker, which has it, and its lock, until its process ends.
+    """Open the journal of a worker, which has it, and its lock, until its process ends.
+
+    A rank that is started again while its run goes on finds its own.
 
     Args:
         folder: of all workers' journals.
@@ -40,8 +42,9 @@ def open_own(folder: Path, worker: int, fingerprint: Mapping[str, Any]) -> Journ
         os.close(descriptor)
         raise _busy(path)
     journal = Journal(descriptor, path)
-    journal.begin(_short(fingerprint))
-    disk.sync_folder(folder)
+    if journal.fingerprint != _short(fingerprint):
+        journal.begin(_short(fingerprint))
+        disk.sync_folder(folder)
     return journal
 
 

@@ -28,12 +28,13 @@ from loraq.errors import CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
 from loraq.pipeline.part import Part
 from loraq.pipeline.progress import ProgressCallback, show_layers
-from loraq.pipeline.ranks import Data, Ranks
+from loraq.pipeline.ranks import Ranks
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.pipeline.sharing import predict_from_file, share_budget
 from loraq.pipeline.source import Origin, name_component
 from loraq.pipeline.target import Target
+from loraq.pipeline.tickets import Data
 from loraq.pipeline.worker import Desk, LayerWork, describe_job, entry_of
 from loraq.recipe import Recipe
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES

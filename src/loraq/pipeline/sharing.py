@@ -22,7 +22,8 @@ from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.layer import matrices_of, read_matrices
 from loraq.pipeline.plan import LayerJob, Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
-from loraq.pipeline.ranks import Data, Place, Ranks
+from loraq.pipeline.ranks import Ranks
+from loraq.pipeline.tickets import Data, Place
 from loraq.recipe import Recipe
 from loraq.safetensors.reader import TensorReader
 from loraq.scheme import Branch, Scheme
