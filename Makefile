@@ -20,6 +20,8 @@ check-fast: .venv/dev.stamp lint
 crash: .venv/dev.stamp
 	@echo "crash: runs are killed before each of their system calls that change the disk (6 minutes)"
 	@$(BIN)/python -m tests.crash
+	@echo "crash: ranks, agents and hosts of small clusters are killed at random (2 minutes)"
+	@$(BIN)/python -m tests.crash.ranks
 
 lint: .venv/dev.stamp
 	@echo "lint: format, style, types"

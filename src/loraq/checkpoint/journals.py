@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,15 @@ def gather(folder: Path, journal: Journal) -> None:
         path.unlink()
 
 
-def hold_layers(folder: Path) -> bool:
-    """Return whether any worker has finished a layer: a line after the first."""
-    return any(path.read_bytes().count(b"\n") > 1 for path in folder.glob("*.jsonl"))
+def list_noted(folder: Path) -> set[str]:
+    """Return the layers that workers have noted; they may still be at work."""
+    names = set()
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_bytes().splitlines(keepends=True)[1:]:
+            if line.endswith(b"\n"):
+                with suppress(ValueError, KeyError):  # what is damaged, the next run refuses
+                    names.add(json.loads(line.partition(b" ")[2])["name"])
+    return names
 
 
 @contextmanager

@@ -104,10 +104,8 @@ class Ranks:
         """
         self.phases += 1
         if self.board is None:
-            do = work.open(Place(0, 0)) if jobs else None
-            for job in jobs:
-                assert do is not None
-                yield attempt(do, job)
+            do = work.open(Place(0, 0))
+            yield from (attempt(do, job) for job in jobs)
         elif self.leads:
             yield from self._lead(work, jobs, self.board)
         else:
