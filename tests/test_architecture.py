@@ -38,7 +38,7 @@ FENCES = {
     "transformers": ["integrations", "evaluation"],
     "accelerate": ["integrations", "evaluation"],
     "huggingface_hub": ["integrations", "checkpoint/pretrained.py"],
-    "multiprocessing": ["pipeline/workers.py"],
+    "multiprocessing": ["pipeline/ranks.py"],
     "peft": ["integrations"],
     "matplotlib": ["evaluation"],
     "sklearn": ["evaluation"],

@@ -15,6 +15,7 @@ BUILT_IN_BASE = {
     "SchemeError": ValueError,
     "RecipeError": ValueError,
     "LayerError": RuntimeError,
+    "RankError": RuntimeError,
     "CalibrationError": ValueError,
     "CheckpointError": OSError,
     "ExportError": ValueError,

@@ -93,6 +93,10 @@ class ExportError(LoraqError, ValueError):
     """A target of `export` cannot hold a model, or not as it was asked to."""
 
 
+class RankError(LoraqError, RuntimeError):
+    """The processes that share a run cannot meet, or were not started as they must be."""
+
+
 class LoraqWarning(UserWarning):
     """Something was put right, or is not as it was asked for."""
 

@@ -63,7 +63,7 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="Layers solved at a time.",
+    help="Layers solved at a time; several machines share them by torchrun.",
 )
 @click.option(
     "--shard-size",
@@ -93,12 +93,16 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     from loraq.checkpoint.apart import require_apart
     from loraq.integrations.checkpoints import quantize_checkpoint
+    from loraq.pipeline.ranks import is_leader
     from loraq.recipe import file_of
 
-    _warn_of_unknown_class(source, options["config"])
+    if is_leader():
+        _warn_of_unknown_class(source, options["config"])
     require_apart(target, file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
+    if not is_leader():
+        return
     show_notes(report.plan)
     if as_json:
         print_json(

@@ -29,6 +29,7 @@ from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
+from loraq.pipeline.ranks import open_ranks
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, StatsByComponent, open_stats, split_stats
 from loraq.pipeline.source import Checkpoint, Origin, Source, name_component
@@ -83,6 +84,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             components a mapping of these by component. `None` needs no data.
         workers: processes that solve layers at a time, on one thread each. A script that asks for
             more than one needs the usual `if __name__ == "__main__":`, because they import it.
+            Where torchrun runs the script, its ranks share the layers instead, each makes this
+            call, and all get the same report.
         shard_bytes: largest output file, unless one tensor alone is larger.
         overwrite: whether a model folder that is there may be replaced.
         restart: whether to forget what an interrupted run has finished.
@@ -100,25 +103,26 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             other settings.
         LayerError: a layer failed; the message names it. What is finished is kept for the next
             call.
+        RankError: torchrun's ranks cannot meet, or are given `workers`, too.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe_file, recipe = Path(target), file_of(recipe), Recipe.of(recipe)
-    located = locate(source, config, variant, components)
-    by_component = split_stats(stats, list(located.checkpoints))
-    # Of the folder that a configuration is in, nothing else is read.
-    files = [_find_config(each.weights, config) for each in located.checkpoints.values()]
-    files += [file_of_stats(each) for each in by_component.values()]
-    require_apart(target, located.root, *files, recipe_file)
-    settings = Settings(workers, shard_bytes, overwrite, restart, link)
-    opened = {name: open_stats(each) for name, each in by_component.items()}
-    return quantize_files(
-        located.open(recipe),
-        target,
-        recipe,
-        settings,
-        stats={name: each for name, each in opened.items() if each is not None},
-        progress=progress,
-    )
+    with open_ranks(workers) as ranks:
+        located = locate(source, config, variant, components)
+        by_component = split_stats(stats, list(located.checkpoints))
+        # Of the folder that a configuration is in, nothing else is read.
+        files = [_find_config(each.weights, config) for each in located.checkpoints.values()]
+        files += [file_of_stats(each) for each in by_component.values()]
+        require_apart(target, located.root, *files, recipe_file)
+        opened = {name: open_stats(each) for name, each in by_component.items()}
+        return quantize_files(
+            located.open(recipe),
+            target,
+            recipe,
+            Settings(ranks, shard_bytes, overwrite, restart, link),
+            stats={name: each for name, each in opened.items() if each is not None},
+            progress=progress,
+        )
 
 
 @checked
@@ -145,7 +149,8 @@ def plan_checkpoint(  # noqa: PLR0913 - as `quantize_checkpoint`
     recipe, located = Recipe.of(recipe), locate(source, config, variant, components)
     if recipe.allocation != "uniform":
         origin = located.open(recipe)
-        planned = share_from_files(origin, recipe, workers=workers, progress=progress).plan
+        with open_ranks(workers) as ranks:
+            planned = share_from_files(origin, recipe, ranks=ranks, progress=progress).plan
     else:
         plans = {name: _plan(each, recipe) for name, each in located.checkpoints.items()}
         planned = Plan.join(plans, located.notes)

@@ -1,0 +1,396 @@
+"""Who does which layer: one engine for the cores of a machine, its GPUs, and many machines.
+
+One process leads: it writes a ticket for each job, the longest first. Workers take tickets until
+there are none. They meet on a board (`board`), where these keys stand; 2 is the phase of the run:
+
+    2/ticket/7     the job; or that there are no more, and how many tickets there were
+    2/next         how many tickets were taken: to take one is one atomic addition
+    2/pulse/7      grows each second as long as the one who took ticket 7 is alive
+    2/result/7     what the job gave, or the error that it ended with
+    said/layout    what the leader tells all other ranks, by topic
+    failed         grows when a rank ends with an error; then all end
+    left           how many ranks have all that they need
+
+A ticket whose pulse stands still is written once more, under the next number: what a lost worker
+had is done by another one. If it was only slow, both give the same, and write the same bytes.
+
+                    leads            works
+    alone           this process     this process, without a board
+    workers=N       this process     N children on one thread each
+    torchrun        rank 0           a child of rank 0, and every other rank
+
+Children are spawned, not forked, leave Ctrl-C to their parent, and end when it ends, however that
+happens. Which of all these does a layer never changes a byte.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+import torch
+
+from loraq import errors
+from loraq.errors import LayerError, LoraqError, LoraqWarning, RankError, layer_failure
+from loraq.pipeline.board import Address, Board, Pulse, open_on_loopback, require_distributed
+
+#: Seconds after which a ticket whose pulse stands still is given to another worker.
+_LEASE = 15.0
+#: Seconds between two looks at the board.
+_LOOK = 0.02
+
+#: Plain data: a job, and what it gave. Both have the "name" of a layer.
+Data = dict[str, Any]
+_runs = count()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the workers a process is."""
+
+    #: Among all workers of the run.
+    index: int
+    #: Among those of its machine.
+    local: int
+
+
+class Work(Protocol):
+    """What is done to each job; a worker process gets a copy by pickle."""
+
+    def open(self, place: Place) -> Callable[[Data], Data]:
+        """Set a worker up, once and before its first job, and return what does its jobs."""
+        ...
+
+
+@dataclass
+class Ranks:
+    """The processes that share a run, as seen by one of them."""
+
+    rank: int = 0
+    #: How many run this program: 1 unless torchrun started more.
+    size: int = 1
+    #: Children that the leader starts; none if it works itself.
+    workers: int = 0
+    board: Board | None = None
+    address: Address | None = None
+    #: Phases that have begun.
+    phases: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank leads: it prepares, finishes, and speaks to the user."""
+        return self.rank == 0
+
+    def broadcast(self, topic: str, value: Any = None) -> Any:
+        """Return what the leader gives for a topic; the others wait for it."""
+        if self.size == 1:
+            return value
+        assert self.board is not None
+        if self.leads:
+            self.board.write(f"said/{topic}", value)
+            return value
+        return self.board.read(f"said/{topic}")
+
+    def run(self, work: Work, jobs: Sequence[Data] = ()) -> Generator[Data]:
+        """Yield what the work gives for each job, as it is ready; on every rank.
+
+        Args:
+            work: does one job.
+            jobs: in the order in which they begin; those of the leader count.
+
+        Raises:
+            LayerError: a job failed with an error that is not loraq's own, or all workers were
+                killed; the message names it.
+            LoraqError, OSError: what a job raised.
+        """
+        self.phases += 1
+        if self.board is None:
+            do = work.open(Place(0, 0)) if jobs else None
+            for job in jobs:
+                assert do is not None
+                yield _attempt(do, job)
+        elif self.leads:
+            yield from self._lead(work, jobs, self.board)
+        else:
+            place = Place(self.rank, _read_variable("LOCAL_RANK"))
+            n_tickets = _take_tickets(self.board, self.phases, work, place)
+            keys = [f"{self.phases}/result/{number}" for number in range(n_tickets)]
+            # Of a ticket that was written twice one result may be missing.
+            yield from (_result_of(self.board.read(key)) for key in keys if self.board.has(key))
+
+    def _lead(self, work: Work, jobs: Sequence[Data], board: Board) -> Generator[Data]:
+        tickets = _Tickets(board, self.phases, jobs)
+        n_children = min(self.workers, len(jobs))
+        children = [self._start(work, index) for index in range(n_children)]
+        try:
+            while tickets.open:
+                yield from tickets.collect()
+                tickets.renew_lost()
+                _require_one_alive(children, tickets)
+                time.sleep(_LOOK)
+        finally:
+            for child in children:
+                child.kill()
+            for child in children:
+                child.join()
+        tickets.end(n_children + self.size - 1)
+
+    def _start(self, work: Work, index: int) -> BaseProcess:
+        """Start a child; it inherits a mask that blocks SIGINT from its first moment."""
+        context = get_context("spawn")
+        place = Place(index, index) if self.size == 1 else Place(0, _read_variable("LOCAL_RANK"))
+        resource_tracker.ensure_running()  # would unblock SIGINT if the first process started it
+        with _no_interrupts():
+            child = context.Process(
+                target=_serve, args=(self.address, self.phases, work, place), daemon=True
+            )
+            child.start()
+        return child
+
+
+@contextmanager
+def open_ranks(workers: int) -> Iterator[Ranks]:
+    """Join the processes that share a run: those that torchrun started, or children of this one.
+
+    On an error of a rank all others end too. The first one raises it; the others end silently.
+
+    Args:
+        workers: how many layers are solved at a time, where torchrun does not say so.
+
+    Raises:
+        MissingLibraryError: several are asked for, and torch was built without torch.distributed.
+        RankError: the ranks that torchrun started cannot meet, or `workers` is given there, too.
+    """
+    size = _read_variable("WORLD_SIZE", 1)
+    if size == 1 and workers == 1:
+        yield Ranks()
+        return
+    require_distributed()
+    if size == 1:
+        address, board = open_on_loopback()
+        yield Ranks(workers=workers, board=board, address=address)
+        return
+    if workers > 1:
+        raise RankError(
+            f"torchrun started {size} ranks, which share the layers, and {workers} workers were "
+            "asked for. Leave `--workers` (`workers=`) out: --nproc-per-node says how many work on "
+            "each machine."
+        )
+    with _join(_read_variable("RANK"), size) as ranks:
+        yield ranks
+
+
+def is_leader() -> bool:
+    """Return whether this process speaks to the user: other ranks of torchrun do not."""
+    return _read_variable("WORLD_SIZE", 1) == 1 or _read_variable("RANK") == 0
+
+
+@contextmanager
+def _join(rank: int, size: int) -> Iterator[Ranks]:
+    address = Address(
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        _read_variable("MASTER_PORT", 29500),
+        f"loraq/{next(_runs)}",
+    )
+    # torchrun keeps a store itself, unless it was told not to.
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    board = address.connect(n_ranks=None if hosted else size, serve=not hosted and rank == 0)
+    if rank:
+        _be_quiet()
+    with Pulse(board):
+        try:
+            yield Ranks(rank, size, workers=int(rank == 0), board=board, address=address)
+        except BaseException:
+            if board.count("failed") > 1:
+                time.sleep(1)  # torchrun ends all when one has ended: the first has not spoken yet
+                os._exit(1)
+            raise
+    board.count("left")
+    patience = time.monotonic() + _LEASE
+    while rank == 0 and not hosted and board.count("left", 0) < size:  # it keeps the store
+        if time.monotonic() > patience:
+            break
+        time.sleep(_LOOK)
+
+
+def _be_quiet() -> None:
+    """Leave notes, and what is kept after Ctrl-C, to rank 0."""
+    logging.getLogger("loraq").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", LoraqWarning)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class _Tickets:
+    """The leader's side of a phase: which jobs are open, and who seems to be lost."""
+
+    def __init__(self, board: Board, phase: int, jobs: Sequence[Data]) -> None:
+        self._board, self._phase = board, phase
+        self._jobs: list[Data] = []
+        #: Numbers of the jobs without a result; a job that was written twice has two.
+        self.open: dict[int, Data] = {}
+        #: The last pulse of each ticket that was taken, and when it was new.
+        self._pulses: dict[int, tuple[int, float]] = {}
+        self._looked = 0.0
+        for job in jobs:
+            self._write(job)
+
+    def _write(self, job: Data) -> None:
+        number = len(self._jobs)
+        self._jobs.append(job)
+        self.open[number] = job
+        self._board.write(f"{self._phase}/ticket/{number}", {"job": job})
+
+    def taken(self) -> list[int]:
+        """Return the open tickets that somebody has taken."""
+        n_taken = self._board.count(f"{self._phase}/next", 0)
+        return [number for number in self.open if number < n_taken]
+
+    def collect(self) -> Iterator[Data]:
+        """Yield the results that have come."""
+        for number in self.taken():
+            key = f"{self._phase}/result/{number}"
+            if number not in self.open or not self._board.has(key):
+                continue
+            result = _result_of(self._board.read(key))
+            name = self.open[number]["name"]
+            self.open = {n: job for n, job in self.open.items() if job["name"] != name}
+            yield result
+
+    def renew_lost(self) -> None:
+        """Write the tickets again whose pulse stands still; those that wait take them."""
+        now = time.monotonic()
+        if now < self._looked + 1:
+            return
+        self._looked = now
+        for number in self.taken():
+            pulse = self._board.count(f"{self._phase}/pulse/{number}", 0)
+            last, since = self._pulses.setdefault(number, (pulse, now))
+            if pulse != last:
+                self._pulses[number] = pulse, now
+            elif now > since + _LEASE:
+                # Once: from now on the new one is watched.
+                self._pulses[number] = pulse, float("inf")
+                self._write(self.open[number])
+
+    def end(self, n_workers: int) -> None:
+        """Let all who wait for a ticket go."""
+        n_tickets = len(self._jobs)
+        for number in range(n_tickets, n_tickets + n_workers):
+            self._board.write(f"{self._phase}/ticket/{number}", {"end": n_tickets})
+
+
+def _require_one_alive(children: list[BaseProcess], tickets: _Tickets) -> None:
+    """Let others do what a child had that was killed; raise `LayerError` if there are none."""
+    dead = [child for child in children if not child.is_alive()]
+    if not dead:
+        return
+    code = dead[-1].exitcode or 0
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    if len(dead) == len(children):
+        lost = next(iter(tickets.taken() or tickets.open))
+        raise LayerError(
+            f"Layer '{tickets.open[lost]['name']}' failed: its worker {how}. If memory ran out, "
+            "use fewer workers."
+        )
+    for child in dead:
+        children.remove(child)
+        warnings.warn(
+            f"A worker {how}; the others do its layer. If memory ran out, use fewer workers.",
+            LoraqWarning,
+            stacklevel=2,
+        )
+
+
+def _take_tickets(board: Board, phase: int, work: Work, place: Place) -> int:
+    """Do jobs until there are no more, and return how many tickets there were."""
+    do: Callable[[Data], Data] | None = None
+
+    def begin_and_do(job: Data) -> Data:
+        nonlocal do
+        do = do or work.open(place)
+        return do(job)
+
+    with Pulse(board) as pulse:
+        while True:
+            number = board.count(f"{phase}/next") - 1
+            ticket = board.read(f"{phase}/ticket/{number}")
+            if "end" in ticket:
+                return int(ticket["end"])
+            pulse.key = f"{phase}/pulse/{number}"
+            result: Data
+            try:
+                result = {"done": _attempt(begin_and_do, ticket["job"])}
+            except (LoraqError, OSError) as error:
+                result = {"error": type(error).__name__, "args": _args_of(error)}
+            pulse.key = ""
+            board.write(f"{phase}/result/{number}", result)
+
+
+def _attempt(do: Callable[[Data], Data], job: Data) -> Data:
+    """Do a job; an error that carries no message of ours gets the name of the layer."""
+    try:
+        return do(job)
+    except (LoraqError, OSError):
+        raise
+    except Exception as error:
+        raise layer_failure(job["name"], error) from error
+
+
+def _args_of(error: LoraqError | OSError) -> list[Any]:
+    if isinstance(error, LoraqError):
+        return [str(error)]
+    return [error.errno, error.strerror, None if error.filename is None else str(error.filename)]
+
+
+def _result_of(result: Mapping[str, Any]) -> Data:
+    """Return what a job gave, or raise what it raised."""
+    if "error" in result:
+        raise getattr(errors, result["error"], OSError)(*result["args"])
+    return dict(result["done"])
+
+
+def _serve(address: Address, phase: int, work: Work, place: Place) -> None:
+    """Be a child."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _take_tickets(address.connect(), phase, work, place)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, so that it cannot disturb a next run."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Block SIGINT, for a child that is started meanwhile too."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _read_variable(name: str, default: int = 0) -> int:
+    """Return a number that torchrun has set."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise RankError(f"The environment says {name}={value!r}; torchrun sets it to a number.")
+    return int(value)
