@@ -11,6 +11,11 @@ from loraq.formats import get_format
 from loraq.methods import METHODS, LoRaQ
 from loraq.methods.base import Method
 from loraq.methods.noise import ActivationNoise
+from loraq.pipeline import layer
+from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.ranks import Place
+from loraq.pipeline.worker import LayerWork
+from loraq.recipe import Recipe
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
@@ -100,3 +105,28 @@ def test_every_format_is_read_and_written_on_the_device():
             x = torch.empty(SHAPE, device=CUDA)
             fmt = get_format(name)
             assert fmt.quantize(x).dequantize().device == fmt.round(x).device == CUDA
+
+
+def test_a_layer_is_solved_on_the_device_and_comes_back(monkeypatch):
+    recipe = Recipe(parse_scheme("mxfp4-a16"), method="rtn")
+    job = LayerJob.of("proj", SHAPE, recipe.scheme_for("proj", SHAPE), recipe)
+    solved = []
+
+    def watch(job: LayerJob, weight: torch.Tensor, stats: ActivationStats | None) -> object:
+        solved.append(weight.device)
+        return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
+
+    monkeypatch.setattr(layer, "solve_layer", watch)
+    monkeypatch.setattr(layer, "tensor_bytes", lambda tensor: b"")  # there are none
+    with fake_cuda():
+        finished = layer.quantize_layer(job, torch.empty(SHAPE, device="cpu"), device=CUDA)
+    assert solved == [CUDA]
+    assert finished.packed.device.type == "cpu"
+    assert finished.report.device == finished.report.record()["device"] == "cuda"
+
+
+def test_workers_of_a_machine_take_turns_on_its_devices():
+    devices = tuple(torch.device("cuda", index) for index in range(2))
+    work = LayerWork({}, None, {}, devices)
+    taken = [work.open(Place(10 + local, local)).args[0].index for local in range(4)]
+    assert taken == [0, 1, 0, 1]
