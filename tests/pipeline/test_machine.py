@@ -15,7 +15,6 @@ from loraq.errors import CheckpointError
 from loraq.pipeline import machine
 from loraq.pipeline.machine import describe_machine
 
-
 CPU = torch.device("cpu")
 
 

@@ -132,6 +132,7 @@ class LoRaQ(Method):
         )
         svd = truncated_svd(weight, branch.rank, seed=seed)
         refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.to_balanced())), seed)
+        del problem  # and its buffers, as large as the weight
         start = self._prepare(svd, noise, seed)
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
         candidates: list[tuple[Factors, RuleName | None]] = [
@@ -207,21 +208,29 @@ class LoRaQ(Method):
         candidates = []
         for factors, rule in branches:
             candidate = quantize_branch(*factors, branch, rule)
-            rest = weight - candidate.reconstruct()
-            candidates.append((candidate, inputs.round(rest, main, self.scale_rule)))
+            stored = inputs.round(candidate.subtract_from(weight), main, self.scale_rule)
+            candidates.append((candidate, stored))
         if inputs.rounds_with_feedback:  # which is mostly, but not always, better
             up, down = (torch.zeros_like(factor) for factor in branches[0][0])
             none = quantize_branch(up, down, branch, "fitted")
             candidates.append((none, main.quantize(weight, self.scale_rule)))
         errors, objectives = [], []
         for candidate, stored in candidates:
-            product, rounded = candidate.reconstruct(), stored.dequantize()
-            errors.append(objective := inputs.error_energy(weight - product - rounded))
-            if noise.main:
-                objective += noise.main * inputs.noise_energy(rounded, scheme.activation_format)
+            prices = []
             if noise.branch:  # the intermediate is a sum of channels, as large as they are together
-                objective += noise.input * inputs.noise_energy(product)
-                objective += noise.intermediate * inputs.error_energy(product)
+                product = candidate.reconstruct()
+                prices = [
+                    noise.input * inputs.noise_energy(product),
+                    noise.intermediate * inputs.error_energy(product),
+                ]
+                del product  # no more than two such matrices at a time beside the weight
+            rounded = stored.dequantize()
+            if noise.main:
+                energy = inputs.noise_energy(rounded, scheme.activation_format)
+                prices.insert(0, noise.main * energy)
+            errors.append(inputs.error_energy(candidate.subtract_from(weight).sub_(rounded)))
+            objective = sum(prices, errors[-1])
+            del rounded
             objectives.append(math.inf if math.isnan(objective) else objective)
         best = objectives.index(min(objectives))
         norm = inputs.size(weight)
