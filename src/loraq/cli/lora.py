@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import component_option, split_scale, variant_option
+from loraq.cli.options import component_option, device_option, split_scale, variant_option
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import LoraqError, list_some, show
 
@@ -26,6 +26,7 @@ from loraq.errors import LoraqError, list_some, show
 @component_option
 @variant_option
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
+@device_option
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
 def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Make the file LORA a permanent part of the quantized folder PATH, in the new folder TARGET.

@@ -63,6 +63,15 @@ RECIPE_OPTIONS = (
     "seed",
 )
 
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the work is done: auto (a GPU if there is one), cpu, cuda, cuda:1, xpu; for "
+    "quantize and demo also all (every GPU, a worker for each).",
+)
+
+
 config_option = click.option(
     "--config",
     type=click.Path(path_type=Path),

@@ -10,6 +10,7 @@ from loraq.cli.options import (
     RECIPE_OPTIONS,
     components_option,
     config_option,
+    device_option,
     read_recipe,
     recipe_options,
     size_option_value,
@@ -58,6 +59,7 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
     callback=stats_option_value,
     help="Activation statistics that `loraq stats` wrote; of a component NAME, one for each.",
 )
+@device_option
 @click.option(
     "--workers",
     default=1,

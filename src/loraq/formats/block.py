@@ -296,7 +296,8 @@ class BlockFormat:
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
-        largest = x.float().abs().amax(dims).flatten().clamp_(max=LARGEST)
+        # Not of |x|, which would be a copy of x.
+        largest = torch.maximum(x.amax(dims), -x.amin(dims)).float().flatten().clamp_(max=LARGEST)
         top = largest / (self.element.max * 448.0)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
