@@ -125,7 +125,7 @@ class Gguf(Target):
         assert isinstance(fmt, BlockFormat)
         codes = unpack(main.packed, k, fmt.bits).int()
         codes = torch.where(codes >= 1 << fmt.bits - 1, codes - (1 << fmt.bits), codes)
-        scale = fmt.scales(main).squeeze(-1) * 2.0**-fmt.element.mantissa_bits
+        scale = fmt.code_scales(main).squeeze(-1)
         scale = scale.repeat_interleave(head.block // BLOCK, 1)[:, : k // BLOCK]
         raw = _type_of(head).encode(codes, scale)
         return {f"{head.name}.weight": raw, **lora.lora_tensors(layer, self.job.new_dtype)}

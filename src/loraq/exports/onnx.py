@@ -261,4 +261,4 @@ def _is_8_bit(head: Head) -> bool:
 def _scales(matrix: QTensor) -> Tensor:
     """Return what an integer code is multiplied by, in fp32."""
     assert isinstance(matrix.format, BlockFormat)
-    return matrix.format.scales(matrix) * 2.0**-matrix.format.element.mantissa_bits
+    return matrix.format.code_scales(matrix)
