@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.worlds.matrices import dit_like, gaussian, heavy_tailed, outlier_columns
-from benchmarks.worlds.random_layers import random_layer
 from loraq.errors import KernelError
 from loraq.kernels import choose, get_backend, openvino
 from loraq.kernels.base import LayerSpec
@@ -228,7 +227,6 @@ def test_what_it_keeps_is_a_copy_and_no_more():
     """
     program = """
 import ctypes, gc, torch
-from benchmarks.worlds.random_layers import random_layer
 from loraq.recipe_names import parse_scheme
 def used():
     gc.collect(); ctypes.CDLL(None).malloc_trim(0)

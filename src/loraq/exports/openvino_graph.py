@@ -103,10 +103,15 @@ def build_graph(
             if name in stored:
                 _put_codes(graph, node, stored[name])
         graph.validate_nodes_and_infer_types()
+        for i, node in enumerate(graph.get_ordered_ops()):  # their own names count up in a process
+            if node.get_type_name() != "Parameter":
+                node.set_friendly_name(f"{node.get_type_name()}_{i}")
         with tempfile.TemporaryDirectory() as folder:
             text, own = Path(folder) / "graph.xml", Path(folder) / "graph.bin"
             openvino.serialize(graph, text, own)
-            return replace(files, graph=_place(text.read_bytes(), files), constants=own.read_bytes())
+            return replace(
+                files, graph=_place(text.read_bytes(), files), constants=own.read_bytes()
+            )
 
 
 def _find_lifted(

@@ -12,7 +12,8 @@ from loraq.exports.torchao import Torchao
 
 #: Every target, the one to try first at the top.
 TARGETS: dict[str, type[Target]] = {
-    target.about.name: target for target in (Sdnq, Gguf, NunchakuLite, Onnx, OpenVino, Torchao, Dense)
+    target.about.name: target
+    for target in (Sdnq, Gguf, NunchakuLite, Onnx, OpenVino, Torchao, Dense)
 }
 
 

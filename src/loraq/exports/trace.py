@@ -50,9 +50,9 @@ def replace_layers(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module
                 if isinstance(layer, QuantizedConv1x1)
                 else nn.Linear(*sizes, bias=bias, device="meta")
             )
-    for name, layer in new.items():
+    for name, instead in new.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, layer)
+        setattr(model.get_submodule(owner), leaf, instead)
     return model.eval()
 
 
@@ -151,9 +151,9 @@ def example_inputs(
     known = ("PixArtTransformer2DModel", "SanaTransformer2DModel", "SD3Transformer2DModel")
     if model_class not in known or config.get("use_additional_conditions"):
         raise ExportError(
-            f"The inputs of {model_class} with this configuration are not known to a target "
-            f"that is one graph; known are FluxTransformer2DModel, {', '.join(known)}. Use another target (`loraq "
-            "export --list`)."
+            f"The inputs of {model_class} with this configuration are not known to targets that "
+            f"are one graph. Known are FluxTransformer2DModel, {', '.join(known)}. Use another "
+            "target (`loraq export --list`)."
         )
     inputs |= {
         "hidden_states": torch.zeros(batch, int(channels or 0), int(side or 0), int(side or 0)),

@@ -149,9 +149,7 @@ class _Graph:
     @property
     def nbytes(self) -> int:
         """Bytes of the copy: codes as they are stored, scales in fp32."""
-        return sum(
-            matrix.packed.numel() + 4 * _scales(matrix).numel() for matrix in self._matrices
-        )
+        return sum(matrix.packed.numel() + 4 * _scales(matrix).numel() for matrix in self._matrices)
 
     @property
     def _matrices(self) -> list[QTensor]:
@@ -270,9 +268,7 @@ def _openvino_linear(
 
 
 @_openvino_linear.register_fake
-def _(
-    x: Tensor, number: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor | None
-) -> Tensor:
+def _(x: Tensor, number: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], len(tensors[0])), dtype=work_dtype(x.dtype))
 
 
