@@ -68,6 +68,8 @@ def main() -> None:
         quick="one small shape, to see that it runs",
         only=(("all",), "contenders to run beside bf16, by their labels"),
     )
+    if chosen.save and "all" not in chosen.only:
+        raise SystemExit("--save is for all contenders: the page shows the newest file.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = {model for model in ("pixart", "sana", "flux") if getattr(chosen, model)}
     with (HERE / "worlds" / "shapes.csv").open() as file:
