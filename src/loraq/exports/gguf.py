@@ -59,9 +59,7 @@ class Gguf(Target):
         "config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)\n"
         "model = diffusers.{model_class}.from_single_file(\n"
         '    "{folder}/model.gguf", config="{folder}", quantization_config=config,\n'
-        "    torch_dtype=torch.bfloat16,\n)\n"
-        'model.load_lora_adapter("{folder}/branch.safetensors", prefix="transformer", '
-        'adapter_name="loraq")',
+        f"    torch_dtype=torch.bfloat16,\n)\n{lora.LOAD}",
         traps=lora.TRAPS,
     )
     has_branch_file = True
