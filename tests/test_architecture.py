@@ -51,7 +51,7 @@ FENCES = {
     "gguf": [],
     "onnx": [],
     "onnxruntime": [],
-    "openvino": [],
+    "openvino": ["kernels/openvino.py", "exports/openvino_graph.py"],
     "safetensors": [],
     "sdnq": [],
     "pickle": [],

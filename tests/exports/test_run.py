@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from small.pixart import small_pixart
 import loraq
 from loraq.checkpoint.inspect import DenseWeights
 from loraq.errors import CheckpointError, ExportError, MissingLibraryError
-from loraq.exports import onnx_graph
+from loraq.exports import onnx_graph, openvino_graph
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.table import TARGETS
 from loraq.integrations.diffusers import empty_model
@@ -34,13 +35,14 @@ RECIPES = {
         "rules": [{"match": "*norm*.linear", "skip": True}],
     },
     "onnx": "int4-a16+w8a8-r32",
+    "openvino": "mxfp4-a8+w6a6-r32",
     "torchao": "nvfp4-a16+bf16-r16",
     "dense": "mxfp4-a4+w8a8-r16-h32",
 }
 
 
 #: Targets whose configuration is that of a float model.
-FLOATS = ("gguf", "onnx", "dense")
+FLOATS = ("gguf", "onnx", "openvino", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def graph(monkeypatch):
-    """Packages of ONNX are not needed here: `make test-exports` builds and runs the graphs."""
+    """Their packages are not needed here: `make test-exports` builds and runs the graphs."""
     monkeypatch.setattr("loraq.exports.onnx.build_graph", lambda *_: b"graph")
+    made = {"graph": b"graph", "constants": b"numbers"}
+    monkeypatch.setattr(
+        "loraq.exports.openvino.build_graph", lambda *given: replace(given[-1], **made)
+    )
 
 
 def export(source: Path, target: Path, to: str, **options):
@@ -74,7 +80,7 @@ def test_a_target_holds_every_layer_of_its_recipe(place, tmp_path, to):
     assert report.nbytes == sum(
         size
         for name, size in report.files.items()
-        if name.endswith(("tensors", "gguf", "onnx", "data"))
+        if name.endswith(("tensors", "gguf", "onnx", "data", "xml", "bin"))
     )
     assert all((tmp_path / "out" / name).stat().st_size == n for name, n in report.files.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -106,7 +112,8 @@ def test_the_same_bytes_come_out_twice(place, tmp_path, to):
 def test_the_card_says_how_to_load_and_what_goes_wrong(place, tmp_path, to):
     export(place / to, tmp_path / "out", to)
     text = (tmp_path / "out/README.md").read_text()
-    assert ("InferenceSession" if to == "onnx" else "FluxTransformer2DModel.from_") in text
+    calls = {"onnx": "InferenceSession(", "openvino": "Core().compile_model("}
+    assert calls.get(to, "FluxTransformer2DModel.from_") in text
     assert '"out' in text
     assert str(tmp_path) not in text  # the card may be published
     assert all(trap in text for trap in TARGETS[to].about.traps)
@@ -223,20 +230,23 @@ def test_an_unknown_target_is_named_with_the_closest(place, tmp_path):
     assert "Did you mean 'sdnq'?" in refused(place / "sdnq", tmp_path / "out", "sdqn")
 
 
-def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("loraq.exports.onnx.build_graph", onnx_graph.build_graph)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    with pytest.raises(MissingLibraryError, match=r'pip install "loraq\[onnx\]"'):
-        export(place / "onnx", tmp_path / "out", "onnx")
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch, to):
+    module = {"onnx": onnx_graph, "openvino": openvino_graph}[to]
+    monkeypatch.setattr(f"loraq.exports.{to}.build_graph", module.build_graph)
+    for library in ("onnxscript", "onnx_ir", "openvino"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=rf'pip install "loraq\[{to}\]"'):
+        export(place / to, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_inputs_of_a_class_must_be_known(tmp_path):
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_the_inputs_of_a_class_must_be_known(tmp_path, to):
     model = small_pixart(num_layers=1, use_additional_conditions=True)
     loraq.quantize_(model, "int4_b32-a16+bf16-r8", effort="fast", progress=False)
     loraq.save(model, tmp_path / "quantized")
-    message = refused(tmp_path / "quantized", tmp_path / "out", "onnx")
+    message = refused(tmp_path / "quantized", tmp_path / "out", to)
     assert "The inputs of PixArtTransformer2DModel with this configuration are not known" in message
 
 

@@ -59,9 +59,7 @@ class Gguf(Target):
         "config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)\n"
         "model = diffusers.{model_class}.from_single_file(\n"
         '    "{folder}/model.gguf", config="{folder}", quantization_config=config,\n'
-        "    torch_dtype=torch.bfloat16,\n)\n"
-        'model.load_lora_adapter("{folder}/branch.safetensors", prefix="transformer", '
-        'adapter_name="loraq")',
+        f"    torch_dtype=torch.bfloat16,\n)\n{lora.LOAD}",
         traps=lora.TRAPS,
     )
     has_branch_file = True
@@ -125,7 +123,7 @@ class Gguf(Target):
         assert isinstance(fmt, BlockFormat)
         codes = unpack(main.packed, k, fmt.bits).int()
         codes = torch.where(codes >= 1 << fmt.bits - 1, codes - (1 << fmt.bits), codes)
-        scale = fmt.scales(main).squeeze(-1) * 2.0**-fmt.element.mantissa_bits
+        scale = fmt.code_scales(main).squeeze(-1)
         scale = scale.repeat_interleave(head.block // BLOCK, 1)[:, : k // BLOCK]
         raw = _type_of(head).encode(codes, scale)
         return {f"{head.name}.weight": raw, **lora.lora_tensors(layer, self.job.new_dtype)}

@@ -23,7 +23,7 @@ from loraq.exports.codes import (
 )
 from loraq.exports.factors import cast_factors, explain_rounding, pad_rank
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, most_common
+from loraq.exports.target import LOAD_IN_16_BITS, About, Job, Target, most_common
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 
@@ -79,9 +79,7 @@ class NunchakuLite(Target):
         unverified="the CUDA kernels; signed INT4 scales, which loraq writes, on a card",
         recipe="int4+bf16-r32",
         load="# pip install kernels; DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment\n"
-        "import diffusers\nimport torch\n\n"
-        "model = diffusers.{model_class}.from_pretrained("
-        '"{folder}", torch_dtype=torch.bfloat16)',
+        + LOAD_IN_16_BITS,
         traps=(
             "It does not run on Hopper (H100, H200), nor on a CPU.",
             "Run one prompt against loraq's own output first: no card was at hand for the kernels.",

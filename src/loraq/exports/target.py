@@ -14,6 +14,12 @@ from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 
+#: Python that loads a folder of diffusers in 16 bits.
+LOAD_IN_16_BITS = (
+    "import diffusers\nimport torch\n\n"
+    'model = diffusers.{model_class}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)'
+)
+
 
 @dataclass(frozen=True)
 class About:

@@ -11,7 +11,7 @@ from loraq.exports import lora
 from loraq.exports.codes import e2m1_values, per_block, split_low_first
 from loraq.exports.factors import explain_rounding
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, require_lora
+from loraq.exports.target import LOAD_IN_16_BITS, About, Job, Target, require_lora
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import TensorSpec
 
@@ -33,11 +33,7 @@ class Torchao(Target):
         verified="whole models (FLUX) by diffusers, torchao and PEFT on a CPU",
         unverified="GPU kernels, and 4-bit activations on Blackwell, which are not written",
         recipe="nvfp4-a16+bf16-r32",
-        load="import diffusers\nimport torch\n\n"
-        "model = diffusers.{model_class}.from_pretrained("
-        '"{folder}", torch_dtype=torch.bfloat16)\n'
-        'model.load_lora_adapter("{folder}/branch.safetensors", prefix="transformer", '
-        'adapter_name="loraq")',
+        load=f"{LOAD_IN_16_BITS}\n{lora.LOAD}",
         traps=(
             *lora.TRAPS,
             "torchao calls these tensors a prototype: another minor version may not read them.",

@@ -271,6 +271,14 @@ class BlockFormat:
             out[part] = values.mul_(scale[part]).flatten(-2)[..., :n]
         return out.view(q.shape)
 
+    def code_scales(self, q: QTensor) -> Tensor:
+        """Return what the codes of every block are multiplied by, for elements that are integers.
+
+        The shape is (rows, n_blocks, 1); an MX integer counts in fractions of its scale.
+        """
+        assert not self.element.is_float, "codes of floats are no numbers"
+        return self.scales(q) * 2.0**-self.element.mantissa_bits
+
     def scales(self, q: QTensor) -> Tensor:
         """Return the fp32 scale of every block of a packed tensor, the global scale included.
 
