@@ -239,7 +239,7 @@ def _count_kept(planned: "Plan") -> str:
 
 
 def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
-    from loraq.pipeline.plan import LayerJob
+    from loraq.pipeline.jobs import LayerJob
 
     rows: list[tuple[str, ...]] = []
     for layer in (*planned.layers, *planned.others):
@@ -260,7 +260,7 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
 def _plan_document(planned: "Plan") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from loraq.pipeline.plan import LayerJob
+    from loraq.pipeline.jobs import LayerJob
 
     layers = [
         {

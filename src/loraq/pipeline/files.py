@@ -22,9 +22,9 @@ from loraq.checkpoint.partial import (
 )
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import quantize_layer, read_matrices
 from loraq.pipeline.part import LayerWriter, Part
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.requirements import hash_used_stats
