@@ -18,6 +18,12 @@ from loraq.formats import BlockFormat, Format
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
 
+#: What stands above a list of the recipes.
+INTRODUCTION = (
+    "A recipe that is solved for a target of `loraq export` has a name of its own, after which a "
+    "rank may stand, as in nunchaku-int4-r64:"
+)
+
 _NAME = re.compile(r"(?P<recipe>.+?)(?:-r(?P<rank>[1-9][0-9]{0,8}))?")
 
 

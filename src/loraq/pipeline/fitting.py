@@ -83,7 +83,7 @@ def fit_to_target(
             if why := why or _explain_narrow(job, limits):
                 fitted[i] = KeptLayer(job.name, job.shape, f"{target.name}: {why}")
     fitted = _lower_ranks(fitted, limits)
-    fit = _measure(fitted, alone, target)
+    fit = _measure(fitted, alone, recipe, target)
     if fit.left and fit.share_left == 1.0:
         raise SchemeError(
             f"Target '{limits.name}' holds none of the {sum(fit.left.values())} layers that "
@@ -153,7 +153,8 @@ def _own(layers: Layers) -> list[LayerJob]:
     return [layer for layer in layers if isinstance(layer, LayerJob) and not layer.is_kept]
 
 
-def _measure(layers: Layers, alone: Layers, target: TargetRecipe) -> TargetFit:
+def _measure(layers: Layers, alone: Layers, recipe: Recipe, target: TargetRecipe) -> TargetFit:
+    kept = ("layers that the class keeps stay floats",) if recipe.keep == "float" else ()
     before = {job.name: job for job in _own(alone)}
     after = [layer for layer in layers if layer.name in before]
     left = [layer for layer in after if isinstance(layer, KeptLayer)]
@@ -162,7 +163,7 @@ def _measure(layers: Layers, alone: Layers, target: TargetRecipe) -> TargetFit:
     return TargetFit(
         recipe=target.name,
         target=target.limits.name,
-        limits=target.limits.describe(target.scheme),
+        limits=(*target.limits.describe(recipe.scheme), *kept),
         left=dict(reasons),
         share_left=_count(left) / total,
         ranks=_span(_own(after)),
