@@ -126,10 +126,13 @@ class Limits:
     def describe(self, scheme: Scheme) -> tuple[str, ...]:
         """Return what the target asks of the layers of a model, in words."""
         step = self.step_of(scheme.branch) if scheme.branch else 1
-        multiple = f" in multiples of {step}" if step > 1 else ""
         found = []
-        if scheme.branch and (self.one_rank or multiple):
-            found.append(f"{'one rank for all layers' if self.one_rank else 'ranks'}{multiple}")
+        if scheme.branch and self.one_rank:
+            found.append(
+                "one rank for all layers" + (f", a multiple of {step}" if step > 1 else "")
+            )
+        elif step > 1:
+            found.append(f"ranks in multiples of {step}")
         if scheme.branch and self.branch:
             found.append(f"branches in {self.branch}")
         block = block_of(scheme.weight_format) if self.whole_blocks else 1

@@ -48,8 +48,8 @@ class Gguf(Target):
         holds="INT4 and MXINT4 as Q4_0, INT5 as Q5_0, MXINT8 and INT8 as Q8_0, in blocks of a "
         "multiple of 32; any rank in each layer; no 1×1 convolutions, no FP4",
         exact="codes and scales (INT8 rows: scales rounded to fp16); branches of bf16, MX "
-        "formats and NVFP4. diffusers multiplies codes and scales in fp16: exact for Q4_0 and MXINT8, "
-        "rounded to 11 bits for INT5 and INT8",
+        "formats and NVFP4. diffusers multiplies codes and scales in fp16: exact for Q4_0 and "
+        "MXINT8, rounded to 11 bits for INT5 and INT8",
         activations="16 bits",
         verified="every block by gguf-py; whole models (FLUX, SANA) by diffusers and PEFT on a CPU",
         unverified="ComfyUI-GGUF and stable-diffusion.cpp, which know the blocks but need a "

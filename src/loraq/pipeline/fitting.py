@@ -95,14 +95,15 @@ def fit_to_target(
 def warn_of_cost(fit: TargetFit) -> None:
     """Say in the log if a target leaves much of a model in 16 bits."""
     if fit.share_left > _MUCH:
+        other = "" if fit.recipe == fallback().name else f" Recipe '{fallback().name}' holds most."
         _LOGGER.warning(
             "%.0f %% of the weights that recipe '%s' is for stay in 16 bits, because target '%s' "
-            "does not hold them: %s. Recipe '%s' holds most.",
+            "does not hold them: %s.%s",
             100 * fit.share_left,
             fit.recipe,
             fit.target,
             list_some(fit.left, most=4),
-            fallback().name,
+            other,
         )
 
 
