@@ -37,7 +37,7 @@ FENCES = {
     "diffusers": ["integrations", "evaluation"],
     "transformers": ["integrations", "evaluation"],
     "accelerate": ["integrations", "evaluation"],
-    "huggingface_hub": ["integrations"],
+    "huggingface_hub": ["integrations", "checkpoint/pretrained.py"],
     "multiprocessing": ["pipeline/workers.py"],
     "peft": ["integrations"],
     "matplotlib": ["evaluation"],

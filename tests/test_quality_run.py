@@ -1,5 +1,6 @@
 """A run of the quality benchmark goes on where it stopped, and smoothing changes no float model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks.quality import ledger, run
 from benchmarks.quality.smoothing import divide_inputs, smooth
-from benchmarks.quality.tables import COMPARISONS
+from benchmarks.quality.tables import COMPARISONS, all_tables
 from benchmarks.worlds.matrices import gaussian, outlier_columns
 from benchmarks.worlds.world import WORLDS
 from loraq.evaluation.contender import simulate
@@ -34,6 +35,16 @@ def test_a_row_that_is_known_is_not_measured_again_unless_its_bytes_change(tmp_p
         run.measure(replace(job, known="another"), tmp_path)
     with pytest.raises(FileNotFoundError):
         run.measure(replace(job, index=index + 1), tmp_path)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_row_fits_the_matrix_that_tells_its_method_apart(world):
+    """One did not, and a run of hours ended with it."""
+    shape = ledger.fixed_matrix()[0].shape
+    for rows in all_tables(world).values():
+        for row in rows:
+            recipe = row.to_recipe(budget=WORLDS[world].budget, effort="fast")
+            assert recipe.scheme_for("", tuple(shape)) is not None
 
 
 def smoothed(way):
@@ -82,3 +93,22 @@ def test_tokens_are_kept_from_many_calls():
     next(keeping, None)
     model(gaussian(100, 8, 9))
     assert torch.equal(found["0"], torch.cat([gaussian(100, 8, s)[:100:25] for s in range(3)]))
+
+
+def test_a_row_that_fails_is_named_and_loses_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(run, "look_at", lambda *_: None)
+    monkeypatch.setattr(run, "measure", measure_but_for_the_second)
+    added = []
+    monkeypatch.setattr(run.ledger, "add", added.append)
+    jobs = [run.Job("digits", TITLE, index, 0, "fast", pictures=False) for index in range(3)]
+    with pytest.raises(SystemExit, match="1 rows failed"):
+        run.run("digits", jobs, 1)
+    assert [line["index"] for line in added] == [0, 2]
+    assert "FAILED: RuntimeError('no')" in capsys.readouterr().out
+
+
+def measure_but_for_the_second(job, place):
+    if job.index == 1:
+        raise RuntimeError("no")
+    return {"index": job.index, "velocity_error": 0.5}

@@ -89,6 +89,16 @@ class Job:
         """The row's contender."""
         return all_tables(self.world)[self.group][self.index]
 
+    @property
+    def rounds(self) -> int:
+        """Alternations that it is asked for; 0 where it does none."""
+        return int(self.contender.options.get("rounds", 0))
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What tells a reader which row it is."""
+        return self.contender.label, self.contender.recipe, f"seed {self.seed}"
+
 
 def main() -> None:
     """Measure what is not measured yet, a line for every row and seed."""
@@ -125,8 +135,9 @@ def main() -> None:
                     jobs.append(
                         Job(name, group, index, seed, chosen.effort, pictures, known_as or "")
                     )
-        # The quick ones first, seed by seed: a run that is killed leaves whole columns.
-        jobs.sort(key=lambda job: (job.seed, job.contender.options.get("rounds", 0)))
+        # Seed by seed, and of the alternating rivals the longest first: a run that is killed has
+        # met the strongest.
+        jobs.sort(key=lambda job: (job.seed, job.rounds > 0, -job.rounds))
         run(name, jobs, chosen.workers)
 
 
@@ -140,23 +151,28 @@ def run(name: str, jobs: list[Job], workers: int) -> None:
     if not jobs:
         return
     sources = {job.contender.statistics for job in jobs} - {""}
-    record = environment()
+    record, failed = environment(), []
     with tempfile.TemporaryDirectory() as folder:
         place, pictures = Path(folder), any(job.pictures for job in jobs)
         exact = look_at(WORLDS[name], {job.seed for job in jobs}, sources, place, pictures)
         (place / "exact.pickle").write_bytes(pickle.dumps(exact))
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            waiting = [pool.submit(measure, job, place) for job in jobs]
+            waiting = {pool.submit(measure, job, place): job for job in jobs}
             for count, done in enumerate(as_completed(waiting), 1):
-                if line := done.result():
+                job = waiting[done]
+                row = f"{count}/{len(jobs)} {name}: {job.group}: {', '.join(job.names)}"
+                try:
+                    line = done.result()
+                except Exception as error:  # one row that fails must not lose the others
+                    failed.append(row)
+                    print(f"{row}: FAILED: {error!r}", flush=True)
+                    continue
+                if line:
                     kept = ("date", "commit", "changed", "torch", "cpu_count")
                     ledger.add(line | {item: record[item] for item in kept})
-                    names = (line["label"], line["recipe"], f"seed {line['seed']}")
-                    print(
-                        f"{count}/{len(jobs)} {name}: {line['group']}: {', '.join(names)}: "
-                        f"{line['velocity_error']:.4f}",
-                        flush=True,
-                    )
+                    print(f"{row}: {line['velocity_error']:.4f}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} rows failed:\n" + "\n".join(failed))
 
 
 def look_at(

@@ -22,6 +22,7 @@ from loraq.checkpoint.manifest import Manifest
 from loraq.cli import main
 from loraq.errors import CheckpointError, LayerError, LoraqError
 from loraq.integrations.lora import Lora
+from loraq.layers import quantized_layers
 from loraq.nn import QuantizedConv1x1, QuantizedLinear
 from loraq.packed import PackedWeight
 from tests.folders import files_of
@@ -263,6 +264,26 @@ def test_convolutions_of_one_pixel_and_their_kept_ones(tmp_path):
         delta = (layer.weight.float() - old.get_submodule(name).weight.float()).flatten(1)
         assert (delta - adapter.delta()).norm() < 0.03 * adapter.delta().norm()
     loraq.remove_lora(quantized, "pixels", progress=False)
+    assert_state(quantized, state)
+
+
+def test_every_layer_of_the_default_recipe_those_kept_in_eight_bits_too(model, tmp_path):
+    quantized = copy.deepcopy(model)
+    recipe = loraq.Recipe(loraq.Recipe.named("default").scheme, method="svdquant")
+    loraq.quantize_(quantized, recipe, progress=False)
+    layers = {name: layer.record.get("kept") for name, layer in quantized_layers(quantized).items()}
+    assert any(layers.values())
+    assert not all(layers.values())
+    lora = write_lora(model, tuple(layers), tmp_path / "all.safetensors")
+    state, old = state_of(quantized), copy.deepcopy(quantized)
+    loraq.append_lora(quantized, lora, progress=False)
+    for name, adapter in Lora.read(lora).adapters.items():
+        now, before = (each.get_submodule(name) for each in (quantized, old))
+        delta = now.reconstruct() - before.reconstruct()
+        assert (delta - adapter.delta()).norm() < 0.03 * adapter.delta().norm(), name
+    loraq.save(quantized, tmp_path / "out")
+    assert_state(loraq.load(tmp_path / "out"), state_of(quantized))
+    loraq.remove_lora(quantized, "all", progress=False)
     assert_state(quantized, state)
 
 
