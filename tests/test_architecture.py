@@ -19,7 +19,7 @@ ROWS = (
     "autocast dense devices formats json_files layer_input options stacks transforms",
     "expert_weight safetensors scheme linalg state stats",
     "budget packed precision recipe_names rules",
-    "appended families kernels",
+    "appended families kernels targets",
     "methods nn",
     "experts",
     "layers recipe parallel",

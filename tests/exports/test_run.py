@@ -130,13 +130,21 @@ def test_dense_weights_are_the_effective_ones(place, tmp_path):
 
 
 def test_the_report_counts_what_is_rounded(tmp_path):
-    save_quantized("flux", "int4-a16+nvfp4-r32", tmp_path / "quantized")
+    save_quantized("flux", "int4-a16+int8-r32", tmp_path / "quantized")
     report = export(tmp_path / "quantized", tmp_path / "out", "sdnq")
     assert report.counts["rounded"] == len(report.layers)
-    assert {layer.reason for layer in report.layers} == {"nvfp4 factors rounded to bfloat16"}
+    assert {layer.reason for layer in report.layers} == {"int8 factors rounded to bfloat16"}
     assert 0 < report.largest_change < 4e-3
     exact = export(tmp_path / "quantized", tmp_path / "fp32", "sdnq", dtype="float32")
     assert exact.counts["exact"] == len(exact.layers)
+
+
+@pytest.mark.parametrize("branch", ["bf16", "mxint8", "mxfp6_e2m3", "mxfp4", "nvfp4"])
+def test_branches_that_bf16_holds(tmp_path, branch):
+    save_quantized("flux", f"int4-a16+{branch}-r16-h0", tmp_path / "quantized")
+    planned = loraq.plan_export(tmp_path / "quantized", to="sdnq")
+    done = export(tmp_path / "quantized", tmp_path / "out", "sdnq")
+    assert planned.counts == done.counts == {"exact": 20, "rounded": 0, "dense": 0}
 
 
 def test_one_format_a_file_and_the_rest_is_dense(tmp_path):
@@ -168,7 +176,7 @@ def refused(source: Path, target: Path, to: str, **options) -> str:
 def test_a_rotation_is_refused_with_the_way_out(place, tmp_path, to):
     message = refused(place / "dense", tmp_path / "out", to)
     assert "are rotated" in message
-    assert "-h0" in message
+    assert f"Quantize with the recipe '{TARGETS[to].about.recipes[0]}'" in message
     assert "--to dense" in message
 
 
@@ -177,7 +185,7 @@ def test_too_much_that_would_be_dense_is_refused_with_the_recipe(tmp_path, to):
     save_quantized("flux", "mxfp4-a16+w8a8-r16", tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", to)
     assert "100% of the quantized weights as floats" in message
-    assert f"'{TARGETS[to].about.recipe}'" in message
+    assert f"Quantize with the recipe '{TARGETS[to].about.recipes[0]}'" in message
     report = export(tmp_path / "quantized", tmp_path / "out", to, allow_dense=True)
     assert report.dense_share == 1.0
 
@@ -191,7 +199,7 @@ def test_one_rank_is_required_or_filled_up(tmp_path):
     save_quantized("flux", recipe, tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite")
     assert "one rank for all layers, a multiple of 16, and there are 8, 24" in message
-    assert "--pad-rank" in message
+    assert "(`--pad-rank`). Quantize with the recipe 'nunchaku-int4'" in message
     report = export(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite", pad_rank=True)
     assert report.counts["exact"] == len(report.layers)
     written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")

@@ -43,7 +43,6 @@ class Onnx(Target):
         verified="whole models (FLUX, SANA, PixArt) by both on a CPU; SANA to 2e-6, where fp32 "
         "sums in another order differ by as much",
         unverified="GPUs and NPUs; SD3; speed",
-        recipe="int4-a16+w8a8-r32",
         load="import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("{folder}/model.onnx")\n'
         "print([(each.name, each.shape) for each in session.get_inputs()])\n\n"

@@ -46,7 +46,6 @@ class OpenVino(Target):
         verified="whole models (FLUX, SANA, PixArt) on a CPU; SANA to 2e-6, where fp32 sums in "
         "another order differ by as much",
         unverified="Intel GPUs and NPUs; SD3",
-        recipe="int4-a8+int8-r64",
         load="import openvino\n\n"
         'exact = {{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}\n'
         'fast = {{"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}}\n'

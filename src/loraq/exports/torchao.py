@@ -11,7 +11,7 @@ from loraq.exports import lora
 from loraq.exports.codes import e2m1_values, per_block, split_low_first
 from loraq.exports.factors import explain_rounding
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.exports.target import LOAD_IN_16_BITS, About, Job, Target, require_lora
+from loraq.exports.target import LOAD_IN_16_BITS, About, Target
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import TensorSpec
 
@@ -28,11 +28,10 @@ class Torchao(Target):
         name="torchao",
         loaded_by="diffusers with torchao 0.18",
         holds="NVFP4; any rank in each layer; no 1×1 convolutions",
-        exact="codes and scales; branches of bf16 and MX formats",
+        exact="codes and scales; branches of bf16, MX formats and NVFP4",
         activations="16 bits",
         verified="whole models (FLUX) by diffusers, torchao and PEFT on a CPU",
         unverified="GPU kernels, and 4-bit activations on Blackwell, which are not written",
-        recipe="nvfp4-a16+bf16-r32",
         load=f"{LOAD_IN_16_BITS}\n{lora.LOAD}",
         traps=(
             *lora.TRAPS,
@@ -41,20 +40,10 @@ class Torchao(Target):
     )
     has_branch_file = True
 
-    def __init__(self, job: Job) -> None:
-        """Require that adapters can stand beside the layers."""
-        super().__init__(job)
-        if any(head.rank for head in job.heads):
-            require_lora(job, self.about)
-
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
         if head.scheme.weight != "nvfp4":
             return f"torchao runs NVFP4 weights here, and this is {head.scheme.weight}"
-        if head.is_conv:
-            return "torchao has no quantized convolution"
-        if not head.is_whole:
-            return f"its input of {head.shape[1]} is not a multiple of {_BLOCK}"
         return ""
 
     def explain_rounding(self, head: Head) -> str:
