@@ -72,7 +72,7 @@ class NunchakuLite(Target):
         "Blackwell on",
         holds="INT4 (blocks of 64) or NVFP4, one of them a file, one rank, a multiple of 16; out "
         "and in multiples of 128; modulations as INT4 without a branch; no 1×1 convolutions",
-        exact="codes and scales; NVFP4's global scale to 3e-4; branches of bf16 and MX formats",
+        exact="codes and scales; branches of bf16 and MX formats",
         activations="4 bits by the target's own rule (absmax / 7, or NVFP4 without a global scale)",
         verified="every permutation against cache-dit's packer; whole models (FLUX) by diffusers' "
         "loader and layers, the CUDA kernels emulated from their formulas",
@@ -118,10 +118,7 @@ class NunchakuLite(Target):
 
     def explain_rounding(self, head: Head) -> str:
         """Return what of a layer is rounded."""
-        reasons = [explain_rounding(head, self.job.new_dtype)]
-        if head.scheme.weight == "nvfp4":
-            reasons.append("global scale rounded, by 3e-4 at most")
-        return ", ".join(reason for reason in reasons if reason)
+        return explain_rounding(head, self.job.new_dtype)
 
     def notes(self) -> list[str]:
         """Return what is special of the model here."""
