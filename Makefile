@@ -71,7 +71,7 @@ clean:
 	@$(PYTHON) -m venv .venv-exports
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
-		gguf sdnq kernels onnxruntime openvino
+		gguf sdnq kernels onnxruntime openvino comfy-kitchen
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
 	@touch $@
 

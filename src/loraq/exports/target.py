@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loraq.errors import ExportError
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
+from loraq.exports.source import ExportSource
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 
@@ -123,6 +124,15 @@ class Target:
         """
         self.job = job
 
+    @classmethod
+    def see(cls, source: ExportSource) -> ExportSource:
+        """Return a source as the target sees it: under other names, some layers put together.
+
+        Raises:
+            ExportError: the target does not know the model's class.
+        """
+        return source
+
     def refuses(self, head: Head) -> str:
         """Return why a layer must be written dense; "" if the target holds it."""
         raise NotImplementedError
@@ -180,6 +190,10 @@ class Target:
 
     def metadata(self, specs: Mapping[str, TensorSpec], held: Sequence[Head]) -> dict[str, str]:
         """Return text for the header of the weight file."""
+        return {}
+
+    def texts(self, folder: str) -> dict[str, str]:
+        """Return further files beside the weights; `folder` is the name of theirs."""
         return {}
 
     def layout(
