@@ -10,7 +10,6 @@ By tensor, for a layer (N, K):
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 import torch
@@ -27,10 +26,7 @@ from loraq.exports.source import ExportSource
 from loraq.exports.target import About, Target
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import TensorSpec
-from loraq.safetensors.layout import ShardLayout
 
-#: Name of the weight file, without its extension.
-STEM = "model"
 #: A graph of the two nodes that load both files.
 WORKFLOW = "workflow.json"
 #: What the bypass node calls the model.
@@ -77,6 +73,7 @@ class Comfy(Target):
         ),
     )
     has_branch_file = True
+    one_file = "model"
 
     @classmethod
     def see(cls, source: ExportSource) -> ExportSource:
@@ -165,20 +162,10 @@ class Comfy(Target):
             "side: the LoRA file holds zeros between them."
         ]
 
-    def layout(
-        self,
-        specs: Mapping[str, TensorSpec],
-        stem: str,
-        shard_bytes: int,
-        metadata: Mapping[str, str],
-    ) -> ShardLayout:
-        """Lay out the one file; ComfyUI reads no shards."""
-        return ShardLayout.of(specs, STEM, float("inf"), metadata)
-
     def texts(self, folder: str) -> dict[str, str]:
         """Return the workflow: the model, and the branch on it."""
         place = PurePosixPath(folder)
-        model = {"unet_name": f"{place / STEM}.safetensors", "weight_dtype": "default"}
+        model = {"unet_name": f"{place / self.one_file}.safetensors", "weight_dtype": "default"}
         nodes = {"1": {"class_type": "UNETLoader", "inputs": model}}
         if any(head.rank for head in self.job.heads if not self.refuses(head)):
             branch = {

@@ -107,6 +107,8 @@ class Target:
     about: ClassVar[About]
     #: Whether the branch goes into a LoRA file of its own.
     has_branch_file: ClassVar[bool] = False
+    #: Name, without its extension, of the one weight file; "" for shards in diffusers' names.
+    one_file: ClassVar[str] = ""
     #: Whether it holds layers in a rotated basis.
     takes_rotation: ClassVar[bool] = False
     #: Whether every layer becomes dense on purpose.
@@ -141,6 +143,8 @@ class Target:
         """Return why a layer or a stack of experts is dense; "" if the target holds it."""
         if head.n_experts and not self.is_dense:
             return f"no layer of {self.about.name} holds stacked experts"
+        if head.main is not None and head.main.of_columns and not self.is_dense:
+            return f"{self.about.name} has no scale of each column"
         return self.refuses(head)
 
     def explain_rounding(self, head: Head) -> str:
@@ -204,7 +208,8 @@ class Target:
         metadata: Mapping[str, str],
     ) -> Layout:
         """Lay out the weight file or files."""
-        return ShardLayout.of(specs, stem, shard_bytes, metadata)
+        largest = float("inf") if self.one_file else shard_bytes
+        return ShardLayout.of(specs, self.one_file or stem, largest, metadata)
 
 
 def most_common(heads: Sequence[Head], key: Callable[[Head], Any]) -> Any:
