@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-bare test-exports fuzz crash lint fmt bench docs clean
+.PHONY: demo test check-fast test-bare test-exports fuzz crash lint fmt bench docs site clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
@@ -47,6 +47,10 @@ test-exports: .venv-exports/stamp
 	@echo "test-exports: every target of loraq export by its own code (3 minutes)"
 	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py
 
+site: .venv-docs/stamp
+	@echo "site: the documentation in site/, where every broken link is an error"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 # A user's first minute: the wheel without extras, and nothing else. TORCH chooses a version.
 TORCH ?= 2.13.0
 test-bare: .venv/dev.stamp
@@ -57,7 +61,7 @@ test-bare: .venv/dev.stamp
 	@.venv-bare/bin/python -I -c "import loraq" && .venv-bare/bin/python tests/bare/__main__.py
 
 clean:
-	rm -rf .venv .venv-exports .venv-bare demo
+	rm -rf .venv .venv-bare .venv-docs .venv-exports demo site
 
 .venv/torch.stamp: constraints.txt
 	@echo "setup: making .venv and installing torch (once, about a minute)"
@@ -73,6 +77,13 @@ clean:
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
 		gguf sdnq kernels onnxruntime openvino comfy-kitchen
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
+	@touch $@
+
+.venv-docs/stamp: constraints.txt
+	@echo "setup: making .venv-docs with the builder of the documentation"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs mkdocs-material mkdocstrings-python
 	@touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml
