@@ -16,8 +16,8 @@ from loraq.errors import show
 def import_(source: Path, target: Path, overwrite: bool, as_json: bool) -> None:
     """Make the new folder TARGET of loraq from SOURCE, which was quantized for Nunchaku Lite.
 
-    Codes, scales and factors are the same numbers in another order. The model then runs wherever
-    loraq runs, with activations of 16 bits.
+    Codes, scales and factors are the same numbers in another order. The model then runs on every
+    device, with activations of 16 bits.
 
     \b
     Example: loraq import flux-nunchaku-lite flux-loraq
