@@ -76,8 +76,8 @@ clean:
 	@echo "setup: making .venv-exports with the programs that load exports (once, some minutes)"
 	@$(PYTHON) -m venv .venv-exports
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx,openvino]' \
-		gguf sdnq kernels onnxruntime
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,onnx,openvino]' gguf sdnq kernels onnxruntime comfy-kitchen
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
 	@touch $@
 

@@ -37,12 +37,13 @@ RECIPES = {
     "onnx": "int4-a16+w8a8-r32",
     "openvino": "mxfp4-a8+w6a6-r32",
     "torchao": "nvfp4-a16+bf16-r16",
+    "comfy": "nvfp4+bf16-r16",
     "dense": "mxfp4-a4+w8a8-r16-h32",
 }
 
 
 #: Targets whose configuration is that of a float model.
-FLOATS = ("gguf", "onnx", "openvino", "dense")
+FLOATS = ("gguf", "onnx", "openvino", "comfy", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_a_target_holds_every_layer_of_its_recipe(place, tmp_path, to):
     assert method == ({"nunchaku-lite": "nunchaku_lite"} | dict.fromkeys(FLOATS)).get(to, to)
     document = json.loads((tmp_path / "out/loraq_export.json").read_text())
     assert document["target"] == to
-    assert document["layers"].keys() == DenseWeights(place / to).manifest.layers.keys()
+    names = {part for layer in document["layers"].values() for part in layer["layers"]}
+    assert names == DenseWeights(place / to).manifest.layers.keys()
 
 
 @pytest.mark.parametrize("to", RECIPES)
@@ -112,12 +114,16 @@ def test_the_same_bytes_come_out_twice(place, tmp_path, to):
 def test_the_card_says_how_to_load_and_what_goes_wrong(place, tmp_path, to):
     export(place / to, tmp_path / "out", to)
     text = (tmp_path / "out/README.md").read_text()
-    calls = {"onnx": "InferenceSession(", "openvino": "Core().compile_model("}
-    assert calls.get(to, "FluxTransformer2DModel.from_") in text
-    assert '"out' in text
+    loads = {
+        "onnx": "InferenceSession(",
+        "openvino": "Core().compile_model(",
+        "comfy": "models/diffusion_models/out/",
+    }
+    assert loads.get(to, "FluxTransformer2DModel.from_") in text
+    assert ("/out/" if to == "comfy" else '"out') in text
     assert str(tmp_path) not in text  # the card may be published
     assert all(trap in text for trap in TARGETS[to].about.traps)
-    assert ("set_adapters" in text) == TARGETS[to].has_branch_file
+    assert ("branch.safetensors" in text) == TARGETS[to].has_branch_file
 
 
 def test_dense_weights_are_the_effective_ones(place, tmp_path):
@@ -180,7 +186,7 @@ def test_a_rotation_is_refused_with_the_way_out(place, tmp_path, to):
     assert "--to dense" in message
 
 
-@pytest.mark.parametrize("to", ["gguf", "nunchaku-lite", "onnx", "torchao"])
+@pytest.mark.parametrize("to", ["gguf", "nunchaku-lite", "onnx", "torchao", "comfy"])
 def test_too_much_that_would_be_dense_is_refused_with_the_recipe(tmp_path, to):
     save_quantized("flux", "mxfp4-a16+w8a8-r16", tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", to)
@@ -212,7 +218,10 @@ def test_modulations_with_a_branch_are_not_put_on_4_bit_activations(tmp_path):
     assert "a modulation would run on 4-bit activations there" in message
 
 
-@pytest.mark.parametrize(("to", "reason"), [("gguf", "from a single file"), ("torchao", "LoRA")])
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [("gguf", "from a single file"), ("torchao", "LoRA"), ("comfy", "ComfyUI's names")],
+)
 def test_a_class_that_the_target_does_not_take(tmp_path, to, reason):
     model = small_pixart(num_layers=1)
     loraq.quantize_(model, "int4-a16+bf16-r8", effort="fast", progress=False)
@@ -446,7 +455,7 @@ def test_a_lora_is_stacked_onto_the_branch(place, tmp_path, lora, to):
     plain = export(place / to, tmp_path / "plain", to, **options)
     changed = [a.name for a, b in zip(done.layers, plain.layers, strict=True) if a != b]
     name = "transformer_blocks.0.attn.to_q"
-    assert to == "nunchaku-lite" or changed in ([name], [])
+    assert to == "nunchaku-lite" or changed in ([name], ["double_blocks.0.img_attn.qkv"], [])
     settled = TARGETS[to]
     if to == "sdnq":
         written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
@@ -467,7 +476,10 @@ def test_a_lora_is_stacked_onto_the_branch(place, tmp_path, lora, to):
         assert torch.allclose(written - before, 0.5 * delta(lora, name), atol=1e-5)
     elif settled.has_branch_file:
         written = load_file(tmp_path / "out/branch.safetensors")
-        assert written[f"transformer.{name}.lora_A.weight"].shape == (20, 128)
+        native = "diffusion_model.double_blocks.0.img_attn.qkv"
+        down = native if to == "comfy" else f"transformer.{name}"
+        rank = 3 * 16 + 4 if to == "comfy" else 20
+        assert written[f"{down}.lora_A.weight"].shape == (rank, 128)
 
 
 def test_a_lora_for_another_model_is_refused(place, tmp_path, rng):

@@ -41,6 +41,10 @@ class Head:
     lora_rank: int = 0
     #: Whether its class calls it a modulation: one row for each image goes through it.
     is_modulation: bool = False
+    #: Layers of the model that are one in the other program, from top to bottom; none for itself.
+    parts: tuple["Head", ...] = ()
+    #: Why these cannot be one quantized layer; "" if they can.
+    misfit: str = ""
 
     @property
     def is_conv(self) -> bool:
@@ -81,6 +85,8 @@ class Head:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in the source."""
+        if self.parts:
+            return sum(part.nbytes for part in self.parts)
         return self.scheme.nbytes(self.packed_shape)
 
     @property

@@ -6,6 +6,7 @@ and AWQ (W4A16 without one, for modulations).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,61 @@ def up_tiling(n: int, rank: int) -> Tiling:
 def awq_tiling(n: int, k: int) -> Tiling:
     """Return the order of the codes of an AWQ layer."""
     return Tiling((n // 4, 4, k // 64, 2, 4, 8), (0, 2, 1, 3, 5, 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Svdq:
+    """What an SVDQ layer (N, K) is: `(x / smooth) Wᵀ + (x Dᵀ) Uᵀ`, W = code · scale · above."""
+
+    #: (N, K), int32: nibbles in two's complement, or E2M1.
+    codes: Tensor
+    #: (N, groups): of 16 bits, or E4M3.
+    scale: Tensor
+    #: (N, 1), fp32: global scale times that of the row; `None` for INT4.
+    above: Tensor | None
+    #: (K,).
+    smooth: Tensor
+    branch: Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Awq:
+    """What an AWQ layer (N, K) is: W = code · scale + zero."""
+
+    #: (N, K), int32, 0 … 15.
+    codes: Tensor
+    #: Both (N, groups).
+    scale: Tensor
+    zeros: Tensor
+
+
+def read_svdq(tensors: Tensors, name: str, shape: tuple[int, int]) -> Svdq:
+    """Return what the kernels make of the tensors of an SVDQ layer; NVFP4 has a `wtscale`."""
+    (n, k), laid = shape, tensors[f"{name}.wscales"]
+    nibbles = split_low_first(tensors[f"{name}.qweight"].view(torch.uint8).flatten())
+    groups, rank, above = laid.shape[0], tensors[f"{name}.proj_up"].shape[1], None
+    if f"{name}.wtscale" in tensors:
+        scale = micro_tiling(n, groups).gather(laid.view(torch.uint8)).view(laid.dtype)
+        rows = vector_tiling(n).gather(tensors[f"{name}.wcscales"]).float().view(n, 1)
+        above = rows * tensors[f"{name}.wtscale"].float()
+    else:
+        scale = vector_tiling(n, groups).gather(laid)
+    down = down_tiling(rank, k).gather(tensors[f"{name}.proj_down"]).view(rank, k)
+    up = up_tiling(n, rank).gather(tensors[f"{name}.proj_up"]).view(n, rank)
+    return Svdq(
+        codes_tiling(n, k).gather(nibbles).view(n, k),
+        scale.view(n, groups),
+        above,
+        vector_tiling(k).gather(tensors[f"{name}.smooth_factor"]),
+        Factors(up.float(), down.float()),
+    )
+
+
+def read_awq(tensors: Tensors, name: str, shape: tuple[int, int]) -> Awq:
+    """Return what the kernels make of the tensors of an AWQ layer."""
+    (n, k), raw = shape, tensors[f"{name}.qweight"]
+    codes = awq_tiling(n, k).gather(split_low_first(raw.view(torch.uint8).flatten())).view(n, k)
+    return Awq(codes, tensors[f"{name}.wscales"].mT, tensors[f"{name}.wzeros"].mT)
 
 
 class NunchakuLite(Target):
@@ -195,28 +251,14 @@ class NunchakuLite(Target):
 
     def decode(self, tensors: Tensors, head: Head) -> Decoded:
         """Return what the kernels compute with, by their formulas."""
-        (n, k), name = head.shape, head.name
-        raw, groups = tensors[f"{name}.qweight"], k // _GROUP[head.scheme.weight]
-        nibbles = split_low_first(raw.view(torch.uint8).flatten())
-        scales = tensors[f"{name}.wscales"]
         if _is_awq(head):
-            codes = awq_tiling(n, k).gather(nibbles).view(n, k)
-            zeros = tensors[f"{name}.wzeros"].float().mT.repeat_interleave(64, 1)
-            return Decoded(per_block(codes.float(), scales.mT) + zeros)
-        codes = codes_tiling(n, k).gather(nibbles).view(n, k)
-        if self.precision == "int4":
-            scale = vector_tiling(n, groups).gather(scales).view(n, groups)
-            main = per_block(signed_values(codes), scale)
-        else:
-            laid = scales.view(torch.uint8)
-            micro = micro_tiling(n, groups).gather(laid).view(n, groups)
-            rows = vector_tiling(n).gather(tensors[f"{name}.wcscales"]).float().view(n, 1)
-            above = rows * tensors[f"{name}.wtscale"].float()
-            main = per_block(e2m1_values(codes), micro.view(torch.float8_e4m3fn).float() * above)
-        rank = self.rank
-        down = down_tiling(rank, k).gather(tensors[f"{name}.proj_down"]).view(rank, k)
-        up = up_tiling(n, rank).gather(tensors[f"{name}.proj_up"]).view(n, rank)
-        return Decoded(main, Factors(up.float(), down.float()))
+            awq = read_awq(tensors, head.name, head.shape)
+            zeros = awq.zeros.float().repeat_interleave(_GROUP["int4"], 1)
+            return Decoded(per_block(awq.codes.float(), awq.scale) + zeros)
+        svdq = read_svdq(tensors, head.name, head.shape)
+        values = signed_values if svdq.above is None else e2m1_values
+        above = 1.0 if svdq.above is None else svdq.above
+        return Decoded(per_block(values(svdq.codes), svdq.scale.float() * above), svdq.branch)
 
     def lay_bias(self, head: Head, bias: Tensor) -> Tensor:
         """Return the bias in the order of the rows; AWQ has it plain."""

@@ -89,7 +89,7 @@ def export(  # noqa: PLR0913 - each is an option of the command too
     require_apart(place, source, *(find_lora_file(path) for path, _ in loras))
     require_free(place, overwrite=overwrite)
     require_no_run(place)
-    opened = ExportSource.open(source, loras, verify=verify)
+    opened = settled.see(ExportSource.open(source, loras, verify=verify))
     chosen, report = _plan(opened, settled, _dtype_of(dtype), pad_rank, allow_dense)
     files = Files.lay_out(opened, chosen, shard_bytes)
     with show_layers(progress, "export") as show:
@@ -114,7 +114,8 @@ def plan_export(
         CheckpointError, ExportError: as `export` says.
     """
     settled = get_target(to)
-    opened = ExportSource.open(source, [_split(each) for each in lora], verify=False)
+    loras = [_split(each) for each in lora]
+    opened = settled.see(ExportSource.open(source, loras, verify=False))
     chosen, report = _plan(opened, settled, _dtype_of(dtype), pad_rank, allow_dense)
     return replace(report, nbytes=Files.lay_out(opened, chosen, DEFAULT_SHARD_BYTES).nbytes)
 
@@ -167,7 +168,16 @@ def _predict(target: Target, head: Head) -> LayerFate:
     fate = DENSE if refused else ROUNDED if reason else EXACT
     specs = [target.dense_spec(head)] if refused else list(target.all_specs(head).values())
     nbytes = sum(spec.nbytes for spec in specs)
-    return LayerFate(head.name, head.packed_shape, fate, reason, head.nbytes, nbytes, head.is_kept)
+    return LayerFate(
+        name=head.name,
+        shape=head.packed_shape,
+        fate=fate,
+        reason=reason,
+        nbytes_before=head.nbytes,
+        nbytes=nbytes,
+        is_kept=head.is_kept,
+        parts=tuple(part.name for part in head.parts),
+    )
 
 
 def _split(lora: LoraFile) -> tuple[Path, float]:

@@ -1,6 +1,7 @@
 """The table of targets: `TARGETS`, by the names that `--to` takes."""
 
 from loraq.errors import ExportError, unknown
+from loraq.exports.comfy import Comfy
 from loraq.exports.dense import Dense
 from loraq.exports.gguf import Gguf
 from loraq.exports.nunchaku import NunchakuLite
@@ -13,7 +14,7 @@ from loraq.exports.torchao import Torchao
 #: Every target, the one to try first at the top.
 TARGETS: dict[str, type[Target]] = {
     target.about.name: target
-    for target in (Sdnq, Gguf, NunchakuLite, Onnx, OpenVino, Torchao, Dense)
+    for target in (Sdnq, Gguf, NunchakuLite, Onnx, OpenVino, Torchao, Comfy, Dense)
 }
 
 

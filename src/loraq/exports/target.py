@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
+from loraq.exports.source import ExportSource
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 from loraq.targets import Limits, limits_of, recipes_of
@@ -111,6 +112,8 @@ class Target:
     about: ClassVar[About]
     #: Whether the branch goes into a LoRA file of its own.
     has_branch_file: ClassVar[bool] = False
+    #: Name, without its extension, of the one weight file; "" for shards in diffusers' names.
+    one_file: ClassVar[str] = ""
     #: Whether it holds layers in a rotated basis.
     takes_rotation: ClassVar[bool] = False
     #: Whether every layer becomes dense on purpose.
@@ -138,13 +141,27 @@ class Target:
         """The layers that are within its limits."""
         return [head for head in self.job.heads if not head.explain_misfit(self.limits)]
 
+    @classmethod
+    def see(cls, source: ExportSource) -> ExportSource:
+        """Return a source as the target sees it: under other names, some layers put together.
+
+        Raises:
+            ExportError: the target does not know the model's class.
+        """
+        return source
+
     def refuses(self, head: Head) -> str:
         """Return why a layer within the limits must be dense; "" if the target holds it."""
         raise NotImplementedError
 
     def why_dense(self, head: Head) -> str:
         """Return why a layer or a stack of experts is dense; "" if the target holds it."""
-        return (not self.is_dense and head.explain_misfit(self.limits)) or self.refuses(head)
+        if not self.is_dense:
+            if head.main is not None and head.main.of_columns:
+                return f"{self.about.name} has no scale of each column"
+            if why := head.explain_misfit(self.limits):
+                return why
+        return self.refuses(head)
 
     def explain_rounding(self, head: Head) -> str:
         """Return what of a layer is rounded, as far as formats say; "" for nothing."""
@@ -195,6 +212,10 @@ class Target:
         """Return text for the header of the weight file."""
         return {}
 
+    def texts(self, folder: str) -> dict[str, str]:
+        """Return further files beside the weights; `folder` is the name of theirs."""
+        return {}
+
     def layout(
         self,
         specs: Mapping[str, TensorSpec],
@@ -203,7 +224,8 @@ class Target:
         metadata: Mapping[str, str],
     ) -> Layout:
         """Lay out the weight file or files."""
-        return ShardLayout.of(specs, stem, shard_bytes, metadata)
+        largest = float("inf") if self.one_file else shard_bytes
+        return ShardLayout.of(specs, self.one_file or stem, largest, metadata)
 
 
 def most_common(heads: Sequence[Head], key: Callable[[Head], Any]) -> Any:

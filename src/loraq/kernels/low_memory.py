@@ -158,7 +158,8 @@ def decode_by_table(
 
 
 def _decode_pairs(q: QTensor, dtype: torch.dtype) -> Tensor:
-    if q.format.bits != 4:
+    fmt = q.format
+    if fmt.bits != 4 or (isinstance(fmt, BlockFormat) and (fmt.of_rows or fmt.of_columns)):
         return decode_one(q, dtype)
     return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
 
