@@ -20,7 +20,7 @@ ROWS = (
     "expert_weight safetensors scheme linalg state stats",
     "budget packed precision recipe_names rules",
     "appended families kernels",
-    "methods nn",
+    "advice methods nn",
     "experts",
     "layers recipe parallel",
     "checkpoint doctor",
