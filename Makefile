@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-exports fuzz crash lint fmt bench docs clean
+.PHONY: demo test check-fast test-exports fuzz crash lint fmt bench gpu docs clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
@@ -33,6 +33,12 @@ bench: .venv/dev.stamp
 	@for question in speed.rounding quality.scale_rules quality.methods; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
 
+# On a machine with a GPU. A torch that $(PYTHON) has is used as it is (make gpu PYTHON=...); without
+# one the tested version is installed, whose build on PyPI for Linux is that for CUDA.
+gpu: .venv-gpu/stamp
+	@echo "gpu: tests, timings, memory and graph capture on the first GPU (at most 25 minutes)"
+	@.venv-gpu/bin/python -m benchmarks.gpu.run
+
 docs: .venv/dev.stamp
 	@echo "docs: the pages that are generated"
 	@$(BIN)/python -m docs.generate
@@ -48,7 +54,7 @@ test-exports: .venv-exports/stamp
 	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py
 
 clean:
-	rm -rf .venv .venv-exports demo
+	rm -rf .venv .venv-exports .venv-gpu gpu-logs demo
 
 .venv/torch.stamp: constraints.txt
 	@echo "setup: making .venv and installing torch (once, about a minute)"
@@ -64,6 +70,18 @@ clean:
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
 		gguf sdnq kernels onnxruntime openvino
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
+	@touch $@
+
+# What is installed beside torch must not replace it, so its version is a constraint, and Triton is
+# that which came with it.
+.venv-gpu/stamp: constraints.txt pyproject.toml
+	@echo "setup: making .venv-gpu around the torch of $(PYTHON) (once, some minutes)"
+	@$(PYTHON) -m venv --system-site-packages .venv-gpu
+	@.venv-gpu/bin/python -c 'import torch' 2>/dev/null || .venv-gpu/bin/pip install --quiet \
+		--disable-pip-version-check -c constraints.txt torch==2.13.0
+	@.venv-gpu/bin/python -c 'import torch; print("torch==" + torch.__version__)' > .venv-gpu/torch.txt
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -c .venv-gpu/torch.txt -e '.[demo]' \
+		pytest hypothesis beartype ml_dtypes safetensors
 	@touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml
