@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-exports fuzz crash lint fmt bench gpu docs clean
+.PHONY: demo test check-fast test-bare test-exports fuzz crash lint fmt bench gpu docs site clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
@@ -53,8 +53,21 @@ test-exports: .venv-exports/stamp
 	@echo "test-exports: every target of loraq export by its own code (3 minutes)"
 	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py
 
+site: .venv-docs/stamp
+	@echo "site: the documentation in site/, where every broken link is an error"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# A user's first minute: the wheel without extras, and nothing else. TORCH chooses a version.
+TORCH ?= 2.13.0
+test-bare: .venv/dev.stamp
+	@echo "test-bare: the wheel without extras, torch $(TORCH), in an environment of its own"
+	@rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
+	@$(BIN)/python -m hatchling build -t wheel -d .venv-bare/wheel
+	@.venv-bare/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) .venv-bare/wheel/*.whl
+	@.venv-bare/bin/python -I -c "import loraq" && .venv-bare/bin/python tests/bare/__main__.py
+
 clean:
-	rm -rf .venv .venv-exports .venv-gpu gpu-logs demo
+	rm -rf .venv .venv-bare .venv-docs .venv-exports .venv-gpu demo gpu-logs site
 
 .venv/torch.stamp: constraints.txt
 	@echo "setup: making .venv and installing torch (once, about a minute)"
@@ -76,12 +89,21 @@ clean:
 # that which came with it.
 .venv-gpu/stamp: constraints.txt pyproject.toml
 	@echo "setup: making .venv-gpu around the torch of $(PYTHON) (once, some minutes)"
-	@$(PYTHON) -m venv --system-site-packages .venv-gpu
-	@.venv-gpu/bin/python -c 'import torch' 2>/dev/null || .venv-gpu/bin/pip install --quiet \
+	@$(PYTHON) -m venv .venv-gpu
+	@place=$$(.venv-gpu/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+		$(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' \
+		> $$place/torch.pth 2>/dev/null || .venv-gpu/bin/pip install --quiet \
 		--disable-pip-version-check -c constraints.txt torch==2.13.0
 	@.venv-gpu/bin/python -c 'import torch; print("torch==" + torch.__version__)' > .venv-gpu/torch.txt
 	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -c .venv-gpu/torch.txt -e '.[demo]' \
 		pytest hypothesis beartype ml_dtypes safetensors
+	@touch $@
+
+.venv-docs/stamp: constraints.txt
+	@echo "setup: making .venv-docs with the builder of the documentation"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs mkdocs-material mkdocstrings-python
 	@touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml

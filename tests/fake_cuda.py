@@ -42,8 +42,9 @@ class Reads(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = function.overloadpacket.__name__
-        if function is torch.ops.aten.where.self_out:  # its fake asks for a guard, too
-            return _GUARDED[Tensor.copy_](kwargs["out"], torch.where(*args))
+        if "out" in (kwargs or {}):  # the fake of these asks for a guard, too
+            others = {key: value for key, value in kwargs.items() if key != "out"}
+            return _GUARDED[Tensor.copy_](kwargs["out"], function.overloadpacket(*args, **others))
         if name not in _READS:
             result = function(*args, **(kwargs or {}))
             if name == "all":

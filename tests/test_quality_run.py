@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks.quality import ledger, run
 from benchmarks.quality.smoothing import divide_inputs, smooth
-from benchmarks.quality.tables import COMPARISONS
+from benchmarks.quality.tables import COMPARISONS, all_tables
 from benchmarks.worlds.matrices import gaussian, outlier_columns
 from benchmarks.worlds.world import WORLDS
 from loraq.evaluation.contender import simulate
@@ -35,6 +35,16 @@ def test_a_row_that_is_known_is_not_measured_again_unless_its_bytes_change(tmp_p
         run.measure(replace(job, known="another"), tmp_path)
     with pytest.raises(FileNotFoundError):
         run.measure(replace(job, index=index + 1), tmp_path)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_row_fits_the_matrix_that_tells_its_method_apart(world):
+    """One did not, and a run of hours ended with it."""
+    shape = ledger.fixed_matrix()[0].shape
+    for rows in all_tables(world).values():
+        for row in rows:
+            recipe = row.to_recipe(budget=WORLDS[world].budget, effort="fast")
+            assert recipe.scheme_for("", tuple(shape)) is not None
 
 
 def smoothed(way):

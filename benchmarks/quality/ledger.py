@@ -64,14 +64,16 @@ def rows(
 
 
 @lru_cache(maxsize=1)
-def _fixed() -> tuple[torch.Tensor, ActivationStats]:
-    inputs = gaussian(256, 96, 1) @ gaussian(96, 96, 2) / 10
-    return dit_like(64, 96), ActivationStats(256, inputs.mT @ inputs / 256)
+def fixed_matrix() -> tuple[torch.Tensor, ActivationStats]:
+    """Return a weight, and statistics of inputs, that tell what a method does."""
+    # Large enough for the smallest budget of any table to leave a branch of rank 1.
+    inputs = gaussian(512, 256, 1) @ gaussian(256, 256, 2) / 16
+    return dit_like(192, 256), ActivationStats(512, inputs.mT @ inputs / 512)
 
 
 def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
-    weight, stats = _fixed()
+    weight, stats = fixed_matrix()
     recipe = contender.to_recipe(budget=budget, effort=effort)
     packed = quantize_weight(weight, recipe, stats=stats if contender.statistics else None).packed
     digest = hashlib.sha256()
