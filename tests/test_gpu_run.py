@@ -54,6 +54,7 @@ def test_a_rehearsal_runs_every_step_and_its_results_make_a_page(tmp_path):
     assert f"The last run: {len(STEPS)} of {len(STEPS)} steps succeeded." in text
     for backend in ("low_memory", "resident", "int8_row", "triton"):
         assert f"layer, 64 tokens, `{backend}`" in text
+    assert "block, 16 tokens, `low_memory`" in text
     assert "| step, 16 tokens |" in text
 
 

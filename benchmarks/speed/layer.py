@@ -129,9 +129,10 @@ def measure(
     runs: dict[str, Callable[[], object]] = {"bf16": lambda: linear(x, plain.weight, plain.bias)}
     for label, layer in layers.items():
         runs[label] = lambda layer=layer: layer(x)
-    runs["int8 product"] = int8_product(plain, n_tokens)
-    if (other := torchao_int8(plain)) is not None:
-        runs["torchao int8"] = lambda: other(x)
+    if "int8_row" in layers:  # what it is to be compared with
+        runs["int8 product"] = int8_product(plain, n_tokens)
+        if (other := torchao_int8(plain)) is not None:
+            runs["torchao int8"] = lambda: other(x)
     runs = {label: run for label, run in runs.items() if label == "bf16" or runs_here(label, run)}
     seconds = interleaved_seconds(runs, repeats, device)
     base = median(seconds["bf16"])
