@@ -17,6 +17,7 @@ from small.pixart import small_pixart
 from torch import nn
 
 import loraq
+from loraq.advice import advice_for
 from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
@@ -412,6 +413,18 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
     assert planned == of_pipeline | {"sizes": []}
 
 
+def test_plan_for_a_device_takes_the_recipe_that_suits_it(place):
+    advice = advice_for("hopper")
+    text = succeeds("plan", place / "float", "--for", "hopper", *FAST[2:])
+    assert text.startswith(f"For {advice.sentence}\n\nlayer ")
+    planned = document("plan", place / "float", "--for", "hopper", *FAST[2:])
+    assert planned["advice"]["backend"] == "fp8_row"
+    activations = {layer["scheme"]["activation"] for layer in planned["layers"] if layer["scheme"]}
+    assert activations == {"mxfp8_e4m3"}
+    assert "Unknown device 'hoper'" in fails("plan", place / "float", "--for", "hoper")
+    assert "not both" in run("plan", place / "float", "--for", "cpu", *FAST).stderr
+
+
 def test_a_budget_sets_the_rank(place):
     small, large = (
         document("plan", place / "float", *FAST[-2:], "--recipe", "mxfp4+w8a8", "--budget", budget)
@@ -587,7 +600,8 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
 @pytest.mark.slow
 def test_doctor_shows_the_machine_the_choices_and_its_numbers():
     report = document("doctor")
-    assert set(report) == {"versions", "devices", "choices", "trials"}
+    assert set(report) == {"versions", "devices", "choices", "trials", "advice"}
+    assert report["advice"]["why"]
     assert report["versions"]["torch"] == torch.__version__
     assert {trial["backend"] for trial in report["trials"]} >= {
         "resident",
@@ -609,7 +623,8 @@ def test_doctor_shows_the_machine_the_choices_and_its_numbers():
 def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
     from loraq import doctor
 
-    report = doctor.Report({}, {}, (), (doctor.Trial("mxfp4-a4", "resident", 0.5, 0.02, 1.0, 1.0),))
+    trial = doctor.Trial("mxfp4-a4", "resident", 0.5, 0.02, 1.0, 1.0)
+    report = doctor.Report({}, {}, (), (trial,), advice_for("here"))
     monkeypatch.setattr(doctor, "examine", lambda: report)
     result = run("doctor")
     assert result.exit_code == 1

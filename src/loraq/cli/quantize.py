@@ -30,6 +30,7 @@ from loraq.cli.output import (
 from loraq.errors import show
 
 if TYPE_CHECKING:
+    from loraq.advice import Advice
     from loraq.pipeline.fitting import TargetFit
     from loraq.pipeline.plan import Plan
 
@@ -156,12 +157,19 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @components_option
 @config_option
 @variant_option
+@click.option(
+    "--for",
+    "device",
+    metavar="DEVICE",
+    help="Plan with the recipe that suits a device: 'here', or a name such as hopper or cpu.",
+)
 @recipe_options
 def plan(
     source: Path,
     components: str | None,
     config: Path | None,
     variant: str | None,
+    device: str | None,
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -174,16 +182,21 @@ def plan(
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0
     """
+    from dataclasses import asdict
+
     from loraq.integrations.checkpoints import plan_checkpoint
 
     _warn_of_unknown_class(source, config)
+    advice = None if device is None else _take_advice(device, recipe)
     planned = plan_checkpoint(
         source, read_recipe(**recipe), components=components, config=config, variant=variant
     )
     show_notes(planned)
     if as_json:
-        print_json(_plan_document(planned))
+        print_json(_plan_document(planned) | {"advice": advice and asdict(advice)})
         return
+    if advice is not None:
+        click.echo(f"For {advice.sentence}\n")
     for name, of_one in planned.components.items():
         click.echo(f"{show(name)}:")
         _print_plan(of_one)
@@ -207,6 +220,18 @@ def plan(
                 for size in planned.sizes
             ),
         )
+
+
+def _take_advice(device: str, recipe: dict[str, Any]) -> "Advice":
+    """Return what suits a device, whose recipe is put among the options."""
+    from loraq.advice import advice_for
+
+    given = click.get_current_context().get_parameter_source("recipe")
+    if given is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--for chooses the recipe itself. Give --recipe or --for, not both.")
+    advice = advice_for(device)
+    recipe["recipe"] = advice.recipe
+    return advice
 
 
 def _print_plan(planned: "Plan") -> None:
