@@ -57,7 +57,6 @@ class Comfy(Target):
         verified="every layer and a whole model (FLUX) by comfy-kitchen's eager layout on a CPU; "
         "names and joins by diffusers' converters of original files",
         unverified="ComfyUI itself, which is no package, its bypass node, and the kernels",
-        recipe="nvfp4-a16+bf16-r32",
         load="# in the folder of ComfyUI; then drag {folder}/workflow.json into its window\n"
         "mkdir -p models/diffusion_models/{folder} models/loras/{folder}\n"
         "cp {folder}/model.safetensors models/diffusion_models/{folder}/\n"

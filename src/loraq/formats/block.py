@@ -282,6 +282,14 @@ class BlockFormat:
             out *= view_bytes(q.global_scale, torch.float32)[-n:]
         return out.view(q.shape)
 
+    def code_scales(self, q: QTensor) -> Tensor:
+        """Return what the codes of every block are multiplied by, for elements that are integers.
+
+        The shape is (rows, n_blocks, 1); an MX integer counts in fractions of its scale.
+        """
+        assert not self.element.is_float, "codes of floats are no numbers"
+        return self.scales(q) * 2.0**-self.element.mantissa_bits
+
     def scales(self, q: QTensor) -> Tensor:
         """Return the fp32 scale of every block of a packed tensor, the global scale included.
 
@@ -318,7 +326,8 @@ class BlockFormat:
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
-        largest = x.float().abs().amax(dims).flatten().clamp_(max=LARGEST)
+        # Not of |x|, which would be a copy of x.
+        largest = torch.maximum(x.amax(dims), -x.amin(dims)).float().flatten().clamp_(max=LARGEST)
         top = largest / (self.element.max * 448.0)
         if not self.of_rows:
             below = power_of_two_below(top)
