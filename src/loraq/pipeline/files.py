@@ -218,7 +218,8 @@ def _work_of(
     """Return what a worker of a run does."""
     files, journals = work_folders(folder)
     desks = {
-        part.component: Desk.of(part, files, stats.get(part.component)) for part in target.parts
+        part.component: Desk.of(part, files, stats.get(part.component), shared=ranks.size > 1)
+        for part in target.parts
     }
     return LayerWork(desks, None if ranks.board is None else journals, fingerprint)
 
