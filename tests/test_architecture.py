@@ -16,10 +16,10 @@ SOURCE = Path(loraq.__file__).parent
 #: Lowest first; a file imports from lower rows or from its own folder, never sideways and never up.
 ROWS = (
     "disk errors regular_file version",
-    "autocast dense formats json_files layer_input options stacks transforms",
+    "autocast dense devices formats json_files layer_input options stacks transforms",
     "expert_weight safetensors scheme linalg state stats",
     "budget packed precision recipe_names rules",
-    "appended families kernels",
+    "appended families kernels targets",
     "methods nn",
     "experts",
     "layers recipe parallel",
@@ -51,7 +51,7 @@ FENCES = {
     "gguf": [],
     "onnx": [],
     "onnxruntime": [],
-    "openvino": [],
+    "openvino": ["kernels/openvino.py", "exports/openvino_graph.py"],
     "safetensors": [],
     "sdnq": [],
     "pickle": [],

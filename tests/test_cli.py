@@ -41,6 +41,7 @@ COMMANDS = [
     "doctor",
     "stats",
     "export",
+    "import",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 

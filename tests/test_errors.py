@@ -16,6 +16,7 @@ BUILT_IN_BASE = {
     "RecipeError": ValueError,
     "LayerError": RuntimeError,
     "RankError": RuntimeError,
+    "DeviceError": ValueError,
     "CalibrationError": ValueError,
     "CheckpointError": OSError,
     "ExportError": ValueError,

@@ -85,6 +85,10 @@ class CheckpointError(LoraqError, OSError):
     """A file is missing, truncated, foreign or contradicts its manifest."""
 
 
+class DeviceError(LoraqError, ValueError):
+    """A device is unknown, is not here, or cannot solve layers."""
+
+
 class KernelError(LoraqError, RuntimeError):
     """No back end can run this layer on this device."""
 

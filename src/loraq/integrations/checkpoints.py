@@ -18,6 +18,7 @@ from loraq.checkpoint.model_index import (
     read_components,
 )
 from loraq.checkpoint.stats_file import file_of_stats
+from loraq.devices import ALL, AUTO, find_devices
 from loraq.errors import CheckpointError, list_some
 from loraq.integrations.diffusers import model_folder, model_of, require_float
 from loraq.integrations.hub import local_path
@@ -51,6 +52,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     config: str | Path | None = None,
     variant: str | None = None,
     stats: Stats | StatsByComponent | None = None,
+    device: str | torch.device = AUTO,
     workers: Workers = 1,
     shard_bytes: Size = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -82,6 +84,9 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             such copy gives its default, as in diffusers.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; of several
             components a mapping of these by component. `None` needs no data.
+        device: where layers are solved: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …,
+            or "all" (every GPU, a worker for each); `workers` take turns on the devices of a kind.
+            Another kind of device gives other bytes, as good; the manifest names it.
         workers: processes that solve layers at a time, on one thread each. A script that asks for
             more than one needs the usual `if __name__ == "__main__":`, because they import it.
             Where torchrun runs the script, its ranks share the layers instead, each makes this
@@ -101,13 +106,15 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the target cannot be written, or was begun with
             other settings.
+        DeviceError: there is no such device.
         LayerError: a layer failed; the message names it. What is finished is kept for the next
             call.
         RankError: torchrun's ranks cannot meet, or are given `workers`, too.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe_file, recipe = Path(target), file_of(recipe), Recipe.of(recipe)
-    with open_ranks(workers) as ranks:
+    devices = find_devices(device)
+    with open_ranks(workers, at_least=len(devices) if device == ALL else 1) as ranks:
         located = locate(source, config, variant, components)
         by_component = split_stats(stats, list(located.checkpoints))
         # Of the folder that a configuration is in, nothing else is read.
@@ -119,7 +126,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             located.open(recipe),
             target,
             recipe,
-            Settings(ranks, shard_bytes, overwrite, restart, link),
+            Settings(ranks, devices, shard_bytes, overwrite, restart, link),
             stats={name: each for name, each in opened.items() if each is not None},
             progress=progress,
         )

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loraq import disk
 from loraq.checkpoint.journal import Journal, describe_change
 from loraq.checkpoint.partial import (
@@ -46,10 +48,12 @@ StatsOfAll = Mapping[str, Mapping[str, ActivationStats]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Who writes the files, and how; none of this changes a number."""
+    """Who writes the files, where and how; of this only the kind of device changes a number."""
 
     #: Who shares the work; each of them calls this, and gets the same.
     ranks: Ranks = field(default_factory=Ranks)
+    #: Where layers are solved; the kind of these decides bytes.
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     #: Largest shard, unless one tensor alone is larger.
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Whether a model folder that is there may be replaced.
@@ -113,7 +117,7 @@ def _quantize_files(
     """Lead a run."""
     ranks = settings.ranks
     remove_leftovers(folder)
-    target = Target.of(origin, settings.shard_bytes)
+    target = Target.of(origin, settings.shard_bytes, settings.devices)
     is_there = not settings.restart and may_be_complete(folder, target)
     if not is_there:
         require_target(folder, overwrite=settings.overwrite)
@@ -121,7 +125,7 @@ def _quantize_files(
     stats_hashes = _hash_stats(origin, stats, recipe)
     # Sharing a budget takes no more space.
     origin = share_from_files(origin, recipe, ranks=ranks, progress=progress)
-    target = Target.of(origin, settings.shard_bytes)
+    target = Target.of(origin, settings.shard_bytes, settings.devices)
     if is_there:
         if complete := find_complete(folder, target, recipe, stats_hashes):
             ranks.broadcast("layout", None)
@@ -134,7 +138,7 @@ def _quantize_files(
     ) as place:
         journal = place.journal
         target.allocate(place.folder)
-        work = _work_of(target, folder, fingerprint, stats, ranks)
+        work = _work_of(target, folder, fingerprint, stats, settings)
         checked = _hash_weights(origin)
         jobs = [
             job
@@ -187,7 +191,7 @@ def _help(
     """
     ranks, stats_hashes = settings.ranks, _hash_stats(origin, stats, recipe)
     origin = share_from_files(origin, recipe, ranks=ranks, progress=False)
-    target = Target.of(origin, settings.shard_bytes)
+    target = Target.of(origin, settings.shard_bytes, settings.devices)
     theirs = ranks.broadcast("layout")
     if theirs is not None:
         ours = json.loads(json.dumps(target.fingerprint(recipe, stats_hashes)))
@@ -197,7 +201,7 @@ def _help(
                 f"{describe_change(theirs, ours)}. All ranks need the same source, settings, "
                 "versions and kind of processor."
             )
-        for _ in ranks.run(_work_of(target, folder, ours, stats, ranks)):
+        for _ in ranks.run(_work_of(target, folder, ours, stats, settings)):
             pass
     reports = {}
     for part in target.parts:
@@ -213,7 +217,7 @@ def _work_of(
     folder: Path,
     fingerprint: Mapping[str, Any],
     stats: StatsOfAll,
-    ranks: Ranks,
+    settings: Settings,
 ) -> LayerWork:
     """Return what a worker of a run does."""
     files, journals = work_folders(folder)
@@ -221,7 +225,8 @@ def _work_of(
         part.component: Desk.of(part, files, stats.get(part.component), shared=ranks.size > 1)
         for part in target.parts
     }
-    return LayerWork(desks, None if ranks.board is None else journals, fingerprint)
+    is_alone = settings.ranks.board is None
+    return LayerWork(desks, None if is_alone else journals, fingerprint, settings.devices)
 
 
 def share_from_files(

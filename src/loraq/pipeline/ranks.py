@@ -148,19 +148,21 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(workers: int) -> Iterator[Ranks]:
+def open_ranks(workers: int, *, at_least: int = 1) -> Iterator[Ranks]:
     """Join the processes that share a run: those that torchrun started, or children of this one.
 
     On an error of a rank all others end too. The first one raises it; the others end silently.
 
     Args:
         workers: how many layers are solved at a time, where torchrun does not say so.
+        at_least: how many there should be, such as one for each device; torchrun knows better.
 
     Raises:
         MissingLibraryError: several are asked for, and torch was built without torch.distributed.
         RankError: the ranks that torchrun started cannot meet, or `workers` is given there, too.
     """
     size = _read_variable("WORLD_SIZE", 1)
+    workers = max(workers, at_least) if size == 1 else workers
     if size == 1 and workers == 1:
         yield Ranks()
         return

@@ -3,15 +3,18 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loraq.checkpoint.journal import Journal
 from loraq.checkpoint.journals import open_own
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import quantize_layer, read_matrices
 from loraq.pipeline.part import LayerWriter, Part
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport
 from loraq.pipeline.tickets import Data, Place
 from loraq.safetensors.reader import TensorReader
@@ -48,22 +51,26 @@ class LayerWork:
     #: Where each worker has a journal of its own; `None` if the leader does all and has one.
     journals: Path | None
     fingerprint: Mapping[str, Any]
+    #: Where layers are solved: the workers of a machine take turns.
+    devices: tuple[torch.device, ...]
 
     def open(self, place: Place) -> Callable[[Data], Data]:
         """Set a worker up."""
+        do = partial(self._do, self.devices[place.local % len(self.devices)])
         if self.journals is None:
-            return self._do
+            return do
         own = open_own(self.journals, place.index, json.loads(json.dumps(self.fingerprint)))
-        return lambda job: _note(own, self._do(job))
+        return lambda job: _note(own, do(job))
 
     def job_of(self, data: Data) -> LayerJob:
         """Return the layer that a job is about."""
         return self.desks[data["component"]].jobs[data["layer"]]
 
-    def _do(self, data: Data) -> Data:
+    def _do(self, device: torch.device, data: Data) -> Data:
         """Do a layer, and return its line for the journal once its bytes are on the disk.
 
         Args:
+            device: where it is solved.
             data: what `describe_job` returned.
         """
         desk, job = self.desks[data["component"]], self.job_of(data)
@@ -73,6 +80,7 @@ class LayerWork:
             _read_stats(desk, data),
             stats_sha256=data["stats_sha256"],
             prefix=desk.prefix,
+            device=device,
         )
         if finished.report.source_sha256 != data["source_sha256"]:
             raise CheckpointError(
