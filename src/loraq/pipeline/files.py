@@ -222,7 +222,8 @@ def _work_of(
     """Return what a worker of a run does."""
     files, journals = work_folders(folder)
     desks = {
-        part.component: Desk.of(part, files, stats.get(part.component)) for part in target.parts
+        part.component: Desk.of(part, files, stats.get(part.component), shared=ranks.size > 1)
+        for part in target.parts
     }
     is_alone = settings.ranks.board is None
     return LayerWork(desks, None if is_alone else journals, fingerprint, settings.devices)

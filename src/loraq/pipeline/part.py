@@ -25,11 +25,13 @@ class LayerWriter:
 
     layout: ShardLayout
     folder: Path
+    #: Whether other hosts may write to the same files.
+    shared: bool = False
 
     def write(self, name: str, packed: PackedWeight | PackedStack) -> str:
         """Write a layer, and return the hash of its parts once they are on the disk."""
         tensors = {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
-        self.layout.write(self.folder, tensors, sync=True)
+        self.layout.write(self.folder, tensors, sync=True, direct=self.shared)
         return _join(hashlib.sha256(tensor_bytes(t)).hexdigest() for t in tensors.values())
 
     def hash_written(self, job: LayerJob) -> str:

@@ -33,9 +33,11 @@ class Desk:
     stats: Mapping[str, ActivationStats] | None
 
     @classmethod
-    def of(cls, part: Part, folder: Path, stats: Mapping[str, ActivationStats] | None) -> "Desk":
-        """Return that of a part of the target that grows in a folder."""
-        writer = LayerWriter(part.layout, folder / part.component)
+    def of(
+        cls, part: Part, folder: Path, stats: Mapping[str, ActivationStats] | None, *, shared: bool
+    ) -> "Desk":
+        """Return that of a part of the target that grows in a folder, maybe of several hosts."""
+        writer = LayerWriter(part.layout, folder / part.component, shared)
         jobs = {job.name: job for job in part.source.plan.quantized}
         return cls(part.source.reader, writer, jobs, part.prefix, stats)
 

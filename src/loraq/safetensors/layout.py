@@ -124,13 +124,21 @@ class ShardLayout:
             disk.write_file(folder / self.index, self._index_json)
         disk.sync_folder(folder)
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor], *, sync: bool = False) -> None:
+    def write(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        sync: bool = False,
+        direct: bool = False,
+    ) -> None:
         """Write tensors at their places.
 
         Args:
             folder: where `allocate` made the files.
             tensors: some of the layout's tensors.
             sync: whether to return only when they are on the disk.
+            direct: whether other hosts write to the same files; see `disk.open_file`.
 
         Raises:
             CheckpointError: a tensor is not what the layout says, or has no numbers.
@@ -140,7 +148,7 @@ class ShardLayout:
         for name in tensors:
             by_file.setdefault(self.locations[name][0], []).append(name)
         for file, names in by_file.items():
-            descriptor = disk.open_file(folder / file, direct=sync)
+            descriptor = disk.open_file(folder / file, direct=direct)
             try:
                 for name in names:
                     self._require(name, tensors[name])
