@@ -162,12 +162,21 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @components_option
 @config_option
 @variant_option
+@click.option(
+    "--time",
+    "takes_time",
+    is_flag=True,
+    help="Estimate how long it takes, by a trial of the largest layer on --device.",
+)
+@device_option
 @recipe_options
-def plan(
+def plan(  # noqa: PLR0913 - each is an option
     source: Path,
     components: str | None,
     config: Path | None,
     variant: str | None,
+    takes_time: bool,
+    device: str,
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -180,15 +189,22 @@ def plan(
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0
     """
+    from loraq.devices import find_devices
     from loraq.integrations.checkpoints import plan_checkpoint
+    from loraq.pipeline.estimate import estimate_seconds, worker_nbytes
 
+    devices = find_devices(device)
     _warn_of_unknown_class(source, config)
     planned = plan_checkpoint(
         source, read_recipe(**recipe), components=components, config=config, variant=variant
     )
     show_notes(planned)
+    seconds = estimate_seconds(planned, devices[0]) if takes_time else None
+    memory = worker_nbytes(planned)
     if as_json:
-        print_json(_plan_document(planned))
+        print_json(
+            _plan_document(planned) | {"worker_nbytes": memory, "estimated_seconds": seconds}
+        )
         return
     for name, of_one in planned.components.items():
         click.echo(f"{show(name)}:")
@@ -198,6 +214,15 @@ def plan(
         _print_totals(planned)
     else:
         _print_plan(planned)
+    click.echo(
+        f"Loaded, the model takes {size_of(planned.model_nbytes)} and what decoding one layer "
+        f"needs. Quantizing takes about {size_of(memory)} beside the program, for each worker."
+    )
+    if seconds is not None:
+        click.echo(
+            f"Quantizing takes about {seconds / 60:.1f} minutes on {devices[0]} with one worker, "
+            "by a trial of the largest layer."
+        )
     if len(planned.sizes) > 1:
         click.echo()
         print_table(
