@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-exports fuzz crash lint fmt bench docs clean
+.PHONY: demo test check-fast test-bare test-exports fuzz crash lint fmt bench docs site clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
@@ -20,6 +20,8 @@ check-fast: .venv/dev.stamp lint
 crash: .venv/dev.stamp
 	@echo "crash: runs are killed before each of their system calls that change the disk (6 minutes)"
 	@$(BIN)/python -m tests.crash
+	@echo "crash: ranks, agents and hosts of small clusters are killed at random (2 minutes)"
+	@$(BIN)/python -m tests.crash.ranks
 
 lint: .venv/dev.stamp
 	@echo "lint: format, style, types"
@@ -45,10 +47,23 @@ fuzz: .venv/dev.stamp
 # loraq depends on it. Of cache-dit one file is read, so it comes without what it requires.
 test-exports: .venv-exports/stamp
 	@echo "test-exports: every target of loraq export by its own code (3 minutes)"
-	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py
+	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py tests/kernels/test_openvino.py
+
+site: .venv-docs/stamp
+	@echo "site: the documentation in site/, where every broken link is an error"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# A user's first minute: the wheel without extras, and nothing else. TORCH chooses a version.
+TORCH ?= 2.13.0
+test-bare: .venv/dev.stamp
+	@echo "test-bare: the wheel without extras, torch $(TORCH), in an environment of its own"
+	@rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
+	@$(BIN)/python -m hatchling build -t wheel -d .venv-bare/wheel
+	@.venv-bare/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) .venv-bare/wheel/*.whl
+	@.venv-bare/bin/python -I -c "import loraq" && .venv-bare/bin/python tests/bare/__main__.py
 
 clean:
-	rm -rf .venv .venv-exports demo
+	rm -rf .venv .venv-bare .venv-docs .venv-exports demo site
 
 .venv/torch.stamp: constraints.txt
 	@echo "setup: making .venv and installing torch (once, about a minute)"
@@ -61,9 +76,16 @@ clean:
 	@echo "setup: making .venv-exports with the programs that load exports (once, some minutes)"
 	@$(PYTHON) -m venv .venv-exports
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
-		gguf sdnq kernels onnxruntime openvino
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,onnx,openvino]' gguf sdnq kernels onnxruntime comfy-kitchen
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
+	@touch $@
+
+.venv-docs/stamp: constraints.txt
+	@echo "setup: making .venv-docs with the builder of the documentation"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs mkdocs-material mkdocstrings-python
 	@touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml

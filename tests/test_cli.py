@@ -21,7 +21,8 @@ from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
 from loraq.errors import CheckpointError, LoraqError
-from loraq.pipeline.ranks import Place, Ranks
+from loraq.pipeline.ranks import Ranks
+from loraq.pipeline.tickets import Place
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
@@ -40,6 +41,7 @@ COMMANDS = [
     "doctor",
     "stats",
     "export",
+    "import",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 

@@ -100,7 +100,8 @@ def test_a_house_has_these():
 
 
 def test_there_are_decisions():
-    names = [path.name for path in (ROOT / "docs" / "decisions").glob("*.md")]
+    pages = (ROOT / "docs" / "decisions").glob("*.md")
+    names = [page.name for page in pages if page.name != "index.md"]  # generated
     assert names
     assert all(re.match(r"\d{4}-[a-z0-9-]+\.md$", name) for name in names)
 
@@ -271,3 +272,17 @@ def test_the_command_line_page_names_every_command_and_option():
 @on_every_page
 def test_a_page_names_no_place_of_somebody_s_machine(page):
     return re.findall(r"(?:/home/|/root/|/Users/|C:\\)\S*", text_of(page))
+
+
+def test_the_lab_book_has_a_verdict_for_every_question():
+    text = text_of(Path("docs/log.md"))
+    entries = re.findall(r"^## (\S+) — (.*)$", text, re.MULTILINE)
+    assert re.findall(r"^\| (\d\S+) \| (.*) \| .+ \|$", text, re.MULTILINE) == entries
+
+
+def test_every_page_can_be_reached_on_the_site():
+    listed = set(re.findall(r"^ +- .*: (\S+\.md)$", text_of(Path("mkdocs.yml")), re.MULTILINE))
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert listed == pages | {"decisions/index.md"}
+    notes = {page.name for page in (ROOT / "docs" / "decisions").glob("[0-9]*.md")}
+    assert set(re.findall(r"\]\((.+?)\)", text_of(Path("docs/decisions/index.md")))) == notes

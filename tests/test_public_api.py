@@ -27,6 +27,7 @@ PUBLIC = [
     "dequantize_",
     "export",
     "get_format",
+    "import_checkpoint",
     "load",
     "load_into",
     "load_stats",

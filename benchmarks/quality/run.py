@@ -90,6 +90,11 @@ class Job:
         return all_tables(self.world)[self.group][self.index]
 
     @property
+    def rounds(self) -> int:
+        """Alternations that it is asked for; 0 where it does none."""
+        return int(self.contender.options.get("rounds", 0))
+
+    @property
     def names(self) -> tuple[str, str, str]:
         """What tells a reader which row it is."""
         return self.contender.label, self.contender.recipe, f"seed {self.seed}"
@@ -130,8 +135,9 @@ def main() -> None:
                     jobs.append(
                         Job(name, group, index, seed, chosen.effort, pictures, known_as or "")
                     )
-        # The quick ones first, seed by seed: a run that is killed leaves whole columns.
-        jobs.sort(key=lambda job: (job.seed, job.contender.options.get("rounds", 0)))
+        # Seed by seed, and of the alternating rivals the longest first: a run that is killed has
+        # met the strongest.
+        jobs.sort(key=lambda job: (job.seed, job.rounds > 0, -job.rounds))
         run(name, jobs, chosen.workers)
 
 

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.record import options, report
 from benchmarks.worlds.matrices import dit_like
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import quantize_layer
-from loraq.pipeline.plan import LayerJob
 from loraq.recipe import Recipe
 
 SHAPE = (1152, 4608)

@@ -12,7 +12,7 @@ from loraq.methods import METHODS, LoRaQ
 from loraq.methods.base import Method
 from loraq.methods.noise import ActivationNoise
 from loraq.pipeline import layer
-from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.ranks import Place
 from loraq.pipeline.worker import LayerWork
 from loraq.recipe import Recipe

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from loraq.errors import CheckpointError, LayerError, LoraqWarning, MissingLibraryError, RankError
-from loraq.pipeline import ranks
+from loraq.pipeline import tickets
 from loraq.pipeline.board import open_on_loopback
-from loraq.pipeline.ranks import Data, Place, open_ranks
+from loraq.pipeline.ranks import open_ranks
+from loraq.pipeline.tickets import Data, Place
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ def test_the_errors_of_workers(action, kind, match):
 
 @pytest.mark.slow
 def test_when_all_workers_are_killed_the_layer_is_named(monkeypatch):
-    monkeypatch.setattr(ranks, "_LEASE", 2)
+    monkeypatch.setattr(tickets, "LEASE", 2)
     with (
         pytest.warns(
             LoraqWarning, match="A worker was killed by signal 9; the others do its layer"
         ),
         pytest.raises(
             LayerError,
-            match="Layer 'x' failed: its worker was killed by signal 9. If memory ran out, use few",
+            match=r"Layer 'x' failed: its worker was killed by signal 9\. If memory ran out, use",
         ),
     ):
         do([{"name": "x", "action": "die"}, {"name": "a", "value": 2}], 2)
@@ -133,7 +134,7 @@ def test_when_all_workers_are_killed_the_layer_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_the_layer_of_a_lost_worker_is_taken_by_another(monkeypatch, tmp_path):
-    monkeypatch.setattr(ranks, "_LEASE", 2)
+    monkeypatch.setattr(tickets, "LEASE", 2)
     jobs = [{"name": "x", "value": 3, "action": "die once"}, *numbers(4)]
     with pytest.warns(LoraqWarning, match="killed by signal 9"):
         results = do(jobs, 2, Work(str(tmp_path)))
@@ -149,7 +150,7 @@ def test_a_torch_without_torch_distributed_has_one_worker(monkeypatch):
 
 def test_torchrun_and_workers_are_one_too_many(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(RankError, match="torchrun started 4 ranks.* Leave `--workers`"):
+    with pytest.raises(RankError, match=r"torchrun started 4 ranks.* Leave `--workers`"):
         do([], 2)
 
 

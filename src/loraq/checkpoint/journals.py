@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ _PATIENCE = 10.0
 
 
 def open_own(folder: Path, worker: int, fingerprint: Mapping[str, Any]) -> Journal:
-    """Begin the journal of a worker, which has it, and its lock, until its process ends.
+    """Open the journal of a worker, which has it, and its lock, until its process ends.
+
+    A rank that is started again while its run goes on finds its own.
 
     Args:
         folder: of all workers' journals.
@@ -40,8 +42,9 @@ def open_own(folder: Path, worker: int, fingerprint: Mapping[str, Any]) -> Journ
         os.close(descriptor)
         raise _busy(path)
     journal = Journal(descriptor, path)
-    journal.begin(_short(fingerprint))
-    disk.sync_folder(folder)
+    if journal.fingerprint != _short(fingerprint):
+        journal.begin(_short(fingerprint))
+        disk.sync_folder(folder)
     return journal
 
 
@@ -59,6 +62,17 @@ def gather(folder: Path, journal: Journal) -> None:
                 for name in left.layers.keys() - journal.layers.keys() if same else ():
                     journal.note(left.layers[name])
         path.unlink()
+
+
+def list_noted(folder: Path) -> set[str]:
+    """Return the layers that workers have noted; they may still be at work."""
+    names = set()
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_bytes().splitlines(keepends=True)[1:]:
+            if line.endswith(b"\n"):
+                with suppress(ValueError, KeyError):  # what is damaged, the next run refuses
+                    names.add(json.loads(line.partition(b" ")[2])["name"])
+    return names
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from typing import Any
 from loraq import disk
 from loraq.checkpoint.folder import refusal, require_free, require_writable, resolve_target
 from loraq.checkpoint.journal import Journal, describe_change
-from loraq.checkpoint.journals import gather
+from loraq.checkpoint.journals import gather, list_noted
 from loraq.checkpoint.private import make_private, require_alone
-from loraq.errors import CheckpointError, LayerError, LoraqWarning
+from loraq.errors import CheckpointError, LayerError, LoraqWarning, RankError
 
 _JOURNAL, _JOURNALS, _FILES, _REPLACED = "journal.jsonl", "journals", "files", "replaced"
 #: Longest name, in bytes, of which the partial folder's is made; file systems take 255.
@@ -69,6 +69,11 @@ class PartialFolder:
     def is_there(self) -> bool:
         """Return whether nobody has removed the folder meanwhile."""
         return (self.path / _JOURNAL).is_file() and self.folder.is_dir()
+
+    @property
+    def n_kept(self) -> int:
+        """How many layers are finished, those too that only their worker has noted."""
+        return len(self.journal.layers.keys() | list_noted(self.path / _JOURNALS))
 
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Forget what an earlier run has left, and begin anew."""
@@ -200,20 +205,21 @@ def resumable_folder(
     with _open_partial(target, restart=restart) as partial:
         journal = partial.journal
         partial.require_same(fingerprint, n_layers)
+        published = False
         try:
             require_free(partial.target, overwrite=overwrite)
             partial.resume() if journal.layers else partial.begin(fingerprint)
             yield partial
             partial.publish(overwrite=overwrite)
-            journal.layers = {}
-        except (CheckpointError, LayerError) as error:
-            kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
+            published = True
+        except (CheckpointError, LayerError, RankError) as error:
+            kept = _describe_kept(partial.n_kept, n_layers) if partial.is_there() else ""
             raise type(error)(f"{error}{kept}") from error
         except OSError as error:
-            kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
+            kept = _describe_kept(partial.n_kept, n_layers) if partial.is_there() else ""
             raise CheckpointError(f"{refusal(target, error)}{kept}") from error
         finally:
-            if not journal.layers:  # nothing that is worth keeping, or everything is in its place
+            if published or not partial.n_kept:
                 partial.remove()
 
 
@@ -326,7 +332,7 @@ def _count_kept(target: Path) -> int:
     except OSError:
         return 0
     try:
-        return len(Journal(descriptor, path).layers)
+        return len(Journal(descriptor, path).layers.keys() | list_noted(path.parent / _JOURNALS))
     except CheckpointError:
         return 0
     finally:

@@ -114,6 +114,26 @@ def size_option_value(_context: click.Context, _parameter: click.Parameter, text
     return size
 
 
+shard_size_option = click.option(
+    "--shard-size",
+    "shard_bytes",
+    default="2GB",
+    show_default=True,
+    callback=size_option_value,
+    help="Largest file.",
+)
+
+
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace a model that is at TARGET."
+)
+
+
+link_option = click.option(
+    "--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them."
+)
+
+
 def stats_option_value(
     _context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
 ) -> Path | dict[str, Path] | None:

@@ -20,8 +20,8 @@ from loraq.integrations.lora import Adapter, Lora, find_lora_file, read_lora
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLayer
 from loraq.options import checked
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import hash_tensor, quantize_layer
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe

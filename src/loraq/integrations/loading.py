@@ -22,9 +22,9 @@ from loraq.integrations.dtypes import take_kept_dtypes
 from loraq.integrations.hub import fetch_manifest
 from loraq.kernels import DEFAULT_BACKEND
 from loraq.layers import is_linear, matrix_of, replace_layer, set_backend
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import quantize_layer, require_usable
 from loraq.pipeline.module import plan_model
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import require_unscaled

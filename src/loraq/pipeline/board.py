@@ -13,6 +13,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -97,7 +99,10 @@ def require_distributed() -> None:
 
 
 class Board:
-    """Values and counters that all processes of a run see."""
+    """Values and counters that all processes of a run see.
+
+    Every method raises `RankError` when the store has gone.
+    """
 
     def __init__(self, store: Any, secret: bytes) -> None:
         """Wrap a store."""
@@ -107,14 +112,16 @@ class Board:
         """Write plain data under a key that nobody else writes to."""
         text = json.dumps(value)
         pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
-        for i, piece in enumerate(pieces[1:], start=1):
-            self._store.set(f"{key}#{i}", piece)
-        # The first piece last: when it is there, all are.
-        self._store.set(key, f"{self._seal(key, text)} {len(pieces)} {pieces[0]}")
+        with _explain_loss():
+            for i, piece in enumerate(pieces[1:], start=1):
+                self._store.set(f"{key}#{i}", piece)
+            # The first piece last: when it is there, all are.
+            self._store.set(key, f"{self._seal(key, text)} {len(pieces)} {pieces[0]}")
 
     def has(self, key: str) -> bool:
         """Return whether something stands under a key."""
-        return self._store.check([key])
+        with _explain_loss():
+            return bool(self._store.check([key]))
 
     def read(self, key: str) -> Any:
         """Return what stands under a key, once it is there.
@@ -124,8 +131,9 @@ class Board:
         """
         while not self.has(key):
             time.sleep(_LOOK)
-        seal, n_pieces, text = self._store.get(key).decode().split(" ", 2)
-        text += "".join(self._store.get(f"{key}#{i}").decode() for i in range(1, int(n_pieces)))
+        with _explain_loss():
+            seal, n_pieces, text = self._store.get(key).decode().split(" ", 2)
+            text += "".join(self._store.get(f"{key}#{i}").decode() for i in range(1, int(n_pieces)))
         if not hmac.compare_digest(seal, self._seal(key, text)):
             raise RankError(
                 "Another program has written into the store by which the workers share layers. "
@@ -135,10 +143,22 @@ class Board:
 
     def count(self, key: str, by: int = 1) -> int:
         """Add to a counter, and return what it has become."""
-        return self._store.add(key, by)
+        with _explain_loss():
+            return int(self._store.add(key, by))
 
     def _seal(self, key: str, text: str) -> str:
         return hmac.digest(self._secret, f"{key} {text}".encode(), "sha256").hex()
+
+
+@contextmanager
+def _explain_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            "The store by which the ranks share layers has gone, and with it the process that "
+            "kept it: rank 0, or torchrun on its machine."
+        ) from error
 
 
 class Pulse:
@@ -166,7 +186,7 @@ class Pulse:
                 if key := self.key:
                     self._board.count(key)
                 failed = has_failed(self._board)
-            except RuntimeError:  # the store has gone, and with it the run
+            except RankError:
                 failed = True
             if failed and not self._closed.wait(_BEAT):  # who has failed can say so first
                 os._exit(1)

@@ -12,9 +12,9 @@ from loraq.checkpoint.components import check_components, hash_components
 from loraq.checkpoint.manifest import FILE_NAME, Manifest, list_files
 from loraq.errors import CheckpointError
 from loraq.json_files import read_json
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.part import Part
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.target import Hashes, Target, list_siblings
 from loraq.recipe import Recipe

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from loraq import disk
 from loraq.checkpoint.journal import Journal, describe_change
 from loraq.checkpoint.partial import (
     explain_interrupt,
@@ -29,12 +30,13 @@ from loraq.errors import CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
 from loraq.pipeline.part import Part
 from loraq.pipeline.progress import ProgressCallback, show_layers
-from loraq.pipeline.ranks import Data, Ranks
+from loraq.pipeline.ranks import Ranks
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.pipeline.sharing import predict_from_file, share_budget
 from loraq.pipeline.source import Origin, name_component
 from loraq.pipeline.target import Target
+from loraq.pipeline.tickets import Data
 from loraq.pipeline.worker import Desk, LayerWork, describe_job, entry_of
 from loraq.recipe import Recipe
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
@@ -153,6 +155,8 @@ def _quantize_files(
         jobs.sort(key=lambda job: -math.prod(work.job_of(job).shape))
         n_kept = n_layers - len(jobs)
         components = target.write_kept(place.folder, checked, link=settings.link)
+        if ranks.size > 1:
+            disk.sync_tree(place.folder)  # other hosts write beside what is there
         ranks.broadcast("layout", fingerprint)
         with show_layers(progress, "quantize") as show:
             # On an error all workers end first.

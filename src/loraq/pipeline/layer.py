@@ -16,7 +16,7 @@ from loraq.layers import LinearLayer, quantized_class
 from loraq.nn import QuantizedLayer
 from loraq.packed import LayerSolution, PackedStack, PackedWeight
 from loraq.pipeline.arithmetic import fixed_arithmetic
-from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
 from loraq.safetensors.header import DTYPE_NAMES

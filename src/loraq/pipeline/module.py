@@ -26,8 +26,9 @@ from loraq.methods import METHODS
 from loraq.methods.prediction import Prediction
 from loraq.options import Seed, Workers, checked
 from loraq.packed import LayerSolution
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import FinishedLayer, quantize_layer, require_usable, solve_layer
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, hash_used_stats, open_stats

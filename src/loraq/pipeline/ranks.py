@@ -17,59 +17,48 @@ had is done by another one. If it was only slow, both give the same, and write t
                     leads            works
     alone           this process     this process, without a board
     workers=N       this process     N children on one thread each
-    torchrun        rank 0           a child of rank 0, and every other rank
+    torchrun        rank 0           every rank; of rank 0 a thread beside the leader
 
 Children are spawned, not forked, leave Ctrl-C to their parent, and end when it ends, however that
 happens. Which of all these does a layer never changes a byte.
 """
 
+import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from loraq import errors
-from loraq.errors import LayerError, LoraqError, LoraqWarning, RankError, layer_failure
+from loraq.errors import LayerError, LoraqWarning, RankError
 from loraq.pipeline.board import Address, Board, Pulse, open_on_loopback, require_distributed
+from loraq.pipeline.tickets import (
+    LEASE,
+    Data,
+    Place,
+    Tickets,
+    Work,
+    attempt,
+    result_of,
+    take_tickets,
+)
 
-#: Seconds after which a ticket whose pulse stands still is given to another worker.
-_LEASE = 15.0
 #: Seconds between two looks at the board.
 _LOOK = 0.02
 
-#: Plain data: a job, and what it gave. Both have the "name" of a layer.
-Data = dict[str, Any]
 _runs = count()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which of the workers a process is."""
-
-    #: Among all workers of the run.
-    index: int
-    #: Among those of its machine.
-    local: int
-
-
-class Work(Protocol):
-    """What is done to each job; a worker process gets a copy by pickle."""
-
-    def open(self, place: Place) -> Callable[[Data], Data]:
-        """Set a worker up, once and before its first job, and return what does its jobs."""
-        ...
 
 
 @dataclass
@@ -79,7 +68,7 @@ class Ranks:
     rank: int = 0
     #: How many run this program: 1 unless torchrun started more.
     size: int = 1
-    #: Children that the leader starts; none if it works itself.
+    #: Children that the leader starts; none if it works itself, and under torchrun.
     workers: int = 0
     board: Board | None = None
     address: Address | None = None
@@ -115,44 +104,44 @@ class Ranks:
         """
         self.phases += 1
         if self.board is None:
-            do = work.open(Place(0, 0)) if jobs else None
-            for job in jobs:
-                assert do is not None
-                yield _attempt(do, job)
+            do = work.open(Place(0, 0))
+            yield from (attempt(do, job) for job in jobs)
         elif self.leads:
             yield from self._lead(work, jobs, self.board)
         else:
             place = Place(self.rank, _read_variable("LOCAL_RANK"))
-            n_tickets = _take_tickets(self.board, self.phases, work, place)
+            n_tickets = take_tickets(self.board, self.phases, work, place)
             keys = [f"{self.phases}/result/{number}" for number in range(n_tickets)]
             # Of a ticket that was written twice one result may be missing.
-            yield from (_result_of(self.board.read(key)) for key in keys if self.board.has(key))
+            yield from (result_of(self.board.read(key)) for key in keys if self.board.has(key))
 
     def _lead(self, work: Work, jobs: Sequence[Data], board: Board) -> Generator[Data]:
-        tickets = _Tickets(board, self.phases, jobs)
+        tickets = Tickets(board, self.phases, jobs)
         n_children = min(self.workers, len(jobs))
         children = [self._start(work, index) for index in range(n_children)]
         try:
-            while tickets.open:
-                yield from tickets.collect()
-                tickets.renew_lost()
-                _require_one_alive(children, tickets)
-                time.sleep(_LOOK)
+            with nullcontext() if self.size == 1 else _work_beside(board, self.phases, work):
+                while tickets.open:
+                    yield from tickets.collect()
+                    tickets.renew_lost()
+                    _require_one_alive(children, tickets)
+                    time.sleep(_LOOK)
+                tickets.end(n_children if self.size == 1 else self.size)
         finally:
             for child in children:
                 child.kill()
             for child in children:
                 child.join()
-        tickets.end(n_children + self.size - 1)
 
     def _start(self, work: Work, index: int) -> BaseProcess:
         """Start a child; it inherits a mask that blocks SIGINT from its first moment."""
         context = get_context("spawn")
-        place = Place(index, index) if self.size == 1 else Place(0, _read_variable("LOCAL_RANK"))
         resource_tracker.ensure_running()  # would unblock SIGINT if the first process started it
         with _no_interrupts():
             child = context.Process(
-                target=_serve, args=(self.address, self.phases, work, place), daemon=True
+                target=_serve,
+                args=(self.address, self.phases, work, Place(index, index)),
+                daemon=True,
             )
             child.start()
         return child
@@ -211,18 +200,47 @@ def _join(rank: int, size: int) -> Iterator[Ranks]:
         _be_quiet()
     with Pulse(board):
         try:
-            yield Ranks(rank, size, workers=int(rank == 0), board=board, address=address)
+            yield Ranks(rank, size, board=board, address=address)
         except BaseException:
-            if board.count("failed") > 1:
+            try:
+                speaks = board.count("failed") == 1
+            except RankError:  # the store has gone
+                speaks = rank == 0
+            if not speaks:
                 time.sleep(1)  # torchrun ends all when one has ended: the first has not spoken yet
                 os._exit(1)
             raise
     board.count("left")
-    patience = time.monotonic() + _LEASE
+    patience = time.monotonic() + LEASE
     while rank == 0 and not hosted and board.count("left", 0) < size:  # it keeps the store
         if time.monotonic() > patience:
             break
         time.sleep(_LOOK)
+
+
+@contextmanager
+def _work_beside(board: Board, phase: int, work: Work) -> Iterator[None]:
+    """Let a thread of the leader take tickets, too."""
+    place = Place(0, _read_variable("LOCAL_RANK"))
+
+    def take() -> None:
+        with suppress(RankError):  # the leader finds that out, too
+            take_tickets(board, phase, work, place)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        # An interpreter that ends in the middle of a layer may crash.
+        atexit.register(_exit_at_once)
+        raise
+    thread.join()
+
+
+def _exit_at_once() -> None:
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _be_quiet() -> None:
@@ -233,66 +251,7 @@ def _be_quiet() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-class _Tickets:
-    """The leader's side of a phase: which jobs are open, and who seems to be lost."""
-
-    def __init__(self, board: Board, phase: int, jobs: Sequence[Data]) -> None:
-        self._board, self._phase = board, phase
-        self._jobs: list[Data] = []
-        #: Numbers of the jobs without a result; a job that was written twice has two.
-        self.open: dict[int, Data] = {}
-        #: The last pulse of each ticket that was taken, and when it was new.
-        self._pulses: dict[int, tuple[int, float]] = {}
-        self._looked = 0.0
-        for job in jobs:
-            self._write(job)
-
-    def _write(self, job: Data) -> None:
-        number = len(self._jobs)
-        self._jobs.append(job)
-        self.open[number] = job
-        self._board.write(f"{self._phase}/ticket/{number}", {"job": job})
-
-    def taken(self) -> list[int]:
-        """Return the open tickets that somebody has taken."""
-        n_taken = self._board.count(f"{self._phase}/next", 0)
-        return [number for number in self.open if number < n_taken]
-
-    def collect(self) -> Iterator[Data]:
-        """Yield the results that have come."""
-        for number in self.taken():
-            key = f"{self._phase}/result/{number}"
-            if number not in self.open or not self._board.has(key):
-                continue
-            result = _result_of(self._board.read(key))
-            name = self.open[number]["name"]
-            self.open = {n: job for n, job in self.open.items() if job["name"] != name}
-            yield result
-
-    def renew_lost(self) -> None:
-        """Write the tickets again whose pulse stands still; those that wait take them."""
-        now = time.monotonic()
-        if now < self._looked + 1:
-            return
-        self._looked = now
-        for number in self.taken():
-            pulse = self._board.count(f"{self._phase}/pulse/{number}", 0)
-            last, since = self._pulses.setdefault(number, (pulse, now))
-            if pulse != last:
-                self._pulses[number] = pulse, now
-            elif now > since + _LEASE:
-                # Once: from now on the new one is watched.
-                self._pulses[number] = pulse, float("inf")
-                self._write(self.open[number])
-
-    def end(self, n_workers: int) -> None:
-        """Let all who wait for a ticket go."""
-        n_tickets = len(self._jobs)
-        for number in range(n_tickets, n_tickets + n_workers):
-            self._board.write(f"{self._phase}/ticket/{number}", {"end": n_tickets})
-
-
-def _require_one_alive(children: list[BaseProcess], tickets: _Tickets) -> None:
+def _require_one_alive(children: list[BaseProcess], tickets: Tickets) -> None:
     """Let others do what a child had that was killed; raise `LayerError` if there are none."""
     dead = [child for child in children if not child.is_alive()]
     if not dead:
@@ -314,59 +273,11 @@ def _require_one_alive(children: list[BaseProcess], tickets: _Tickets) -> None:
         )
 
 
-def _take_tickets(board: Board, phase: int, work: Work, place: Place) -> int:
-    """Do jobs until there are no more, and return how many tickets there were."""
-    do: Callable[[Data], Data] | None = None
-
-    def begin_and_do(job: Data) -> Data:
-        nonlocal do
-        do = do or work.open(place)
-        return do(job)
-
-    with Pulse(board) as pulse:
-        while True:
-            number = board.count(f"{phase}/next") - 1
-            ticket = board.read(f"{phase}/ticket/{number}")
-            if "end" in ticket:
-                return int(ticket["end"])
-            pulse.key = f"{phase}/pulse/{number}"
-            result: Data
-            try:
-                result = {"done": _attempt(begin_and_do, ticket["job"])}
-            except (LoraqError, OSError) as error:
-                result = {"error": type(error).__name__, "args": _args_of(error)}
-            pulse.key = ""
-            board.write(f"{phase}/result/{number}", result)
-
-
-def _attempt(do: Callable[[Data], Data], job: Data) -> Data:
-    """Do a job; an error that carries no message of ours gets the name of the layer."""
-    try:
-        return do(job)
-    except (LoraqError, OSError):
-        raise
-    except Exception as error:
-        raise layer_failure(job["name"], error) from error
-
-
-def _args_of(error: LoraqError | OSError) -> list[Any]:
-    if isinstance(error, LoraqError):
-        return [str(error)]
-    return [error.errno, error.strerror, None if error.filename is None else str(error.filename)]
-
-
-def _result_of(result: Mapping[str, Any]) -> Data:
-    """Return what a job gave, or raise what it raised."""
-    if "error" in result:
-        raise getattr(errors, result["error"], OSError)(*result["args"])
-    return dict(result["done"])
-
-
 def _serve(address: Address, phase: int, work: Work, place: Place) -> None:
     """Be a child."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _take_tickets(address.connect(), phase, work, place)
+    take_tickets(address.connect(), phase, work, place)
 
 
 def _end_with_parent() -> None:

@@ -19,10 +19,12 @@ from loraq.errors import LoraqError, RecipeError, layer_failure
 from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
 from loraq.pipeline.arithmetic import fixed_arithmetic
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import matrices_of, read_matrices
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
-from loraq.pipeline.ranks import Data, Place, Ranks
+from loraq.pipeline.ranks import Ranks
+from loraq.pipeline.tickets import Data, Place
 from loraq.recipe import Recipe
 from loraq.safetensors.reader import TensorReader
 from loraq.scheme import Branch, Scheme

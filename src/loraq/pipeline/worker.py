@@ -12,11 +12,11 @@ import torch
 from loraq.checkpoint.journal import Journal
 from loraq.checkpoint.journals import open_own
 from loraq.errors import CalibrationError, CheckpointError
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import quantize_layer, read_matrices
 from loraq.pipeline.part import LayerWriter, Part
-from loraq.pipeline.plan import LayerJob
-from loraq.pipeline.ranks import Data, Place
 from loraq.pipeline.report import LayerReport
+from loraq.pipeline.tickets import Data, Place
 from loraq.safetensors.reader import TensorReader
 from loraq.stats import ActivationStats
 
