@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from loraq.methods import LoRaQ
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import solve_layer
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.plan import Plan
 from loraq.stats import ActivationStats
 
 #: Matrices as large as a layer's that a worker holds at its peak, in fp32 and without statistics
