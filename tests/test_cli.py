@@ -385,13 +385,18 @@ def test_plan_shows_every_layer_and_why_it_is_kept(place):
         "why",
     ]
     assert lines[0].split() == headings
-    assert len(lines) == 1 + 16 + 3
-    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-3]}
+    assert len(lines) == 1 + 16 + 4
+    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-4]}
     assert shown["transformer_blocks.0.attn1.to_q"] == ["32×32", "mxfp4", "mxfp4"]
     assert shown["transformer_blocks.0.attn2.to_k"] == ["32×32", "kept", "2.0"]
     assert "text-side projection of the cross-attention" in text
-    assert lines[-3].startswith("8 layers quantized at ")
-    assert lines[-3].endswith(" bits per weight, 8 kept.")
+    assert lines[-4].startswith("8 layers quantized at ")
+    assert lines[-4].endswith(" bits per weight, 8 kept.")
+    assert lines[-1].startswith("Loaded, the model takes ")
+    assert "Quantizing takes about" in lines[-1]
+    assert "estimated_seconds" in document("plan", place / "float", *FAST)
+    timed = succeeds("plan", place / "float", *FAST, "--time", "--device", "cpu")
+    assert "minutes on cpu with one worker" in timed.splitlines()[-1]
     in_8_bits = succeeds("plan", place / "float", *FAST[:-2])
     assert "int8_b128 (kept)" in in_8_bits
     assert " bits per weight, 8 kept, 7 of them in 8 bits." in in_8_bits
@@ -725,7 +730,8 @@ def small_demo(monkeypatch):
     }
     seen = {}
 
-    def invented(*, n_images, workers, progress):
+    def invented(*, n_images, device, workers, progress):
+        assert device == "auto"
         seen.update(n_images=n_images, workers=workers)
         progress("[1 of 2] weight-only")
         return DemoResult(rows, images, {"mxfp4-a16+w8a8 LoRaQ": [0.1, 0.2]})
