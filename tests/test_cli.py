@@ -39,6 +39,7 @@ COMMANDS = [
     "doctor",
     "stats",
     "export",
+    "evaluate",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 
@@ -187,6 +188,9 @@ def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_
         ("stats", "a", "b", "--memory", "much"),
         ("stats", "a", "b", "--dtype", "int4"),
         ("stats", "a", "b", "--set", "height"),
+        ("evaluate", "a", "b", "--images", "c"),
+        ("evaluate", "a", "b", "--prompts", "p"),
+        ("evaluate", "a", "b", "--prompts", "p", "--images", "c", "--count", "0"),
     ],
     ids=" ".join,
 )

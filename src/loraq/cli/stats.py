@@ -1,33 +1,21 @@
 """`loraq stats`: a pipeline draws samples of its own, what its layers see goes to a file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import component_option, read_recipe, size_option_value, variant_option
+from loraq.cli.options import (
+    DTYPES,
+    call_option,
+    component_option,
+    read_recipe,
+    size_option_value,
+    variant_option,
+)
 from loraq.cli.output import print_json, size_of
 from loraq.errors import show
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _settings(
-    _context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]
-) -> dict[str, Any]:
-    """Read "height=512": a name and a JSON value, or plain text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not name or not equals:
-            raise click.BadParameter(f"'{pair}' is no NAME=VALUE, such as height=512.")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
 
 
 @command
@@ -76,17 +64,10 @@ def _settings(
 @click.option("--device", help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")
 @click.option(
     "--dtype",
-    type=click.Choice(_DTYPES),
+    type=click.Choice(DTYPES),
     help="Of the pipeline. [default: as the transformer is stored]",
 )
-@click.option(
-    "--set",
-    "call",
-    metavar="NAME=VALUE",
-    multiple=True,
-    callback=_settings,
-    help="Argument of the pipeline's call.",
-)
+@call_option
 @click.option("--overwrite", is_flag=True, help="Replace a file that is at TARGET.")
 def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Let the pipeline SOURCE draw images from noise, and write what its layers see to TARGET.
