@@ -54,10 +54,10 @@ site: .venv-docs/stamp
 # FID by torch-fidelity, resizing by clean-fid. Both want torchvision, which is built for CUDA: they lie
 # beside the environment, without it, and without the package `tests` that one of them installs.
 test-evaluate: .venv/dev.stamp
-	@echo "test-evaluate: FID by torch-fidelity and clean-fid, without torchvision (half a minute)"
+	@echo "test-evaluate: FID by torch-fidelity and clean-fid, without torchvision (a minute)"
 	@rm -rf .venv-evaluate && $(PIP) --no-deps --target .venv-evaluate torch-fidelity clean-fid
 	@rm -rf .venv-evaluate/tests
-	@PYTHONPATH=.venv-evaluate $(BIN)/pytest tests/evaluation/test_networks.py
+	@PYTHONPATH=.venv-evaluate $(BIN)/pytest tests/evaluation/test_networks.py tests/evaluation/test_paired.py -m 'not slow'
 
 # A user's first minute: the wheel without extras, and nothing else. TORCH chooses a version.
 TORCH ?= 2.13.0

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraq.errors import LoraqError
 from loraq.evaluation import weights
+from loraq.evaluation.libraries import inception_class
 from loraq.evaluation.lpips import alexnet_features
 
 
@@ -31,6 +33,19 @@ def random_alexnet(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     torch.manual_seed(0)
     state = {f"features.{name}": x for name, x in alexnet_features().state_dict().items()}
     return store(monkeypatch, "ALEXNET", {**state, "classifier.1.bias": torch.ones(2)}, folder)
+
+
+def random_inception(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[torch.nn.Module, Path]:
+    """Return torch-fidelity's own network, and the file of its weights; skip where it is not."""
+    try:
+        kind = inception_class()
+    except LoraqError:
+        pytest.skip("torch-fidelity is not installed: `make test-evaluate`")
+    blank = type("Blank", (kind,), {"load_state_dict": lambda *_, **__: None})
+    torch.manual_seed(0)
+    torch.save({}, folder / "empty.pth")
+    whole = blank("inception", ["2048"], feature_extractor_weights_path=folder / "empty.pth")
+    return whole, store(monkeypatch, "INCEPTION", whole.state_dict(), folder)
 
 
 def random_dinov2(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from tests.evaluation.metric_networks import (
     random_alexnet,
     random_clip,
     random_dinov2,
+    random_inception,
     store,
 )
 
@@ -82,16 +83,7 @@ def test_resizing_smooths_before_it_samples():
 
 
 def test_inception_sees_what_torch_fidelitys_own_forward_sees(tmp_path, monkeypatch):
-    try:
-        kind = inception_class()
-    except LoraqError:
-        pytest.skip("torch-fidelity is not installed: `make test-evaluate`")
-    blank = type("Blank", (kind,), {"load_state_dict": lambda *_, **__: None})
-    torch.manual_seed(0)
-    empty = tmp_path / "empty.pth"
-    torch.save({}, empty)
-    whole = blank("inception", ["2048"], feature_extractor_weights_path=empty)
-    path = store(monkeypatch, "INCEPTION", whole.state_dict(), tmp_path)
+    whole, path = random_inception(monkeypatch, tmp_path)
     pixels = numpy.random.default_rng(0).integers(0, 256, (299, 299, 3), dtype=numpy.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     found = features.inception_features([tmp_path / "a.png"], path, CPU)

@@ -17,7 +17,12 @@ import loraq
 from loraq.cli import main
 from loraq.errors import LoraqError
 from loraq.evaluation.prompts import Prompt
-from tests.evaluation.metric_networks import random_alexnet, random_clip
+from tests.evaluation.metric_networks import (
+    random_alexnet,
+    random_clip,
+    random_dinov2,
+    random_inception,
+)
 from tests.folders import files_of
 
 diffusers = pytest.importorskip("diffusers")
@@ -207,6 +212,19 @@ def test_figures_are_means_over_the_pairs(source, quantized, drawn, tmp_path, mo
     # Its mean leaves out the border that the tables' mean has.
     assert found.figure("SSIM").value == pytest.approx(sum(ssim) / 3, abs=5e-3)
     assert 0 < found.figure("LPIPS").value < 1
+
+
+def test_frechet_distances_are_of_all_images_and_have_no_interval(
+    source, quantized, drawn, tmp_path, monkeypatch
+):
+    random_inception(monkeypatch, tmp_path)
+    random_dinov2(tmp_path)
+    asked = {**FAST, "fid": True, "weights": tmp_path}
+    figures = evaluate(source, quantized, PROMPTS, drawn, **asked).figures[2:]
+    assert [figure.name for figure in figures] == ["FID", "FD DINOv2"]
+    for figure in figures:
+        assert 0 < figure.value < 1e3
+        assert figure.low is None
 
 
 def test_equal_images_are_perfect(source, drawn):
