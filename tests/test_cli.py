@@ -21,6 +21,8 @@ from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
 from loraq.errors import CheckpointError, LoraqError
+from loraq.pipeline.ranks import Ranks
+from loraq.pipeline.tickets import Place
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
@@ -262,14 +264,12 @@ def test_sizes_are_read_with_their_units(text, size):
 
 
 def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
-    from loraq.pipeline import files
-
-    def cut(work, jobs, workers):
-        yield work(jobs[0])
+    def cut(_, work, jobs):
+        yield work.open(Place(0, 0))(jobs[0])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "run_jobs", cut)
+        patch.setattr(Ranks, "run", cut)
         result = run("quantize", place / "float", tmp_path / "out", *FAST)
     assert result.exit_code == 130
     assert (
@@ -784,7 +784,7 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraq.pipeline.files.run_jobs", interrupt)
+    monkeypatch.setattr(Ranks, "run", interrupt)
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from small.pixart import small_pixart
 import loraq
 from loraq.checkpoint.inspect import DenseWeights
 from loraq.errors import CheckpointError, ExportError, MissingLibraryError
-from loraq.exports import onnx_graph
+from loraq.exports import onnx_graph, openvino_graph
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.table import TARGETS
 from loraq.integrations.diffusers import empty_model
@@ -34,13 +35,14 @@ RECIPES = {
         "rules": [{"match": "*norm*.linear", "skip": True}],
     },
     "onnx": "int4-a16+w8a8-r32",
+    "openvino": "mxfp4-a8+w6a6-r32",
     "torchao": "nvfp4-a16+bf16-r16",
     "dense": "mxfp4-a4+w8a8-r16-h32",
 }
 
 
 #: Targets whose configuration is that of a float model.
-FLOATS = ("gguf", "onnx", "dense")
+FLOATS = ("gguf", "onnx", "openvino", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def graph(monkeypatch):
-    """Packages of ONNX are not needed here: `make test-exports` builds and runs the graphs."""
+    """Their packages are not needed here: `make test-exports` builds and runs the graphs."""
     monkeypatch.setattr("loraq.exports.onnx.build_graph", lambda *_: b"graph")
+    made = {"graph": b"graph", "constants": b"numbers"}
+    monkeypatch.setattr(
+        "loraq.exports.openvino.build_graph", lambda *given: replace(given[-1], **made)
+    )
 
 
 def export(source: Path, target: Path, to: str, **options):
@@ -74,7 +80,7 @@ def test_a_target_holds_every_layer_of_its_recipe(place, tmp_path, to):
     assert report.nbytes == sum(
         size
         for name, size in report.files.items()
-        if name.endswith(("tensors", "gguf", "onnx", "data"))
+        if name.endswith(("tensors", "gguf", "onnx", "data", "xml", "bin"))
     )
     assert all((tmp_path / "out" / name).stat().st_size == n for name, n in report.files.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -106,7 +112,8 @@ def test_the_same_bytes_come_out_twice(place, tmp_path, to):
 def test_the_card_says_how_to_load_and_what_goes_wrong(place, tmp_path, to):
     export(place / to, tmp_path / "out", to)
     text = (tmp_path / "out/README.md").read_text()
-    assert ("InferenceSession" if to == "onnx" else "FluxTransformer2DModel.from_") in text
+    calls = {"onnx": "InferenceSession(", "openvino": "Core().compile_model("}
+    assert calls.get(to, "FluxTransformer2DModel.from_") in text
     assert '"out' in text
     assert str(tmp_path) not in text  # the card may be published
     assert all(trap in text for trap in TARGETS[to].about.traps)
@@ -123,13 +130,21 @@ def test_dense_weights_are_the_effective_ones(place, tmp_path):
 
 
 def test_the_report_counts_what_is_rounded(tmp_path):
-    save_quantized("flux", "int4-a16+nvfp4-r32", tmp_path / "quantized")
+    save_quantized("flux", "int4-a16+int8-r32", tmp_path / "quantized")
     report = export(tmp_path / "quantized", tmp_path / "out", "sdnq")
     assert report.counts["rounded"] == len(report.layers)
-    assert {layer.reason for layer in report.layers} == {"nvfp4 factors rounded to bfloat16"}
+    assert {layer.reason for layer in report.layers} == {"int8 factors rounded to bfloat16"}
     assert 0 < report.largest_change < 4e-3
     exact = export(tmp_path / "quantized", tmp_path / "fp32", "sdnq", dtype="float32")
     assert exact.counts["exact"] == len(exact.layers)
+
+
+@pytest.mark.parametrize("branch", ["bf16", "mxint8", "mxfp6_e2m3", "mxfp4", "nvfp4"])
+def test_branches_that_bf16_holds(tmp_path, branch):
+    save_quantized("flux", f"int4-a16+{branch}-r16-h0", tmp_path / "quantized")
+    planned = loraq.plan_export(tmp_path / "quantized", to="sdnq")
+    done = export(tmp_path / "quantized", tmp_path / "out", "sdnq")
+    assert planned.counts == done.counts == {"exact": 20, "rounded": 0, "dense": 0}
 
 
 def test_one_format_a_file_and_the_rest_is_dense(tmp_path):
@@ -161,7 +176,7 @@ def refused(source: Path, target: Path, to: str, **options) -> str:
 def test_a_rotation_is_refused_with_the_way_out(place, tmp_path, to):
     message = refused(place / "dense", tmp_path / "out", to)
     assert "are rotated" in message
-    assert "-h0" in message
+    assert f"Quantize with the recipe '{TARGETS[to].about.recipes[0]}'" in message
     assert "--to dense" in message
 
 
@@ -170,7 +185,7 @@ def test_too_much_that_would_be_dense_is_refused_with_the_recipe(tmp_path, to):
     save_quantized("flux", "mxfp4-a16+w8a8-r16", tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", to)
     assert "100% of the quantized weights as floats" in message
-    assert f"'{TARGETS[to].about.recipe}'" in message
+    assert f"Quantize with the recipe '{TARGETS[to].about.recipes[0]}'" in message
     report = export(tmp_path / "quantized", tmp_path / "out", to, allow_dense=True)
     assert report.dense_share == 1.0
 
@@ -184,7 +199,7 @@ def test_one_rank_is_required_or_filled_up(tmp_path):
     save_quantized("flux", recipe, tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite")
     assert "one rank for all layers, a multiple of 16, and there are 8, 24" in message
-    assert "--pad-rank" in message
+    assert "(`--pad-rank`). Quantize with the recipe 'nunchaku-int4'" in message
     report = export(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite", pad_rank=True)
     assert report.counts["exact"] == len(report.layers)
     written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
@@ -223,20 +238,23 @@ def test_an_unknown_target_is_named_with_the_closest(place, tmp_path):
     assert "Did you mean 'sdnq'?" in refused(place / "sdnq", tmp_path / "out", "sdqn")
 
 
-def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("loraq.exports.onnx.build_graph", onnx_graph.build_graph)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    with pytest.raises(MissingLibraryError, match=r'pip install "loraq\[onnx\]"'):
-        export(place / "onnx", tmp_path / "out", "onnx")
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch, to):
+    module = {"onnx": onnx_graph, "openvino": openvino_graph}[to]
+    monkeypatch.setattr(f"loraq.exports.{to}.build_graph", module.build_graph)
+    for library in ("onnxscript", "onnx_ir", "openvino"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=rf'pip install "loraq\[{to}\]"'):
+        export(place / to, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_inputs_of_a_class_must_be_known(tmp_path):
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_the_inputs_of_a_class_must_be_known(tmp_path, to):
     model = small_pixart(num_layers=1, use_additional_conditions=True)
     loraq.quantize_(model, "int4_b32-a16+bf16-r8", effort="fast", progress=False)
     loraq.save(model, tmp_path / "quantized")
-    message = refused(tmp_path / "quantized", tmp_path / "out", "onnx")
+    message = refused(tmp_path / "quantized", tmp_path / "out", to)
     assert "The inputs of PixArtTransformer2DModel with this configuration are not known" in message
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraq.cli.command import command
+from loraq.cli.options import device_option
 from loraq.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", default=40, show_default=True, type=click.IntRange(10), help="Samples for each row."
 )
+@device_option
 @click.option(
     "--workers",
     default=2,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Layers solved at a time.",
 )
-def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
+def demo(out: Path, images: int, device: str, workers: int, as_json: bool) -> None:
     """Quantize a small trained transformer in every way at equal bytes, and measure.
 
     \b
@@ -40,7 +42,12 @@ def demo(out: Path, images: int, workers: int, as_json: bool) -> None:
     from loraq.evaluation.report import draw, require_drawable
 
     require_drawable(out / "report.png")
-    result = run(n_images=images, workers=workers, progress=lambda line: click.echo(line, err=True))
+    result = run(
+        n_images=images,
+        device=device,
+        workers=workers,
+        progress=lambda line: click.echo(line, err=True),
+    )
     draw(result, out / "report.png")
     if as_json:
         print_json(

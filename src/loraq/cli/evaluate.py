@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import DTYPES, call_option
+from loraq.cli.options import DTYPES, call_option, device_option
 from loraq.cli.output import print_json, print_table
 from loraq.errors import show
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     help="Folder with the weights of metrics. [default: the caches of torch and of the hub]",
 )
 @call_option
-@click.option("--device", help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),

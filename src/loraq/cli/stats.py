@@ -10,6 +10,7 @@ from loraq.cli.options import (
     DTYPES,
     call_option,
     component_option,
+    device_option,
     read_recipe,
     size_option_value,
     variant_option,
@@ -61,7 +62,7 @@ from loraq.errors import show
     help="What counting may take beside the pipeline. If it is too little for all layers at once, "
     "all images are drawn several times.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from loraq.devices import AUTO, find_devices
 from loraq.evaluation.contender import Contender, Row, simulate
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
@@ -114,6 +115,7 @@ def run(
     n_images: Annotated[int, Range(2, 100_000)] = 100,
     steps: Annotated[int, Range(1, 100_000)] = 10,
     effort: Literal["fast", "default", "best"] = "default",
+    device: str | torch.device = AUTO,
     workers: Workers = 1,
     progress: Callable[[str], None],
 ) -> DemoResult:
@@ -123,9 +125,11 @@ def run(
         n_images: samples for each contender, from the same noise.
         steps: Euler steps of the sampler.
         effort: of method "loraq".
+        device: where layers are solved, as for `quantize_`; images are drawn on the CPU.
         workers: layers solved at a time.
         progress: called with a line before each contender.
     """
+    find_devices(device)  # what is not there is refused before long work
     trained = load_transformer(torch.float32)
     judge = Judge.from_assets()
     labels = torch.arange(n_images, device="cpu") % 10
@@ -157,7 +161,9 @@ def run(
             model = copy.deepcopy(trained)
             stats = own if contender.statistics else None
             recipe = contender.to_recipe(budget=BUDGET, effort=effort)
-            report = quantize_(model, recipe, stats=stats, workers=workers, progress=False)
+            report = quantize_(
+                model, recipe, stats=stats, device=device, workers=workers, progress=False
+            )
             simulate(model)
             images = sample(model, labels, seed=0, steps=steps)
             row = _row(group, contender, report, measure(model, images))

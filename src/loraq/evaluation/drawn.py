@@ -28,6 +28,7 @@ from loraq.checkpoint.folder import file_sha256, refusal
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model_index import is_pipeline, read_components
 from loraq.checkpoint.partial import atomic_file
+from loraq.devices import describe_devices
 from loraq.errors import CheckpointError, LoraqError
 from loraq.evaluation.prompts import Prompt
 from loraq.integrations.activations import set_activations
@@ -144,7 +145,7 @@ class Settings:
             "weights_sha256": artist.sha256(),
             "call": dict(self.call),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": _describe_device(self.device),
+            "device": describe_devices((self.device,)) or self.device.type,
             "simulate": self.simulate,
             "versions": {name: version(name) for name in libraries},
         }
@@ -200,11 +201,6 @@ def _simulate(pipeline: Any) -> None:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module) and quantized_layers(part):
             set_activations(part, "stored", simulate=True)
-
-
-def _describe_device(device: torch.device) -> str:
-    """Return what decides which kernels run: of GPUs their name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _draw_one(pipeline: Any, prompt: Prompt, call: Mapping[str, Any]) -> Any:

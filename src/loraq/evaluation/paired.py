@@ -14,6 +14,7 @@ from torch import Tensor
 import loraq.diffusers  # noqa: F401 (quantized folders can be loaded then)
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.model_index import read_components
+from loraq.devices import AUTO, find_device
 from loraq.errors import LoraqError
 from loraq.evaluation import weights as sources
 from loraq.evaluation.drawn import Artist, Settings, draw
@@ -27,7 +28,7 @@ from loraq.evaluation.libraries import inception_class, torchmetrics
 from loraq.evaluation.lpips import LPIPS
 from loraq.evaluation.metrics import frechet_distance, psnr_db
 from loraq.evaluation.prompts import Prompt
-from loraq.integrations.drawing import pipeline_class, pipeline_folder, require_call, usable_device
+from loraq.integrations.drawing import pipeline_class, pipeline_folder, require_call
 from loraq.integrations.hub import local_path
 from loraq.layer_input import INPUT_DTYPES
 from loraq.options import checked
@@ -99,7 +100,7 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command too
     clip: bool = False,
     weights: str | Path | None = None,
     call: Mapping[str, Any] | None = None,
-    device: str | torch.device | None = None,
+    device: str | torch.device = AUTO,
     dtype: torch.dtype | None = None,
     simulate: bool = False,
     progress: ImageCallback | bool = True,
@@ -121,7 +122,7 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command too
         clip: whether the CLIP score of both is computed.
         weights: folder of the metrics' weights, looked at before the usual caches.
         call: further arguments of both pipelines' calls, such as `{"num_inference_steps": 4}`.
-        device: such as "cuda"; `None` takes a GPU if there is one.
+        device: such as "cuda"; by default a GPU if there is one.
         dtype: of both pipelines; `None` takes that in which a's denoiser is stored.
         simulate: whether activations are rounded as the recipe says on every device, as published
             tables have it; else as they would run on this one (`loraq.set_activations`).
@@ -129,6 +130,7 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command too
             image.
 
     Raises:
+        DeviceError: there is no such device.
         CheckpointError: a pipeline cannot be read, or the images cannot be written.
         LoraqError: a metric's weights or library are missing, an argument does not fit, a pipeline
             fails, or the images of the two differ in size.
@@ -136,7 +138,7 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command too
     networks = _Networks.find(
         None if weights is None else Path(weights), lpips=lpips, fid=fid, clip=clip
     )
-    place = usable_device(device)
+    place = find_device(device)
     first = Artist(pipeline_folder(local_path(a)))
     second = Artist.of(local_path(b), first)
     require_apart(images, first.folder, second.folder, second.model)

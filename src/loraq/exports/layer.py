@@ -12,6 +12,7 @@ from loraq.formats.block import BlockFormat
 from loraq.packed import LowRankBranch
 from loraq.safetensors.header import TensorSpec
 from loraq.scheme import Scheme
+from loraq.targets import Limits
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Head:
     def is_whole(self) -> bool:
         """Whether every block is full."""
         return self.shape[1] % self.block == 0
+
+    def explain_misfit(self, limits: Limits) -> str:
+        """Return why it is beyond the limits of a target; "" if it is within them."""
+        scheme, shape = self.scheme, self.packed_shape
+        return limits.explain_misfit(scheme, shape, is_conv=self.is_conv, lora_rank=self.lora_rank)
 
 
 @dataclass(frozen=True, eq=False)

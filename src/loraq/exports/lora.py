@@ -11,6 +11,11 @@ from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 STEM = "branch"
 
 #: What a model card must say of it.
+#: Python that puts the branch beside the layers of `model`.
+LOAD = (
+    'model.load_lora_adapter("{folder}/branch.safetensors", prefix="transformer", '
+    'adapter_name="loraq")'
+)
 TRAPS = (
     "Without `branch.safetensors` the model runs and is wrong. Its strength is 1.0, always.",
     "Never fuse or merge it (`fuse_lora`, `merge_and_unload`, a loader that merges): the sum is "

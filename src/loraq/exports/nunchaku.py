@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraq.errors import ExportError
+from loraq.exports.advice import recommend
 from loraq.exports.codes import (
     Tiling,
     e2m1_values,
@@ -23,14 +24,12 @@ from loraq.exports.codes import (
 )
 from loraq.exports.factors import cast_factors, explain_rounding, pad_rank
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, most_common
+from loraq.exports.target import LOAD_IN_16_BITS, About, Job, Target, most_common
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 
-_TILE = 128
 #: Values that share a scale, by the precision.
 _GROUP = {"int4": 64, "nvfp4": 16}
-_RANK_STEP = 16
 
 
 def codes_tiling(n: int, k: int) -> Tiling:
@@ -72,16 +71,13 @@ class NunchakuLite(Target):
         "Blackwell on",
         holds="INT4 (blocks of 64) or NVFP4, one of them a file, one rank, a multiple of 16; out "
         "and in multiples of 128; modulations as INT4 without a branch; no 1×1 convolutions",
-        exact="codes and scales; NVFP4's global scale to 3e-4; branches of bf16 and MX formats",
+        exact="codes and scales; branches of bf16, MX formats and NVFP4",
         activations="4 bits by the target's own rule (absmax / 7, or NVFP4 without a global scale)",
         verified="every permutation against cache-dit's packer; whole models (FLUX) by diffusers' "
         "loader and layers, the CUDA kernels emulated from their formulas",
         unverified="the CUDA kernels; signed INT4 scales, which loraq writes, on a card",
-        recipe="int4+bf16-r32",
         load="# pip install kernels; DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment\n"
-        "import diffusers\nimport torch\n\n"
-        "model = diffusers.{model_class}.from_pretrained("
-        '"{folder}", torch_dtype=torch.bfloat16)',
+        + LOAD_IN_16_BITS,
         traps=(
             "It does not run on Hopper (H100, H200), nor on a CPU.",
             "Run one prompt against loraq's own output first: no card was at hand for the kernels.",
@@ -95,17 +91,18 @@ class NunchakuLite(Target):
             raise ExportError(
                 "Target 'nunchaku-lite' runs in 16 bits. Use `--dtype bfloat16` or float16."
             )
-        able = [head for head in job.heads if not _misfit(head)]
+        able = [head for head in self.within if not _misfit(head)]
         svdq = [head for head in able if not _is_awq(head)]
         self.precision: str | None = most_common(svdq, lambda head: head.scheme.weight)
         ranks = sorted({h.rank for h in svdq if h.scheme.weight == self.precision})
         largest = max(ranks, default=0)
-        self.rank = max(_RANK_STEP, -(-largest // _RANK_STEP) * _RANK_STEP)
+        step = self.limits.rank_step
+        self.rank = max(step, -(-largest // step) * step)
         if ranks and ranks != [self.rank] and not job.pads_rank:
             raise ExportError(
-                f"Target 'nunchaku-lite' needs one rank for all layers, a multiple of {_RANK_STEP}"
-                f", and there are {', '.join(map(str, ranks))}. Fill up to {self.rank} with zeros "
-                f"(`--pad-rank`), or quantize again with '{self.about.recipe}'."
+                f"Target 'nunchaku-lite' needs one rank for all layers, a multiple of {step}, and "
+                f"there are {', '.join(map(str, ranks))}. Fill up to {self.rank} with zeros "
+                f"(`--pad-rank`). {recommend(self.about.name, job.heads, type(job.model))}"
             )
 
     def refuses(self, head: Head) -> str:
@@ -118,14 +115,11 @@ class NunchakuLite(Target):
 
     def explain_rounding(self, head: Head) -> str:
         """Return what of a layer is rounded."""
-        reasons = [explain_rounding(head, self.job.new_dtype)]
-        if head.scheme.weight == "nvfp4":
-            reasons.append("global scale rounded, by 3e-4 at most")
-        return ", ".join(reason for reason in reasons if reason)
+        return explain_rounding(head, self.job.new_dtype)
 
     def notes(self) -> list[str]:
         """Return what is special of the model here."""
-        held = [head for head in self.job.heads if not self.refuses(head)]
+        held = [head for head in self.job.heads if not self.why_dense(head)]
         weight_only = [h for h in held if not _is_awq(h) and h.scheme.activation == "bf16"]
         if not weight_only:
             return []
@@ -270,19 +264,9 @@ def _is_awq(head: Head) -> bool:
 
 
 def _misfit(head: Head) -> str:
-    """Return why no file of Nunchaku holds a layer."""
-    n, k = head.shape
+    """Return why no file of Nunchaku holds the format of a layer."""
     if head.scheme.weight not in _GROUP:
         return f"{head.scheme.weight} is neither INT4 in blocks of 64 nor NVFP4"
-    if head.is_conv:
-        return "Nunchaku has no quantized convolution"
-    if _is_awq(head):
-        return f"{n}×{k}: out in fours and in in 64s are needed" if n % 4 or k % 64 else ""
-    if head.is_modulation:
-        return (
-            "a modulation would run on 4-bit activations there: leave it in 16 bits (a rule with "
-            "skip = true), or quantize it as INT4 without a branch"
-        )
-    if n % _TILE or k % _TILE:
-        return f"{n}×{k}: multiples of {_TILE} are needed"
+    if head.is_modulation and not _is_awq(head):
+        return "a modulation would run on 4-bit activations there, unless it has no branch"
     return ""

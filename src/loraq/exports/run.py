@@ -10,6 +10,7 @@ from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import require_free
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import ExportError, list_some
+from loraq.exports.advice import recommend
 from loraq.exports.layer import Head
 from loraq.exports.report import DENSE, EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
@@ -17,10 +18,10 @@ from loraq.exports.table import get_target
 from loraq.exports.target import Job, Target
 from loraq.exports.write import Files
 from loraq.integrations.lora import find_lora_file
-from loraq.integrations.single_file import is_single_file_class
 from loraq.options import Size, checked
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.targets import limits_of
 
 #: Dtypes that `dtype` takes, by name.
 DTYPES = {
@@ -125,37 +126,36 @@ def _plan(
     pads_rank: bool,
     allow_dense: bool,
 ) -> tuple[Target, ExportReport]:
+    about, model_kind = kind.about, type(source.model)
+    advice = recommend(about.name, source.heads, model_kind)
+    if why := limits_of(about.name).explain_class(model_kind):
+        raise ExportError(f"Target '{about.name}' takes no {model_kind.__name__}: {why}. {advice}")
     rotated = [head.name for head in source.heads if head.scheme.rotation]
     if rotated and not kind.takes_rotation:
         raise ExportError(
             f"{len(rotated)} layers are rotated (first '{rotated[0]}'), and target "
-            f"'{kind.about.name}' has no rotation: its codes would stand for another weight. "
-            f"Quantize again with a recipe that ends in -h0, or with '{kind.about.recipe}'; or "
-            "export `--to dense`."
+            f"'{about.name}' has no rotation: its codes would stand for another weight. {advice} "
+            "Or export `--to dense`."
         )
-    name = type(source.model).__name__
     job = Job(
         heads=tuple(head for head in source.heads if not head.n_experts),
         model=source.model,
         config=source.config,
         floats=source.find_floats(),
-        takes_lora=hasattr(type(source.model), "load_lora_adapter"),
-        is_single_file=is_single_file_class(name),
         read_scale=source.read_scale,
         dtype=dtype,
         pads_rank=pads_rank,
     )
     target = kind(job)
     layers = [_predict(target, head) for head in source.heads]
-    report = ExportReport(kind.about, tuple(layers), tuple(target.notes()))
+    report = ExportReport(about, tuple(layers), tuple(target.notes()))
     if not kind.is_dense and report.dense_share > _MOST_DENSE and not allow_dense:
         dense = [layer for layer in layers if layer.fate == DENSE and not layer.is_kept]
         reasons = dict.fromkeys(layer.reason for layer in dense)
         raise ExportError(
-            f"Target '{kind.about.name}' would hold {report.dense_share:.0%} of the quantized "
+            f"Target '{about.name}' would hold {report.dense_share:.0%} of the quantized "
             f"weights as floats ({len(dense)} of {len(layers)} layers: "
-            f"{list_some(reasons, most=4)}). Quantize for it with the recipe "
-            f"'{kind.about.recipe}', choose another target, or allow that (`--allow-dense`)."
+            f"{list_some(reasons, most=4)}). {advice} Or allow that (`--allow-dense`)."
         )
     return target, report
 

@@ -5,13 +5,15 @@ from loraq.exports.dense import Dense
 from loraq.exports.gguf import Gguf
 from loraq.exports.nunchaku import NunchakuLite
 from loraq.exports.onnx import Onnx
+from loraq.exports.openvino import OpenVino
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.target import Target
 from loraq.exports.torchao import Torchao
 
 #: Every target, the one to try first at the top.
 TARGETS: dict[str, type[Target]] = {
-    target.about.name: target for target in (Sdnq, Gguf, NunchakuLite, Onnx, Torchao, Dense)
+    target.about.name: target
+    for target in (Sdnq, Gguf, NunchakuLite, Onnx, OpenVino, Torchao, Dense)
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraq.formats.element import ElementFormat
+from loraq.formats.element import ElementFormat, power_of_two_below
 from loraq.formats.faults import require_finite
 from loraq.formats.packing import pack, packed_width, unpack
 from loraq.formats.scale_rules import LARGEST, ScaleFit, ScaleRule, choose_scales, scale_rule
@@ -271,6 +271,14 @@ class BlockFormat:
             out[part] = values.mul_(scale[part]).flatten(-2)[..., :n]
         return out.view(q.shape)
 
+    def code_scales(self, q: QTensor) -> Tensor:
+        """Return what the codes of every block are multiplied by, for elements that are integers.
+
+        The shape is (rows, n_blocks, 1); an MX integer counts in fractions of its scale.
+        """
+        assert not self.element.is_float, "codes of floats are no numbers"
+        return self.scales(q) * 2.0**-self.element.mantissa_bits
+
     def scales(self, q: QTensor) -> Tensor:
         """Return the fp32 scale of every block of a packed tensor, the global scale included.
 
@@ -292,12 +300,22 @@ class BlockFormat:
         return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
 
     def _global_scale(self, x: Tensor) -> Tensor | None:
-        """Fp32 scales that bring the largest block scale of a matrix or row to E4M3's top; flat."""
+        """Fp32 scales that bring the largest block scale of a matrix or row to E4M3's top; flat.
+
+        What is stored takes the next power of two, so that every copy of it in 16 bits is the same
+        number; it leaves as much error (`benchmarks/quality/global_scale.py`). Those of rows are
+        not stored.
+        """
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
-        largest = x.float().abs().amax(dims).flatten().clamp_(max=LARGEST)
+        # Not of |x|, which would be a copy of x.
+        largest = torch.maximum(x.amax(dims), -x.amin(dims)).float().flatten().clamp_(max=LARGEST)
         top = largest / (self.element.max * 448.0)
+        if not self.of_rows:
+            below = power_of_two_below(top)
+            # Beyond 2^116 the largest value of a block would not be one of fp32: it saturates.
+            top = torch.where(below < top, 2 * below, below).clamp_(max=2.0**116)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
     def _scales(self, blocks: Tensor, rule: ScaleRule, global_scale: Tensor | None) -> Tensor:

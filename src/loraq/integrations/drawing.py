@@ -130,21 +130,3 @@ def draw_seeded(pipeline: Any, seed: int, call: Mapping[str, Any]) -> Any:
     """Return what a pipeline's call gives for a seed; the noise is the same on all devices."""
     torch.manual_seed(seed)  # for what a pipeline draws beside its generator
     return pipeline(generator=torch.Generator().manual_seed(seed), **call)
-
-
-def usable_device(name: str | torch.device | None) -> torch.device:
-    """Return a device that is there; by default a GPU if there is one.
-
-    Raises:
-        LoraqError: it cannot be used.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # a name that is none, and a device that is not there
-        raise LoraqError(
-            f"Device '{name}' cannot be used: {error}. Use 'cpu', or leave it out."
-        ) from error
-    return device

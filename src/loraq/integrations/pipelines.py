@@ -16,6 +16,7 @@ import torch
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.stats_file import require_room
+from loraq.devices import AUTO, find_device
 from loraq.errors import CalibrationError, LoraqError
 from loraq.integrations.diffusers import empty_model, float_folder
 from loraq.integrations.drawing import (
@@ -24,7 +25,6 @@ from loraq.integrations.drawing import (
     pipeline_class,
     pipeline_folder,
     require_call,
-    usable_device,
 )
 from loraq.integrations.hub import local_path
 from loraq.options import Seed, checked
@@ -78,7 +78,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     second_moment: bool = True,
     max_tokens: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    device: str | torch.device | None = None,
+    device: str | torch.device = AUTO,
     dtype: torch.dtype | None = None,
     call: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -109,7 +109,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             counts all. A pipeline that calls its model twice a step counts twice as many.
         memory_bytes: what the counts of layers may take together beside the pipeline. Where all are
             more, all images are drawn once for each group of layers.
-        device: such as "cuda"; `None` takes a GPU if there is one.
+        device: where the pipeline runs, such as "cuda:1"; "auto" is a GPU if there is one.
         dtype: of the whole pipeline; `None` takes that of the stored transformer.
         call: further arguments of the pipeline's call but its generator, such as `{"height": 512,
             "width": 512}`.
@@ -122,13 +122,14 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             enough for the recipe's method, the pipeline fails, a layer was never called, or one
             alone takes more than `memory_bytes`.
         CheckpointError: the source is not a float pipeline, or the target cannot be written.
-        LoraqError: diffusers is not installed, there is no such device, or the pipeline cannot be
-            run with these arguments.
+        DeviceError: there is no such device.
+        LoraqError: diffusers is not installed, or the pipeline cannot be run with these arguments.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     folder = pipeline_folder(local_path(source, variant))
     home, target = float_folder(folder, component), Path(target)
     require_apart(target, folder, file_of(recipe))
+    place = find_device(device)
     recipe, weights = Recipe.of(recipe), ShardReader(home, variant)
     require_unscaled(weights)
     using = find_users(Plan.of_model(empty_model(home), recipe), recipe)
@@ -140,7 +141,6 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         name: (width, width) if second_moment else (width,) for name, width in widths.items()
     }
     nbytes = require_room(target, moments, overwrite=overwrite)
-    device = usable_device(device)
     sampling = _Sampling.of(pipeline_class(folder), prompts, samples, steps, seed, call or {})
     tokens_per_call = None if max_tokens is None else sampling.share(max_tokens)
 
@@ -165,9 +165,9 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
 
     begin = time.perf_counter()
     # Loading draws random numbers too.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        pipeline = load_pipeline(folder, dtype, device, variant=variant)
-        show(0, images, f"drawing on {device} in {dtype}")
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        pipeline = load_pipeline(folder, dtype, place, variant=variant)
+        show(0, images, f"drawing on {place} in {dtype}")
         collect_stats(
             getattr(pipeline, home.name),
             run,
