@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-bare test-exports fuzz crash lint fmt bench gpu docs site clean
+.PHONY: demo test check-fast test-bare test-exports test-evaluate fuzz crash lint fmt bench gpu docs site clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
@@ -58,6 +58,14 @@ test-exports: .venv-exports/stamp
 site: .venv-docs/stamp
 	@echo "site: the documentation in site/, where every broken link is an error"
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# FID by torch-fidelity, resizing by clean-fid. Both want torchvision, which is built for CUDA: they lie
+# beside the environment, without it, and without the package `tests` that one of them installs.
+test-evaluate: .venv/dev.stamp
+	@echo "test-evaluate: FID by torch-fidelity and clean-fid, without torchvision (a minute)"
+	@rm -rf .venv-evaluate && $(PIP) --no-deps --target .venv-evaluate torch-fidelity clean-fid
+	@rm -rf .venv-evaluate/tests
+	@PYTHONPATH=.venv-evaluate $(BIN)/pytest tests/evaluation/test_networks.py tests/evaluation/test_paired.py -m 'not slow'
 
 # A user's first minute: the wheel without extras, and nothing else. TORCH chooses a version.
 TORCH ?= 2.13.0

@@ -43,6 +43,7 @@ COMMANDS = [
     "stats",
     "export",
     "import",
+    "evaluate",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 
@@ -191,6 +192,9 @@ def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_
         ("stats", "a", "b", "--memory", "much"),
         ("stats", "a", "b", "--dtype", "int4"),
         ("stats", "a", "b", "--set", "height"),
+        ("evaluate", "a", "b", "--images", "c"),
+        ("evaluate", "a", "b", "--prompts", "p"),
+        ("evaluate", "a", "b", "--prompts", "p", "--images", "c", "--count", "0"),
     ],
     ids=" ".join,
 )
