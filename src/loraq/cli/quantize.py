@@ -78,8 +78,14 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @click.option(
     "--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them."
 )
+@click.option(
+    "--report",
+    "with_report",
+    is_flag=True,
+    help="Also write the page of `loraq report` beside TARGET.",
+)
 @recipe_options
-def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+def quantize(source: Path, target: Path, with_report: bool, as_json: bool, **options: Any) -> None:
     """Quantize the model in SOURCE into the new folder TARGET.
 
     One tensor is in memory at a time.
@@ -93,17 +99,24 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     from loraq.checkpoint.apart import require_apart
     from loraq.integrations.checkpoints import quantize_checkpoint
+    from loraq.pages.files import require_place
+    from loraq.pages.report import page_beside, write_report
     from loraq.recipe import file_of
 
     _warn_of_unknown_class(source, options["config"])
     require_apart(target, file_of(options["recipe"]))
+    if with_report:
+        require_place(page_beside(target), source, options["config"], file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
     show_notes(report.plan)
+    if with_report:
+        write_report(target, page_beside(target))
     if as_json:
         print_json(
             {
                 "target": str(target),
+                "report": str(page_beside(target)) if with_report else None,
                 "already_complete": report.already_complete,
                 "recipe": report.recipe.to_dict(),
                 "notes": report.plan.notes,
@@ -149,6 +162,8 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
     show_size(report.plan.parameters, report.plan.model_nbytes)
     click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
+    if with_report:
+        click.echo(f"Report: {show(page_beside(target))}")
 
 
 @command
