@@ -706,10 +706,10 @@ def small_demo(monkeypatch):
     )
     seen = {}
 
-    def invented(*, every, n_images, workers, progress):
-        seen.update(every=every, n_images=n_images, workers=workers)
+    def invented(*, every, effort, n_images, workers, progress):
+        seen.update(every=every, effort=effort, n_images=n_images, workers=workers)
         progress("[1 of 2] weight-only")
-        return DemoResult(rows, (pictures, pictures, pictures))
+        return DemoResult(rows, (pictures, pictures, pictures), effort)
 
     monkeypatch.setattr(demo, "run", invented)
     return seen
@@ -718,7 +718,7 @@ def small_demo(monkeypatch):
 def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
     result = run("demo", "--out", tmp_path / "report", "--images", 12, "--workers", 1)
     assert result.exit_code == 0, result.stderr
-    assert small_demo == {"every": False, "n_images": 12, "workers": 1}
+    assert small_demo == {"every": False, "effort": "fast", "n_images": 12, "workers": 1}
     assert "[1 of 2]" in result.stderr
     assert "[1 of 2]" not in result.stdout
     assert "weight-only" in result.stdout
@@ -730,7 +730,7 @@ def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
 
 def test_demo_gives_one_document(small_demo, tmp_path):
     found = document("demo", "--all", "--out", tmp_path)
-    assert small_demo["every"]
+    assert (small_demo["every"], small_demo["effort"]) == (True, "default")
     assert [row["label"] for row in found["rows"]] == ["bf16 weights", "LoRaQ", "SVDQuant"]
     assert Path(found["report"]).is_file()
     assert Path(found["picture"]).is_file()

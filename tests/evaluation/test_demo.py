@@ -217,7 +217,7 @@ def invented() -> DemoResult:
     trained = replace(row, group="as trained", label="16 bits", recipe="", method="", nbytes=4096)
     rival = replace(row, label="SVDQuant", method="svdquant", velocity_error=0.01)
     pictures = tuple(torch.linspace(-1, 1, 768).view(12, 1, 8, 8) * scale for scale in (1, 0.9, 0))
-    return DemoResult((trained, row, rival), pictures)
+    return DemoResult((trained, row, rival), pictures, "fast")
 
 
 def test_every_row_has_a_bar(tmp_path, monkeypatch):

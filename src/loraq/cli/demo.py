@@ -49,6 +49,7 @@ def demo(out: Path, every: bool, images: int, workers: int, as_json: bool) -> No
     require_page(page)
     result = run(
         every=every,
+        effort="default" if every else "fast",
         n_images=images,
         workers=workers,
         progress=lambda line: click.echo(line, err=True),

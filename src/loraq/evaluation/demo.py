@@ -52,7 +52,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("SVDQuant ×100, INT4 main, 6-bit branch", "int4-a16+w6a6", "svdquant", HELPED),
         Contender("LoRaQ, INT4 main, 6-bit branch", "int4-a16+w6a6"),
     ),
-    "weight-only, with statistics of the model's own samples (still no data)": (
+    "weight-only, own samples (still no data)": (
         Contender("GPTQ, INT4", "int4-a16", "gptq", statistics=OWN_SAMPLES),
         Contender(
             "SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", statistics=OWN_SAMPLES
@@ -134,6 +134,8 @@ class DemoResult:
     rows: tuple[DemoRow, ...]
     #: Samples of every row, from the same noise; the first are those of the model as trained.
     images: tuple[Tensor, ...]
+    #: Of method "loraq".
+    effort: str
 
 
 @checked
@@ -163,7 +165,7 @@ def run(
     velocity = velocity_probe(trained)
     reference = sample(trained, labels, seed=0, steps=steps)
     progress("statistics of the model's own samples")
-    own = own_statistics(trained, steps=steps)
+    own = own_statistics(trained)
 
     def measure(model: torch.nn.Module, images: Tensor) -> dict[str, Any]:
         psnr = psnr_db(reference, images, data_range=2.0)
@@ -205,7 +207,7 @@ def run(
         seconds=0.0,
         **measure(trained, reference),
     )
-    return DemoResult((trained_row, *rows), tuple(pictures))
+    return DemoResult((trained_row, *rows), tuple(pictures), effort)
 
 
 def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
@@ -221,15 +223,15 @@ def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
     return found[FLOAT], found[DEFAULT_BACKEND]
 
 
-def own_statistics(trained: torch.nn.Module, *, steps: int) -> Mapping[str, ActivationStats]:
-    """Return statistics of the layers' inputs while the model draws samples in as many steps.
+def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
+    """Return statistics of the layers' inputs while the model draws samples.
 
     No row is judged by samples from the same noise.
     """
     recipe = Contender("", SHORT_RECIPE).to_recipe(budget=BUDGET, effort="fast")
     names = [layer.name for layer in plan_model(trained, recipe).quantized if not layer.is_kept]
     labels = torch.arange(N_OWN_SAMPLES, device="cpu") % 10
-    return collect_stats(trained, lambda: sample(trained, labels, seed=1, steps=steps), names)
+    return collect_stats(trained, lambda: sample(trained, labels, seed=1), names)
 
 
 def _row(group: str, contender: Contender, report: Report, measured: dict[str, Any]) -> DemoRow:

@@ -77,7 +77,7 @@ def draw_page(result: DemoResult) -> str:
         tag("h2", "Numbers"),
         tag("div", _numbers(rows), class_="panel"),
         tag("h2", "How to read it"),
-        *_explain(),
+        *_explain(result.effort),
         footer(
             f"torch {torch.__version__} on {platform.machine()}, one seed. Again: ",
             tag("code", "loraq demo"),
@@ -173,7 +173,7 @@ def _numbers(rows: tuple[DemoRow, ...]) -> Markup:
     return table(headings, cells, ours)
 
 
-def _explain() -> list[Markup]:
+def _explain(effort: str) -> list[Markup]:
     texts = (
         "Velocity error is the figure to read: ‖v − v̂‖ / ‖v‖. At 4 bits a judge reads every "
         "sample of every row correctly, so pictures alone cannot tell the rows apart.",
@@ -183,6 +183,9 @@ def _explain() -> list[Markup]:
         "the model itself has drawn.",
         "Weights are the bytes of the quantized layers, memory those of the whole model once it is "
         "loaded, as loraq inspect --memory measures them: packed weights are what runs, and no "
-        "decoded copy is kept. Time is that of the solver, all layers one after the other.",
+        "decoded copy is kept. Time is that of the solver, all layers one after the other; LoRaQ is "
+        f"at effort {effort}.",
+        "One seed: differences of a few percent are within its spread. Several seeds, with "
+        "intervals, are on the quality page of the documentation.",
     )
     return [tag("p", text) for text in texts]
