@@ -183,8 +183,8 @@ def _explain(effort: str) -> list[Markup]:
         "the model itself has drawn.",
         "Weights are the bytes of the quantized layers, memory those of the whole model once it is "
         "loaded, as loraq inspect --memory measures them: packed weights are what runs, and no "
-        "decoded copy is kept. Time is that of the solver, all layers one after the other; LoRaQ is "
-        f"at effort {effort}.",
+        "decoded copy is kept. Time is that of the solver, all layers one after the other; LoRaQ "
+        f"is at effort {effort}.",
         "One seed: differences of a few percent are within its spread. Several seeds, with "
         "intervals, are on the quality page of the documentation.",
     )
