@@ -20,6 +20,8 @@ check-fast: .venv/dev.stamp lint
 crash: .venv/dev.stamp
 	@echo "crash: runs are killed before each of their system calls that change the disk (6 minutes)"
 	@$(BIN)/python -m tests.crash
+	@echo "crash: ranks, agents and hosts of small clusters are killed at random (2 minutes)"
+	@$(BIN)/python -m tests.crash.ranks
 
 lint: .venv/dev.stamp
 	@echo "lint: format, style, types"
@@ -45,7 +47,7 @@ fuzz: .venv/dev.stamp
 # loraq depends on it. Of cache-dit one file is read, so it comes without what it requires.
 test-exports: .venv-exports/stamp
 	@echo "test-exports: every target of loraq export by its own code (3 minutes)"
-	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py
+	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py tests/kernels/test_openvino.py
 
 site: .venv-docs/stamp
 	@echo "site: the documentation in site/, where every broken link is an error"
@@ -74,8 +76,8 @@ clean:
 	@echo "setup: making .venv-exports with the programs that load exports (once, some minutes)"
 	@$(PYTHON) -m venv .venv-exports
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' \
-		gguf sdnq kernels onnxruntime openvino
+	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,onnx,openvino]' gguf sdnq kernels onnxruntime comfy-kitchen
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
 	@touch $@
 

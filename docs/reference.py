@@ -28,7 +28,7 @@ GROUPS = {
         "save_stats",
         "ActivationStats",
     ),
-    "Exports": ("export", "plan_export"),
+    "Exports and imports": ("export", "plan_export", "import_checkpoint"),
     "Recipes": ("Recipe", "Rule", "Scheme", "Branch", "Budget", "get_format"),
     "What a layer is": ("QuantizedLinear", "PackedWeight", "LayerSolution", "QTensor"),
     "Errors": ("LoraqError",),

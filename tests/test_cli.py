@@ -21,6 +21,8 @@ from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
 from loraq.errors import CheckpointError, LoraqError
+from loraq.pipeline.ranks import Ranks
+from loraq.pipeline.tickets import Place
 from loraq.recipe import Recipe
 
 pytest.importorskip("diffusers")
@@ -40,6 +42,7 @@ COMMANDS = [
     "stats",
     "export",
     "report",
+    "import",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 
@@ -259,14 +262,12 @@ def test_sizes_are_read_with_their_units(text, size):
 
 
 def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
-    from loraq.pipeline import files
-
-    def cut(work, jobs, workers):
-        yield work(jobs[0])
+    def cut(_, work, jobs):
+        yield work.open(Place(0, 0))(jobs[0])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "run_jobs", cut)
+        patch.setattr(Ranks, "run", cut)
         result = run("quantize", place / "float", tmp_path / "out", *FAST)
     assert result.exit_code == 130
     assert (
@@ -706,10 +707,10 @@ def small_demo(monkeypatch):
     )
     seen = {}
 
-    def invented(*, every, effort, n_images, workers, progress):
-        seen.update(every=every, effort=effort, n_images=n_images, workers=workers)
+    def invented(*, progress, **options):
+        seen.update(options)
         progress("[1 of 2] weight-only")
-        return DemoResult(rows, (pictures, pictures, pictures), effort)
+        return DemoResult(rows, (pictures, pictures, pictures), options["effort"])
 
     monkeypatch.setattr(demo, "run", invented)
     return seen
@@ -718,7 +719,13 @@ def small_demo(monkeypatch):
 def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
     result = run("demo", "--out", tmp_path / "report", "--images", 12, "--workers", 1)
     assert result.exit_code == 0, result.stderr
-    assert small_demo == {"every": False, "effort": "fast", "n_images": 12, "workers": 1}
+    assert small_demo == {
+        "every": False,
+        "effort": "fast",
+        "n_images": 12,
+        "device": "auto",
+        "workers": 1,
+    }
     assert "[1 of 2]" in result.stderr
     assert "[1 of 2]" not in result.stdout
     assert "weight-only" in result.stdout
@@ -817,7 +824,7 @@ def test_an_interrupt_is_exit_code_130(place, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraq.pipeline.files.run_jobs", interrupt)
+    monkeypatch.setattr(Ranks, "run", interrupt)
     result = run("quantize", place / "float", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""

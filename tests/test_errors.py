@@ -15,6 +15,8 @@ BUILT_IN_BASE = {
     "SchemeError": ValueError,
     "RecipeError": ValueError,
     "LayerError": RuntimeError,
+    "RankError": RuntimeError,
+    "DeviceError": ValueError,
     "CalibrationError": ValueError,
     "CheckpointError": OSError,
     "ExportError": ValueError,

@@ -21,6 +21,7 @@ from loraq.nn import QuantizedLinear
 from loraq.parallel import LoraqColwise, LoraqRowwise
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
+from loraq.scheme import Scheme
 
 N_IN, N_HIDDEN = 128, 384
 NAMES = (
@@ -210,3 +211,10 @@ def test_a_split_that_is_not_even_is_refused_and_changes_nothing():
 def test_other_layers_are_left_to_torch_s_own_styles(style):
     with pytest.raises(KernelError, match="was given a Linear"):
         style._apply(nn.Linear(8, 8), OneOfMany(2))
+
+
+@pytest.mark.parametrize("style", [LoraqColwise(), LoraqRowwise()])
+def test_scales_of_rows_and_columns_of_imported_layers_are_not_split(style):
+    layer = QuantizedLinear(64, 64, Scheme("nvfp4_rows_columns"), device="meta")
+    with pytest.raises(KernelError, match="'nvfp4_rows_columns' has a scale of each row or column"):
+        style._apply(layer, OneOfMany(2))

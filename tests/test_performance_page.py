@@ -63,7 +63,7 @@ def test_the_page_is_what_the_result_files_give():
 
 def test_without_files_every_table_says_so():
     page = performance.page([])
-    assert page.count("No result file yet") == 3
+    assert page.count("No result file yet") == 4
     assert "No run on a GPU has been recorded" in page
     assert "MISSED" not in page
     assert verdicts(page) == []
@@ -78,6 +78,26 @@ def test_bars_are_met_or_missed_by_the_worst_value():
         page = performance.page([record(rows=[*layer(), *layer(4096, **{name: value})])])
         assert verdicts(page) == expected
         assert "4096 tokens)" in next(line for line in page.splitlines() if "MISSED" in line)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"), [((0.5, 0.9, 2.0), "met"), ((0.5, 0.8, 2.0), "**MISSED**")]
+)
+def test_the_bar_of_openvino_is_about_the_median(ratios, verdict):
+    rows = [row for i, ratio in enumerate(ratios) for row in layer(1024 + i, openvino=ratio)]
+    page = performance.page([record(rows=rows)])
+    line = next(line for line in page.splitlines() if line.startswith("| `openvino`"))
+    assert line.split("|")[-2].strip() == verdict
+    assert f"| {ratios[1]:.2f} × | 3 |" in line
+
+
+def test_engines_stand_beside_bf16_with_the_load_of_the_machine():
+    row = {"what": "block", "tokens": 1024, "contender": "openvino f32", "ms": 12.0}
+    row |= {"times_bf16": 1.234, "mib": 45.6, "load": 7.89}
+    floats = row | {"contender": "torch bf16", "load": None}
+    page = performance.page([record("speed.engines", [row, floats])])
+    assert "| openvino f32 | 12 | 1.23 | 46 | 7.9 |" in page
+    assert "| torch bf16 | 12 | 1.23 | 46 | – |" in page
 
 
 def test_the_speed_bar_is_about_large_layers_only():

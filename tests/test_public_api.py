@@ -27,6 +27,7 @@ PUBLIC = [
     "dequantize_",
     "export",
     "get_format",
+    "import_checkpoint",
     "load",
     "load_into",
     "load_stats",
@@ -88,14 +89,15 @@ def test_every_public_name_documents_its_own_members():
             "quantize_",
             [
                 *("model", "recipe", "*effort", "*budget", "*rank", "*keep"),
-                *("*modules_to_not_convert", "*stats", "*components", "*workers", "*progress"),
+                *("*modules_to_not_convert", "*stats", "*components", "*device", "*backend"),
+                *("*workers", "*progress"),
             ],
         ),
         (
             "absorb_lora",
             [
                 *("model", "lora", "source", "*scale", "*component", "*variant", "*target"),
-                *("*overwrite", "*progress"),
+                *("*device", "*overwrite", "*progress"),
             ],
         ),
         (

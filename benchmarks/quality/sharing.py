@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from loraq.evaluation.metrics import relative_error
 from loraq.layers import linear_layers, matrix_of
 from loraq.methods.prediction import Prediction
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import solve_layer
 from loraq.pipeline.module import plan_model
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.plan import Plan
 from loraq.pipeline.sharing import predict_layer, spend_budget
 from loraq.recipe import Recipe
 from loraq.rules import Rule

@@ -3,9 +3,12 @@
 Reading guide: real layer shapes of PixArt-Sigma, SANA and FLUX (`shapes.csv`), bf16 inputs, bias
 and quantization of the activation included. All contenders of a shape run in turn in one process;
 "ms" is the median wall time with its quartiles, "x bf16" is how many times faster than bf16
-`F.linear` (more is better), "error" is the distance to the reference on 64 tokens. "int8" and "fp8"
-are the same products without a branch; the branch of the others has rank 64 in 8 bits. "torchao
-int8" is its dynamic INT8 linear, the nearest thing that torchao has.
+`F.linear` (more is better), "error" is the distance to the reference on 64 tokens. "int8", "int4"
+and "fp8" are the products of int8_row, openvino and fp8_row without a branch; the branch of the
+others has rank 64 in 8 bits. "torchao int8" is its dynamic INT8 linear, the nearest thing that
+torchao has.
+
+Bar of openvino: 0.9 x bf16 in the median of the shapes, from 1024 tokens, with the branch.
 
 "int8 product" is the integer product of int8_row alone: what no INT8 layer can beat here.
 
@@ -21,7 +24,7 @@ them.
 
 import csv
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -32,11 +35,13 @@ from benchmarks.record import HERE, options, report
 from benchmarks.timing import interleaved_seconds, spread
 from benchmarks.worlds.random_layers import bias_of, random_layer
 from loraq.errors import KernelError
+from loraq.kernels import get_backend
 from loraq.kernels.int8_matrix import Rows, can_pack, pack_rows, packed_product
 from loraq.nn import QuantizedLinear
 from loraq.recipe_names import parse_scheme
+from loraq.transforms import rotate
 
-#: Label, recipe, back end; the two labels without a branch are what the branch's cost is measured
+#: Label, recipe, back end; the three labels without a branch are what the branch's cost is measured
 #: against.
 CONTENDERS = (
     ("resident a16", "mxfp4-a16+w8a8-r64", "resident"),
@@ -44,10 +49,12 @@ CONTENDERS = (
     ("resident a8", "mxfp4-a8+w8a8-r64", "resident"),
     ("int8", "int8-a8", "int8_row"),
     ("int8_row", "int4-a8+int8-r64", "int8_row"),
+    ("int4", "int4-a8", "openvino"),
+    ("openvino", "int4-a8+int8-r64", "openvino"),
     ("fp8", "fp8_e4m3-a8", "fp8_row"),
     ("fp8_row", "mxfp4-amxfp8_e4m3+w8a8-r64", "fp8_row"),
 )
-WITHOUT_BRANCH = {"int8_row": "int8", "fp8_row": "fp8"}
+WITHOUT_BRANCH = {"int8_row": "int8", "openvino": "int4", "fp8_row": "fp8"}
 TOKENS = (256, 1024, 4096)
 
 
@@ -59,7 +66,10 @@ def main() -> None:
         sana="only the shapes of SANA",
         flux="only the shapes of FLUX",
         quick="one small shape, to see that it runs",
+        only=(("all",), "contenders to run beside bf16, by their labels"),
     )
+    if chosen.save and "all" not in chosen.only:
+        raise SystemExit("--save is for all contenders: the page shows the newest file.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = {model for model in ("pixart", "sana", "flux") if getattr(chosen, model)}
     with (HERE / "worlds" / "shapes.csv").open() as file:
@@ -69,29 +79,32 @@ def main() -> None:
         shapes, tokens = [{"model": "tiny", "layer": "tiny", "n_in": "192", "n_out": "128"}], (64,)
     rows: list[dict[str, object]] = []
     for shape in shapes:
-        layers, plain = build((int(shape["n_out"]), int(shape["n_in"])), device)
+        layers, plain = build((int(shape["n_out"]), int(shape["n_in"])), device, chosen.only)
         print(f"\n{shape['model']} {shape['layer']}: {shape['n_in']} -> {shape['n_out']}")
         for n_tokens in tokens:
-            found = measure(layers, plain, n_tokens, chosen.repeats)
+            others = "all" in chosen.only
+            found = measure(layers, plain, n_tokens, chosen.repeats, others=others)
             rows += [{**shape, "tokens": n_tokens, **row} for row in found]
             show(n_tokens, found)
     report(rows, save=chosen.save, device=device.type)
 
 
 def build(
-    shape: tuple[int, int], device: torch.device
+    shape: tuple[int, int], device: torch.device, only: Sequence[str]
 ) -> tuple[dict[str, QuantizedLinear], nn.Linear]:
-    """Return every contender that this device runs, and the bf16 layer."""
+    """Return every contender that this device runs and that is asked for, and the bf16 layer."""
     plain = nn.Linear(shape[1], shape[0], device=device, dtype=torch.bfloat16)
     plain.bias = nn.Parameter(bias_of(shape[0], device))
     layers = {}
     for label, recipe, backend in CONTENDERS:
         if backend == "fp8_row" and device.type == "cpu":
             continue  # emulated there
+        if label not in only and "all" not in only:
+            continue
         layer = random_layer(shape, parse_scheme(recipe), device)
         try:
+            layer.ask_activations("stored", simulate=backend == "resident")
             layer.backend = backend
-            layer.ask_activations("stored", simulate=True)
             layer.prepare(torch.bfloat16)
         except KernelError as error:
             print(f"{label}: {error}")
@@ -102,9 +115,14 @@ def build(
 
 @torch.no_grad()
 def measure(
-    layers: dict[str, QuantizedLinear], plain: nn.Linear, n_tokens: int, repeats: int
+    layers: dict[str, QuantizedLinear],
+    plain: nn.Linear,
+    n_tokens: int,
+    repeats: int,
+    *,
+    others: bool,
 ) -> list[dict[str, object]]:
-    """Return one row for every contender."""
+    """Return one row for every contender, and with `others` for what is no layer of ours."""
     device = plain.weight.device
     x = (
         torch.randn(n_tokens, plain.in_features, generator=torch.Generator().manual_seed(0))
@@ -114,9 +132,10 @@ def measure(
     runs: dict[str, Callable[[], object]] = {"bf16": lambda: linear(x, plain.weight, plain.bias)}
     for label, layer in layers.items():
         runs[label] = lambda layer=layer: layer(x)
-    runs["int8 product"] = int8_product(plain, n_tokens)
-    if (other := torchao_int8(plain)) is not None:
-        runs["torchao int8"] = lambda: other(x)
+    if others:
+        runs["int8 product"] = int8_product(plain, n_tokens)
+        if (other := torchao_int8(plain)) is not None:
+            runs["torchao int8"] = lambda: other(x)
     seconds = interleaved_seconds(runs, repeats, device)
     base = median(seconds["bf16"])
     rows = []
@@ -133,11 +152,9 @@ def measure(
 
 def error_of(layer: QuantizedLinear, x: Tensor) -> float:
     """Return the distance to the reference."""
-    y, backend = layer(x).double(), layer.backend
-    layer.backend = "reference"
-    expected = layer(x).double()
-    layer.backend = backend
-    layer.prepare(x.dtype)
+    y, scheme = layer(x).double(), layer.prepare(x.dtype).scheme
+    seen = rotate(x, scheme.rotation)
+    expected = get_backend("reference").linear(seen, layer.packed, scheme, layer.bias).double()
     return (torch.linalg.vector_norm(y - expected) / torch.linalg.vector_norm(expected)).item()
 
 

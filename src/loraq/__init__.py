@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraq.checkpoint.floats import dequantize_
     from loraq.checkpoint.stats_file import load_stats, save_stats
     from loraq.errors import LoraqError
+    from loraq.exports.importing import import_checkpoint
     from loraq.exports.run import export, plan_export
     from loraq.formats import QTensor, get_format
     from loraq.integrations.absorb import absorb_lora
@@ -54,6 +55,7 @@ _HOMES = {
     "dequantize_": "loraq.checkpoint.floats",
     "export": "loraq.exports.run",
     "get_format": "loraq.formats",
+    "import_checkpoint": "loraq.exports.importing",
     "load": "loraq.integrations.diffusers",
     "load_into": "loraq.checkpoint",
     "load_stats": "loraq.checkpoint.stats_file",
@@ -90,6 +92,7 @@ __all__ = [
     "dequantize_",
     "export",
     "get_format",
+    "import_checkpoint",
     "load",
     "load_into",
     "load_stats",

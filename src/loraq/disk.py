@@ -42,8 +42,16 @@ def create_file(path: Path, *, mode: int = 0o666) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, mode)
 
 
-def open_file(path: Path, *, create: bool = False, mode: int = 0o666) -> int:
+def open_file(path: Path, *, create: bool = False, mode: int = 0o666, direct: bool = False) -> int:
     """Return the descriptor of a file to read and write.
+
+    Args:
+        path: of the file.
+        create: whether a file that is not there is made.
+        mode: of one that is made.
+        direct: whether each write is on the disk when it returns, and touches no other bytes: a
+            host that shares an NFS disk would otherwise write whole pages, and what another host
+            has written beside its own bytes would be lost.
 
     Raises:
         OSError: the name stands for a link, for a file that has a second name, or for anything
@@ -51,6 +59,7 @@ def open_file(path: Path, *, create: bool = False, mode: int = 0o666) -> int:
     """
     flags = os.O_RDWR | _NO_LINK | _BINARY | getattr(os, "O_NONBLOCK", 0)
     flags |= os.O_CREAT if create else 0
+    flags |= getattr(os, "O_DSYNC", 0) if direct else 0
     descriptor = os.open(path, flags, mode)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:

@@ -85,12 +85,20 @@ class CheckpointError(LoraqError, OSError):
     """A file is missing, truncated, foreign or contradicts its manifest."""
 
 
+class DeviceError(LoraqError, ValueError):
+    """A device is unknown, is not here, or cannot solve layers."""
+
+
 class KernelError(LoraqError, RuntimeError):
     """No back end can run this layer on this device."""
 
 
 class ExportError(LoraqError, ValueError):
     """A target of `export` cannot hold a model, or not as it was asked to."""
+
+
+class RankError(LoraqError, RuntimeError):
+    """The processes that share a run cannot meet, or were not started as they must be."""
 
 
 class LoraqWarning(UserWarning):

@@ -31,6 +31,11 @@ class LowRankBranch:
         """Return the dense product U D in fp32."""
         return self.proj_up.dequantize() @ self.proj_down.dequantize()
 
+    def subtract_from(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return weight − U D, in the memory of the product."""
+        product = self.reconstruct()
+        return torch.sub(weight, product, out=product)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:

@@ -187,6 +187,12 @@ def _require_quantized(module: nn.Module) -> QuantizedLayer:
             "QuantizedLinear layers only: use torch's own styles for the layers that are not "
             "quantized."
         )
+    fmt = module.scheme.weight_format
+    if isinstance(fmt, BlockFormat) and (fmt.of_rows or fmt.of_columns):
+        raise KernelError(
+            f"A layer of '{fmt.name}' has a scale of each row or column above its block scales, "
+            "which the parallel styles do not split. Leave this layer whole."
+        )
     return module
 
 

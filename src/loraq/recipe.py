@@ -16,6 +16,7 @@ from loraq.recipe_names import NAMED, parse_scheme
 from loraq.regular_file import read_regular
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme
+from loraq.targets import TargetRecipe, get_target_recipe, parse_target_name, target_recipes
 
 ALLOCATIONS = ("uniform", "greedy")
 #: How layers can be stored that a rule keeps out of the scheme: as they are, or in eight bits,
@@ -53,6 +54,9 @@ class Recipe:
     #: How layers are stored that the rules of the model's class keep out of the scheme: "int8"
     #: (eight bits, without a branch) or "float" (as they are).
     keep: str = "int8"
+    #: Name of the recipe for a target of `loraq export` whose limits hold for every layer; "" for
+    #: none (`loraq.targets`).
+    target: str = ""
     #: Read from top to bottom before the rules of the model's class; the first match wins.
     rules: tuple[Rule, ...] = ()
 
@@ -92,6 +96,27 @@ class Recipe:
                     "one of them out."
                 )
             rule.apply(self.scheme)  # unknown formats are found now, not at the layer
+        if self.solved_for is not None:
+            self._check_target(self.solved_for)
+
+    def _check_target(self, target: TargetRecipe) -> None:
+        """Require that whatever a rule asks for fits the target, shapes aside."""
+        asked = {
+            f"Rule '{rule.match}'": self._apply(rule)
+            for rule in self.rules
+            if not (rule.skip or rule.keep)
+        }
+        schemes = {"The recipe": self._apply(None), **asked}
+        target.check(schemes, is_shared=self.allocation != "uniform")
+
+    @property
+    def solved_for(self) -> TargetRecipe | None:
+        """The recipe for a target whose limits hold for every layer.
+
+        Raises:
+            RecipeError: there is none of this name.
+        """
+        return get_target_recipe(self.target) if self.target else None
 
     def adjusted(
         self,
@@ -187,6 +212,13 @@ class Recipe:
             return None
         if rule is not None and rule.keep:
             return KEEPS[self.keep]
+        return self._apply(rule)
+
+    def _apply(self, rule: Rule | None) -> Scheme:
+        """Return the scheme of the layers that a rule is for, or of all others."""
+        target = self.solved_for
+        if rule is not None and rule.weight_only and target and target.limits.modulations:
+            return target.limits.modulations.scheme
         scheme = self.scheme if rule is None else rule.apply(self.scheme)
         return replace(scheme, branch=None) if METHODS[self.method].branch == "none" else scheme
 
@@ -214,7 +246,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal recipe."""
-        plain = asdict(self)
+        plain = {key: value for key, value in asdict(self).items() if key != "target" or value}
         plain["rules"] = [
             {key: value for key, value in asdict(rule).items() if value not in (None, {})}
             for rule in self.rules
@@ -237,7 +269,8 @@ class Recipe:
             )
         scheme = plain.pop("scheme")
         if isinstance(scheme, str):
-            base = cls.named(scheme).scheme
+            named = cls.named(scheme)
+            base, plain = named.scheme, _differences(named) | plain
         else:
             table = check_table(Scheme, scheme, "scheme", required="weight")
             if isinstance(table.get("branch"), dict):
@@ -278,7 +311,14 @@ class Recipe:
         Raises:
             RecipeError: the name does not follow the grammar.
         """
-        return cls(scheme=parse_scheme(NAMED.get(name, name)))
+        if (found := parse_target_name(name)) is not None:
+            target, rank = found
+            made = cls(target.scheme, budget=target.budget, keep=target.keep, target=target.name)
+            return made.adjusted(rank=rank) if rank else made
+        try:
+            return cls(scheme=parse_scheme(NAMED.get(name, name)))
+        except RecipeError as error:
+            raise RecipeError(f"{error} For a target: {', '.join(target_recipes())}.") from error
 
     @classmethod
     def of(cls, what: "str | Path | Scheme | Recipe") -> "Recipe":
@@ -296,6 +336,12 @@ class Recipe:
             return cls(scheme=what)
         file = file_of(what)
         return cls.named(str(what)) if file is None else cls.read(file)
+
+
+def _differences(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields beside the scheme in which a named recipe is not as every other one."""
+    plain, other = recipe.to_dict(), Recipe(recipe.scheme).to_dict()
+    return {key: value for key, value in plain.items() if value != other.get(key)}
 
 
 def _require_known(what: str, chosen: str, known: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraq
-import loraq.pipeline.workers
+import loraq.pipeline.ranks
 from loraq.stats import ActivationStats
 from tests.integrations.small.pixart import small_pixart
 
@@ -20,7 +20,7 @@ RECIPE = loraq.Recipe.from_dict({**loraq.Recipe.named("mxfp4+w8a8-r8").to_dict()
 OTHER = loraq.Recipe.named("mxfp4-a16")
 
 # Spawned workers would import torch at each of a thousand kills; forked ones make the same calls.
-loraq.pipeline.workers.get_context = lambda _: multiprocessing.get_context("fork")
+loraq.pipeline.ranks.get_context = lambda _: multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from loraq.evaluation.digits import assets_folder
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.layers import linear_layers, matrix_of, quantized_layers
 from loraq.recipe import Recipe
+from loraq.transforms import unrotate
 
 FLUX: dict[str, Any] = {
     "patch_size": 1,
@@ -126,7 +127,8 @@ def exact_output(model: nn.Module, name: str, *, branch: bool = True) -> Tensor:
         for layer_name, layer in quantized_layers(model).items():
             weight = dense.get_submodule(layer_name).weight
             with torch.no_grad():
-                weight.copy_(layer.packed.main.dequantize().view(weight.shape))
+                main = unrotate(layer.packed.main.dequantize(), layer.scheme.rotation)
+                weight.copy_(main.view(weight.shape))
     return output(nn.Module.to(dense, torch.float32), name)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraq.exports import nunchaku
+from loraq.exports import comfy, nunchaku
 from loraq.exports.codes import (
     Tiling,
     e2m1_values,
@@ -79,6 +79,16 @@ def test_awq_is_the_published_index_formula(rng):
     ones, zeros = torch.ones(2, 8), torch.zeros(2, 8)
     found = formulas.Kernels().gemv_awq(torch.eye(128), laid, ones, zeros, 128, 8, 128, 64)
     assert torch.equal(found.mT, codes.float())
+
+
+def test_comfys_block_scales_are_in_the_published_order_of_cublas():
+    n, groups = 256, 12
+    r, c = torch.arange(n)[:, None], torch.arange(groups)[None]
+    tile = r // 128 * (groups // 4) + c // 4
+    position = tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+    values = torch.arange(n * groups)
+    laid = comfy.scale_tiling(n, groups).lay(values)
+    assert torch.equal(laid[position.flatten()], values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

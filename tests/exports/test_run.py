@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from small.pixart import small_pixart
 import loraq
 from loraq.checkpoint.inspect import DenseWeights
 from loraq.errors import CheckpointError, ExportError, MissingLibraryError
-from loraq.exports import onnx_graph
+from loraq.exports import onnx_graph, openvino_graph
 from loraq.exports.sdnq import Sdnq
 from loraq.exports.table import TARGETS
 from loraq.integrations.diffusers import empty_model
@@ -34,13 +35,15 @@ RECIPES = {
         "rules": [{"match": "*norm*.linear", "skip": True}],
     },
     "onnx": "int4-a16+w8a8-r32",
+    "openvino": "mxfp4-a8+w6a6-r32",
     "torchao": "nvfp4-a16+bf16-r16",
+    "comfy": "nvfp4+bf16-r16",
     "dense": "mxfp4-a4+w8a8-r16-h32",
 }
 
 
 #: Targets whose configuration is that of a float model.
-FLOATS = ("gguf", "onnx", "dense")
+FLOATS = ("gguf", "onnx", "openvino", "comfy", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def graph(monkeypatch):
-    """Packages of ONNX are not needed here: `make test-exports` builds and runs the graphs."""
+    """Their packages are not needed here: `make test-exports` builds and runs the graphs."""
     monkeypatch.setattr("loraq.exports.onnx.build_graph", lambda *_: b"graph")
+    made = {"graph": b"graph", "constants": b"numbers"}
+    monkeypatch.setattr(
+        "loraq.exports.openvino.build_graph", lambda *given: replace(given[-1], **made)
+    )
 
 
 def export(source: Path, target: Path, to: str, **options):
@@ -74,7 +81,7 @@ def test_a_target_holds_every_layer_of_its_recipe(place, tmp_path, to):
     assert report.nbytes == sum(
         size
         for name, size in report.files.items()
-        if name.endswith(("tensors", "gguf", "onnx", "data"))
+        if name.endswith(("tensors", "gguf", "onnx", "data", "xml", "bin"))
     )
     assert all((tmp_path / "out" / name).stat().st_size == n for name, n in report.files.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -82,7 +89,8 @@ def test_a_target_holds_every_layer_of_its_recipe(place, tmp_path, to):
     assert method == ({"nunchaku-lite": "nunchaku_lite"} | dict.fromkeys(FLOATS)).get(to, to)
     document = json.loads((tmp_path / "out/loraq_export.json").read_text())
     assert document["target"] == to
-    assert document["layers"].keys() == DenseWeights(place / to).manifest.layers.keys()
+    names = {part for layer in document["layers"].values() for part in layer["layers"]}
+    assert names == DenseWeights(place / to).manifest.layers.keys()
 
 
 @pytest.mark.parametrize("to", RECIPES)
@@ -106,11 +114,16 @@ def test_the_same_bytes_come_out_twice(place, tmp_path, to):
 def test_the_card_says_how_to_load_and_what_goes_wrong(place, tmp_path, to):
     export(place / to, tmp_path / "out", to)
     text = (tmp_path / "out/README.md").read_text()
-    assert ("InferenceSession" if to == "onnx" else "FluxTransformer2DModel.from_") in text
-    assert '"out' in text
+    loads = {
+        "onnx": "InferenceSession(",
+        "openvino": "Core().compile_model(",
+        "comfy": "models/diffusion_models/out/",
+    }
+    assert loads.get(to, "FluxTransformer2DModel.from_") in text
+    assert ("/out/" if to == "comfy" else '"out') in text
     assert str(tmp_path) not in text  # the card may be published
     assert all(trap in text for trap in TARGETS[to].about.traps)
-    assert ("set_adapters" in text) == TARGETS[to].has_branch_file
+    assert ("branch.safetensors" in text) == TARGETS[to].has_branch_file
 
 
 def test_dense_weights_are_the_effective_ones(place, tmp_path):
@@ -123,13 +136,21 @@ def test_dense_weights_are_the_effective_ones(place, tmp_path):
 
 
 def test_the_report_counts_what_is_rounded(tmp_path):
-    save_quantized("flux", "int4-a16+nvfp4-r32", tmp_path / "quantized")
+    save_quantized("flux", "int4-a16+int8-r32", tmp_path / "quantized")
     report = export(tmp_path / "quantized", tmp_path / "out", "sdnq")
     assert report.counts["rounded"] == len(report.layers)
-    assert {layer.reason for layer in report.layers} == {"nvfp4 factors rounded to bfloat16"}
+    assert {layer.reason for layer in report.layers} == {"int8 factors rounded to bfloat16"}
     assert 0 < report.largest_change < 4e-3
     exact = export(tmp_path / "quantized", tmp_path / "fp32", "sdnq", dtype="float32")
     assert exact.counts["exact"] == len(exact.layers)
+
+
+@pytest.mark.parametrize("branch", ["bf16", "mxint8", "mxfp6_e2m3", "mxfp4", "nvfp4"])
+def test_branches_that_bf16_holds(tmp_path, branch):
+    save_quantized("flux", f"int4-a16+{branch}-r16-h0", tmp_path / "quantized")
+    planned = loraq.plan_export(tmp_path / "quantized", to="sdnq")
+    done = export(tmp_path / "quantized", tmp_path / "out", "sdnq")
+    assert planned.counts == done.counts == {"exact": 20, "rounded": 0, "dense": 0}
 
 
 def test_one_format_a_file_and_the_rest_is_dense(tmp_path):
@@ -161,16 +182,16 @@ def refused(source: Path, target: Path, to: str, **options) -> str:
 def test_a_rotation_is_refused_with_the_way_out(place, tmp_path, to):
     message = refused(place / "dense", tmp_path / "out", to)
     assert "are rotated" in message
-    assert "-h0" in message
+    assert f"Quantize with the recipe '{TARGETS[to].about.recipes[0]}'" in message
     assert "--to dense" in message
 
 
-@pytest.mark.parametrize("to", ["gguf", "nunchaku-lite", "onnx", "torchao"])
+@pytest.mark.parametrize("to", ["gguf", "nunchaku-lite", "onnx", "torchao", "comfy"])
 def test_too_much_that_would_be_dense_is_refused_with_the_recipe(tmp_path, to):
     save_quantized("flux", "mxfp4-a16+w8a8-r16", tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", to)
     assert "100% of the quantized weights as floats" in message
-    assert f"'{TARGETS[to].about.recipe}'" in message
+    assert f"Quantize with the recipe '{TARGETS[to].about.recipes[0]}'" in message
     report = export(tmp_path / "quantized", tmp_path / "out", to, allow_dense=True)
     assert report.dense_share == 1.0
 
@@ -184,7 +205,7 @@ def test_one_rank_is_required_or_filled_up(tmp_path):
     save_quantized("flux", recipe, tmp_path / "quantized")
     message = refused(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite")
     assert "one rank for all layers, a multiple of 16, and there are 8, 24" in message
-    assert "--pad-rank" in message
+    assert "(`--pad-rank`). Quantize with the recipe 'nunchaku-int4'" in message
     report = export(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite", pad_rank=True)
     assert report.counts["exact"] == len(report.layers)
     written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
@@ -197,7 +218,10 @@ def test_modulations_with_a_branch_are_not_put_on_4_bit_activations(tmp_path):
     assert "a modulation would run on 4-bit activations there" in message
 
 
-@pytest.mark.parametrize(("to", "reason"), [("gguf", "from a single file"), ("torchao", "LoRA")])
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [("gguf", "from a single file"), ("torchao", "LoRA"), ("comfy", "ComfyUI's names")],
+)
 def test_a_class_that_the_target_does_not_take(tmp_path, to, reason):
     model = small_pixart(num_layers=1)
     loraq.quantize_(model, "int4-a16+bf16-r8", effort="fast", progress=False)
@@ -223,20 +247,23 @@ def test_an_unknown_target_is_named_with_the_closest(place, tmp_path):
     assert "Did you mean 'sdnq'?" in refused(place / "sdnq", tmp_path / "out", "sdqn")
 
 
-def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("loraq.exports.onnx.build_graph", onnx_graph.build_graph)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    with pytest.raises(MissingLibraryError, match=r'pip install "loraq\[onnx\]"'):
-        export(place / "onnx", tmp_path / "out", "onnx")
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_graph_needs_packages_that_are_named(place, tmp_path, monkeypatch, to):
+    module = {"onnx": onnx_graph, "openvino": openvino_graph}[to]
+    monkeypatch.setattr(f"loraq.exports.{to}.build_graph", module.build_graph)
+    for library in ("onnxscript", "onnx_ir", "openvino"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=rf'pip install "loraq\[{to}\]"'):
+        export(place / to, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_inputs_of_a_class_must_be_known(tmp_path):
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_the_inputs_of_a_class_must_be_known(tmp_path, to):
     model = small_pixart(num_layers=1, use_additional_conditions=True)
     loraq.quantize_(model, "int4_b32-a16+bf16-r8", effort="fast", progress=False)
     loraq.save(model, tmp_path / "quantized")
-    message = refused(tmp_path / "quantized", tmp_path / "out", "onnx")
+    message = refused(tmp_path / "quantized", tmp_path / "out", to)
     assert "The inputs of PixArtTransformer2DModel with this configuration are not known" in message
 
 
@@ -428,7 +455,7 @@ def test_a_lora_is_stacked_onto_the_branch(place, tmp_path, lora, to):
     plain = export(place / to, tmp_path / "plain", to, **options)
     changed = [a.name for a, b in zip(done.layers, plain.layers, strict=True) if a != b]
     name = "transformer_blocks.0.attn.to_q"
-    assert to == "nunchaku-lite" or changed in ([name], [])
+    assert to == "nunchaku-lite" or changed in ([name], ["double_blocks.0.img_attn.qkv"], [])
     settled = TARGETS[to]
     if to == "sdnq":
         written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
@@ -449,7 +476,10 @@ def test_a_lora_is_stacked_onto_the_branch(place, tmp_path, lora, to):
         assert torch.allclose(written - before, 0.5 * delta(lora, name), atol=1e-5)
     elif settled.has_branch_file:
         written = load_file(tmp_path / "out/branch.safetensors")
-        assert written[f"transformer.{name}.lora_A.weight"].shape == (20, 128)
+        native = "diffusion_model.double_blocks.0.img_attn.qkv"
+        down = native if to == "comfy" else f"transformer.{name}"
+        rank = 3 * 16 + 4 if to == "comfy" else 20
+        assert written[f"{down}.lora_A.weight"].shape == (rank, 128)
 
 
 def test_a_lora_for_another_model_is_refused(place, tmp_path, rng):

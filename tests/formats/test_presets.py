@@ -1,9 +1,13 @@
 """Names of formats and the errors for names that do not exist."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from loraq.errors import FormatError
 from loraq.formats import FORMATS, get_format
+from loraq.formats.scales import view_bytes
 
 BITS_PER_VALUE = {
     "int4": 4.25,
@@ -96,3 +100,25 @@ def test_an_impossible_block_size_gets_a_possible_one_proposed(size, proposed):
         FormatError, match=rf"Block size {size} of 'int4_b{size}'.*Use 'int4_b{proposed}'"
     ):
         get_format(f"int4_b{size}")
+
+
+IMPORTED = {"int4_columns": 0, "nvfp4_rows": 6, "nvfp4_columns": 1, "nvfp4_rows_columns": 6}
+
+
+@pytest.mark.parametrize(("name", "n_above"), IMPORTED.items())
+def test_imported_weights_have_scales_of_rows_and_columns(name, n_above, rng):
+    """They stand together above the block scales, those of rows first."""
+    fmt, x = get_format(name), torch.randn(6, 80, generator=rng)
+    q = fmt.quantize(x)
+    assert {part: tuple(tensor.shape) for part, tensor in q.tensors.items()} == fmt.storage((6, 80))
+    assert torch.equal(q.dequantize(), fmt.round(x))
+    above = view_bytes(q.global_scale, torch.float32).clone()
+    is_of_columns = name.endswith("columns")
+    assert len(above) == n_above + 80 * is_of_columns
+    columns = torch.rand(80, generator=rng) + 0.5
+    if is_of_columns:
+        assert (above[n_above:] == 1).all()
+        above[n_above:] = columns
+        scaled = replace(q, global_scale=above.view(torch.uint8))
+        assert torch.equal(scaled.dequantize(), q.dequantize() * columns)
+    assert name not in FORMATS

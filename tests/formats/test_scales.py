@@ -260,6 +260,8 @@ def test_nvfp4_agrees_with_numpy(seed, per_row):
     largest = np.abs(blocks).max(-1)
     top = largest.max(1, keepdims=True) if per_row else largest.max()
     above = np.float32(top) / np.float32(6 * 448)
+    if not per_row:
+        above = np.exp2(np.ceil(np.log2(above)))
     scale = (largest / above / np.float32(6)).astype(ml_dtypes.float8_e4m3fn)
     total = scale.astype(np.float32) * above
     scaled = np.clip(blocks / total[..., None], -6, 6)
@@ -271,6 +273,20 @@ def test_nvfp4_agrees_with_numpy(seed, per_row):
     np.testing.assert_array_equal(
         q.dequantize().numpy(), (codes.astype(np.float32) * total[..., None]).reshape(40, -1)
     )
+
+
+@pytest.mark.parametrize("size", [1.0, 1.1, 1.5, 1.99, 1e-6, 3e4])
+def test_the_global_scale_of_a_weight_is_a_power_of_two_and_costs_nothing(size):
+    fmt, x = get_format("nvfp4"), heavy_tailed(40, 16 * 12, 1)
+    x = x / x.abs().max() * size
+    q = fmt.quantize(x, "search")
+    above = q.global_scale.view(torch.float32)
+    assert torch.frexp(above)[0].item() == 0.5
+    assert torch.equal(above.bfloat16().float(), above)
+    exact = x.abs().max().reshape(1) / (6 * 448)
+    assert exact.item() <= above.item() < 2 * exact.item()
+    best = fmt.quantize(x, "search", above=exact).dequantize()
+    assert (q.dequantize() - x).norm() < 1.01 * (best - x).norm()
 
 
 def test_nvfp4_agrees_with_torchao():

@@ -285,7 +285,7 @@ def no_work(monkeypatch):
     def started(*_, **__):
         raise AssertionError("work has started")
 
-    monkeypatch.setattr("loraq.pipeline.files.run_jobs", started)
+    monkeypatch.setattr("loraq.pipeline.ranks.Ranks.run", started)
 
 
 def refused(

@@ -5,7 +5,6 @@ run left alone.
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
+from tests.clusters import finished, solved
 from tests.folders import files_of
 
 pytestmark = pytest.mark.slow
@@ -94,23 +94,6 @@ def start(place: Path, target: Path, workers: int = 1) -> subprocess.Popen:
             signal.SIGINT, signal.SIG_DFL
         ),  # whoever runs the tests may ignore it
     )
-
-
-def finished(target: Path) -> set[str]:
-    """Names in the whole lines of a journal."""
-    journal = target.with_name(f".{target.name}.partial") / "journal.jsonl"
-    if not journal.is_file():
-        return set()
-    lines = [
-        json.loads(line.partition(b" ")[2])  # after its checksum
-        for line in journal.read_bytes().splitlines(keepends=True)
-        if line.endswith(b"\n")
-    ]
-    return {line["name"] for line in lines if "name" in line}
-
-
-def solved(stderr: str) -> list[str]:
-    return re.findall(r"layer \d+ of \d+, .* s left, (\S+)", stderr)
 
 
 def until_a_layer_is_done(process: subprocess.Popen) -> str:

@@ -14,7 +14,7 @@ from test_quantizer import same
 from torch import nn
 
 import loraq
-from loraq.errors import LoraqError, RecipeError
+from loraq.errors import KernelError, LoraqError, RecipeError
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
 
@@ -46,6 +46,15 @@ def pipeline_of(**models: nn.Module | None) -> object:
 
 
 # --- a model --------------------------------------------------------------------------------------
+
+
+def test_the_back_end_is_asked_for_and_an_unknown_one_refused_before_work(source):
+    copied = loraq.quantize(source, RECIPE, backend="resident", progress=False)
+    assert {layer.backend for layer in quantized_layers(copied).values()} == {"resident"}
+    model = copy.deepcopy(source)
+    with pytest.raises(KernelError, match="Unknown back end 'fast'"):
+        loraq.quantize_(model, RECIPE, backend="fast", progress=False)
+    assert not quantized_layers(model)
 
 
 def test_a_copy_is_quantized_and_the_model_stays_as_it_is(source, made):

@@ -15,7 +15,7 @@ import loraq
 import loraq.diffusers
 from loraq.checkpoint.stats_file import load_stats
 from loraq.cli import main
-from loraq.errors import CalibrationError, CheckpointError
+from loraq.errors import CalibrationError, CheckpointError, DeviceError
 from loraq.integrations.pipelines import collect_pipeline_stats, read_prompts
 
 diffusers = pytest.importorskip("diffusers")
@@ -265,7 +265,7 @@ def no_loading(monkeypatch):
             CalibrationError,
             r"512 inputs takes 0\.00315 GB, and 0\.001 GB are allowed",
         ),
-        ({"device": "abacus"}, CalibrationError, "Device 'abacus' cannot be used"),
+        ({"device": "abacus"}, DeviceError, "Unknown device 'abacus'"),
         (
             {"recipe": "int5-a16"},
             CalibrationError,

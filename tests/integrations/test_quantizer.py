@@ -24,7 +24,14 @@ from test_diffusers import (
 import loraq
 from loraq.checkpoint.folder import file_sha256
 from loraq.checkpoint.manifest import FILE_NAME
-from loraq.errors import CalibrationError, CheckpointError, LayerError, LoraqError, RecipeError
+from loraq.errors import (
+    CalibrationError,
+    CheckpointError,
+    KernelError,
+    LayerError,
+    LoraqError,
+    RecipeError,
+)
 from loraq.integrations.hub import fetch_manifest
 from loraq.layers import quantized_layers
 from loraq.nn import QuantizedLinear
@@ -489,6 +496,25 @@ def test_a_configuration_takes_what_adjusts_a_recipe(source):
     assert not [name for name in layers if ".ff." in name]
     with pytest.raises(LoraqError, match="'rank' of `__init__` is 0"):
         LoraqConfig("mxfp4+w8a8", rank=0)
+
+
+@pytest.mark.parametrize("which", ["source", "folder"])
+def test_a_configuration_names_the_back_end(which, request):
+    path = request.getfixturevalue(which)
+    config = LoraqConfig(RECIPE, backend="resident")
+    loaded = PixArt.from_pretrained(path, quantization_config=config)
+    assert {layer.backend for layer in quantized_layers(loaded).values()} == {"resident"}
+    assert "backend" not in loaded.config.quantization_config.to_dict()
+    with pytest.raises(KernelError, match="Unknown back end 'fast'"):
+        LoraqConfig(RECIPE, backend="fast")
+
+
+def test_layers_are_solved_on_the_device_of_the_configuration(model, source):
+    """Where there is no other device than the CPU, that nothing changes is all that can be seen."""
+    config = LoraqConfig(RECIPE, device="cpu")
+    loaded = PixArt.from_pretrained(source, quantization_config=config, **BF16)
+    expected = loraq.quantize(model, RECIPE, device="cpu", progress=False)
+    assert same(loaded, expected)
 
 
 def test_arguments_that_it_does_not_have():

@@ -36,8 +36,9 @@ SCHEMES += [
 ]
 SCHEMES += ["mxfp4-amxfp8_e4m3+w8a8-r16", "mxint4-amxfp8_e5m2+w6a6-r16", "fp8_e4m3-a8"]
 SCHEMES += ["mxfp4-aint8+int8-r16", "mxint4-aint8", "nvfp4-aint8+w8a8-r16"]
-#: `triton` has tests of its own: it needs a GPU or an interpreter.
-OTHERS = [backend for backend in BACKENDS.values() if backend.name not in ("reference", "triton")]
+#: `triton` and `openvino` have tests of their own: they need what may not be there.
+APART = ("triton", "openvino")
+OTHERS = [backend for backend in BACKENDS.values() if backend.name not in ("reference", *APART)]
 
 each_other = pytest.mark.parametrize("backend", OTHERS, ids=lambda backend: backend.name)
 
@@ -84,7 +85,7 @@ def should_run(backend: str, scheme: Scheme) -> bool:
         return scheme.activation == "int8"
     if backend == "fp8_row":
         return {scheme.weight, scheme.activation} <= FIT_E4M3
-    return backend != "triton"  # which needs a GPU, or its interpreter
+    return backend not in APART
 
 
 #: `low_memory` gives the bits of `resident`, as a test of its own shows; E5M2's range is refused
@@ -107,6 +108,7 @@ def test_every_back_end_takes_just_the_schemes_of_the_table(monkeypatch):
     wrong = [
         (backend.name, scheme)
         for backend in BACKENDS.values()
+        if backend.name != "openvino"
         for scheme in schemes
         if should_run(backend.name, scheme)
         != (backend.refusal(scheme, (N_OUT, N_IN), torch.device("cpu")) is None)

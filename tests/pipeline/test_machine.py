@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 
 import loraq
 from loraq.errors import CheckpointError
+from loraq.pipeline import machine
 from loraq.pipeline.machine import describe_machine
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def begun(tmp_path) -> tuple[Path, Path]:
 
 
 def test_it_says_what_a_person_needs_to_know():
-    found = describe_machine()
+    found = describe_machine((CPU,))
     assert list(found) == ["device", "processor", "instructions", "libraries", "settings"]
     assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert found["processor"].startswith(os.uname().machine)
@@ -40,7 +43,7 @@ def test_it_says_what_a_person_needs_to_know():
 
 
 def test_it_says_the_same_each_time():
-    assert describe_machine() == describe_machine()
+    assert describe_machine((CPU,)) == describe_machine((CPU,))
 
 
 @pytest.mark.parametrize("name", ["MKL_CBWR", "OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS"])
@@ -54,16 +57,39 @@ def test_a_run_does_not_go_on_with_other_settings_of_a_library(begun, monkeypatc
     assert loraq.quantize_checkpoint(source, target, "mxfp4-a16", progress=False).kept == 1
 
 
+def test_a_run_does_not_go_on_with_another_kind_of_device(begun, monkeypatch):
+    source, target = begun
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "kind_of", lambda _: "cuda")
+        with pytest.raises(CheckpointError) as error:
+            loraq.quantize_checkpoint(source, target, "mxfp4-a16", progress=False)
+    assert "Changed: machine (device: 'cpu' then, 'cuda' now)" in str(error.value)
+    assert "Use the old settings to go on, `--restart` to begin anew" in str(error.value)
+    assert loraq.quantize_checkpoint(source, target, "mxfp4-a16", device="cpu", progress=False).kept
+
+
+def test_the_manifest_names_the_kind_and_another_makes_the_folder_anew(begun, monkeypatch):
+    source, target = begun
+    loraq.quantize_checkpoint(source, target, "mxfp4-a16", device="cpu", progress=False)
+    layers = json.loads((target / "loraq.json").read_text())["layers"]
+    assert {layer["device"] for layer in layers.values()} == {"cpu"}
+    again = loraq.quantize_checkpoint(source, target, "mxfp4-a16", device="cpu", progress=False)
+    assert again.already_complete
+    monkeypatch.setattr(machine, "kind_of", lambda _: "cuda")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        loraq.quantize_checkpoint(source, target, "mxfp4-a16", progress=False)
+
+
 GO_ON = """
 import json, sys
-import loraq
+import loraq, torch
 from loraq.pipeline.machine import describe_machine
 try:
     loraq.quantize_checkpoint(*sys.argv[1:], "mxfp4-a16", progress=False)
     error = ""
 except loraq.LoraqError as raised:
     error = str(raised)
-print(json.dumps([describe_machine(), error]))
+print(json.dumps([describe_machine((torch.device("cpu"),)), error]))
 """
 
 
@@ -78,7 +104,7 @@ def test_a_run_does_not_go_on_with_other_instructions(begun):
         check=True,
     )
     there, error = json.loads(child.stdout)
-    here = describe_machine()
+    here = describe_machine((CPU,))
     assert there == here | {"instructions": "DEFAULT"}
     assert f"machine (instructions: '{here['instructions']}' then, 'DEFAULT' now)" in error
     assert loraq.quantize_checkpoint(*begun, "mxfp4-a16", progress=False).kept == 1

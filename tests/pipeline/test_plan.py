@@ -8,8 +8,9 @@ from torch import nn
 
 from loraq.errors import RecipeError, SchemeError
 from loraq.methods import layer_seed
+from loraq.pipeline.jobs import KeptLayer, LayerJob, OtherWeight
 from loraq.pipeline.module import plan_model
-from loraq.pipeline.plan import KeptLayer, LayerJob, OtherWeight, Plan
+from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.rules import Rule
 from loraq.scheme import Branch, Scheme

@@ -39,6 +39,7 @@ _RECORD: dict[str, Any] = {
     "source_sha256": str,
     "source_dtype": str,
     "stats_sha256": str,
+    "device": str,
     "absorbed": dict,
     "kept": bool,
 }

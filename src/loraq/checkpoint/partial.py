@@ -3,6 +3,7 @@
 The target `NAME` is prepared in `.NAME.partial` beside it, which nobody else may write to:
 
     .NAME.partial/journal.jsonl   locked by the run that writes; see `journal`
+    .NAME.partial/journals/       those of the workers, where there are several
     .NAME.partial/files/          what becomes `NAME`
     .NAME.partial/replaced/       what was `NAME`, where a system cannot exchange two names at once
 
@@ -25,10 +26,11 @@ from typing import Any
 from loraq import disk
 from loraq.checkpoint.folder import refusal, require_free, require_writable, resolve_target
 from loraq.checkpoint.journal import Journal, describe_change
+from loraq.checkpoint.journals import gather, list_noted
 from loraq.checkpoint.private import make_private, require_alone
-from loraq.errors import CheckpointError, LayerError, LoraqWarning
+from loraq.errors import CheckpointError, LayerError, LoraqWarning, RankError
 
-_JOURNAL, _FILES, _REPLACED = "journal.jsonl", "files", "replaced"
+_JOURNAL, _JOURNALS, _FILES, _REPLACED = "journal.jsonl", "journals", "files", "replaced"
 #: Longest name, in bytes, of which the partial folder's is made; file systems take 255.
 _MOST_NAME_BYTES = 240
 
@@ -55,6 +57,7 @@ class PartialFolder:
             os.ftruncate(descriptor, 0)
         try:
             self.journal = Journal(descriptor, path / _JOURNAL)
+            gather(path / _JOURNALS, self.journal)
         finally:
             self._put_back()
         whole = self.journal.whole
@@ -67,10 +70,15 @@ class PartialFolder:
         """Return whether nobody has removed the folder meanwhile."""
         return (self.path / _JOURNAL).is_file() and self.folder.is_dir()
 
+    @property
+    def n_kept(self) -> int:
+        """How many layers are finished, those too that only their worker has noted."""
+        return len(self.journal.layers.keys() | list_noted(self.path / _JOURNALS))
+
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Forget what an earlier run has left, and begin anew."""
         self.journal.forget()
-        for name in (_FILES, _REPLACED):
+        for name in (_FILES, _REPLACED, _JOURNALS):
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
         self.journal.begin(fingerprint)
@@ -129,7 +137,7 @@ class PartialFolder:
         """Remove the folder with all that is in it; what was the target only if there is a new."""
         if (self.path / _REPLACED).exists() and not self.target.exists():
             return
-        for name in (_FILES, _REPLACED):
+        for name in (_FILES, _REPLACED, _JOURNALS):
             shutil.rmtree(self.path / name, ignore_errors=True)
             if (self.path / name).exists():
                 warnings.warn(
@@ -197,20 +205,21 @@ def resumable_folder(
     with _open_partial(target, restart=restart) as partial:
         journal = partial.journal
         partial.require_same(fingerprint, n_layers)
+        published = False
         try:
             require_free(partial.target, overwrite=overwrite)
             partial.resume() if journal.layers else partial.begin(fingerprint)
             yield partial
             partial.publish(overwrite=overwrite)
-            journal.layers = {}
-        except (CheckpointError, LayerError) as error:
-            kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
+            published = True
+        except (CheckpointError, LayerError, RankError) as error:
+            kept = _describe_kept(partial.n_kept, n_layers) if partial.is_there() else ""
             raise type(error)(f"{error}{kept}") from error
         except OSError as error:
-            kept = _describe_kept(len(journal.layers), n_layers) if partial.is_there() else ""
+            kept = _describe_kept(partial.n_kept, n_layers) if partial.is_there() else ""
             raise CheckpointError(f"{refusal(target, error)}{kept}") from error
         finally:
-            if not journal.layers:  # nothing that is worth keeping, or everything is in its place
+            if published or not partial.n_kept:
                 partial.remove()
 
 
@@ -298,6 +307,12 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f".{short}.partial")
 
 
+def work_folders(target: Path) -> tuple[Path, Path]:
+    """Return where the files of a target grow, and where the workers of its run have journals."""
+    path = partial_path(target)
+    return path / _FILES, path / _JOURNALS
+
+
 @contextmanager
 def explain_interrupt(target: Path, n_layers: int) -> Iterator[None]:
     """Let an interrupt say what of a target's layers is kept, before or after work on it begins."""
@@ -317,7 +332,7 @@ def _count_kept(target: Path) -> int:
     except OSError:
         return 0
     try:
-        return len(Journal(descriptor, path).layers)
+        return len(Journal(descriptor, path).layers.keys() | list_noted(path.parent / _JOURNALS))
     except CheckpointError:
         return 0
     finally:
@@ -343,7 +358,7 @@ def _open_partial(target: Path, *, restart: bool) -> Iterator[PartialFolder]:
     path, target = partial_path(target), resolve_target(target)
     try:
         disk.make_folders(target.parent)
-        make_private(path, (_JOURNAL, _FILES, _REPLACED))
+        make_private(path, (_JOURNAL, _JOURNALS, _FILES, _REPLACED))
         descriptor = disk.open_file(path / _JOURNAL, create=True, mode=0o600)
     except CheckpointError:
         raise

@@ -50,7 +50,8 @@ def command(function: Callable[..., None]) -> click.Command:
     run = click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."
     )(run)
-    return main.command(name=function.__name__.replace("_", "-"))(run)
+    name = function.__name__.rstrip("_").replace("_", "-")  # as in `import_`
+    return main.command(name=name)(run)
 
 
 def _show_warning(

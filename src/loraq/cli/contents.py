@@ -206,6 +206,7 @@ def formats(as_json: bool) -> None:
     """
     from loraq.formats import FORMATS, BlockFormat
     from loraq.recipe_names import GRAMMAR, SHOWCASE
+    from loraq.targets import INTRODUCTION, target_recipes
 
     rows = []
     for fmt in FORMATS.values():
@@ -219,11 +220,16 @@ def formats(as_json: bool) -> None:
     headings = ("format", "bits", "block", "scale", "bits per value")
     if as_json:
         table = [dict(zip(headings, row, strict=True)) for row in rows]
-        print_json({"formats": table, "grammar": GRAMMAR, "recipes": SHOWCASE})
+        summaries = {name: recipe.summary for name, recipe in target_recipes().items()}
+        document = {"formats": table, "grammar": GRAMMAR, "recipes": SHOWCASE, "targets": summaries}
+        print_json(document)
         return
     print_table(headings, rows)
     click.echo(f"A recipe is a .toml or .json file, or a name:\n\n{GRAMMAR}\n")
     print_table(("recipe", ""), SHOWCASE.items())
+    click.echo(f"\n{INTRODUCTION}\n")
+    made = [(name, each.limits.name, each.summary) for name, each in target_recipes().items()]
+    print_table(("recipe", "--to", ""), made)
 
 
 @command

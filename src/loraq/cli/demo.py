@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraq.cli.command import command
+from loraq.cli.options import device_option
 from loraq.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", default=20, show_default=True, type=click.IntRange(10), help="Samples for each row."
 )
+@device_option
 @click.option(
     "--workers",
     default=2,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Layers solved at a time.",
 )
-def demo(out: Path, every: bool, images: int, workers: int, as_json: bool) -> None:
+def demo(out: Path, every: bool, images: int, device: str, workers: int, as_json: bool) -> None:
     """Quantize a small trained transformer by LoRaQ and its rivals at equal bytes, and measure.
 
     Weights have 4 bits and activations 16, which is what runs unless somebody asks for less. The
@@ -51,6 +53,7 @@ def demo(out: Path, every: bool, images: int, workers: int, as_json: bool) -> No
         every=every,
         effort="default" if every else "fast",
         n_images=images,
+        device=device,
         workers=workers,
         progress=lambda line: click.echo(line, err=True),
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import size_option_value, split_scale
+from loraq.cli.options import link_option, overwrite_option, shard_size_option, split_scale
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import show
 
@@ -31,18 +31,9 @@ if TYPE_CHECKING:
     "--allow-dense", is_flag=True, help="Write more than a tenth of the weights as floats."
 )
 @click.option("--dtype", help="bfloat16, float16 or float32, of all that is float.")
-@click.option(
-    "--shard-size",
-    "shard_bytes",
-    default="2GB",
-    show_default=True,
-    callback=size_option_value,
-    help="Largest file.",
-)
-@click.option(
-    "--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them."
-)
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@shard_size_option
+@link_option
+@overwrite_option
 def export(
     source: Path | None,
     target: Path | None,
@@ -92,7 +83,8 @@ def _show_targets(*, as_json: bool) -> None:
 
     rows = [target.about for target in TARGETS.values()]
     if as_json:
-        print_json({"targets": [asdict(about) for about in rows]})
+        listed = [asdict(about) | {"recipes": about.recipes} for about in rows]
+        print_json({"targets": listed})
         return
     for about in rows:
         click.echo(about.name)
@@ -103,7 +95,7 @@ def _show_targets(*, as_json: bool) -> None:
             "activations": about.activations,
             "verified": about.verified,
             "not verified": about.unverified,
-            "recipe": about.recipe,
+            "recipe": ", ".join(about.recipes) or "any",
         }
         for heading, text in lines.items():
             click.echo(f"  {heading}: {text}")

@@ -8,7 +8,13 @@ from typing import Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import component_option, split_scale, variant_option
+from loraq.cli.options import (
+    component_option,
+    device_option,
+    overwrite_option,
+    split_scale,
+    variant_option,
+)
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import LoraqError, list_some, show
 
@@ -26,7 +32,8 @@ from loraq.errors import LoraqError, list_some, show
 @component_option
 @variant_option
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@device_option
+@overwrite_option
 def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Make the file LORA a permanent part of the quantized folder PATH, in the new folder TARGET.
 
@@ -70,7 +77,7 @@ def absorb_lora(path: Path, lora: Path, target: Path, as_json: bool, **options: 
     help="Name of a LoRA, in the order of the LoRAs; by default that of its file.",
 )
 @component_option
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@overwrite_option
 def append_lora(
     path: Path,
     loras: tuple[str, ...],
@@ -118,7 +125,7 @@ def append_lora(
 @click.argument("name")
 @click.argument("target", type=click.Path(path_type=Path))
 @component_option
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@overwrite_option
 def remove_lora(path: Path, name: str, target: Path, as_json: bool, **options: Any) -> None:
     """Take the LoRA NAME away from the quantized folder PATH, in the new folder TARGET.
 

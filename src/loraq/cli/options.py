@@ -63,6 +63,15 @@ RECIPE_OPTIONS = (
     "seed",
 )
 
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the work is done: auto (a GPU if there is one), cpu, cuda, cuda:1, xpu; for "
+    "quantize and demo also all (every GPU, a worker for each).",
+)
+
+
 config_option = click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -103,6 +112,26 @@ def size_option_value(_context: click.Context, _parameter: click.Parameter, text
             f"'{text}' is not a size. Write a number and a unit, such as 2GB or 500MB."
         )
     return size
+
+
+shard_size_option = click.option(
+    "--shard-size",
+    "shard_bytes",
+    default="2GB",
+    show_default=True,
+    callback=size_option_value,
+    help="Largest file.",
+)
+
+
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace a model that is at TARGET."
+)
+
+
+link_option = click.option(
+    "--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them."
+)
 
 
 def stats_option_value(

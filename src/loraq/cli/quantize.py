@@ -10,9 +10,12 @@ from loraq.cli.options import (
     RECIPE_OPTIONS,
     components_option,
     config_option,
+    device_option,
+    link_option,
+    overwrite_option,
     read_recipe,
     recipe_options,
-    size_option_value,
+    shard_size_option,
     stats_option_value,
     variant_option,
 )
@@ -27,7 +30,9 @@ from loraq.cli.output import (
 from loraq.errors import show
 
 if TYPE_CHECKING:
+    from loraq.pipeline.fitting import TargetFit
     from loraq.pipeline.plan import Plan
+    from loraq.pipeline.report import Report
 
 
 def show_notes(plan: "Plan") -> None:
@@ -58,26 +63,18 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
     callback=stats_option_value,
     help="Activation statistics that `loraq stats` wrote; of a component NAME, one for each.",
 )
+@device_option
 @click.option(
     "--workers",
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="Layers solved at a time.",
+    help="Layers solved at a time; several machines share them by torchrun.",
 )
-@click.option(
-    "--shard-size",
-    "shard_bytes",
-    default="2GB",
-    show_default=True,
-    callback=size_option_value,
-    help="Largest file.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at TARGET.")
+@shard_size_option
+@overwrite_option
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
-@click.option(
-    "--link", is_flag=True, help="Hard-link a pipeline's other components instead of copying them."
-)
+@link_option
 @click.option(
     "--report",
     "with_report",
@@ -101,44 +98,32 @@ def quantize(source: Path, target: Path, with_report: bool, as_json: bool, **opt
     from loraq.integrations.checkpoints import quantize_checkpoint
     from loraq.pages.files import require_place
     from loraq.pages.report import page_beside, write_report
+    from loraq.pipeline.ranks import is_leader
     from loraq.recipe import file_of
 
-    _warn_of_unknown_class(source, options["config"])
+    if is_leader():
+        _warn_of_unknown_class(source, options["config"])
     require_apart(target, file_of(options["recipe"]))
-    if with_report:
-        require_place(page_beside(target), source, options["config"], file_of(options["recipe"]))
+    page = page_beside(target) if with_report else None
+    if page is not None:
+        require_place(page, source, options["config"], file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
-    show_notes(report.plan)
-    if with_report:
-        write_report(target, page_beside(target))
-    if as_json:
-        print_json(
-            {
-                "target": str(target),
-                "report": str(page_beside(target)) if with_report else None,
-                "already_complete": report.already_complete,
-                "recipe": report.recipe.to_dict(),
-                "notes": report.plan.notes,
-                "bits_per_weight": report.plan.bits_per_weight,
-                **size_document(report.plan.parameters, report.plan.model_nbytes),
-                "mean_relative_error": report.mean_relative_error,
-                "mean_output_error": report.mean_output_error,
-                "components": {
-                    name: {
-                        "layers": _count_quantized(of_one.plan),
-                        "bits_per_weight": of_one.plan.bits_per_weight,
-                        "mean_relative_error": of_one.mean_relative_error,
-                        "mean_output_error": of_one.mean_output_error,
-                    }
-                    for name, of_one in report.components.items()
-                },
-                "layers": [
-                    {"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers
-                ],
-            }
-        )
+    if not is_leader():
         return
+    show_notes(report.plan)
+    if page is not None:
+        write_report(target, page)
+    if as_json:
+        print_json(_report_document(report, target, page))
+        return
+    _show_report(report)
+    click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
+    if page is not None:
+        click.echo(f"Report: {show(page)}")
+
+
+def _show_report(report: "Report") -> None:
     if report.already_complete:
         click.echo("Already complete: made by the same settings from the same weights.")
     for name, of_one in report.components.items():
@@ -161,9 +146,30 @@ def quantize(source: Path, target: Path, with_report: bool, as_json: bool, **opt
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
     show_size(report.plan.parameters, report.plan.model_nbytes)
-    click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
-    if with_report:
-        click.echo(f"Report: {show(page_beside(target))}")
+
+
+def _report_document(report: "Report", target: Path, page: Path | None) -> dict[str, Any]:
+    return {
+        "target": str(target),
+        "report": None if page is None else str(page),
+        "already_complete": report.already_complete,
+        "recipe": report.recipe.to_dict(),
+        "notes": report.plan.notes,
+        "bits_per_weight": report.plan.bits_per_weight,
+        **size_document(report.plan.parameters, report.plan.model_nbytes),
+        "mean_relative_error": report.mean_relative_error,
+        "mean_output_error": report.mean_output_error,
+        "components": {
+            name: {
+                "layers": _count_quantized(of_one.plan),
+                "bits_per_weight": of_one.plan.bits_per_weight,
+                "mean_relative_error": of_one.mean_relative_error,
+                "mean_output_error": of_one.mean_output_error,
+            }
+            for name, of_one in report.components.items()
+        },
+        "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
+    }
 
 
 @command
@@ -230,6 +236,27 @@ def _print_plan(planned: "Plan") -> None:
         _plan_rows(planned),
     )
     _print_totals(planned)
+    if planned.target is not None:
+        _print_target(planned.target)
+
+
+def _print_target(fit: "TargetFit") -> None:
+    click.echo(f"For `loraq export --to {fit.target}`: {'; '.join(fit.limits)}.")
+    layers = ", ".join(f"{why} ({count})" for why, count in fit.left.items())
+    kept = f" ({fit.share_left:.1%} of the weights): {layers}" if layers else ""
+    click.echo(f"  stay in 16 bits for that: {sum(fit.left.values())} layers{kept}")
+    if fit.ranks_alone[1]:
+        alone = f"without the target {_span(fit.ranks_alone)}"
+        click.echo(f"  ranks: {_span(fit.ranks)}, {alone}")
+    click.echo(
+        f"  bits for each weight: {fit.bits_per_weight:.3f}, without the target "
+        f"{fit.bits_alone:.3f}"
+    )
+
+
+def _span(ranks: tuple[int, int]) -> str:
+    least, most = ranks
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _print_totals(planned: "Plan") -> None:
@@ -254,7 +281,7 @@ def _count_kept(planned: "Plan") -> str:
 
 
 def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
-    from loraq.pipeline.plan import LayerJob
+    from loraq.pipeline.jobs import LayerJob
 
     rows: list[tuple[str, ...]] = []
     for layer in (*planned.layers, *planned.others):
@@ -275,7 +302,7 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, ...]]:
 def _plan_document(planned: "Plan") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from loraq.pipeline.plan import LayerJob
+    from loraq.pipeline.jobs import LayerJob
 
     layers = [
         {
@@ -300,12 +327,14 @@ def _plan_document(planned: "Plan") -> dict[str, Any]:
         "layers": layers,
         "others": others,
         "notes": planned.notes,
+        "target": planned.target and asdict(planned.target),
         **totals,
         "components": {
             name: {
                 "nbytes": of_one.nbytes,
                 "nbytes_bf16": of_one.nbytes_bf16,
                 "bits_per_weight": of_one.bits_per_weight,
+                "target": of_one.target and asdict(of_one.target),
             }
             for name, of_one in planned.components.items()
         },

@@ -7,7 +7,13 @@ from typing import Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import component_option, read_recipe, size_option_value, variant_option
+from loraq.cli.options import (
+    component_option,
+    device_option,
+    read_recipe,
+    size_option_value,
+    variant_option,
+)
 from loraq.cli.output import print_json, size_of
 from loraq.errors import show
 
@@ -73,7 +79,7 @@ def _settings(
     help="What counting may take beside the pipeline. If it is too little for all layers at once, "
     "all images are drawn several times.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(_DTYPES),

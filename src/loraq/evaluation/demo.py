@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraq.checkpoint.inspect import FLOAT, measure_memory
 from loraq.checkpoint.model import save
+from loraq.devices import AUTO, find_devices
 from loraq.evaluation.contender import Contender, Row, simulate
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
@@ -139,12 +140,13 @@ class DemoResult:
 
 
 @checked
-def run(
+def run(  # noqa: PLR0913 - each is an option of the command too
     *,
     every: bool = False,
     n_images: Annotated[int, Range(2, 100_000)] = 100,
     steps: Annotated[int, Range(1, 100_000)] = 10,
     effort: Literal["fast", "default", "best"] = "default",
+    device: str | torch.device = AUTO,
     workers: Workers = 1,
     progress: Callable[[str], None],
 ) -> DemoResult:
@@ -155,9 +157,11 @@ def run(
         n_images: samples for each contender, from the same noise.
         steps: Euler steps of the sampler.
         effort: of method "loraq".
+        device: where layers are solved, as for `quantize_`; images are drawn on the CPU.
         workers: layers solved at a time.
         progress: called with a line before each contender.
     """
+    find_devices(device)  # what is not there is refused before long work
     trained = load_transformer(torch.float32)
     judge = Judge.from_assets()
     labels = torch.arange(n_images, device="cpu") % 10
@@ -189,7 +193,9 @@ def run(
             model = copy.deepcopy(trained)
             stats = own if contender.statistics else None
             recipe = contender.to_recipe(budget=BUDGET, effort=effort)
-            report = quantize_(model, recipe, stats=stats, workers=workers, progress=False)
+            report = quantize_(
+                model, recipe, stats=stats, device=device, workers=workers, progress=False
+            )
             float_memory, memory = measure_loaded(model)
             simulate(model)
             pictures.append(sample(model, labels, seed=0, steps=steps))

@@ -24,7 +24,7 @@ def write_card(report: ExportReport, model_class: str, folder: str, has_branch_f
         f"Written by `loraq export --to {about.name}` (loraq {__version__}). Loaded by: "
         f"{about.loaded_by}.",
         "",
-        "```python",
+        "```",
         *load.splitlines(),
         "```",
         "",

@@ -15,7 +15,6 @@ class Dense(Target):
         activations="16 or 32 bits, nothing is rounded",
         verified="whole models by diffusers, against the exact weight-only forward",
         unverified="nothing",
-        recipe="any",
         load='import diffusers\n\nmodel = diffusers.{model_class}.from_pretrained("{folder}")',
         traps=(
             "It takes the memory of the float model: this is for evaluation, training and "

@@ -12,6 +12,8 @@ from loraq.formats.block import BlockFormat
 from loraq.integrations.lora import Adapter
 from loraq.packed import PackedWeight
 
+#: Significant bits that a block scale adds to an element's, for scales of few.
+_OF_SCALE = {"e8m0": 0, "e4m3": 4}
 #: Bits of the significand, the leading one included.
 _SIGNIFICANT = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
@@ -59,16 +61,18 @@ def is_exact(fmt: Format, dtype: torch.dtype) -> bool:
     """Return whether every number of a format is one of a dtype, as far as the formats say.
 
     An element of few significant bits under a power of two is one of bf16, whose exponents reach
-    as far as those of fp32; fp16 is taken for too narrow unless the numbers are its own.
+    as far as those of fp32, and so is one under an E4M3 scale of NVFP4, whose global scale is a
+    power of two; fp16 is taken for too narrow unless the numbers are its own.
     """
     if dtype == torch.float32:
         return True
     if isinstance(fmt, CastFormat):
         return fmt.dtype == dtype
-    if not isinstance(fmt, BlockFormat) or not fmt.scale_format.is_power_of_two:
+    if not isinstance(fmt, BlockFormat) or fmt.scale_format.name not in _OF_SCALE:
         return False
     element = fmt.element
     bits = element.mantissa_bits + 1 if element.is_float else element.bits - 1
+    bits += _OF_SCALE[fmt.scale_format.name]
     return dtype == torch.bfloat16 and bits <= _SIGNIFICANT[dtype]
 
 

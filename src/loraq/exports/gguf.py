@@ -13,7 +13,7 @@ from loraq.exports.factors import explain_rounding
 from loraq.exports.ggml import BLOCK, Q4_0, Q5_0, Q8_0, BlockType
 from loraq.exports.gguf_file import PLAIN_TYPES, GgufLayout, GgufTensor
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, most_common, require_lora
+from loraq.exports.target import About, Target, most_common
 from loraq.formats.block import BlockFormat
 from loraq.formats.packing import unpack
 from loraq.formats.scales import FP32_SCALE
@@ -47,45 +47,29 @@ class Gguf(Target):
         loaded_by="diffusers (classes that it loads from a single file)",
         holds="INT4 and MXINT4 as Q4_0, INT5 as Q5_0, MXINT8 and INT8 as Q8_0, in blocks of a "
         "multiple of 32; any rank in each layer; no 1×1 convolutions, no FP4",
-        exact="codes and scales (INT8 rows: scales rounded to fp16); branches of bf16 and MX "
-        "formats. diffusers multiplies codes and scales in fp16: exact for Q4_0 and MXINT8, "
-        "rounded to 11 bits for INT5 and INT8",
+        exact="codes and scales (INT8 rows: scales rounded to fp16); branches of bf16, MX "
+        "formats and NVFP4. diffusers multiplies codes and scales in fp16: exact for Q4_0 and "
+        "MXINT8, rounded to 11 bits for INT5 and INT8",
         activations="16 bits",
         verified="every block by gguf-py; whole models (FLUX, SANA) by diffusers and PEFT on a CPU",
         unverified="ComfyUI-GGUF and stable-diffusion.cpp, which know the blocks but need a "
         "model's original names, which are not written",
-        recipe="int4_b32-a16+bf16-r32",
         load="import diffusers\nimport torch\n\n"
         "config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)\n"
         "model = diffusers.{model_class}.from_single_file(\n"
         '    "{folder}/model.gguf", config="{folder}", quantization_config=config,\n'
-        "    torch_dtype=torch.bfloat16,\n)\n"
-        'model.load_lora_adapter("{folder}/branch.safetensors", prefix="transformer", '
-        'adapter_name="loraq")',
+        f"    torch_dtype=torch.bfloat16,\n)\n{lora.LOAD}",
         traps=lora.TRAPS,
     )
     has_branch_file = True
-
-    def __init__(self, job: Job) -> None:
-        """Look at the class, and at the scales: they must be numbers of fp16."""
-        super().__init__(job)
-        if not job.is_single_file:
-            raise ExportError(
-                f"diffusers loads no {job.model_class} from a single file, so that nothing would "
-                "load the GGUF. Use `--to sdnq`, which holds this class."
-            )
-        if any(head.rank for head in job.heads):
-            require_lora(job, self.about)
 
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
         fmt = head.main
         if fmt is None or fmt.element.is_float or fmt.bits not in _TYPES:
             return f"{head.scheme.weight} has no type in GGUF that diffusers reads"
-        if head.is_conv:
-            return "GGUF quantizes no convolution in diffusers"
-        if head.shape[1] % BLOCK or head.block % BLOCK:
-            return f"rows of {head.shape[1]} in blocks of {head.block}: multiples of 32 are needed"
+        if head.block % BLOCK:
+            return f"blocks of {head.block}: multiples of 32 are needed"
         if head.stored in self._out_of_range:
             return "a scale is no number of fp16"
         return ""
@@ -125,7 +109,7 @@ class Gguf(Target):
         assert isinstance(fmt, BlockFormat)
         codes = unpack(main.packed, k, fmt.bits).int()
         codes = torch.where(codes >= 1 << fmt.bits - 1, codes - (1 << fmt.bits), codes)
-        scale = fmt.scales(main).squeeze(-1) * 2.0**-fmt.element.mantissa_bits
+        scale = fmt.code_scales(main).squeeze(-1)
         scale = scale.repeat_interleave(head.block // BLOCK, 1)[:, : k // BLOCK]
         raw = _type_of(head).encode(codes, scale)
         return {f"{head.name}.weight": raw, **lora.lora_tensors(layer, self.job.new_dtype)}
@@ -158,7 +142,7 @@ class Gguf(Target):
         metadata: Mapping[str, str],
     ) -> GgufLayout:
         """Lay out the one file; GGUF has no shards here."""
-        held = {f"{h.name}.weight": h for h in self.job.heads if not self.refuses(h)}
+        held = {f"{h.name}.weight": h for h in self.job.heads if not self.why_dense(h)}
         tensors = {}
         for name, spec in specs.items():
             if name in held:

@@ -12,6 +12,7 @@ from loraq.formats.block import BlockFormat
 from loraq.packed import LowRankBranch
 from loraq.safetensors.header import TensorSpec
 from loraq.scheme import Scheme
+from loraq.targets import Limits
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Head:
     lora_rank: int = 0
     #: Whether its class calls it a modulation: one row for each image goes through it.
     is_modulation: bool = False
+    #: Layers of the model that are one in the other program, from top to bottom; none for itself.
+    parts: tuple["Head", ...] = ()
+    #: Why these cannot be one quantized layer; "" if they can.
+    misfit: str = ""
 
     @property
     def is_conv(self) -> bool:
@@ -80,12 +85,19 @@ class Head:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in the source."""
+        if self.parts:
+            return sum(part.nbytes for part in self.parts)
         return self.scheme.nbytes(self.packed_shape)
 
     @property
     def is_whole(self) -> bool:
         """Whether every block is full."""
         return self.shape[1] % self.block == 0
+
+    def explain_misfit(self, limits: Limits) -> str:
+        """Return why it is beyond the limits of a target; "" if it is within them."""
+        scheme, shape = self.scheme, self.packed_shape
+        return limits.explain_misfit(scheme, shape, is_conv=self.is_conv, lora_rank=self.lora_rank)
 
 
 @dataclass(frozen=True, eq=False)

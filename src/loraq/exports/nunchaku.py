@@ -6,12 +6,14 @@ and AWQ (W4A16 without one, for modulations).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraq.errors import ExportError
+from loraq.exports.advice import recommend
 from loraq.exports.codes import (
     Tiling,
     e2m1_values,
@@ -23,14 +25,12 @@ from loraq.exports.codes import (
 )
 from loraq.exports.factors import cast_factors, explain_rounding, pad_rank
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, most_common
+from loraq.exports.target import LOAD_IN_16_BITS, About, Job, Target, most_common
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 
-_TILE = 128
 #: Values that share a scale, by the precision.
 _GROUP = {"int4": 64, "nvfp4": 16}
-_RANK_STEP = 16
 
 
 def codes_tiling(n: int, k: int) -> Tiling:
@@ -63,6 +63,61 @@ def awq_tiling(n: int, k: int) -> Tiling:
     return Tiling((n // 4, 4, k // 64, 2, 4, 8), (0, 2, 1, 3, 5, 4))
 
 
+@dataclass(frozen=True, eq=False)
+class Svdq:
+    """What an SVDQ layer (N, K) is: `(x / smooth) Wᵀ + (x Dᵀ) Uᵀ`, W = code · scale · above."""
+
+    #: (N, K), int32: nibbles in two's complement, or E2M1.
+    codes: Tensor
+    #: (N, groups): of 16 bits, or E4M3.
+    scale: Tensor
+    #: (N, 1), fp32: global scale times that of the row; `None` for INT4.
+    above: Tensor | None
+    #: (K,).
+    smooth: Tensor
+    branch: Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Awq:
+    """What an AWQ layer (N, K) is: W = code · scale + zero."""
+
+    #: (N, K), int32, 0 … 15.
+    codes: Tensor
+    #: Both (N, groups).
+    scale: Tensor
+    zeros: Tensor
+
+
+def read_svdq(tensors: Tensors, name: str, shape: tuple[int, int]) -> Svdq:
+    """Return what the kernels make of the tensors of an SVDQ layer; NVFP4 has a `wtscale`."""
+    (n, k), laid = shape, tensors[f"{name}.wscales"]
+    nibbles = split_low_first(tensors[f"{name}.qweight"].view(torch.uint8).flatten())
+    groups, rank, above = laid.shape[0], tensors[f"{name}.proj_up"].shape[1], None
+    if f"{name}.wtscale" in tensors:
+        scale = micro_tiling(n, groups).gather(laid.view(torch.uint8)).view(laid.dtype)
+        rows = vector_tiling(n).gather(tensors[f"{name}.wcscales"]).float().view(n, 1)
+        above = rows * tensors[f"{name}.wtscale"].float()
+    else:
+        scale = vector_tiling(n, groups).gather(laid)
+    down = down_tiling(rank, k).gather(tensors[f"{name}.proj_down"]).view(rank, k)
+    up = up_tiling(n, rank).gather(tensors[f"{name}.proj_up"]).view(n, rank)
+    return Svdq(
+        codes_tiling(n, k).gather(nibbles).view(n, k),
+        scale.view(n, groups),
+        above,
+        vector_tiling(k).gather(tensors[f"{name}.smooth_factor"]),
+        Factors(up.float(), down.float()),
+    )
+
+
+def read_awq(tensors: Tensors, name: str, shape: tuple[int, int]) -> Awq:
+    """Return what the kernels make of the tensors of an AWQ layer."""
+    (n, k), raw = shape, tensors[f"{name}.qweight"]
+    codes = awq_tiling(n, k).gather(split_low_first(raw.view(torch.uint8).flatten())).view(n, k)
+    return Awq(codes, tensors[f"{name}.wscales"].mT, tensors[f"{name}.wzeros"].mT)
+
+
 class NunchakuLite(Target):
     """A folder of diffusers with `quant_method: nunchaku_lite`."""
 
@@ -72,16 +127,13 @@ class NunchakuLite(Target):
         "Blackwell on",
         holds="INT4 (blocks of 64) or NVFP4, one of them a file, one rank, a multiple of 16; out "
         "and in multiples of 128; modulations as INT4 without a branch; no 1×1 convolutions",
-        exact="codes and scales; NVFP4's global scale to 3e-4; branches of bf16 and MX formats",
+        exact="codes and scales; branches of bf16, MX formats and NVFP4",
         activations="4 bits by the target's own rule (absmax / 7, or NVFP4 without a global scale)",
         verified="every permutation against cache-dit's packer; whole models (FLUX) by diffusers' "
         "loader and layers, the CUDA kernels emulated from their formulas",
         unverified="the CUDA kernels; signed INT4 scales, which loraq writes, on a card",
-        recipe="int4+bf16-r32",
         load="# pip install kernels; DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment\n"
-        "import diffusers\nimport torch\n\n"
-        "model = diffusers.{model_class}.from_pretrained("
-        '"{folder}", torch_dtype=torch.bfloat16)',
+        + LOAD_IN_16_BITS,
         traps=(
             "It does not run on Hopper (H100, H200), nor on a CPU.",
             "Run one prompt against loraq's own output first: no card was at hand for the kernels.",
@@ -95,17 +147,18 @@ class NunchakuLite(Target):
             raise ExportError(
                 "Target 'nunchaku-lite' runs in 16 bits. Use `--dtype bfloat16` or float16."
             )
-        able = [head for head in job.heads if not _misfit(head)]
+        able = [head for head in self.within if not _misfit(head)]
         svdq = [head for head in able if not _is_awq(head)]
         self.precision: str | None = most_common(svdq, lambda head: head.scheme.weight)
         ranks = sorted({h.rank for h in svdq if h.scheme.weight == self.precision})
         largest = max(ranks, default=0)
-        self.rank = max(_RANK_STEP, -(-largest // _RANK_STEP) * _RANK_STEP)
+        step = self.limits.rank_step
+        self.rank = max(step, -(-largest // step) * step)
         if ranks and ranks != [self.rank] and not job.pads_rank:
             raise ExportError(
-                f"Target 'nunchaku-lite' needs one rank for all layers, a multiple of {_RANK_STEP}"
-                f", and there are {', '.join(map(str, ranks))}. Fill up to {self.rank} with zeros "
-                f"(`--pad-rank`), or quantize again with '{self.about.recipe}'."
+                f"Target 'nunchaku-lite' needs one rank for all layers, a multiple of {step}, and "
+                f"there are {', '.join(map(str, ranks))}. Fill up to {self.rank} with zeros "
+                f"(`--pad-rank`). {recommend(self.about.name, job.heads, type(job.model))}"
             )
 
     def refuses(self, head: Head) -> str:
@@ -118,14 +171,11 @@ class NunchakuLite(Target):
 
     def explain_rounding(self, head: Head) -> str:
         """Return what of a layer is rounded."""
-        reasons = [explain_rounding(head, self.job.new_dtype)]
-        if head.scheme.weight == "nvfp4":
-            reasons.append("global scale rounded, by 3e-4 at most")
-        return ", ".join(reason for reason in reasons if reason)
+        return explain_rounding(head, self.job.new_dtype)
 
     def notes(self) -> list[str]:
         """Return what is special of the model here."""
-        held = [head for head in self.job.heads if not self.refuses(head)]
+        held = [head for head in self.job.heads if not self.why_dense(head)]
         weight_only = [h for h in held if not _is_awq(h) and h.scheme.activation == "bf16"]
         if not weight_only:
             return []
@@ -201,28 +251,14 @@ class NunchakuLite(Target):
 
     def decode(self, tensors: Tensors, head: Head) -> Decoded:
         """Return what the kernels compute with, by their formulas."""
-        (n, k), name = head.shape, head.name
-        raw, groups = tensors[f"{name}.qweight"], k // _GROUP[head.scheme.weight]
-        nibbles = split_low_first(raw.view(torch.uint8).flatten())
-        scales = tensors[f"{name}.wscales"]
         if _is_awq(head):
-            codes = awq_tiling(n, k).gather(nibbles).view(n, k)
-            zeros = tensors[f"{name}.wzeros"].float().mT.repeat_interleave(64, 1)
-            return Decoded(per_block(codes.float(), scales.mT) + zeros)
-        codes = codes_tiling(n, k).gather(nibbles).view(n, k)
-        if self.precision == "int4":
-            scale = vector_tiling(n, groups).gather(scales).view(n, groups)
-            main = per_block(signed_values(codes), scale)
-        else:
-            laid = scales.view(torch.uint8)
-            micro = micro_tiling(n, groups).gather(laid).view(n, groups)
-            rows = vector_tiling(n).gather(tensors[f"{name}.wcscales"]).float().view(n, 1)
-            above = rows * tensors[f"{name}.wtscale"].float()
-            main = per_block(e2m1_values(codes), micro.view(torch.float8_e4m3fn).float() * above)
-        rank = self.rank
-        down = down_tiling(rank, k).gather(tensors[f"{name}.proj_down"]).view(rank, k)
-        up = up_tiling(n, rank).gather(tensors[f"{name}.proj_up"]).view(n, rank)
-        return Decoded(main, Factors(up.float(), down.float()))
+            awq = read_awq(tensors, head.name, head.shape)
+            zeros = awq.zeros.float().repeat_interleave(_GROUP["int4"], 1)
+            return Decoded(per_block(awq.codes.float(), awq.scale) + zeros)
+        svdq = read_svdq(tensors, head.name, head.shape)
+        values = signed_values if svdq.above is None else e2m1_values
+        above = 1.0 if svdq.above is None else svdq.above
+        return Decoded(per_block(values(svdq.codes), svdq.scale.float() * above), svdq.branch)
 
     def lay_bias(self, head: Head, bias: Tensor) -> Tensor:
         """Return the bias in the order of the rows; AWQ has it plain."""
@@ -270,19 +306,9 @@ def _is_awq(head: Head) -> bool:
 
 
 def _misfit(head: Head) -> str:
-    """Return why no file of Nunchaku holds a layer."""
-    n, k = head.shape
+    """Return why no file of Nunchaku holds the format of a layer."""
     if head.scheme.weight not in _GROUP:
         return f"{head.scheme.weight} is neither INT4 in blocks of 64 nor NVFP4"
-    if head.is_conv:
-        return "Nunchaku has no quantized convolution"
-    if _is_awq(head):
-        return f"{n}×{k}: out in fours and in in 64s are needed" if n % 4 or k % 64 else ""
-    if head.is_modulation:
-        return (
-            "a modulation would run on 4-bit activations there: leave it in 16 bits (a rule with "
-            "skip = true), or quantize it as INT4 without a branch"
-        )
-    if n % _TILE or k % _TILE:
-        return f"{n}×{k}: multiples of {_TILE} are needed"
+    if head.is_modulation and not _is_awq(head):
+        return "a modulation would run on 4-bit activations there, unless it has no branch"
     return ""

@@ -9,68 +9,24 @@ By tensor, for a layer (N, K) in blocks of B, operator `MatMulNBits` of the doma
     down, up       (K, R), (R, N)  any other branch, in fp32
 """
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loraq import disk
 from loraq.errors import ExportError
 from loraq.exports.codes import offset_codes, per_block, split_low_first
+from loraq.exports.graph_files import GraphFiles
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
 from loraq.exports.onnx_graph import build_graph
 from loraq.exports.target import About, Job, Target
+from loraq.exports.trace import example_inputs
 from loraq.formats import QTensor
 from loraq.formats.block import BlockFormat
 from loraq.safetensors.header import DTYPES, TensorSpec
-from loraq.safetensors.layout import tensor_bytes
 
 FILE, DATA = "model.onnx", "model.onnx.data"
-_ALIGNMENT = 4096
-
-
-@dataclass(frozen=True)
-class OnnxLayout:
-    """The graph, and where every tensor stands in the file beside it."""
-
-    graph: bytes
-    offsets: dict[str, int]
-    specs: dict[str, TensorSpec]
-    data_bytes: int
-
-    @property
-    def files(self) -> list[str]:
-        """The graph and the numbers."""
-        return [FILE, DATA]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return len(self.graph) + self.data_bytes
-
-    def allocate(self, folder: Path) -> None:
-        """Write the graph, and make the other file at its final size."""
-        disk.write_file(folder / FILE, self.graph)
-        descriptor = disk.open_file(folder / DATA, create=True)
-        try:
-            os.ftruncate(descriptor, self.data_bytes)
-        finally:
-            os.close(descriptor)
-
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors at their places."""
-        descriptor = disk.open_file(folder / DATA)
-        try:
-            for name, tensor in tensors.items():
-                raw = tensor_bytes(tensor)
-                assert len(raw) == self.specs[name].nbytes, f"'{name}' does not fit its place"
-                disk.write_at(descriptor, raw, self.offsets[name])
-        finally:
-            os.close(descriptor)
 
 
 class Onnx(Target):
@@ -87,7 +43,6 @@ class Onnx(Target):
         verified="whole models (FLUX, SANA, PixArt) by both on a CPU; SANA to 2e-6, where fp32 "
         "sums in another order differ by as much",
         unverified="GPUs and NPUs; SD3; speed",
-        recipe="int4-a16+w8a8-r32",
         load="import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("{folder}/model.onnx")\n'
         "print([(each.name, each.shape) for each in session.get_inputs()])\n\n"
@@ -187,60 +142,16 @@ class Onnx(Target):
         stem: str,
         shard_bytes: int,
         metadata: Mapping[str, str],
-    ) -> OnnxLayout:
+    ) -> GraphFiles:
         """Build the graph, with places instead of numbers."""
-        offsets, end = {}, 0
-        for name, spec in specs.items():
-            offsets[name] = end
-            end += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
+        files = GraphFiles.lay_out((FILE, DATA), specs)
 
         def place(name: str) -> tuple[str, int, TensorSpec] | None:
-            return (DATA, offsets[name], specs[name]) if name in specs else None
+            return (DATA, files.offsets[name], specs[name]) if name in specs else None
 
         held = [(head, self.specs(head)) for head in self.job.heads if not self.why_dense(head)]
         graph = build_graph(self.job.model, held, self.inputs, self.fixed, place)
-        return OnnxLayout(graph, offsets, dict(specs), end)
-
-
-def example_inputs(
-    model_class: str, config: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return inputs of a model's forward by its configuration, and its other arguments.
-
-    Raises:
-        ExportError: the class is not known here.
-    """
-    batch, tokens, text = 2, 64, 24
-    side, channels = config.get("sample_size"), config.get("in_channels")
-    inputs = {"timestep": torch.ones(batch)}
-    if model_class == "FluxTransformer2DModel":
-        inputs |= {
-            "hidden_states": torch.zeros(batch, tokens, int(channels or 0)),
-            "encoder_hidden_states": torch.zeros(batch, text, config["joint_attention_dim"]),
-            "pooled_projections": torch.zeros(batch, config["pooled_projection_dim"]),
-            "img_ids": torch.zeros(tokens, 3),
-            "txt_ids": torch.zeros(text, 3),
-        }
-        if config.get("guidance_embeds"):
-            inputs["guidance"] = torch.ones(batch)
-        return inputs, {}
-    of_text = {"SD3Transformer2DModel": "joint_attention_dim"}.get(model_class, "caption_channels")
-    known = ("PixArtTransformer2DModel", "SanaTransformer2DModel", "SD3Transformer2DModel")
-    if model_class not in known or config.get("use_additional_conditions"):
-        raise ExportError(
-            f"The inputs of {model_class} with this configuration are not known to target 'onnx', "
-            f"which knows FluxTransformer2DModel, {', '.join(known)}. Use another target (`loraq "
-            "export --list`)."
-        )
-    inputs |= {
-        "hidden_states": torch.zeros(batch, int(channels or 0), int(side or 0), int(side or 0)),
-        "encoder_hidden_states": torch.zeros(batch, text, config[of_text]),
-    }
-    if model_class == "SD3Transformer2DModel":
-        inputs["pooled_projections"] = torch.zeros(batch, config["pooled_projection_dim"])
-    is_pixart = model_class == "PixArtTransformer2DModel"
-    conditions = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    return inputs, conditions if is_pixart else {}
+        return replace(files, graph=graph)
 
 
 def _is_8_bit(head: Head) -> bool:
@@ -261,4 +172,4 @@ def _is_8_bit(head: Head) -> bool:
 def _scales(matrix: QTensor) -> Tensor:
     """Return what an integer code is multiplied by, in fp32."""
     assert isinstance(matrix.format, BlockFormat)
-    return matrix.format.scales(matrix) * 2.0**-matrix.format.element.mantissa_bits
+    return matrix.format.code_scales(matrix)

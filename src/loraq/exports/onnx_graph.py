@@ -4,19 +4,15 @@ Every parameter is a fake tensor, which has a shape and no numbers. The graph na
 data, at a place of the data file that is known before a number is.
 """
 
-import copy
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraq.errors import ExportError, MissingLibraryError
+from loraq.errors import MissingLibraryError
 from loraq.exports.layer import Head
-from loraq.layers import quantized_layers
-from loraq.nn import QuantizedConv1x1
+from loraq.exports.trace import quiet, replace_layers, trace
 from loraq.safetensors.header import DTYPES, TensorSpec
 
 _OPSET = 21
@@ -63,18 +59,6 @@ class MatMulNBits(nn.Module):
         )
 
 
-class _Call(nn.Module):
-    """A model with fixed arguments beside its inputs, which returns a tensor."""
-
-    def __init__(self, model: nn.Module, fixed: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model, self.fixed = model, dict(fixed)
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        result: Tensor = self.model(**inputs, **self.fixed, return_dict=False)[0]
-        return result
-
-
 def build_graph(
     model: nn.Module,
     layers: Sequence[tuple[Head, Mapping[str, TensorSpec]]],
@@ -104,7 +88,17 @@ def build_graph(
         raise MissingLibraryError(
             f"Target 'onnx' needs onnx and onnxscript ({error}). Run: pip install \"loraq[onnx]\""
         ) from error
-    program = _export(_replace(model, layers), inputs, fixed)
+    new = replace_layers(model, {head.name: MatMulNBits(head, specs) for head, specs in layers})
+    with quiet(model, "ONNX"):
+        program = torch.onnx.export(
+            trace(new, inputs, fixed),
+            input_names=list(inputs),
+            dynamo=True,
+            opset_version=_OPSET,
+            verbose=False,
+            optimize=False,
+        )
+    assert program is not None, "torch returns a program where it is not told to write one"
     _drop_idle_squeezes(program.model.graph, onnx_ir)
     for name, value in program.model.graph.initializers.items():
         found = place(name.removeprefix(_PREFIX))
@@ -131,68 +125,3 @@ def _drop_idle_squeezes(graph: Any, ir: Any) -> None:
         if axes is not None and shape is not None and all(shape[i] != 1 for i in axes.numpy()):
             node.op_type = "Identity"
             node.resize_inputs(1)
-
-
-def _replace(
-    model: nn.Module, layers: Sequence[tuple[Head, Mapping[str, TensorSpec]]]
-) -> nn.Module:
-    """Return a copy of a model with float layers in place of quantized ones, or `MatMulNBits`."""
-    model = copy.deepcopy(model)
-    new: dict[str, nn.Module] = {head.name: MatMulNBits(head, specs) for head, specs in layers}
-    for name, layer in quantized_layers(model).items():
-        if name not in new:
-            sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
-            new[name] = (
-                nn.Conv2d(*sizes, 1, bias=bias, device="meta")
-                if isinstance(layer, QuantizedConv1x1)
-                else nn.Linear(*sizes, bias=bias, device="meta")
-            )
-    for name, made in new.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, made)
-    return model.eval()
-
-
-def _export(model: nn.Module, inputs: Mapping[str, Tensor], fixed: Mapping[str, Any]) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    with mode:
-        for module in model.modules():
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
-                    fake = torch.empty(parameter.shape, dtype=dtype)
-                    module._parameters[leaf] = nn.Parameter(fake, requires_grad=False)
-    shapes = {
-        name: {
-            axis: torch.export.Dim.AUTO for axis, size in enumerate(tensor.shape[:2]) if size > 1
-        }
-        for name, tensor in inputs.items()
-    }
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), mode:
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                _Call(model, fixed), (dict(inputs),), dynamic_shapes=(shapes,), strict=False
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.onnx.export(
-                exported,
-                input_names=list(inputs),
-                dynamo=True,
-                opset_version=_OPSET,
-                verbose=False,
-                optimize=False,
-            )
-    except Exception as error:  # torch raises what it likes on models that it does not follow
-        raise ExportError(
-            f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {error}. "
-            "Use another target (`loraq export --list`)."
-        ) from error
-    finally:
-        logging.disable(before)

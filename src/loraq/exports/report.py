@@ -27,6 +27,8 @@ class LayerFate:
     nbytes: int
     #: Whether the rules of the class kept it out of the recipe's scheme, in 8 bits.
     is_kept: bool = False
+    #: Layers of the source that it is put together from; none for the one of its name.
+    parts: tuple[str, ...] = ()
     #: ‖Ŵ' − Ŵ‖ / ‖Ŵ‖ of what the target decodes; `None` before it is written.
     relative_change: float | None = None
 
@@ -38,6 +40,7 @@ class LayerFate:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data, without its name."""
         return {
+            "layers": list(self.parts or (self.name,)),
             "fate": self.fate,
             "reason": self.reason,
             "shape": list(self.shape),

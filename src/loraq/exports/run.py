@@ -10,6 +10,7 @@ from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import require_free
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import ExportError, list_some
+from loraq.exports.advice import recommend
 from loraq.exports.layer import Head
 from loraq.exports.report import DENSE, EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
@@ -17,10 +18,10 @@ from loraq.exports.table import get_target
 from loraq.exports.target import Job, Target
 from loraq.exports.write import Files
 from loraq.integrations.lora import find_lora_file
-from loraq.integrations.single_file import is_single_file_class
 from loraq.options import Size, checked
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+from loraq.targets import limits_of
 
 #: Dtypes that `dtype` takes, by name.
 DTYPES = {
@@ -88,7 +89,7 @@ def export(  # noqa: PLR0913 - each is an option of the command too
     require_apart(place, source, *(find_lora_file(path) for path, _ in loras))
     require_free(place, overwrite=overwrite)
     require_no_run(place)
-    opened = ExportSource.open(source, loras, verify=verify)
+    opened = settled.see(ExportSource.open(source, loras, verify=verify))
     chosen, report = _plan(opened, settled, _dtype_of(dtype), pad_rank, allow_dense)
     files = Files.lay_out(opened, chosen, shard_bytes)
     with show_layers(progress, "export") as show:
@@ -113,7 +114,8 @@ def plan_export(
         CheckpointError, ExportError: as `export` says.
     """
     settled = get_target(to)
-    opened = ExportSource.open(source, [_split(each) for each in lora], verify=False)
+    loras = [_split(each) for each in lora]
+    opened = settled.see(ExportSource.open(source, loras, verify=False))
     chosen, report = _plan(opened, settled, _dtype_of(dtype), pad_rank, allow_dense)
     return replace(report, nbytes=Files.lay_out(opened, chosen, DEFAULT_SHARD_BYTES).nbytes)
 
@@ -125,37 +127,36 @@ def _plan(
     pads_rank: bool,
     allow_dense: bool,
 ) -> tuple[Target, ExportReport]:
+    about, model_kind = kind.about, type(source.model)
+    advice = recommend(about.name, source.heads, model_kind)
+    if why := limits_of(about.name).explain_class(model_kind):
+        raise ExportError(f"Target '{about.name}' takes no {model_kind.__name__}: {why}. {advice}")
     rotated = [head.name for head in source.heads if head.scheme.rotation]
     if rotated and not kind.takes_rotation:
         raise ExportError(
             f"{len(rotated)} layers are rotated (first '{rotated[0]}'), and target "
-            f"'{kind.about.name}' has no rotation: its codes would stand for another weight. "
-            f"Quantize again with a recipe that ends in -h0, or with '{kind.about.recipe}'; or "
-            "export `--to dense`."
+            f"'{about.name}' has no rotation: its codes would stand for another weight. {advice} "
+            "Or export `--to dense`."
         )
-    name = type(source.model).__name__
     job = Job(
         heads=tuple(head for head in source.heads if not head.n_experts),
         model=source.model,
         config=source.config,
         floats=source.find_floats(),
-        takes_lora=hasattr(type(source.model), "load_lora_adapter"),
-        is_single_file=is_single_file_class(name),
         read_scale=source.read_scale,
         dtype=dtype,
         pads_rank=pads_rank,
     )
     target = kind(job)
     layers = [_predict(target, head) for head in source.heads]
-    report = ExportReport(kind.about, tuple(layers), tuple(target.notes()))
+    report = ExportReport(about, tuple(layers), tuple(target.notes()))
     if not kind.is_dense and report.dense_share > _MOST_DENSE and not allow_dense:
         dense = [layer for layer in layers if layer.fate == DENSE and not layer.is_kept]
         reasons = dict.fromkeys(layer.reason for layer in dense)
         raise ExportError(
-            f"Target '{kind.about.name}' would hold {report.dense_share:.0%} of the quantized "
+            f"Target '{about.name}' would hold {report.dense_share:.0%} of the quantized "
             f"weights as floats ({len(dense)} of {len(layers)} layers: "
-            f"{list_some(reasons, most=4)}). Quantize for it with the recipe "
-            f"'{kind.about.recipe}', choose another target, or allow that (`--allow-dense`)."
+            f"{list_some(reasons, most=4)}). {advice} Or allow that (`--allow-dense`)."
         )
     return target, report
 
@@ -167,7 +168,16 @@ def _predict(target: Target, head: Head) -> LayerFate:
     fate = DENSE if refused else ROUNDED if reason else EXACT
     specs = [target.dense_spec(head)] if refused else list(target.all_specs(head).values())
     nbytes = sum(spec.nbytes for spec in specs)
-    return LayerFate(head.name, head.packed_shape, fate, reason, head.nbytes, nbytes, head.is_kept)
+    return LayerFate(
+        name=head.name,
+        shape=head.packed_shape,
+        fate=fate,
+        reason=reason,
+        nbytes_before=head.nbytes,
+        nbytes=nbytes,
+        is_kept=head.is_kept,
+        parts=tuple(part.name for part in head.parts),
+    )
 
 
 def _split(lora: LoraFile) -> tuple[Path, float]:

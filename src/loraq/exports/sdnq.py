@@ -33,12 +33,11 @@ class Sdnq(Target):
         loaded_by="diffusers 0.40 and newer with the package sdnq, SD.Next",
         holds="INT4 (any block), MXINT4, MXFP4, NVFP4; any rank in each layer; 1×1 convolutions; "
         "one format and block size a file",
-        exact="codes and scales; branches of bf16 and MX formats; nvfp4, int8 and fp16 branches "
+        exact="codes and scales; branches of bf16, MX formats and NVFP4; int8 and fp16 branches "
         "are rounded to bf16 (`--dtype float32` holds them)",
         activations="16 bits; sdnq can be told to use INT8 matrices",
         verified="whole models (FLUX, SANA, PixArt) by diffusers and sdnq 0.2.8 on a CPU",
         unverified="GPU kernels",
-        recipe="int4-a16+bf16-r32",
         load="# pip install sdnq\nimport diffusers\nimport torch\n\n"
         'model = diffusers.{model_class}.from_pretrained("{folder}", dtype=torch.bfloat16)',
         traps=(
@@ -51,7 +50,7 @@ class Sdnq(Target):
     def __init__(self, job: Job) -> None:
         """Settle the one format of the file: that of most weights."""
         super().__init__(job)
-        able = [head for head in job.heads if not _misfit(head)]
+        able = [head for head in self.within if not _misfit(head)]
         self.chosen = most_common(able, _kind_of)
 
     def refuses(self, head: Head) -> str:
@@ -152,10 +151,8 @@ def _kind_of(head: Head) -> tuple[str, int]:
 
 
 def _misfit(head: Head) -> str:
-    """Return why no file of sdnq holds a layer."""
+    """Return why no file of sdnq holds the format of a layer."""
     fmt = head.main
     if fmt is None or fmt.bits != 4:
         return f"{head.scheme.weight} is not a 4-bit format"
-    if not head.is_whole or head.shape[1] % 2:
-        return f"its input of {head.shape[1]} is not a multiple of {head.block}"
     return ""

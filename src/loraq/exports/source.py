@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loraq.checkpoint.folder import file_sha256
@@ -16,6 +17,7 @@ from loraq.experts import QuantizedExperts
 from loraq.exports.factors import build_factors
 from loraq.exports.layer import Head, Layer
 from loraq.families import family_rules
+from loraq.formats.scales import view_bytes
 from loraq.integrations.diffusers import empty_model, model_folder
 from loraq.integrations.hub import local_path
 from loraq.integrations.lora import Adapter, Lora
@@ -119,6 +121,11 @@ class ExportSource:
         """Return the name in the files of a tensor, which may be that of another one."""
         return self.manifest.tied.get(name, name)
 
+    def kept_spec(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return dtype, in safetensors' notation, and shape of a tensor of `list_kept`."""
+        stored = self.stored_name(name)
+        return self.reader.dtype(stored), self.reader.shape(stored)
+
     def read_kept(self, name: str) -> Tensor:
         """Return a tensor of `list_kept`, with what LoRAs add to it."""
         tensor = self.reader.read(self.stored_name(name))
@@ -135,6 +142,11 @@ class ExportSource:
         assert head.main is not None, "a format without blocks has no scales"
         name = self.stored_name(f"{head.stored}.weight_scale")
         return head.main.scale_format.decode(self.reader.read(name))
+
+    def read_global_scale(self, head: Head) -> Tensor:
+        """Return the scale above the block scales of a main weight, fp32, without axes."""
+        raw = self.reader.read(self.stored_name(f"{head.stored}.weight_global_scale"))
+        return view_bytes(raw, torch.float32)[0]
 
     def read_layer(self, head: Head) -> Layer:
         """Return a quantized layer that is not rotated, with what LoRAs add to its branch."""

@@ -9,10 +9,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraq.errors import ExportError
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
+from loraq.exports.source import ExportSource
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
+from loraq.targets import Limits, limits_of, recipes_of
+
+#: Python that loads a folder of diffusers in 16 bits.
+LOAD_IN_16_BITS = (
+    "import diffusers\nimport torch\n\n"
+    'model = diffusers.{model_class}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)'
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,15 @@ class About:
     verified: str
     #: What nobody has run.
     unverified: str
-    #: A recipe whose layers it holds without a loss.
-    recipe: str
     #: Python that loads it; `{folder}` and `{model_class}` are filled in.
     load: str
     #: What goes wrong there without an error.
     traps: tuple[str, ...] = ()
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """Names of the recipes that are solved for it, the one to try first at the top."""
+        return tuple(recipe.name for recipe in recipes_of(self.name))
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,6 @@ class Job:
     config: Mapping[str, Any]
     #: Kind of each module that has a float weight of two or more axes, by its name.
     floats: Mapping[str, str]
-    #: Whether diffusers puts adapters beside the layers of the class.
-    takes_lora: bool
-    #: Whether diffusers loads the class from a single file.
-    is_single_file: bool
     #: Reads the block scales of a main weight, in fp32, without a global scale.
     read_scale: Callable[[Head], Tensor]
     #: Dtype that was asked for; `None` leaves floats as they are.
@@ -106,6 +112,8 @@ class Target:
     about: ClassVar[About]
     #: Whether the branch goes into a LoRA file of its own.
     has_branch_file: ClassVar[bool] = False
+    #: Name, without its extension, of the one weight file; "" for shards in diffusers' names.
+    one_file: ClassVar[str] = ""
     #: Whether it holds layers in a rotated basis.
     takes_rotation: ClassVar[bool] = False
     #: Whether every layer becomes dense on purpose.
@@ -118,19 +126,41 @@ class Target:
             job: the model and the options.
 
         Raises:
-            ExportError: the target does not know the class, or needs what the layers do not have;
-                the message names the option or the recipe that helps.
+            ExportError: the target needs what the layers do not have; the message names the option
+                or the recipe that helps.
         """
         self.job = job
 
+    @property
+    def limits(self) -> Limits:
+        """What it asks of layers, whatever their format."""
+        return limits_of(self.about.name)
+
+    @property
+    def within(self) -> list[Head]:
+        """The layers that are within its limits."""
+        return [head for head in self.job.heads if not head.explain_misfit(self.limits)]
+
+    @classmethod
+    def see(cls, source: ExportSource) -> ExportSource:
+        """Return a source as the target sees it: under other names, some layers put together.
+
+        Raises:
+            ExportError: the target does not know the model's class.
+        """
+        return source
+
     def refuses(self, head: Head) -> str:
-        """Return why a layer must be written dense; "" if the target holds it."""
+        """Return why a layer within the limits must be dense; "" if the target holds it."""
         raise NotImplementedError
 
     def why_dense(self, head: Head) -> str:
         """Return why a layer or a stack of experts is dense; "" if the target holds it."""
-        if head.n_experts and not self.is_dense:
-            return f"no layer of {self.about.name} holds stacked experts"
+        if not self.is_dense:
+            if head.main is not None and head.main.of_columns:
+                return f"{self.about.name} has no scale of each column"
+            if why := head.explain_misfit(self.limits):
+                return why
         return self.refuses(head)
 
     def explain_rounding(self, head: Head) -> str:
@@ -182,6 +212,10 @@ class Target:
         """Return text for the header of the weight file."""
         return {}
 
+    def texts(self, folder: str) -> dict[str, str]:
+        """Return further files beside the weights; `folder` is the name of theirs."""
+        return {}
+
     def layout(
         self,
         specs: Mapping[str, TensorSpec],
@@ -190,7 +224,8 @@ class Target:
         metadata: Mapping[str, str],
     ) -> Layout:
         """Lay out the weight file or files."""
-        return ShardLayout.of(specs, stem, shard_bytes, metadata)
+        largest = float("inf") if self.one_file else shard_bytes
+        return ShardLayout.of(specs, self.one_file or stem, largest, metadata)
 
 
 def most_common(heads: Sequence[Head], key: Callable[[Head], Any]) -> Any:
@@ -199,17 +234,3 @@ def most_common(heads: Sequence[Head], key: Callable[[Head], Any]) -> Any:
     for head in heads:
         counted[key(head)] += head.numel
     return counted.most_common(1)[0][0] if counted else None
-
-
-def require_lora(job: Job, about: About) -> None:
-    """Require that diffusers can put the branch beside the layers of the model's class.
-
-    Raises:
-        ExportError: it cannot.
-    """
-    if not job.takes_lora:
-        raise ExportError(
-            f"Target '{about.name}' holds the branch as a LoRA, and {job.model_class} takes none "
-            "in diffusers (it has no `load_lora_adapter`). Use `--to sdnq`, which holds branches "
-            "itself, or `--to dense`."
-        )

@@ -11,7 +11,7 @@ from loraq.exports import lora
 from loraq.exports.codes import e2m1_values, per_block, split_low_first
 from loraq.exports.factors import explain_rounding
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, require_lora
+from loraq.exports.target import LOAD_IN_16_BITS, About, Target
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import TensorSpec
 
@@ -28,16 +28,11 @@ class Torchao(Target):
         name="torchao",
         loaded_by="diffusers with torchao 0.18",
         holds="NVFP4; any rank in each layer; no 1×1 convolutions",
-        exact="codes and scales; branches of bf16 and MX formats",
+        exact="codes and scales; branches of bf16, MX formats and NVFP4",
         activations="16 bits",
         verified="whole models (FLUX) by diffusers, torchao and PEFT on a CPU",
         unverified="GPU kernels, and 4-bit activations on Blackwell, which are not written",
-        recipe="nvfp4-a16+bf16-r32",
-        load="import diffusers\nimport torch\n\n"
-        "model = diffusers.{model_class}.from_pretrained("
-        '"{folder}", torch_dtype=torch.bfloat16)\n'
-        'model.load_lora_adapter("{folder}/branch.safetensors", prefix="transformer", '
-        'adapter_name="loraq")',
+        load=f"{LOAD_IN_16_BITS}\n{lora.LOAD}",
         traps=(
             *lora.TRAPS,
             "torchao calls these tensors a prototype: another minor version may not read them.",
@@ -45,20 +40,10 @@ class Torchao(Target):
     )
     has_branch_file = True
 
-    def __init__(self, job: Job) -> None:
-        """Require that adapters can stand beside the layers."""
-        super().__init__(job)
-        if any(head.rank for head in job.heads):
-            require_lora(job, self.about)
-
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
         if head.scheme.weight != "nvfp4":
             return f"torchao runs NVFP4 weights here, and this is {head.scheme.weight}"
-        if head.is_conv:
-            return "torchao has no quantized convolution"
-        if not head.is_whole:
-            return f"its input of {head.shape[1]} is not a multiple of {_BLOCK}"
         return ""
 
     def explain_rounding(self, head: Head) -> str:

@@ -66,10 +66,8 @@ class Files:
                 specs[head.weight_name] = target.dense_spec(head)
         kept = {}
         for name in source.list_kept():
-            stored = source.stored_name(name)
-            shape = source.reader.shape(stored)
-            dtype = target.kept_dtype(name, source.reader.dtype(stored), shape)
-            kept[name] = TensorSpec(dtype, shape)
+            dtype, shape = source.kept_spec(name)
+            kept[name] = TensorSpec(target.kept_dtype(name, dtype, shape), shape)
         specs |= kept
         metadata = target.metadata(specs, list(held.values()))
         stem = weights_stem(source.config)
@@ -179,7 +177,9 @@ class Files:
         home = Path(place.absolute().name) / self.source.component
         name = type(self.source.model).__name__
         text = card.write_card(report, name, home.as_posix(), self.branch is not None)
-        disk.write_file(folder / card.FILE_NAME, text.encode())
+        texts = {card.FILE_NAME: text} | self.target.texts(home.as_posix())
+        for file, content in texts.items():
+            disk.write_file(folder / file, content.encode())
         paths = sorted(Path(root) / file for root, _, files in os.walk(partial) for file in files)
         files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in paths}
         document = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraq.formats.element import ElementFormat
+from loraq.formats.element import ElementFormat, power_of_two_below
 from loraq.formats.faults import require_finite
 from loraq.formats.packing import pack, packed_width, unpack
 from loraq.formats.scale_rules import LARGEST, ScaleFit, ScaleRule, choose_scales, scale_rule
@@ -130,6 +130,9 @@ class BlockFormat:
     block_size: int | None
     #: Whether this is the variant for dynamic activations; see `for_rows`.
     of_rows: bool = False
+    #: Whether an fp32 scale of each column stands above the block scales, as the smoothing of
+    #: imported weights does; what is quantized here has ones.
+    of_columns: bool = False
     #: Numbers of the scale rules that were fitted to this format.
     fit: ScaleFit = field(default=ScaleFit(), kw_only=True)
     #: Formats of the activations beside a main weight of this format, by their bits.
@@ -183,8 +186,9 @@ class BlockFormat:
             "packed": (*leading, packed_width(n, self.bits)),
             "scale": (*leading, self.n_blocks(n) * self.scale_format.n_bytes),
         }
-        if self.has_global_scale:
-            shapes["global_scale"] = (4 * math.prod(leading if self.of_rows else leading[:-1]),)
+        n_above = self._n_above(shape)
+        if n_above or self.of_columns:
+            shapes["global_scale"] = (4 * (n_above + n * self.of_columns),)
         return shapes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -243,6 +247,10 @@ class BlockFormat:
         rows = x.reshape(-1, x.shape[-1])  # (rows, n)
         n = rows.shape[-1]
         global_scale = self._global_scale(x) if above is None else above
+        stored = global_scale
+        if self.of_columns:
+            ones = torch.ones(n, device=x.device)
+            stored = ones if global_scale is None else torch.cat((global_scale, ones))
         packed, scales = [], []
         for part in _row_chunks(rows):
             blocks = self._blocks(rows[part].float())  # (rows, n_blocks, block_size)
@@ -255,7 +263,7 @@ class BlockFormat:
         return QTensor(
             packed=torch.cat(packed).view(*lead, -1),
             scale=torch.cat(scales).view(*lead, -1),
-            global_scale=None if global_scale is None else global_scale.view(torch.uint8),
+            global_scale=None if stored is None else stored.view(torch.uint8),
             shape=tuple(x.shape),
             format=self,
         )
@@ -269,20 +277,37 @@ class BlockFormat:
         for part in _row_chunks(out):
             values = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
             out[part] = values.mul_(scale[part]).flatten(-2)[..., :n]
+        if self.of_columns:
+            assert q.global_scale is not None, "the scales of columns stand there"
+            out *= view_bytes(q.global_scale, torch.float32)[-n:]
         return out.view(q.shape)
+
+    def code_scales(self, q: QTensor) -> Tensor:
+        """Return what the codes of every block are multiplied by, for elements that are integers.
+
+        The shape is (rows, n_blocks, 1); an MX integer counts in fractions of its scale.
+        """
+        assert not self.element.is_float, "codes of floats are no numbers"
+        return self.scales(q) * 2.0**-self.element.mantissa_bits
 
     def scales(self, q: QTensor) -> Tensor:
         """Return the fp32 scale of every block of a packed tensor, the global scale included.
 
-        The shape is (rows, n_blocks, 1).
+        The shape is (rows, n_blocks, 1). Scales of columns are not in it.
         """
         assert q.scale is not None, "a block format always stores scales"
         n_rows = math.prod(q.shape[:-1])
         scale = self.scale_format.decode(q.scale.reshape(n_rows, -1)).unsqueeze(-1)
-        if q.global_scale is None:
+        if not self.has_global_scale:
             return scale
-        above = view_bytes(q.global_scale, torch.float32)
+        assert q.global_scale is not None, "a global scale is stored"
+        above = view_bytes(q.global_scale, torch.float32)[: self._n_above(q.shape)]
         return scale * above.repeat_interleave(n_rows // len(above)).view(-1, 1, 1)
+
+    def _n_above(self, shape: tuple[int, ...]) -> int:
+        """Return how many fp32 scales stand above the block scales of a tensor, columns apart."""
+        leading = shape[:-1] if self.of_rows else shape[:-2]
+        return math.prod(leading) if self.has_global_scale else 0
 
     def _blocks(self, rows: Tensor) -> Tensor:
         """(rows, n) to (rows, n_blocks, block_size); a shorter last block is filled with zeros."""
@@ -292,12 +317,22 @@ class BlockFormat:
         return (pad(rows, (0, -n % size)) if n % size else rows).unflatten(-1, (-1, size))
 
     def _global_scale(self, x: Tensor) -> Tensor | None:
-        """Fp32 scales that bring the largest block scale of a matrix or row to E4M3's top; flat."""
+        """Fp32 scales that bring the largest block scale of a matrix or row to E4M3's top; flat.
+
+        What is stored takes the next power of two, so that every copy of it in 16 bits is the same
+        number; it leaves as much error (`benchmarks/quality/global_scale.py`). Those of rows are
+        not stored.
+        """
         if not self.has_global_scale:
             return None
         dims = (-1,) if self.of_rows or x.dim() == 1 else (-2, -1)
-        largest = x.float().abs().amax(dims).flatten().clamp_(max=LARGEST)
+        # Not of |x|, which would be a copy of x.
+        largest = torch.maximum(x.amax(dims), -x.amin(dims)).float().flatten().clamp_(max=LARGEST)
         top = largest / (self.element.max * 448.0)
+        if not self.of_rows:
+            below = power_of_two_below(top)
+            # Beyond 2^116 the largest value of a block would not be one of fp32: it saturates.
+            top = torch.where(below < top, 2 * below, below).clamp_(max=2.0**116)
         return torch.where(top >= 2.0**-100, top, 1.0)
 
     def _scales(self, blocks: Tensor, rule: ScaleRule, global_scale: Tensor | None) -> Tensor:

@@ -109,6 +109,18 @@ FORMATS: dict[str, Format] = {
     fmt.name: fmt for fmt in (*_INT_FORMATS, *_MX_FORMATS, *_FP_FORMATS, *_CAST_FORMATS)
 }
 
+#: Formats of imported weights: scales of rows, or of columns, stand above the block scales.
+_INT4, _NVFP4 = _INT_FORMATS[0], _FP_FORMATS[0]
+_IMPORTED = {
+    fmt.name: fmt
+    for fmt in (
+        replace(_INT4, name="int4_columns", of_columns=True),
+        replace(_NVFP4, name="nvfp4_rows", of_rows=True),
+        replace(_NVFP4, name="nvfp4_columns", of_columns=True),
+        replace(_NVFP4, name="nvfp4_rows_columns", of_rows=True, of_columns=True),
+    )
+}
+
 _BLOCK_SUFFIX = re.compile(r"(?P<base>.+)_b(?P<size>[0-9]{1,9})")
 
 
@@ -116,7 +128,9 @@ def get_format(name: str | Format) -> Format:
     """Return a format by name.
 
     A suffix `_b<size>` sets another block size of a plain integer, as in "int8_b64". With it,
-    `int8` takes bf16 block scales instead of one fp32 scale for each row.
+    `int8` takes bf16 block scales instead of one fp32 scale for each row. Imported weights have a
+    few more: in "nvfp4_rows" each row has a global scale of its own, and in "int4_columns" each
+    column a scale above the block scales.
 
     Raises:
         FormatError: the name is unknown, or the block size is not possible.
@@ -129,6 +143,8 @@ def get_format(name: str | Format) -> Format:
         )
     if name in FORMATS:
         return FORMATS[name]
+    if name in _IMPORTED:
+        return _IMPORTED[name]
     match = _BLOCK_SUFFIX.fullmatch(name)
     base = FORMATS.get(match["base"]) if match else None
     if match is None or base is None:

@@ -12,6 +12,7 @@ from loraq.checkpoint.folder import require_free
 from loraq.checkpoint.links import require_own_weights
 from loraq.checkpoint.model_index import is_pipeline
 from loraq.checkpoint.partial import require_no_run
+from loraq.devices import AUTO, find_device
 from loraq.errors import CheckpointError, LayerError, list_some
 from loraq.integrations.diffusers import float_folder, load, model_folder, save_beside
 from loraq.integrations.folders import Folder
@@ -19,8 +20,8 @@ from loraq.integrations.lora import Adapter, Lora, find_lora_file, read_lora
 from loraq.layers import find_places, swap
 from loraq.nn import QuantizedLayer
 from loraq.options import checked
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import hash_tensor, quantize_layer
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
@@ -49,6 +50,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     component: str | None = None,
     variant: str | None = None,
     target: str | Path | None = None,
+    device: str | torch.device | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | bool = True,
 ) -> Absorbed:
@@ -68,6 +70,8 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
             counts for `model` and for `source` where they are pipelines.
         variant: which of several copies of the float weights is read, such as "fp16".
         target: new folder, where `model` is one. Other components of a pipeline are copied.
+        device: where layers are solved, such as "auto", "cpu" or "cuda:1"; `None` solves each where
+            it is, which is "auto" for a folder.
         overwrite: whether a target that is not empty may be replaced.
         progress: False for silence, True for a display on stderr, or a function to call after each
             layer.
@@ -77,17 +81,19 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
 
     Raises:
         CheckpointError: the LoRA, the source or a folder cannot be used. Nothing was changed.
+        DeviceError: there is no such device. Nothing was changed.
         LayerError: layers that the model does not have, or that were not made from this source.
             Nothing was changed.
     """
     source = Path(source)
+    place = None if device is None else find_device(device)
     if isinstance(model, nn.Module):
         if target is not None:
             raise CheckpointError(
                 f"A model in memory is changed in place. Save it to '{target}' with `loraq.save`."
             )
         floats = _open_floats(source, component, variant)
-        return _absorb(model, lora, floats, scale, progress)
+        return _absorb(model, lora, floats, scale, place, progress)
     if target is None:
         raise CheckpointError(
             f"'{model}' is not changed in place. Give the new folder as `target`."
@@ -98,7 +104,7 @@ def absorb_lora(  # noqa: PLR0913 (options are keyword-only)
     found = Folder.find(Path(model), component)
     floats = _open_floats(source, component or found.component, variant)
     quantized = load(found.path)
-    absorbed = _absorb(quantized, lora, floats, scale, progress)
+    absorbed = _absorb(quantized, lora, floats, scale, place or find_device(AUTO), progress)
     save_beside(quantized, found.component, found.others, Path(target), overwrite=overwrite)
     return absorbed
 
@@ -115,6 +121,7 @@ def _absorb(
     lora_path: str | Path,
     source: ShardReader,
     scale: float,
+    place: torch.device | None,
     progress: ProgressCallback | bool,
 ) -> Absorbed:
     lora, lora_sha256 = read_lora(lora_path, model)
@@ -132,7 +139,7 @@ def _absorb(
             shape = layer.out_features, layer.in_features
             is_kept = bool(layer.record.get("kept"))
             job = LayerJob.of(name, shape, layer.scheme, recipes[name], is_kept=is_kept)
-            finished = quantize_layer(job, weight)
+            finished = quantize_layer(job, weight, device=place)
             new[name], report = finished.build_module(layer, recipes[name]), finished.report
             new[name].backend = layer.backend
             new[name].ask_activations(layer.activations, simulate=layer.simulate)

@@ -18,6 +18,7 @@ from loraq.checkpoint.model_index import (
     read_components,
 )
 from loraq.checkpoint.stats_file import file_of_stats
+from loraq.devices import ALL, AUTO, find_devices
 from loraq.errors import CheckpointError, list_some
 from loraq.integrations.diffusers import model_folder, model_of, require_float
 from loraq.integrations.hub import local_path
@@ -29,6 +30,7 @@ from loraq.options import Size, Workers, checked
 from loraq.pipeline.files import Settings, quantize_files, share_from_files
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback
+from loraq.pipeline.ranks import open_ranks
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, StatsByComponent, open_stats, split_stats
 from loraq.pipeline.source import Checkpoint, Origin, Source, name_component
@@ -50,6 +52,7 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
     config: str | Path | None = None,
     variant: str | None = None,
     stats: Stats | StatsByComponent | None = None,
+    device: str | torch.device = AUTO,
     workers: Workers = 1,
     shard_bytes: Size = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -81,8 +84,13 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
             such copy gives its default, as in diffusers.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; of several
             components a mapping of these by component. `None` needs no data.
+        device: where layers are solved: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …,
+            or "all" (every GPU, a worker for each); `workers` take turns on the devices of a kind.
+            Another kind of device gives other bytes, as good; the manifest names it.
         workers: processes that solve layers at a time, on one thread each. A script that asks for
             more than one needs the usual `if __name__ == "__main__":`, because they import it.
+            Where torchrun runs the script, its ranks share the layers instead, each makes this
+            call, and all get the same report.
         shard_bytes: largest output file, unless one tensor alone is larger.
         overwrite: whether a model folder that is there may be replaced.
         restart: whether to forget what an interrupted run has finished.
@@ -98,27 +106,30 @@ def quantize_checkpoint(  # noqa: PLR0913 - each is an option of the command too
         CalibrationError: statistics are missing, do not fit, or are not used.
         CheckpointError: the source cannot be used, the target cannot be written, or was begun with
             other settings.
+        DeviceError: there is no such device.
         LayerError: a layer failed; the message names it. What is finished is kept for the next
             call.
+        RankError: torchrun's ranks cannot meet, or are given `workers`, too.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     target, recipe_file, recipe = Path(target), file_of(recipe), Recipe.of(recipe)
-    located = locate(source, config, variant, components)
-    by_component = split_stats(stats, list(located.checkpoints))
-    # Of the folder that a configuration is in, nothing else is read.
-    files = [_find_config(each.weights, config) for each in located.checkpoints.values()]
-    files += [file_of_stats(each) for each in by_component.values()]
-    require_apart(target, located.root, *files, recipe_file)
-    settings = Settings(workers, shard_bytes, overwrite, restart, link)
-    opened = {name: open_stats(each) for name, each in by_component.items()}
-    return quantize_files(
-        located.open(recipe),
-        target,
-        recipe,
-        settings,
-        stats={name: each for name, each in opened.items() if each is not None},
-        progress=progress,
-    )
+    devices = find_devices(device)
+    with open_ranks(workers, at_least=len(devices) if device == ALL else 1) as ranks:
+        located = locate(source, config, variant, components)
+        by_component = split_stats(stats, list(located.checkpoints))
+        # Of the folder that a configuration is in, nothing else is read.
+        files = [_find_config(each.weights, config) for each in located.checkpoints.values()]
+        files += [file_of_stats(each) for each in by_component.values()]
+        require_apart(target, located.root, *files, recipe_file)
+        opened = {name: open_stats(each) for name, each in by_component.items()}
+        return quantize_files(
+            located.open(recipe),
+            target,
+            recipe,
+            Settings(ranks, devices, shard_bytes, overwrite, restart, link),
+            stats={name: each for name, each in opened.items() if each is not None},
+            progress=progress,
+        )
 
 
 @checked
@@ -145,7 +156,8 @@ def plan_checkpoint(  # noqa: PLR0913 - as `quantize_checkpoint`
     recipe, located = Recipe.of(recipe), locate(source, config, variant, components)
     if recipe.allocation != "uniform":
         origin = located.open(recipe)
-        planned = share_from_files(origin, recipe, workers=workers, progress=progress).plan
+        with open_ranks(workers) as ranks:
+            planned = share_from_files(origin, recipe, ranks=ranks, progress=progress).plan
     else:
         plans = {name: _plan(each, recipe) for name, each in located.checkpoints.items()}
         planned = Plan.join(plans, located.notes)

@@ -5,7 +5,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from loraq.devices import find_device
 from loraq.errors import LoraqError, RecipeError
+from loraq.kernels import DEFAULT_BACKEND, resolve_backend
 from loraq.options import Rank, checked
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
@@ -44,9 +48,12 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
     recipe: Recipe | None
     #: What `from_pretrained` was given for a folder that is quantized already; it is not used.
     ignored_config: Any = None
+    #: How the layers run, and where those are solved that are quantized while they are read.
+    backend: str
+    device: torch.device | None
 
     @checked
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what `quantize_` takes, too
         self,
         recipe: str | Path | Scheme | Recipe | dict[str, Any] = "default",
         *,
@@ -55,6 +62,8 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
         rank: Rank | None = None,
         keep: str | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
+        backend: str = DEFAULT_BACKEND,
+        device: str | torch.device | None = None,
         **others: Any,
     ) -> None:
         """Settle the recipe.
@@ -67,17 +76,25 @@ class LoraqConfig(_OfDiffusers, _OfTransformers):
             rank: of every branch.
             keep: how layers are stored that the model's class keeps: "int8" or "float".
             modules_to_not_convert: modules that stay as they are.
+            backend: how the layers run, as for `loraq.load`; no part of the recipe, and not stored.
+            device: where layers are solved that are quantized while they are read, as for
+                `quantize_`, but no more than one; `None` solves each where it was read to.
             others: only `quant_method`, which the libraries hand back.
 
         Raises:
+            DeviceError, KernelError: there is no such device or back end.
             LoraqError: an unknown argument.
             RecipeError: the recipe cannot be read.
         """
+        resolve_backend(backend)  # an unknown one is refused here
+        self.backend = backend
+        self.device = None if device is None else find_device(device)
         method = others.pop("quant_method", LoraqMethod.LORAQ)
         if others or method != LoraqMethod.LORAQ.value:
             raise LoraqError(
                 f"LoraqConfig got {', '.join([*others, f'quant_method={method!r}'])}. It takes "
-                "`recipe`, `effort`, `budget`, `rank`, `keep` and `modules_to_not_convert`; "
+                "`recipe`, `effort`, `budget`, `rank`, `keep`, `modules_to_not_convert`, `backend` "
+                "and `device`; "
                 "everything else is a field of a `loraq.Recipe`."
             )
         self.quant_method: Any = LoraqMethod.LORAQ

@@ -20,10 +20,11 @@ from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeEr
 from loraq.integrations.config import LoraqConfig, LoraqMethod
 from loraq.integrations.dtypes import take_kept_dtypes
 from loraq.integrations.hub import fetch_manifest
-from loraq.layers import is_linear, matrix_of, replace_layer
+from loraq.kernels import DEFAULT_BACKEND
+from loraq.layers import is_linear, matrix_of, replace_layer, set_backend
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import quantize_layer, require_usable
 from loraq.pipeline.module import plan_model
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.requirements import hash_used_stats
 from loraq.recipe import Recipe
 from loraq.safetensors.fp8 import require_unscaled
@@ -54,6 +55,7 @@ class PackedLoading:
                 "was made. Use `LoraqConfig(recipe)`."
             )
         self.recipe: Recipe = self.quantization_config.recipe
+        self._config: LoraqConfig = self.quantization_config
         self._jobs: dict[str, LayerJob] = {}
         #: Names of a quantized folder that share the tensor of another name, which is stored.
         self._tied: dict[str, str] = {}
@@ -88,6 +90,8 @@ class PackedLoading:
         has_packed = any(name.endswith(".weight_packed") for name in names)
         self._is_float = bool(self.pre_quantized) and not has_packed
         passed = getattr(self.quantization_config, "ignored_config", None)
+        if isinstance(passed, LoraqConfig):
+            self._config = passed
         if self._is_float and isinstance(passed, LoraqConfig) and passed.recipe is not None:
             self.recipe, self.pre_quantized, self._is_float = passed.recipe, False, False
 
@@ -176,12 +180,14 @@ class PackedLoading:
         weight = nn.Parameter(weight, requires_grad=False)
         require_usable(job, weight)
         if job.is_stack:
-            module = quantize_layer(job, weight).build_module(weight, self.recipe)
+            finished = quantize_layer(job, weight, device=self._config.device)
+            module = finished.build_module(weight, self.recipe)
         else:
             layer = model.get_submodule(job.name)
             assert is_linear(layer)
             layer.weight = weight
-            module = quantize_layer(job, matrix_of(layer)).build_module(layer, self.recipe)
+            finished = quantize_layer(job, matrix_of(layer), device=self._config.device)
+            module = finished.build_module(layer, self.recipe)
         replace_layer(model, job.name, module)
 
     def _finish(self, model: nn.Module) -> None:
@@ -202,6 +208,8 @@ class PackedLoading:
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
         take_kept_dtypes(model)
         attach_methods(model)
+        if self._config.backend != DEFAULT_BACKEND:
+            set_backend(model, self._config.backend)
 
 
 def _is_loaded(weight: Tensor) -> bool:

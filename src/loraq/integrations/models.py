@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from loraq.checkpoint.model_index import choose_names
 from loraq.errors import LoraqError
 from loraq.integrations.marking import mark_quantized
-from loraq.layers import bare_model
+from loraq.kernels import resolve_backend
+from loraq.layers import bare_model, set_backend
 from loraq.options import Rank, Workers, checked
 from loraq.pipeline import module
 from loraq.pipeline.plan import Plan
@@ -36,6 +38,8 @@ def quantize_(
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
     components: None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report: ...
@@ -53,6 +57,8 @@ def quantize_(
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | StatsByComponent | None = None,
     components: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report | dict[str, Report]: ...
@@ -70,6 +76,8 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | StatsByComponent | None = None,
     components: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report | dict[str, Report]:
@@ -95,6 +103,9 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
             components a mapping of these by component. `None` needs no data.
         components: what of a pipeline is quantized: names, or "all" for denoisers and text
             encoders; `None` takes its denoisers.
+        device: where layers are solved, as for `quantize_checkpoint`; `None` solves each where its
+            weight is. All that is kept stays where the weight was.
+        backend: how the layers run, as for `loraq.load`; `None` leaves it to each layer.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
             use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each
@@ -105,6 +116,8 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
+        DeviceError: there is no such device. Nothing was changed.
+        KernelError: there is no such back end (nothing was changed), or it cannot run a layer.
         LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or a
             layer failed: the message names it, and the layers before it are quantized.
         LoraqError: it is neither a module nor a pipeline, or a pipeline without a denoiser or
@@ -120,6 +133,8 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
         keep=keep,
         modules_to_not_convert=modules_to_not_convert,
     )
+    if backend is not None:
+        resolve_backend(backend)  # an unknown one is refused before long work
     if isinstance(model, nn.Module):
         if components is not None:
             raise LoraqError(
@@ -127,9 +142,17 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
                 "`components` out, or give the pipeline."
             )
         try:
-            return module.quantize_(
-                model, recipe, stats=only_stats(stats), workers=workers, progress=progress
+            report = module.quantize_(
+                model,
+                recipe,
+                stats=only_stats(stats),
+                device=device,
+                workers=workers,
+                progress=progress,
             )
+            if backend is not None:
+                set_backend(model, backend)
+            return report
         finally:
             mark_quantized(model)
     chosen, left = _split_pipeline(model, components)
@@ -138,7 +161,13 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
         Plan.of_model(component, recipe)  # what cannot be done is refused before the first is
     reports = {
         name: quantize_(
-            component, recipe, stats=of_each.get(name), workers=workers, progress=progress
+            component,
+            recipe,
+            stats=of_each.get(name),
+            device=device,
+            backend=backend,
+            workers=workers,
+            progress=progress,
         )
         for name, component in chosen.items()
     }
@@ -185,6 +214,8 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
     keep: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     stats: Stats | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> nn.Module:
@@ -202,6 +233,8 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
         keep: how layers are stored that the model's class keeps.
         modules_to_not_convert: modules that stay as they are.
         stats: statistics by layer.
+        device: where layers are solved.
+        backend: how the layers run.
         workers: layers solved at a time.
         progress: what is shown.
 
@@ -227,7 +260,15 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
         if (weight := _find_weight(model, job.weight_name)) is not None
     ]
     copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
-    quantize_(copied, recipe, stats=stats, workers=workers, progress=progress)
+    quantize_(
+        copied,
+        recipe,
+        stats=stats,
+        device=device,
+        backend=backend,
+        workers=workers,
+        progress=progress,
+    )
     return copied
 
 

@@ -16,6 +16,7 @@ import torch
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.stats_file import require_room
+from loraq.devices import AUTO, find_device
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
 from loraq.integrations.diffusers import (
     _quiet_diffusers,
@@ -76,7 +77,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     second_moment: bool = True,
     max_tokens: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    device: str | torch.device | None = None,
+    device: str | torch.device = AUTO,
     dtype: torch.dtype | None = None,
     call: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -107,7 +108,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             counts all. A pipeline that calls its model twice a step counts twice as many.
         memory_bytes: what the counts of layers may take together beside the pipeline. Where all are
             more, all images are drawn once for each group of layers.
-        device: such as "cuda"; `None` takes a GPU if there is one.
+        device: where the pipeline runs, such as "cuda:1"; "auto" is a GPU if there is one.
         dtype: of the whole pipeline; `None` takes that of the stored transformer.
         call: further arguments of the pipeline's call but its generator, such as `{"height": 512,
             "width": 512}`.
@@ -120,12 +121,14 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             mean squares are not enough for the recipe's method, a layer was never called, or one
             alone takes more than `memory_bytes`.
         CheckpointError: the source is not a float pipeline, or the target cannot be written.
+        DeviceError: there is no such device.
         LoraqError: diffusers is not installed.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
     folder = _pipeline_folder(local_path(source, variant))
     home, target = float_folder(folder, component), Path(target)
     require_apart(target, folder, file_of(recipe))
+    place = find_device(device)
     recipe, weights = Recipe.of(recipe), ShardReader(home, variant)
     require_unscaled(weights)
     using = find_users(Plan.of_model(empty_model(home), recipe), recipe)
@@ -137,7 +140,6 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         name: (width, width) if second_moment else (width,) for name, width in widths.items()
     }
     nbytes = require_room(target, moments, overwrite=overwrite)
-    device = _device(device)
     sampling = _Sampling.of(_pipeline_class(folder), prompts, samples, steps, seed, call or {})
     tokens_per_call = None if max_tokens is None else sampling.share(max_tokens)
 
@@ -162,9 +164,9 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
 
     begin = time.perf_counter()
     # Loading draws random numbers too.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        pipeline = _load_pipeline(folder, variant, dtype, device)
-        show(0, images, f"drawing on {device} in {dtype}")
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        pipeline = _load_pipeline(folder, variant, dtype, place)
+        show(0, images, f"drawing on {place} in {dtype}")
         collect_stats(
             getattr(pipeline, home.name),
             run,
@@ -331,16 +333,3 @@ def _load_pipeline(
             raise CheckpointError(
                 f"diffusers cannot load the pipeline '{folder}': {error}"
             ) from error
-
-
-def _device(name: str | torch.device | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # a name that is none, and a device that is not there
-        raise CalibrationError(
-            f"Device '{name}' cannot be used: {error}. Use 'cpu', or leave it out."
-        ) from error
-    return device

@@ -42,9 +42,14 @@ class Backend(ABC):
     name: str
     #: Whether the layer keeps what `prepare` returns; else it asks again at each call.
     keeps_operands: bool
-    #: Whether it rounds activations in passes of their own, before a product in 16 or 32 bits: that
-    #: costs time and loses precision, and is done only to simulate another device.
-    emulates: bool = False
+
+    def as_run(self, scheme: Scheme) -> Scheme:
+        """Return a scheme with the activations that the back end has in place of those.
+
+        They are more exact, and at least as fast; only to simulate another device are activations
+        rounded in passes of their own, before a product in 16 or 32 bits.
+        """
+        return scheme
 
     @abstractmethod
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:

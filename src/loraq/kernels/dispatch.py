@@ -24,6 +24,7 @@ from loraq.kernels.base import Backend, LayerSpec, Prepared
 from loraq.kernels.fp8_row import Fp8Row
 from loraq.kernels.int8_row import Int8Row
 from loraq.kernels.low_memory import LowMemory
+from loraq.kernels.openvino import OpenVino
 from loraq.kernels.reference import Reference
 from loraq.kernels.resident import Resident
 from loraq.kernels.triton.backend import TritonRow
@@ -39,6 +40,7 @@ BACKENDS: dict[str, Backend] = {
         Resident(),
         _LOW_MEMORY,
         Int8Row(),
+        OpenVino(),
         Fp8Row(),
         TritonRow(),
     )
@@ -121,7 +123,7 @@ def settle(backend: Backend, spec: LayerSpec) -> tuple[Scheme | None, str]:
     """
     reasons = []
     for asked in spec.schemes:
-        scheme = asked if spec.simulate or not backend.emulates else asked.weight_only()
+        scheme = asked if spec.simulate else backend.as_run(asked)
         reason = backend.refusal(scheme, spec.shape, spec.device)
         if reason is None:
             return scheme, ""

@@ -38,7 +38,10 @@ class LowMemory(Backend):
 
     name = "low_memory"
     keeps_operands = False
-    emulates = True
+
+    def as_run(self, scheme: Scheme) -> Scheme:
+        """Return the scheme without any rounding of activations."""
+        return scheme.weight_only()
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return `None`: every layer runs."""
@@ -59,12 +62,12 @@ class LowMemory(Backend):
         if scheme.is_weight_only:
             tensors, stored = list(operands.tensors.values()), operands.scheme
             rotation = stored.rotation if scheme.rotation == 0 else 0
-            return _packed_linear(x, tensors, _write_scheme(stored, rotation), bias)
+            return _packed_linear(x, tensors, write_scheme(stored, rotation), bias)
         dtype = work_dtype(x.dtype)
         return run(x, decode_by_table(operands, dtype, scheme.rotation), scheme, bias, dtype)
 
 
-def _write_scheme(scheme: Scheme, rotation: int) -> str:
+def write_scheme(scheme: Scheme, rotation: int) -> str:
     """Return formats, rank and rotation as one string, which operators can take."""
     factor, rank = (scheme.branch.weight, scheme.branch.rank) if scheme.branch else ("", 0)
     return f"{scheme.weight} {factor} {rank} {rotation}"
@@ -72,7 +75,7 @@ def _write_scheme(scheme: Scheme, rotation: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _read_scheme(text: str) -> Scheme:
-    """Return the weight-only scheme that `_write_scheme` has written."""
+    """Return the weight-only scheme that `write_scheme` has written."""
     main, factor, rank, rotation = text.split(" ")
     branch = Branch(int(rank), factor) if factor else None
     return Scheme(main, branch=branch, rotation=int(rotation))
@@ -95,7 +98,7 @@ def _packed_linear(x: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor |
         x: (…, in).
         tensors: those of `PackedWeight.tensors`, in their order; the first has a row for each
             output channel.
-        scheme: by `_write_scheme`; its rotation is that of the stored matrices, and not of x.
+        scheme: by `write_scheme`; its rotation is that of the stored matrices, and not of x.
         bias: (out).
     """
     read = _read_scheme(scheme)
@@ -111,14 +114,16 @@ def _(x: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor | None) -> Ten
     return x.new_empty((*x.shape[:-1], len(tensors[0])))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the stored bytes for a gradient, and no decoded weight."""
     x, tensors, ctx.scheme, bias = inputs
     ctx.n_in, ctx.dtype = x.shape[-1], x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+def packed_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Return the gradients of x and bias; the derivative of rounding counts as 1."""
     tensors = list(ctx.saved_tensors)
     back = _packed_linear_back(gradient, tensors, ctx.scheme, ctx.n_in, ctx.dtype)
     bias = None
@@ -142,7 +147,7 @@ def _(
     return gradient.new_empty((*gradient.shape[:-1], n_in), dtype=dtype)
 
 
-_packed_linear.register_autograd(_backward, setup_context=_save)
+_packed_linear.register_autograd(packed_backward, setup_context=save_packed)
 
 
 def decode_by_table(
@@ -153,7 +158,8 @@ def decode_by_table(
 
 
 def _decode_pairs(q: QTensor, dtype: torch.dtype) -> Tensor:
-    if q.format.bits != 4:
+    fmt = q.format
+    if fmt.bits != 4 or (isinstance(fmt, BlockFormat) and (fmt.of_rows or fmt.of_columns)):
         return decode_one(q, dtype)
     return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
 

@@ -22,7 +22,10 @@ class Resident(Backend):
 
     name = "resident"
     keeps_operands = True
-    emulates = True
+
+    def as_run(self, scheme: Scheme) -> Scheme:
+        """Return the scheme without any rounding of activations."""
+        return scheme.weight_only()
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return `None`: every layer runs."""

@@ -44,12 +44,31 @@ class Iterate(NamedTuple):
     error: Tensor
     #: Qw(R), (out, in); valid until the next evaluation.
     rounded: Tensor
-    #: J.
-    objective: float
+    #: J, a number on the device of the weight: to read it would make the host wait for it.
+    objective: Tensor
 
     def gradient(self, pull: float) -> Tensor:
         """Return what lowers ‖R − Qw(R)‖² + pull ‖Qw(R)‖² in the product; overwrites `error`."""
         return self.error.add_(self.rounded, alpha=pull) if pull else self.error
+
+
+class Best:
+    """The factors with the least objective so far, chosen on their device.
+
+    The host never waits for a number of the device: it is steps ahead of it.
+    """
+
+    def __init__(self, iterate: Iterate) -> None:
+        """Begin with an iterate."""
+        self.objective = iterate.objective
+        self.factors = Factors(*(factor.clone() for factor in iterate.factors))
+
+    def take(self, iterate: Iterate) -> None:
+        """Keep an iterate if it is better; one that is not a number never is."""
+        better = iterate.objective < self.objective
+        self.objective = torch.where(better, iterate.objective, self.objective)
+        for mine, new in zip(self.factors, iterate.factors, strict=True):
+            torch.where(better, new, mine, out=mine)
 
 
 class Problem:
@@ -97,7 +116,7 @@ class Problem:
         weighted = seen.down if self.importance is None else seen.down * self.importance
         grams = seen.up.mT @ seen.up, weighted @ seen.down.mT
         branch_energy = (grams[0].double() * grams[1]).sum()  # ‖U D‖² = tr(UᵀU DDᵀ)
-        objective = self.noise.price(error, self._rounded, branch_energy, self._root).item()
+        objective = self.noise.price(error, self._rounded, branch_energy, self._root)
         return Iterate(factors, seen, weighted, grams, error, self._rounded, objective)
 
 
@@ -148,4 +167,5 @@ def _inverse(gram: Tensor) -> Tensor:
     mean = gram.diagonal().mean()
     ridge = torch.where(mean > 0, 1e-7 * mean, 1.0)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.inv(gram + ridge * eye).float()
+    # `inv` is this and a look at `info`, for which the host would wait.
+    return torch.linalg.inv_ex(gram + ridge * eye).inverse.float()

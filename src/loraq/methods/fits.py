@@ -67,7 +67,8 @@ def prepare_weight(weight: Tensor, scheme: Scheme) -> Prepared:
     if fault := find_fault(weight):
         raise FormatError(f"Cannot quantize to '{scheme.weight}': {fault}")
     weight = weight.detach()
-    _, exponent = math.frexp(weight.abs().max().item())
+    least, most = weight.aminmax()
+    _, exponent = math.frexp(max(-least.item(), most.item()))
     if abs(exponent) <= _USUAL_EXPONENTS:
         exponent = 0
     else:  # a power of two changes no digit
@@ -112,7 +113,8 @@ class Stored(NamedTuple):
         """
         weight, exponent = prepared
         main, branch = fit.main, fit.branch
-        error = weight - main.dequantize()
+        error = main.dequantize()
+        torch.sub(weight, error, out=error)
         if branch is not None:
             error = error.sub_(branch.reconstruct())
         is_exact = True

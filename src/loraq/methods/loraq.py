@@ -39,7 +39,7 @@ from loraq.formats import Format
 from loraq.formats.scale_rules import RuleName
 from loraq.linalg import TruncatedSVD, svd_of_product, truncated_svd
 from loraq.methods.base import Method, register
-from loraq.methods.descent import Factors, Iterate, Problem, move, spread
+from loraq.methods.descent import Best, Factors, Problem, move, spread
 from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
 from loraq.methods.noise import ActivationNoise
@@ -132,6 +132,7 @@ class LoRaQ(Method):
         )
         svd = truncated_svd(weight, branch.rank, seed=seed)
         refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.to_balanced())), seed)
+        del problem  # and its buffers, as large as the weight
         start = self._prepare(svd, noise, seed)
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
         candidates: list[tuple[Factors, RuleName | None]] = [
@@ -160,33 +161,35 @@ class LoRaQ(Method):
         hot = self.heat * math.sqrt(n_out * n_in / (rank * (n_out + n_in - rank)))
         hot = max(self.final_step, hot)
         decay = max(problem.noise.branch, self._decay(problem.factor))
-        best: Iterate | None = None
-        for t in range(self.steps):
+        if not self.steps:
+            return factors
+        iterate = problem.evaluate(factors, rounded=False)
+        best = Best(iterate)
+        if best.objective == 0:  # read once, before the loop, in which nothing is read
+            return best.factors
+        for t in range(self.steps - 1):  # the first of `steps` evaluations is done
             left = 1 - t / self.steps
-            iterate = problem.evaluate(factors, rounded=False)
-            if best is None or iterate.objective < best.objective:
-                best = iterate
-            if best.objective == 0:
-                break
             step = self.final_step + (hot - self.final_step) * left
             gradient = iterate.gradient(max(problem.noise.main, self.pull * left))
             factors = move(iterate, gradient, step, self.leverage_cap).shrink_(step * decay)
-        return factors if best is None else best.factors
+            iterate = problem.evaluate(factors, rounded=False)
+            best.take(iterate)
+        return best.factors
 
     def _refine(self, problem: Problem, factors: Factors, seed: int) -> Factors:
         """Phase 2: the same step through the branch's rounding, from `final_step` to zero."""
         factors = Factors(*svd_of_product(*factors).to_balanced())
         factors = Factors.of(*(spread(factors, seed) if self.rotate else factors))
-        best = iterate = problem.evaluate(factors, rounded=True)
+        iterate = problem.evaluate(factors, rounded=True)
+        best = Best(iterate)
+        if best.objective == 0:
+            return best.factors
         for t in range(self.refine_steps):
-            if best.objective == 0:
-                break
             step = self.final_step * (1 - t / self.refine_steps)
             gradient = iterate.gradient(problem.noise.main)
             factors = move(iterate, gradient, step, self.leverage_cap)
             iterate = problem.evaluate(factors.shrink_(step * problem.noise.branch), rounded=True)
-            if iterate.objective < best.objective:
-                best = iterate
+            best.take(iterate)
         return best.factors
 
     def _choose_best(
@@ -205,21 +208,29 @@ class LoRaQ(Method):
         candidates = []
         for factors, rule in branches:
             candidate = quantize_branch(*factors, branch, rule)
-            rest = weight - candidate.reconstruct()
-            candidates.append((candidate, inputs.round(rest, main, self.scale_rule)))
+            stored = inputs.round(candidate.subtract_from(weight), main, self.scale_rule)
+            candidates.append((candidate, stored))
         if inputs.rounds_with_feedback:  # which is mostly, but not always, better
             up, down = (torch.zeros_like(factor) for factor in branches[0][0])
             none = quantize_branch(up, down, branch, "fitted")
             candidates.append((none, main.quantize(weight, self.scale_rule)))
         errors, objectives = [], []
         for candidate, stored in candidates:
-            product, rounded = candidate.reconstruct(), stored.dequantize()
-            errors.append(objective := inputs.error_energy(weight - product - rounded))
-            if noise.main:
-                objective += noise.main * inputs.noise_energy(rounded, scheme.activation_format)
+            prices = []
             if noise.branch:  # the intermediate is a sum of channels, as large as they are together
-                objective += noise.input * inputs.noise_energy(product)
-                objective += noise.intermediate * inputs.error_energy(product)
+                product = candidate.reconstruct()
+                prices = [
+                    noise.input * inputs.noise_energy(product),
+                    noise.intermediate * inputs.error_energy(product),
+                ]
+                del product  # no more than two such matrices at a time beside the weight
+            rounded = stored.dequantize()
+            if noise.main:
+                energy = inputs.noise_energy(rounded, scheme.activation_format)
+                prices.insert(0, noise.main * energy)
+            errors.append(inputs.error_energy(candidate.subtract_from(weight).sub_(rounded)))
+            objective = sum(prices, errors[-1])
+            del rounded
             objectives.append(math.inf if math.isnan(objective) else objective)
         best = objectives.index(min(objectives))
         norm = inputs.size(weight)

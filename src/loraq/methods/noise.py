@@ -53,10 +53,12 @@ class ActivationNoise(NamedTuple):
             branch_energy: ‖U D‖².
             root: (in), scales the channels before squaring.
         """
-        if root is not None:
-            error, rounded = error * root, rounded * root if self.main else rounded
-        total = energy(error) + self.branch * branch_energy
-        return total + self.main * energy(rounded) if self.main else total
+
+        def size(matrix: Tensor) -> Tensor:
+            return energy(matrix if root is None else matrix * root)
+
+        total = size(error) + self.branch * branch_energy
+        return total + self.main * size(rounded) if self.main else total
 
 
 def noise_powers(mean_square: Tensor, fmt: Format | None) -> Tensor:

@@ -14,7 +14,8 @@ from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.checkpoint.model_index import is_pipeline
 from loraq.integrations.diffusers import model_folder, model_of
 from loraq.json_files import read_json
-from loraq.pipeline.plan import KeptLayer, LayerJob, Plan
+from loraq.pipeline.jobs import KeptLayer, LayerJob
+from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.scheme import Scheme
 

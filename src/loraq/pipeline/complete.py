@@ -12,9 +12,9 @@ from loraq.checkpoint.components import check_components, hash_components
 from loraq.checkpoint.manifest import FILE_NAME, Manifest, list_files
 from loraq.errors import CheckpointError
 from loraq.json_files import read_json
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import hash_tensor
 from loraq.pipeline.part import Part
-from loraq.pipeline.plan import LayerJob
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.target import Hashes, Target, list_siblings
 from loraq.recipe import Recipe
@@ -52,7 +52,9 @@ def find_complete(
         for part in target.parts:
             manifest = Manifest.read(folder / part.component)
             jobs, hashes = part.source.plan.quantized, stats_hashes[part.component]
-            layers = tuple(_find_report(manifest, job, hashes) for job in jobs)
+            layers = tuple(
+                _find_report(manifest, job, hashes, target.machine["device"]) for job in jobs
+            )
             if not _has_numbers(folder / part.component, part, manifest):
                 return None
             report = Report(recipe, part.source.plan, layers, len(layers), already_complete=True)
@@ -108,11 +110,15 @@ def _has_others(folder: Path, target: Target, manifests: Mapping[str, Manifest])
     )
 
 
-def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, str]) -> LayerReport:
+def _find_report(
+    manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, str], device: str
+) -> LayerReport:
     """Return the report of a layer; raises `KeyError` if it was made otherwise."""
     record: dict[str, Any] = manifest.layers[job.name].record
     if record.get("stats_sha256", "") != stats_hashes.get(job.name, ""):
         raise KeyError("stats_sha256")
+    if record.get("device") != device:
+        raise KeyError("device")
     if "absorbed" in record:
         raise KeyError("absorbed")
     error = record["relative_error"]
@@ -130,4 +136,5 @@ def _find_report(manifest: Manifest, job: LayerJob, stats_hashes: Mapping[str, s
         stats_sha256=record.get("stats_sha256", ""),
         output_error=record.get("output_error"),
         kept=job.is_kept,
+        device=device,
     )

@@ -5,36 +5,41 @@ looks for NaN and takes their hashes. Then every layer is read, solved, written 
 noted in the journal. The layers of several models are one list, and their folder is one target.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraq.checkpoint.journal import Journal
+import torch
+
+from loraq import disk
+from loraq.checkpoint.journal import Journal, describe_change
 from loraq.checkpoint.partial import (
     explain_interrupt,
     remove_leftovers,
     require_target,
     resumable_folder,
+    work_folders,
 )
-from loraq.errors import CalibrationError, CheckpointError
+from loraq.errors import CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
-from loraq.pipeline.layer import quantize_layer, read_matrices
-from loraq.pipeline.part import LayerWriter, Part
-from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.part import Part
 from loraq.pipeline.progress import ProgressCallback, show_layers
+from loraq.pipeline.ranks import Ranks
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.requirements import hash_used_stats
-from loraq.pipeline.sharing import PredictAll, PredictFromFile, share_budget
-from loraq.pipeline.source import Origin, Source, name_component
+from loraq.pipeline.sharing import predict_from_file, share_budget
+from loraq.pipeline.source import Origin, name_component
 from loraq.pipeline.target import Target
-from loraq.pipeline.workers import run_jobs
+from loraq.pipeline.tickets import Data
+from loraq.pipeline.worker import Desk, LayerWork, describe_job, entry_of
 from loraq.recipe import Recipe
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
-from loraq.safetensors.reader import TensorReader
 from loraq.stats import ActivationStats
 
 #: Statistics by layer, by component.
@@ -43,10 +48,12 @@ StatsOfAll = Mapping[str, Mapping[str, ActivationStats]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How the files are written; none of this changes a number."""
+    """Who writes the files, where and how; of this only the kind of device changes a number."""
 
-    #: Layers in flight, each in its own process.
-    workers: int = 1
+    #: Who shares the work; each of them calls this, and gets the same.
+    ranks: Ranks = field(default_factory=Ranks)
+    #: Where layers are solved; the kind of these decides bytes.
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     #: Largest shard, unless one tensor alone is larger.
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Whether a model folder that is there may be replaced.
@@ -74,7 +81,7 @@ def quantize_files(
         origin: one model, or several of a pipeline.
         folder: the folder to make.
         recipe: of all of them.
-        settings: how the files are written.
+        settings: who writes the files, and how.
         stats: statistics by component, where there are any.
         progress: as for `quantize_checkpoint`.
 
@@ -86,8 +93,16 @@ def quantize_files(
         RecipeError: the recipe leaves nothing to quantize.
     """
     origin.require_layers()
-    with explain_interrupt(folder, len(origin.plan.quantized)):
-        reports = _quantize_files(origin, folder, recipe, settings, stats or {}, progress)
+    stats, ranks = stats or {}, settings.ranks
+    if ranks.leads:
+        with explain_interrupt(folder, len(origin.plan.quantized)):
+            reports = _quantize_files(origin, folder, recipe, settings, stats, progress)
+        for component, report in reports.items():
+            entries = [entry_of(layer) for layer in report.layers]
+            told = (report.kept, report.already_complete, entries)
+            ranks.broadcast(f"report of {component}", told)
+    else:
+        reports = _help(origin, folder, recipe, settings, stats)
     return Report.join(reports, origin.notes)
 
 
@@ -99,31 +114,31 @@ def _quantize_files(
     stats: StatsOfAll,
     progress: ProgressCallback | bool,
 ) -> dict[str, Report]:
+    """Lead a run."""
+    ranks = settings.ranks
     remove_leftovers(folder)
-    target = Target.of(origin, settings.shard_bytes)
+    target = Target.of(origin, settings.shard_bytes, settings.devices)
     is_there = not settings.restart and may_be_complete(folder, target)
     if not is_there:
         require_target(folder, overwrite=settings.overwrite)
         target.require_space(folder, link=settings.link)
     stats_hashes = _hash_stats(origin, stats, recipe)
     # Sharing a budget takes no more space.
-    origin = share_from_files(origin, recipe, workers=settings.workers, progress=progress)
-    target = Target.of(origin, settings.shard_bytes)
+    origin = share_from_files(origin, recipe, ranks=ranks, progress=progress)
+    target = Target.of(origin, settings.shard_bytes, settings.devices)
     if is_there:
         if complete := find_complete(folder, target, recipe, stats_hashes):
+            ranks.broadcast("layout", None)
             return complete
         require_target(folder, overwrite=settings.overwrite)
         target.require_space(folder, link=settings.link)
     fingerprint, n_layers = target.fingerprint(recipe, stats_hashes), target.n_layers
     with resumable_folder(
         folder, fingerprint, n_layers, overwrite=settings.overwrite, restart=settings.restart
-    ) as partial:
-        journal = partial.journal
-        target.allocate(partial.folder)
-        desks = {
-            part.component: _Desk.of(part, partial.folder, stats.get(part.component))
-            for part in target.parts
-        }
+    ) as place:
+        journal = place.journal
+        target.allocate(place.folder)
+        work = _work_of(target, folder, fingerprint, stats, settings)
         checked = _hash_weights(origin)
         jobs = [
             job
@@ -131,22 +146,25 @@ def _quantize_files(
             for job in _list_open_jobs(
                 part,
                 checked[part.component],
-                desks[part.component].writer,
+                work.desks[part.component],
                 journal,
                 stats_hashes[part.component],
             )
         ]
         # The longest first, so that workers end together.
-        jobs.sort(key=lambda checked: -math.prod(checked.job.shape))
+        jobs.sort(key=lambda job: -math.prod(work.job_of(job).shape))
         n_kept = n_layers - len(jobs)
-        components = target.write_kept(partial.folder, checked, link=settings.link)
+        components = target.write_kept(place.folder, checked, link=settings.link)
+        if ranks.size > 1:
+            disk.sync_tree(place.folder)  # other hosts write beside what is there
+        ranks.broadcast("layout", fingerprint)
         with show_layers(progress, "quantize") as show:
             # On an error all workers end first.
-            with closing(run_jobs(_Worker(desks), jobs, settings.workers)) as entries:
+            with closing(ranks.run(work, jobs)) as entries:
                 for done, entry in enumerate(entries, start=n_kept + 1):
                     journal.note(entry)
                     show(done, n_layers, entry["name"], entry["relative_error"])
-        n_done = Counter(job.component for job in jobs)
+        n_done = Counter(job["component"] for job in jobs)
         reports, written = {}, {}
         for part in target.parts:
             entries_of_part = _entries_of(part, journal)
@@ -155,12 +173,63 @@ def _quantize_files(
             }
             n_kept = len(entries_of_part) - n_done[part.component]
             reports[part.component] = _report(recipe, part, entries_of_part, kept=n_kept)
-        target.finish(partial.folder, reports, checked, written, components)
+        target.finish(place.folder, reports, checked, written, components)
     return reports
 
 
+def _help(
+    origin: Origin,
+    folder: Path,
+    recipe: Recipe,
+    settings: Settings,
+    stats: StatsOfAll,
+) -> dict[str, Report]:
+    """Do layers of a run that another rank leads, and return what it returns.
+
+    Raises:
+        CheckpointError: this rank would make other bytes than the leader.
+    """
+    ranks, stats_hashes = settings.ranks, _hash_stats(origin, stats, recipe)
+    origin = share_from_files(origin, recipe, ranks=ranks, progress=False)
+    target = Target.of(origin, settings.shard_bytes, settings.devices)
+    theirs = ranks.broadcast("layout")
+    if theirs is not None:
+        ours = json.loads(json.dumps(target.fingerprint(recipe, stats_hashes)))
+        if ours != theirs:
+            raise CheckpointError(
+                f"Rank {ranks.rank} would not make the bytes that rank 0 makes. There and here: "
+                f"{describe_change(theirs, ours)}. All ranks need the same source, settings, "
+                "versions and kind of processor."
+            )
+        for _ in ranks.run(_work_of(target, folder, ours, stats, settings)):
+            pass
+    reports = {}
+    for part in target.parts:
+        kept, complete, entries = ranks.broadcast(f"report of {part.component}")
+        by_name = {entry["name"].removeprefix(part.prefix): entry for entry in entries}
+        report = _report(recipe, part, by_name, kept=kept)
+        reports[part.component] = replace(report, already_complete=complete)
+    return reports
+
+
+def _work_of(
+    target: Target,
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    stats: StatsOfAll,
+    settings: Settings,
+) -> LayerWork:
+    """Return what a worker of a run does."""
+    files, journals = work_folders(folder)
+    desks = {
+        part.component: Desk.of(part, files, stats.get(part.component)) for part in target.parts
+    }
+    is_alone = settings.ranks.board is None
+    return LayerWork(desks, None if is_alone else journals, fingerprint, settings.devices)
+
+
 def share_from_files(
-    origin: Origin, recipe: Recipe, *, workers: int, progress: ProgressCallback | bool
+    origin: Origin, recipe: Recipe, *, ranks: Ranks, progress: ProgressCallback | bool
 ) -> Origin:
     """Return an origin with the plans that a recipe's allocation makes of its weights.
 
@@ -173,14 +242,9 @@ def share_from_files(
     plans = {}
     for component, source in origin.sources.items():
         with name_component(component, len(origin.sources)):
-            predict_all = _predict_all(source, workers)
+            predict_all = partial(predict_from_file, source.reader, ranks=ranks)
             plans[component] = share_budget(source.plan, recipe, predict_all, progress)
     return origin.with_plans(plans)
-
-
-def _predict_all(source: Source, workers: int) -> PredictAll:
-    predict = PredictFromFile(source.reader)
-    return lambda jobs: run_jobs(predict, jobs, workers)
 
 
 def _hash_weights(origin: Origin) -> dict[str, dict[str, str]]:
@@ -199,81 +263,13 @@ def _hash_stats(origin: Origin, stats: StatsOfAll, recipe: Recipe) -> dict[str, 
     return hashes
 
 
-@dataclass(frozen=True)
-class _CheckedJob:
-    """A job, and what its inputs must still be when it is done."""
-
-    job: LayerJob
-    component: str
-    #: Of the layer in this run, where several models may have one of its name.
-    name: str
-    #: Hash of the weight when it was checked.
-    source_sha256: str
-    #: Hash of the statistics when they were checked; empty for none.
-    stats_sha256: str
-
-
-@dataclass(frozen=True)
-class _Desk:
-    """Where the layers of a model are read and written."""
-
-    reader: TensorReader
-    writer: LayerWriter
-    stats: Mapping[str, ActivationStats] | None
-
-    @classmethod
-    def of(cls, part: Part, folder: Path, stats: Mapping[str, ActivationStats] | None) -> "_Desk":
-        """Return that of a part of the target that grows in a folder."""
-        writer = LayerWriter(part.layout, folder / part.component)
-        return cls(part.source.reader, writer, stats)
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """Does any layer by itself: reads, solves, writes."""
-
-    desks: Mapping[str, _Desk]
-
-    def __call__(self, checked: _CheckedJob) -> dict[str, Any]:
-        """Do a layer, and return its line for the journal once its bytes are on the disk."""
-        job, desk = checked.job, self.desks[checked.component]
-        matrices, stats = read_matrices(desk.reader, job), _read_stats(desk, checked)
-        finished = quantize_layer(
-            job,
-            matrices,
-            stats,
-            stats_sha256=checked.stats_sha256,
-            prefix=checked.name.removesuffix(job.name),
-        )
-        if finished.report.source_sha256 != checked.source_sha256:
-            raise CheckpointError(
-                f"The weight of layer '{checked.name}' changed while it was read. Do not modify "
-                "the source during a run."
-            )
-        entry = asdict(finished.report)
-        del entry["shape"], entry["scheme"]  # the plan has them
-        return {**entry, "written_sha256": desk.writer.write(job.name, finished.packed)}
-
-
-def _read_stats(desk: _Desk, checked: _CheckedJob) -> ActivationStats | None:
-    if desk.stats is None or not checked.stats_sha256:
-        return None
-    stats = desk.stats[checked.job.name]
-    if stats.sha256 != checked.stats_sha256:
-        raise CalibrationError(
-            f"The statistics of layer '{checked.name}' changed meanwhile. Do not modify their "
-            "file during a run."
-        )
-    return stats
-
-
 def _list_open_jobs(
     part: Part,
     checked: Mapping[str, str],
-    writer: LayerWriter,
+    desk: Desk,
     journal: Journal,
     stats_hashes: Mapping[str, str],
-) -> list[_CheckedJob]:
+) -> list[Data]:
     """Return the layers of a part that are not done yet.
 
     Raises:
@@ -288,10 +284,10 @@ def _list_open_jobs(
                     f"The weight of layer '{name}' is not what it was when the layer was "
                     "finished. Put the old source back to go on, or use `--restart` to begin anew."
                 )
-            if writer.hash_written(job) == entry["written_sha256"]:
+            if desk.writer.hash_written(job) == entry["written_sha256"]:
                 continue
         stats_sha256 = stats_hashes.get(job.name, "")
-        jobs.append(_CheckedJob(job, part.component, name, source_sha256, stats_sha256))
+        jobs.append(describe_job(part, job, source_sha256, stats_sha256))
     return jobs
 
 

@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from loraq.devices import kind_of
 from loraq.errors import LayerError, layer_failure
 from loraq.experts import QuantizedExperts
 from loraq.formats.faults import find_fault
@@ -15,7 +16,7 @@ from loraq.layers import LinearLayer, quantized_class
 from loraq.nn import QuantizedLayer
 from loraq.packed import LayerSolution, PackedStack, PackedWeight
 from loraq.pipeline.arithmetic import fixed_arithmetic
-from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.report import LayerReport
 from loraq.recipe import Recipe
 from loraq.safetensors.header import DTYPE_NAMES
@@ -63,6 +64,7 @@ def quantize_layer(
     *,
     stats_sha256: str = "",
     prefix: str = "",
+    device: torch.device | None = None,
 ) -> FinishedLayer:
     """Solve one layer and report on it; of a stack of experts, one after the other.
 
@@ -73,18 +75,21 @@ def quantize_layer(
         stats: of its inputs, for the methods that use them.
         stats_sha256: hash of the statistics, for the report.
         prefix: what stands before the layer's name in messages and in the report.
+        device: where it is solved; what is returned is where the weight is. `None` solves it there.
 
     Raises:
         LayerError: the layer failed; the message names it, and the expert.
     """
-    digest, dtype, solutions = hashlib.sha256(), "", list[LayerSolution]()
+    digest, dtype, kind, solutions = hashlib.sha256(), "", "", list[LayerSolution]()
     for part, matrix, stored in matrices_of(job, weight):
+        home = matrix.device
         try:
-            solutions.append(solve_layer(part, matrix, stats))
+            solution = solve_layer(part, matrix.to(device or home), stats)
+            solutions.append(replace(solution, packed=solution.packed.to(home)))
         except Exception as error:
             raise layer_failure(prefix + part.name, error) from error
         digest.update(tensor_bytes(stored))
-        dtype = DTYPE_NAMES[stored.dtype]
+        dtype, kind = DTYPE_NAMES[stored.dtype], kind_of(device or home)
     packed = (
         PackedStack.of([solution.packed for solution in solutions])
         if job.is_stack
@@ -106,6 +111,7 @@ def quantize_layer(
         output_error=None if job.is_stack else solutions[0].metrics.get("output_error"),
         metrics={} if job.is_stack else solutions[0].metrics,
         kept=job.is_kept,
+        device=kind,
     )
     return FinishedLayer(packed, report, job.transposed)
 

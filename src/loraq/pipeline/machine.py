@@ -2,8 +2,8 @@
 
 Sums of floats depend on their order, and the order on the instructions that a library picks: at
 another instruction set a solver gives other bytes, as good as the first ones. So a run goes on only
-where these facts are the same. The number of threads and of workers is not among them: every layer
-is solved on one thread.
+where these facts are the same. The number of threads, workers and devices is not among them: every
+layer is solved on one thread, or on one device.
 """
 
 import os
@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 
 import torch
+
+from loraq.devices import describe_devices, kind_of
 
 #: Settings from outside that make the libraries pick other instructions or another order.
 _SETTINGS = (
@@ -29,18 +31,23 @@ _LIBRARIES = re.compile(r"Math Kernel Library Version (\S+)|(MKL-DNN v\S+)")
 _FACTS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 
 
-def describe_machine() -> dict[str, str]:
+def describe_machine(devices: tuple[torch.device, ...]) -> dict[str, str]:
     """Return what decides bytes besides the source and the recipe, by topic.
 
     Worker processes inherit all of it.
+
+    Args:
+        devices: where layers are solved, all of one kind.
     """
     built = torch.__config__.show()
     libraries = [f"MKL {mkl}" if mkl else dnn for mkl, dnn in _LIBRARIES.findall(built)]
     if found := re.search(r"BLAS_INFO=(\w+)", built):
         libraries.append(f"BLAS {found[1]}")
     settings = [f"{name}={os.environ[name]}" for name in _SETTINGS if os.environ.get(name)]
+    accelerators = describe_devices(devices)
     return {
-        "device": "cpu",
+        "device": kind_of(devices[0]),
+        **({"accelerators": accelerators} if accelerators else {}),
         "processor": _describe_processor(),
         # What torch's own kernels use; honours ATEN_CPU_CAPABILITY.
         "instructions": torch.backends.cpu.get_cpu_capability(),

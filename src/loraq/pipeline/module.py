@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.checkpoint.pretrained import attach_methods
+from loraq.devices import ALL, find_devices
 from loraq.errors import RecipeError, SchemeError, unknown
 from loraq.layers import (
     LinearLayer,
@@ -25,8 +26,9 @@ from loraq.methods import METHODS
 from loraq.methods.prediction import Prediction
 from loraq.options import Seed, Workers, checked
 from loraq.packed import LayerSolution
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import FinishedLayer, quantize_layer, require_usable, solve_layer
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import Report
 from loraq.pipeline.requirements import Stats, hash_used_stats, open_stats
@@ -156,6 +158,7 @@ def quantize_(
     recipe: str | Path | Scheme | Recipe,
     *,
     stats: Stats | None = None,
+    device: str | torch.device | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report:
@@ -171,6 +174,8 @@ def quantize_(
         recipe: a recipe, a scheme, a name, or a path to a .toml or .json file.
         stats: statistics by layer from `collect_stats`, or the file they were saved in; `None`
             needs no data.
+        device: where layers are solved, as for `quantize_checkpoint`; `None` solves each where its
+            weight is. All that is kept stays where the weight was.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
             use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each
@@ -181,12 +186,15 @@ def quantize_(
 
     Raises:
         CalibrationError: statistics are missing, do not fit, or are not used. Nothing was changed.
+        DeviceError: there is no such device. Nothing was changed.
         LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or a
             layer failed: the message names it, and the layers before it are quantized.
         RecipeError: the recipe cannot be read, or leaves nothing to quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
     """
     model = bare_model(model)
+    devices = () if device is None else find_devices(device)
+    workers = max(workers, len(devices)) if device == ALL else workers
     recipe, layers = Recipe.of(recipe), _find_layers(model)
     stats, plan = open_stats(stats), Plan.of_model(model, recipe)
     if not plan.has_work and not quantized_layers(model):
@@ -202,7 +210,9 @@ def quantize_(
     reports = []
     try:
         with show_layers(progress, "quantize") as show:
-            for finished in _quantize_layers(layers, plan.quantized, stats or {}, hashes, workers):
+            for finished in _quantize_layers(
+                layers, plan.quantized, stats or {}, hashes, devices, workers
+            ):
                 name, report = finished.report.name, finished.report
                 replace_layer(model, name, finished.build_module(layers.pop(name), recipe))
                 reports.append(report)
@@ -217,23 +227,28 @@ def _quantize_layers(
     jobs: Sequence[LayerJob],
     stats: Mapping[str, ActivationStats],
     hashes: Mapping[str, str],
+    devices: Sequence[torch.device],
     workers: int,
 ) -> Iterator[FinishedLayer]:
-    """Yield finished layers in order, with at most `workers` of them in flight."""
+    """Yield finished layers in order, with at most `workers` of them in flight.
 
-    def run(job: LayerJob) -> FinishedLayer:
+    They take turns on the devices; without any, a layer is solved where its weight is.
+    """
+
+    def run(job: LayerJob, index: int) -> FinishedLayer:
+        device = devices[index % len(devices)] if devices else None
         sha256 = hashes.get(job.name, "")
         of_layer = stats[job.name] if sha256 else None
         weight = _weight_of(layers[job.name])
-        return quantize_layer(job, weight, of_layer, stats_sha256=sha256)
+        return quantize_layer(job, weight, of_layer, stats_sha256=sha256, device=device)
 
     with _pool(workers) as pool:
-        waiting = [pool.submit(run, job) for job in jobs[:workers]]
+        waiting = [pool.submit(run, job, i) for i, job in enumerate(jobs[:workers])]
         try:
             for i in range(len(jobs)):
                 finished = waiting.pop(0).result()
                 if i + workers < len(jobs):
-                    waiting.append(pool.submit(run, jobs[i + workers]))
+                    waiting.append(pool.submit(run, jobs[i + workers], i + workers))
                 yield finished
                 # The caller has freed the float weight; what is left of the layer goes now too,
                 # not after the next one.

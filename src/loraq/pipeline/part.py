@@ -12,7 +12,7 @@ from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.errors import CheckpointError
 from loraq.json_files import write_json
 from loraq.packed import PackedStack, PackedWeight
-from loraq.pipeline.plan import LayerJob
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.report import Report
 from loraq.pipeline.source import Source
 from loraq.safetensors.header import TensorSpec

@@ -4,149 +4,33 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from loraq.errors import LayerError, LoraqError, SchemeError
+from loraq.errors import LayerError
 from loraq.families import known_class
 from loraq.layers import (
     bare_model,
     find_stacks,
     is_linear,
+    linear_layers,
     matrix_shapes,
     other_weights,
     require_bare,
     tied_layers,
 )
-from loraq.methods import RTN, Method, layer_seed
 from loraq.pipeline.counting import ComponentSize, count_beside
+from loraq.pipeline.fitting import TargetFit, fit_to_target, require_class, warn_of_cost
+from loraq.pipeline.jobs import KeptLayer, LayerJob, OtherWeight
 from loraq.recipe import Recipe
-from loraq.scheme import Scheme
 
 #: Weights outside of linear layers are listed if they, together with the same weight of the other
 #: transformer blocks, are more than this share of the model's parameters.
 SIGNIFICANT = 0.01
 
 _LOGGER = logging.getLogger("loraq")
-
-
-@dataclass(frozen=True)
-class LayerJob:
-    """A layer that is quantized, or a stack of experts: all that is needed but the weight."""
-
-    #: Dotted name in the model.
-    name: str
-    #: (out, in), or (experts, out, in).
-    shape: tuple[int, ...]
-    #: The scheme with its rank settled.
-    scheme: Scheme
-    #: What solves it.
-    method: Method
-    #: From which, with the name, the seed of everything random in it follows.
-    recipe_seed: int
-    #: Why it gets something else than the recipe's scheme; empty if it gets just that.
-    reason: str = ""
-    #: Whether the budget settled the rank, and not the recipe itself.
-    sized: bool = False
-    #: Whether the rules keep it out of the recipe's scheme, and it is stored in eight bits.
-    is_kept: bool = False
-    #: Whether the model has a stack of experts as (experts, in, out).
-    transposed: bool = False
-
-    @classmethod
-    def of(  # noqa: PLR0913 (options are keyword-only)
-        cls,
-        name: str,
-        shape: tuple[int, ...],
-        scheme: Scheme,
-        recipe: Recipe,
-        *,
-        reason: str = "",
-        sized: bool = False,
-        is_kept: bool = False,
-    ) -> "LayerJob":
-        """Return the job of a layer whose scheme is settled, with the recipe's method and seed.
-
-        A layer that is kept is rounded to nearest, whatever the method.
-
-        Raises:
-            SchemeError: the method cannot solve this scheme; the message carries the layer's name.
-        """
-        method = RTN() if is_kept else recipe.solver(scheme)
-        try:
-            method.check(scheme)
-        except LoraqError as error:
-            raise SchemeError(f"Layer '{name}': {error}") from error
-        return cls(name, shape, scheme, method, recipe.seed, reason, sized, is_kept)
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it is a stack of experts, which one parameter holds."""
-        return len(self.shape) == 3
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(out, in) of the layer, or of each expert."""
-        return self.shape[-2], self.shape[-1]
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the float tensor."""
-        return self.name if self.is_stack else f"{self.name}.weight"
-
-    def of_expert(self, index: int) -> "LayerJob":
-        """Return the job of one expert of a stack: that of a linear layer with its number."""
-        return replace(self, name=f"{self.name}.{index}", shape=self.matrix, transposed=False)
-
-    @property
-    def seed(self) -> int:
-        """Of everything random in it."""
-        return layer_seed(self.recipe_seed, self.name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight after the run."""
-        return self.scheme.nbytes(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits for each element of the weight after the run."""
-        return 8 * self.nbytes / math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class KeptLayer:
-    """A linear layer, or a stack of experts, that stays as it is."""
-
-    #: Dotted name in the model.
-    name: str
-    #: (out, in), or (experts, out, in).
-    shape: tuple[int, ...]
-    #: Why.
-    reason: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight in 16 bits."""
-        return 2 * math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class OtherWeight:
-    """A large weight that stays as it is because no linear layer holds it."""
-
-    #: Dotted name of the parameter.
-    name: str
-    shape: tuple[int, ...]
-    #: What it is instead.
-    reason: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight in 16 bits."""
-        return 2 * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -167,6 +51,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     #: Of a pipeline of which several models are quantized: the plan of each, by component.
     components: Mapping[str, "Plan"] = field(default_factory=dict)
+    #: What the target of the recipe costs; `None` without one, and of several models.
+    target: TargetFit | None = None
     #: Of a pipeline that is planned and not quantized: all its models.
     sizes: tuple[ComponentSize, ...] = field(default=(), compare=False)
 
@@ -203,6 +89,7 @@ class Plan:
         model_class: str = "",
         inner_models: Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
+        convs: Collection[str] = (),
     ) -> "Plan":
         """Settle the scheme of every layer.
 
@@ -216,21 +103,19 @@ class Plan:
             inner_models: class names of models that the model holds, by their dotted names; their
                 layers get what they get in a model that stands alone.
             tied: layers that share their weight, and with what; they stay whatever a rule says.
+            convs: names of the layers that are 1×1 convolutions.
 
         Raises:
-            SchemeError: a layer cannot be quantized as asked; the message carries its name.
+            SchemeError: a layer cannot be quantized as asked; the message carries its name. Or the
+                recipe's target holds none of the layers.
         """
-        inner_models, tied = inner_models or {}, tied or {}
-        layers: list[LayerJob | KeptLayer] = []
-        for name, shape in shapes.items():
-            if name in tied:
-                layers.append(KeptLayer(name, shape, f"shares its weight with '{tied[name]}'"))
-                continue
-            place = next((place for place in inner_models if name.startswith(f"{place}.")), None)
-            kind, within = (
-                (model_class, "") if place is None else (inner_models[place], f"{place}.")
-            )
-            layers.append(_plan_layer(name, shape, recipe, kind, within))
+        models, tied = {"": model_class, **(inner_models or {})}, tied or {}
+        layers = _settle(shapes, recipe, models, tied)
+        fit = None
+        if recipe.target:
+            alone = _settle(shapes, replace(recipe, target=""), models, tied)
+            layers, fit = fit_to_target(layers, alone, recipe, convs)
+            warn_of_cost(fit)
         for rule in recipe.rules:
             if not any(map(rule.matches, shapes)):
                 _LOGGER.warning(
@@ -238,7 +123,7 @@ class Plan:
                     rule.match,
                     model_class or "the model",
                 )
-        planned = cls(tuple(layers))
+        planned = cls(tuple(layers), target=fit)
         if large := [
             layer for layer in planned.quantized if layer.sized and _has_large_branch(layer)
         ]:
@@ -260,7 +145,8 @@ class Plan:
 
         The module may be on the meta device, or wrapped as a whole (`bare_model`); the rules of its
         class are those of the class that it is derived from. Raises `SchemeError` as `of`, and
-        `LayerError` for a module that is itself a linear layer, or is not bare.
+        `LayerError` for a module that is itself a linear layer, or is not bare; `RecipeError` for a
+        class that the recipe's target does not take.
         """
         model = bare_model(model)
         if is_linear(model):
@@ -270,6 +156,7 @@ class Plan:
                 "`loraq.quantize_weight(layer.weight, recipe)`."
             )
         require_bare(model)
+        require_class(recipe, type(model))
         found = other_weights(model)
         sizes: Counter[str] = Counter()
         for name, (shape, _) in found.items():
@@ -282,7 +169,8 @@ class Plan:
         )
         model_class, *inner = _find_models(model).items()
         shapes, tied = matrix_shapes(model), tied_layers(model)
-        planned = cls.of(shapes, recipe, model_class[1], dict(inner), tied)
+        convs = {n for n, each in linear_layers(model).items() if isinstance(each, nn.Conv2d)}
+        planned = cls.of(shapes, recipe, model_class[1], dict(inner), tied, convs)
         transposed = {name for name, stack in find_stacks(model).items() if stack.transposed}
         layers = tuple(
             replace(layer, transposed=True)
@@ -371,6 +259,24 @@ def _model_class(module: nn.Module) -> str:
     """Return the class of a model by which its rules are found, or "" for a part of one."""
     bases = [base.__name__ for base in type(module).__mro__]
     return known_class(bases) or (bases[0] if hasattr(module, "save_pretrained") else "")
+
+
+def _settle(
+    shapes: Mapping[str, tuple[int, ...]],
+    recipe: Recipe,
+    models: Mapping[str, str],
+    tied: Mapping[str, str],
+) -> list[LayerJob | KeptLayer]:
+    """Settle the scheme of every layer by itself; `models` has the model's own class under ""."""
+    layers: list[LayerJob | KeptLayer] = []
+    for name, shape in shapes.items():
+        if name in tied:
+            layers.append(KeptLayer(name, shape, f"shares its weight with '{tied[name]}'"))
+            continue
+        place = next((place for place in models if place and name.startswith(f"{place}.")), "")
+        within = f"{place}." if place else ""
+        layers.append(_plan_layer(name, shape, recipe, models[place], within))
+    return layers
 
 
 def _plan_layer(

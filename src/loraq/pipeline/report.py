@@ -37,6 +37,8 @@ class LayerReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     #: Whether the rules keep it out of the recipe's scheme.
     kept: bool = False
+    #: Kind of the device that solved it, such as "cpu": another gives other bytes.
+    device: str = "cpu"
 
     def record(self) -> dict[str, float | int | str]:
         """Return what a checkpoint keeps besides shape and scheme, equal in every run."""
@@ -48,6 +50,7 @@ class LayerReport:
             "source_sha256",
             "source_dtype",
             "stats_sha256",
+            "device",
         )
         found = {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
         return {**found, "kept": True} if self.kept else found

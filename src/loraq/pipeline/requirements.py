@@ -6,7 +6,8 @@ from pathlib import Path
 from loraq.checkpoint.stats_file import load_stats
 from loraq.errors import CalibrationError, list_some
 from loraq.methods import METHODS
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.jobs import LayerJob
+from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
 from loraq.stats import ActivationStats
 

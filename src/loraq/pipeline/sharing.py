@@ -7,9 +7,9 @@ error at the layers' outputs if all inputs have uncorrelated channels of one pow
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,9 +19,12 @@ from loraq.errors import LoraqError, RecipeError, layer_failure
 from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
 from loraq.pipeline.arithmetic import fixed_arithmetic
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import matrices_of, read_matrices
-from loraq.pipeline.plan import LayerJob, Plan
+from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
+from loraq.pipeline.ranks import Ranks
+from loraq.pipeline.tickets import Data, Place
 from loraq.recipe import Recipe
 from loraq.safetensors.reader import TensorReader
 from loraq.scheme import Branch, Scheme
@@ -99,14 +102,31 @@ def predict_layer(job: LayerJob, weight: Tensor | Iterable[Tensor]) -> tuple[str
 
 
 @dataclass(frozen=True)
-class PredictFromFile:
+class _PredictFromFile:
     """`predict_layer` for worker processes: it reads the weight by itself."""
 
     reader: TensorReader
 
-    def __call__(self, job: LayerJob) -> tuple[str, Prediction]:
-        """Return the layer's name and its prediction."""
-        return predict_layer(job, read_matrices(self.reader, job))
+    jobs: Mapping[str, LayerJob]
+
+    def open(self, _: Place) -> Callable[[Data], Data]:
+        """Return what predicts a layer by its name."""
+        return self._predict
+
+    def _predict(self, data: Data) -> Data:
+        job = self.jobs[data["name"]]
+        _, prediction = predict_layer(job, read_matrices(self.reader, job))
+        return {"name": job.name, **asdict(prediction)}
+
+
+def predict_from_file(
+    reader: TensorReader, jobs: Sequence[LayerJob], ranks: Ranks
+) -> Iterator[tuple[str, Prediction]]:
+    """Yield name and prediction of each layer, whichever rank made it."""
+    work = _PredictFromFile(reader, {job.name: job for job in jobs})
+    with closing(ranks.run(work, [{"name": job.name} for job in jobs])) as found:
+        for each in found:
+            yield each["name"], Prediction(each["energy"], tuple(each["left"]))
 
 
 def _choices(job: LayerJob, prediction: Prediction) -> list[Choice]:

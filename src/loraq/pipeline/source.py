@@ -252,7 +252,8 @@ def plan_tensors(files: TensorReader, recipe: Recipe) -> Plan:
         is_matrix = len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and min(shape) > 0
         if layer and leaf == "weight" and is_matrix and not _TABLE.search(layer):
             shapes[layer] = (shape[0], shape[1])
-    return Plan.of(shapes, recipe)
+    convs = {layer for layer in shapes if len(files.shape(f"{layer}.weight")) == 4}
+    return Plan.of(shapes, recipe, convs=convs)
 
 
 def _require_floats(files: TensorReader, weights: Path) -> None:

@@ -30,16 +30,18 @@ class Target:
     parts: tuple[Part, ...]
     #: Files to copy, by their path in the target: the rest of a pipeline.
     others: Mapping[str, Path]
+    #: What decides its bytes besides the source and the recipe; see `describe_machine`.
+    machine: Mapping[str, str]
 
     @classmethod
-    def of(cls, origin: Origin, shard_bytes: int) -> "Target":
-        """Lay out every tensor of every model."""
+    def of(cls, origin: Origin, shard_bytes: int, devices: tuple[torch.device, ...]) -> "Target":
+        """Lay out every tensor of every model, whose layers are solved on these devices."""
         several = len(origin.sources) > 1
         parts = (
             Part.of(component, source, shard_bytes, f"{component}/" if several else "")
             for component, source in origin.sources.items()
         )
-        return cls(tuple(parts), origin.others)
+        return cls(tuple(parts), origin.others, describe_machine(devices))
 
     @property
     def n_layers(self) -> int:
@@ -60,7 +62,7 @@ class Target:
             "recipe": recipe.to_dict(),
             **joined,
             "versions": {"loraq": __version__, "torch": torch.__version__},
-            "machine": describe_machine(),
+            "machine": dict(self.machine),
         }
 
     def require_space(self, target: Path, *, link: bool) -> None:

@@ -140,7 +140,7 @@ class ShardLayout:
         for name in tensors:
             by_file.setdefault(self.locations[name][0], []).append(name)
         for file, names in by_file.items():
-            descriptor = disk.open_file(folder / file)
+            descriptor = disk.open_file(folder / file, direct=sync)
             try:
                 for name in names:
                     self._require(name, tensors[name])

@@ -1,0 +1,132 @@
+"""Every method solves where its weight is, and LoRaQ's loop never waits for the device.
+
+There need be no GPU: tensors are fake ones on a fake CUDA device, where an operator raises for
+tensors of two devices.
+"""
+
+import pytest
+import torch
+
+from loraq.formats import get_format
+from loraq.methods import METHODS, LoRaQ
+from loraq.methods.base import Method
+from loraq.methods.noise import ActivationNoise
+from loraq.pipeline import layer
+from loraq.pipeline.jobs import LayerJob
+from loraq.pipeline.ranks import Place
+from loraq.pipeline.worker import LayerWork
+from loraq.recipe import Recipe
+from loraq.recipe_names import parse_scheme
+from loraq.scheme import Branch, Scheme
+from loraq.stats import ActivationStats
+from tests.fake_cuda import CUDA, fake_cuda
+
+SHAPE = (32, 64)
+BRANCH = Branch(4, "mxfp6_e2m3", "mxint8", "int8")
+SCHEMES = {
+    "mxfp4": Scheme("mxfp4", "mxint8", BRANCH),
+    "int4, rotated": Scheme("int4", "int4", BRANCH, 32),
+    "nvfp4": Scheme("nvfp4", "nvfp4", Branch(4, "nvfp4", "bf16")),
+    "int8 rows": Scheme("int8", "int8", Branch(4, "int8", "int8")),
+    "mxint5": Scheme("mxint6", "bf16", Branch(4, "bf16")),
+    "fp8": Scheme("fp8_e4m3", "fp8_e4m3", Branch(4, "fp8_e4m3", "fp8_e4m3")),
+}
+
+
+def solve_on_fake_device(method: Method, scheme: Scheme) -> int:
+    """Solve a weight, and return how many numbers the host has read."""
+    if scheme.branch is not None:  # made of real numbers, and kept
+        ActivationNoise.of(scheme, scheme.branch)
+    with fake_cuda() as reads:
+        weight = torch.empty(SHAPE, dtype=torch.bfloat16, device=CUDA)
+        stats = None
+        if method.use_of_stats != "ignored":
+            size = (SHAPE[1], SHAPE[1]) if method.needs_full_moment else (SHAPE[1],)
+            stats = ActivationStats(64, torch.empty(size, device="cpu"))
+        with torch.no_grad():
+            solution = method.solve(weight, scheme, stats=stats)
+        assert {tensor.device for tensor in solution.packed.tensors.values()} == {CUDA}
+        assert solution.reconstruct().device == CUDA
+        return reads.count
+
+
+@pytest.mark.slow  # fake tensors take long
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_stays_on_the_device_of_its_weight(name):
+    method = METHODS[name]() if name != "loraq" else LoRaQ(steps=2, refine_steps=2)
+    # Each with three of the formats, LoRaQ with all; rounding alone is below.
+    schemes = list(SCHEMES.values())[: None if name == "loraq" else 3]
+    for scheme in schemes:
+        if method.branch == "none":
+            scheme = Scheme(scheme.weight, scheme.activation, None, scheme.rotation)
+        solve_on_fake_device(method, scheme)
+
+
+@pytest.mark.slow
+def test_all_second_moments_stay_on_the_device_too():
+    class Full(LoRaQ):
+        needs_full_moment = True
+
+    solve_on_fake_device(Full(steps=2, refine_steps=2), SCHEMES["int4, rotated"])
+
+
+def test_the_loop_reads_nothing_of_the_device():
+    few, many = (
+        solve_on_fake_device(
+            LoRaQ(steps=steps, refine_steps=steps, scale_rule=None), SCHEMES["mxfp4"]
+        )
+        for steps in (1, 4)
+    )
+    assert few == many
+
+
+def test_a_read_is_counted_and_a_mixed_device_refused():
+    with fake_cuda() as reads:
+        there = torch.ones(3, device=CUDA)
+        assert there.sum().item() == 1.0
+        assert not (there > 0).any()
+        assert (there > 0).all()
+        assert reads.count == 3
+        with pytest.raises(RuntimeError, match="device"):
+            there + torch.ones(3, device="cpu")
+
+
+def test_a_prediction_is_made_on_the_device():
+    scheme = parse_scheme("mxfp4+w6a8-r8")
+    with fake_cuda():
+        weight = torch.empty(SHAPE, device=CUDA)
+        prediction = LoRaQ().predict(weight, scheme, 16)
+    assert len(prediction.left) == 17
+
+
+def test_every_format_is_read_and_written_on_the_device():
+    for name in ("mxfp4", "int4", "nvfp4", "int5", "mxfp6_e3m2", "int8", "fp8_e4m3", "bf16"):
+        with fake_cuda():
+            x = torch.empty(SHAPE, device=CUDA)
+            fmt = get_format(name)
+            assert fmt.quantize(x).dequantize().device == fmt.round(x).device == CUDA
+
+
+def test_a_layer_is_solved_on_the_device_and_comes_back(monkeypatch):
+    recipe = Recipe(parse_scheme("mxfp4-a16"), method="rtn")
+    job = LayerJob.of("proj", SHAPE, recipe.scheme_for("proj", SHAPE), recipe)
+    solved = []
+
+    def watch(job: LayerJob, weight: torch.Tensor, stats: ActivationStats | None) -> object:
+        solved.append(weight.device)
+        return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
+
+    monkeypatch.setattr(layer, "solve_layer", watch)
+    monkeypatch.setattr(layer, "tensor_bytes", lambda tensor: b"")  # there are none
+    with fake_cuda():
+        finished = layer.quantize_layer(job, torch.empty(SHAPE, device="cpu"), device=CUDA)
+    assert solved == [CUDA]
+    assert finished.packed.device.type == "cpu"
+    assert finished.report.device == finished.report.record()["device"] == "cuda"
+
+
+def test_workers_of_a_machine_take_turns_on_its_devices():
+    devices = tuple(torch.device("cuda", index) for index in range(2))
+    work = LayerWork({}, None, {}, devices)
+    taken = [work.open(Place(10 + local, local)).args[0].index for local in range(4)]
+    assert taken == [0, 1, 0, 1]
