@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: demo test check-fast test-bare test-exports test-evaluate fuzz crash lint fmt bench gpu docs site clean
 
 demo: .venv/demo.stamp
-	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
+	@echo "demo: quantizing a small trained transformer (1 to 2 minutes on two cores); report in demo/report.html"
 	@$(BIN)/loraq demo --out demo
 
 test: .venv/dev.stamp lint

@@ -26,7 +26,7 @@ ROWS = (
     "checkpoint doctor",
     "pipeline",
     "integrations",
-    "transformers",
+    "pages transformers",
     "diffusers",
     "evaluation exports",
     "cli",

@@ -42,6 +42,7 @@ COMMANDS = [
     "doctor",
     "stats",
     "export",
+    "report",
     "import",
     "evaluate",
 ]
@@ -700,12 +701,13 @@ def small_demo(monkeypatch):
     }
     group, trained = "weight-only", numbers | {"velocity_error": 0.0}
     better = numbers | {"velocity_error": 0.01}
-    sizes = {"nbytes": 1024, "bits_per_weight": 5.0}
+    sizes = {"nbytes": 1024, "memory": 2048, "bits_per_weight": 5.0}
     rows = (
         DemoRow(
             group="as trained",
             label="bf16 weights",
             nbytes=2048,
+            memory=4096,
             bits_per_weight=16.0,
             weight_error=0.0,
             **trained,
@@ -727,18 +729,12 @@ def small_demo(monkeypatch):
             **better,
         ),
     )
-    images = {
-        "as trained": pictures,
-        "mxfp4-a16+w8a8 LoRaQ": pictures,
-        "mxfp4-a16+bf16-r5 SVDQuant": pictures,
-    }
     seen = {}
 
-    def invented(*, n_images, device, workers, progress):
-        assert device == "auto"
-        seen.update(n_images=n_images, workers=workers)
+    def invented(*, progress, **options):
+        seen.update(options)
         progress("[1 of 2] weight-only")
-        return DemoResult(rows, images, {"mxfp4-a16+w8a8 LoRaQ": [0.1, 0.2]})
+        return DemoResult(rows, (pictures, pictures, pictures), options["effort"])
 
     monkeypatch.setattr(demo, "run", invented)
     return seen
@@ -747,19 +743,28 @@ def small_demo(monkeypatch):
 def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
     result = run("demo", "--out", tmp_path / "report", "--images", 12, "--workers", 1)
     assert result.exit_code == 0, result.stderr
-    assert small_demo == {"n_images": 12, "workers": 1}
+    assert small_demo == {
+        "every": False,
+        "effort": "fast",
+        "n_images": 12,
+        "device": "auto",
+        "workers": 1,
+    }
     assert "[1 of 2]" in result.stderr
     assert "[1 of 2]" not in result.stdout
     assert "weight-only" in result.stdout
     # Also when LoRaQ does not win.
     assert "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_demo_gives_one_document(small_demo, tmp_path):
-    found = document("demo", "--out", tmp_path)
+    found = document("demo", "--all", "--out", tmp_path)
+    assert (small_demo["every"], small_demo["effort"]) == (True, "default")
     assert [row["label"] for row in found["rows"]] == ["bf16 weights", "LoRaQ", "SVDQuant"]
     assert Path(found["report"]).is_file()
+    assert Path(found["picture"]).is_file()
 
 
 def test_a_demo_row_without_any_difference_is_still_json(small_demo, tmp_path, monkeypatch):
@@ -787,6 +792,43 @@ def test_demo_says_before_it_starts_that_matplotlib_is_missing(small_demo, tmp_p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert 'pip install "loraq[demo]"' in fails("demo", "--out", tmp_path / "out")
     assert small_demo == {}
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def test_report_writes_a_page_beside_the_folder(place):
+    page = place / "quantized.report.html"
+    assert succeeds("report", place / "quantized") == f"Report: {page}\n"
+    assert "PixArtTransformer2DModel" in page.read_text()
+    found = document("report", place / "quantized-pipeline", "--out", place / "page.html")
+    model = found["models"]["transformer"]
+    assert (found["report"], model["layers"]) == (str(place / "page.html"), 8)
+    assert model["differs_from_plan"] == []
+    assert 0 < model["mean_relative_error"] < 0.2
+
+
+def test_quantize_writes_the_report_too(place, tmp_path):
+    text = succeeds("quantize", place / "float", tmp_path / "out", *FAST, "--report")
+    page = tmp_path / "out.report.html"
+    assert f"Report: {page}\n" in text
+    first = page.read_bytes()
+    found = document("quantize", place / "float", tmp_path / "out", *FAST, "--report")
+    assert (found["already_complete"], found["report"]) == (True, str(page))
+    succeeds("report", tmp_path / "out")
+    assert page.read_bytes() == first
+
+
+def test_quantize_refuses_a_report_before_it_starts(place, tmp_path):
+    (tmp_path / "out.report.html").write_text("mine")
+    text = fails("quantize", place / "float", tmp_path / "out", *FAST, "--report")
+    assert "Will not replace" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["out.report.html"]
+
+
+def test_a_report_of_a_float_folder_says_what_makes_a_quantized_one(place, tmp_path):
+    assert "loraq quantize" in fails("report", place / "float", "--out", tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
 
 
 # --- errors and interrupts ------------------------------------------------------------------------

@@ -155,6 +155,7 @@ FUNCTIONS = {
         "progress": FLAG,
     },
     demo.run: {
+        "every": FLAG,
         "n_images": set(),
         "steps": STEPS,
         "effort": set(),

@@ -20,7 +20,8 @@ import loraq
 from loraq.checkpoint.pretrained import attach_methods
 from loraq.cli import main
 from loraq.errors import CheckpointError, LoraqError
-from loraq.evaluation.report import draw
+from loraq.evaluation.page import write_page
+from loraq.evaluation.picture import draw
 from loraq.stats import ActivationStats
 from tests.folders import files_of
 
@@ -44,6 +45,7 @@ WRITING = {
         "remove-lora",
         "demo",
         "export",
+        "report",
         "import",
         "evaluate",
     },
@@ -189,6 +191,7 @@ WRITERS = [
            lambda a, b, c: loraq.export(a, b, to="sdnq", **IN_PLACE)),
     Writer("export: lora of a call",
            lambda a, b, c: loraq.export(c, b, to="sdnq", lora=[a], **IN_PLACE), NAMES["lora"]),
+    Writer("report: folder", lambda a, b, c: cli("report", a, "--out", b)),
     Writer("import: source", lambda a, b, c: cli("import", a, b, "--overwrite")),
     Writer("import_checkpoint: source",
            lambda a, b, c: loraq.import_checkpoint(a, b, **IN_PLACE)),
@@ -214,6 +217,7 @@ WRITERS = [
            "transformer", OF_MEMORY),
     Writer("demo: assets", lambda a, b, c: cli("demo", "--out", b), kinds=OF_PICTURE),
     Writer("draw: assets", lambda a, b, c: draw(None, b), kinds=(SAME, CHILD, ALIAS)),  # type: ignore[arg-type]
+    Writer("write_page: assets", lambda a, b, c: write_page(None, b), kinds=(SAME, CHILD, ALIAS)),  # type: ignore[arg-type]
 ]  # fmt: skip
 
 OVERLAPS = [
@@ -227,7 +231,10 @@ OVERLAPS = [
 def tree(tmp_path, monkeypatch) -> Path:
     fill(tmp_path / "models" / "read")
     fill(tmp_path / "apart")
-    monkeypatch.setattr("loraq.evaluation.report.assets_folder", lambda: tmp_path / "models/read")
+    for part in ("picture", "page"):
+        monkeypatch.setattr(
+            f"loraq.evaluation.{part}.assets_folder", lambda: tmp_path / "models/read"
+        )
     return tmp_path
 
 
@@ -293,20 +300,23 @@ def test_a_source_is_not_where_the_target_grows(tree, name):
         loraq.quantize_checkpoint(tree / name, tree / "out", RECIPE, **IN_PLACE)
 
 
-def test_a_picture_is_not_drawn_through_a_link_nor_into_a_second_name(tmp_path):
+@pytest.mark.parametrize(
+    ("write", "begins"), [(draw, b"\x89PNG"), (write_page, b"<!doctype html>")]
+)
+def test_a_report_is_not_written_through_a_link_nor_into_a_second_name(tmp_path, write, begins):
     from tests.evaluation.test_demo import invented
 
-    (tmp_path / "precious.png").write_bytes(b"precious")
-    (tmp_path / "report.png").symlink_to("precious.png")
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "report").symlink_to("precious")
     with pytest.raises(LoraqError, match="it is a folder or a link"):
-        draw(invented(), tmp_path / "report.png")
-    (tmp_path / "report.png").unlink()
-    (tmp_path / "report.png").hardlink_to(tmp_path / "precious.png")
-    with pytest.raises(LoraqError, match="the demo has not drawn it"):
-        draw(invented(), tmp_path / "report.png")
-    assert (tmp_path / "precious.png").read_bytes() == b"precious"
-    (tmp_path / "report.png").unlink()
-    for _ in range(2):  # its own picture is replaced
-        draw(invented(), tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious.png", "report.png"]
+        write(invented(), tmp_path / "report")
+    (tmp_path / "report").unlink()
+    (tmp_path / "report").hardlink_to(tmp_path / "precious")
+    with pytest.raises(LoraqError, match="loraq has not made it"):
+        write(invented(), tmp_path / "report")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    (tmp_path / "report").unlink()
+    for _ in range(2):  # its own is replaced
+        write(invented(), tmp_path / "report")
+    assert (tmp_path / "report").read_bytes().startswith(begins)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "report"]

@@ -12,7 +12,8 @@ from loraq.budget import Budget
 from loraq.errors import LoraqError
 from loraq.evaluation import demo
 from loraq.evaluation.demo import CONTENDERS, DemoResult, DemoRow, run
-from loraq.evaluation.report import draw, require_drawable
+from loraq.evaluation.page import draw_page
+from loraq.evaluation.picture import draw, require_drawable, strips_of
 from loraq.methods import EFFORTS
 from loraq.recipe import Recipe
 from loraq.recipe_names import NAMED
@@ -85,11 +86,30 @@ def test_every_row_of_ours_has_a_rival_that_got_all_that_it_got(group):
         assert (twin.budget, twin.rules, twin.keep) == (row.budget, row.rules, row.keep)
 
 
-def test_labels_are_unique_because_pictures_are_found_by_them():
-    names = [
-        (contender.recipe, contender.label) for group in CONTENDERS.values() for contender in group
+def test_the_short_demo_is_the_same_rows_under_shorter_labels():
+    short = demo.choose_short()
+    for group, contenders in short.items():
+        for each in contenders:
+            assert any(replace(each, label=full.label) == full for full in CONTENDERS[group])
+    assert [
+        (each.label, each.recipe, each.method, bool(each.statistics))
+        for contenders in short.values()
+        for each in contenders
+    ] == [
+        ("round to nearest", "int4-a16", "rtn", False),
+        ("SVDQuant ×100", "int4-a16+w6a6", "svdquant", False),
+        ("LoRaQ", "int4-a16+w6a6", "loraq", False),
+        ("SVDQuant ×100 + GPTQ", "int4-a16+w6a6", "gptq", True),
+        ("LoRaQ", "int4-a16+w6a6", "loraq", True),
     ]
-    assert len(set(names)) == len(names)
+
+
+def test_every_short_row_of_ours_has_its_rival_beside_it():
+    for contenders in demo.choose_short().values():
+        ours = [each for each in contenders if each.method == "loraq"]
+        rivals = [each for each in contenders if each.recipe == demo.SHORT_RECIPE]
+        assert len(ours) == 1
+        assert len(rivals) == 2
 
 
 def test_the_default_recipe_takes_part():
@@ -122,7 +142,7 @@ def result() -> DemoResult:
         patch.setitem(EFFORTS, "fast", (6, 3))
         patch.setattr(demo, "N_OWN_SAMPLES", 4)
         patch.setattr(demo, "velocity_probe", partial(demo.velocity_probe, count=32))
-        result = run(n_images=10, steps=4, effort="fast", progress=lines.append)
+        result = run(every=True, n_images=10, steps=4, effort="fast", progress=lines.append)
     assert lines[0] == "statistics of the model's own samples"
     assert len(lines[1:]) == 2 * len(CONTENDERS) == 8
     assert lines[1].startswith("[1 of 8] weight-only: ")
@@ -133,7 +153,7 @@ def result() -> DemoResult:
 def test_rows_are_plausible(result):
     first, *rows = result.rows
     assert (first.label, first.weight_error, first.velocity_error, first.bits_per_weight) == (
-        "bf16 weights",
+        "16 bits",
         0,
         0,
         16,
@@ -156,12 +176,18 @@ def test_rows_are_plausible(result):
 
 
 @pytest.mark.slow
-def test_pictures_and_layer_errors_are_found_by_recipe_and_label(result):
-    keys = {f"{row.recipe} {row.label}" for row in result.rows[1:]}
-    assert set(result.images) == keys | {"as trained"}
-    assert set(result.layer_errors) == keys
-    assert {images.shape for images in result.images.values()} == {(10, 1, 8, 8)}
-    assert all(0 <= error < 1 for errors in result.layer_errors.values() for error in errors)
+def test_memory_is_what_inspect_measures(result):
+    first, *rows = result.rows
+    others = first.memory - first.nbytes
+    assert 0 < others < first.nbytes
+    for row in rows:  # nothing is kept beside the packed bytes
+        assert row.memory == others + row.nbytes
+
+
+@pytest.mark.slow
+def test_every_row_has_its_pictures(result):
+    assert len(result.images) == len(result.rows)
+    assert {images.shape for images in result.images} == {(10, 1, 8, 8)}
 
 
 @pytest.mark.slow
@@ -185,31 +211,53 @@ def invented() -> DemoResult:
         accuracy=0.99,
         frechet=1.0,
         nbytes=1024,
+        memory=2048,
         seconds=2.0,
     )
-    pictures = torch.zeros(12, 1, 8, 8)
-    trained = replace(row, group="as trained", label="bf16 weights", recipe="")
-    return DemoResult(
-        (trained, row),
-        {"as trained": pictures, "mxfp4 LoRaQ ★": pictures},
-        {"mxfp4 LoRaQ ★": [0.1]},
-    )
+    trained = replace(row, group="as trained", label="16 bits", recipe="", method="", nbytes=4096)
+    rival = replace(row, label="SVDQuant", method="svdquant", velocity_error=0.01)
+    pictures = tuple(torch.linspace(-1, 1, 768).view(12, 1, 8, 8) * scale for scale in (1, 0.9, 0))
+    return DemoResult((trained, row, rival), pictures, "fast")
 
 
-def test_the_line_of_the_starred_row_is_drawn_too(tmp_path, monkeypatch):
+def test_every_row_has_a_bar(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
-    labels = []
-    plot = Axes.plot
+    drawn = []
+    barh = Axes.barh
 
-    def noting(self, *args, label, **kwargs):
-        labels.append(label)
-        return plot(self, *args, label=label, **kwargs)
+    def noting(self, places, widths, **kwargs):
+        drawn.extend(widths)
+        return barh(self, places, widths, **kwargs)
 
-    monkeypatch.setattr(Axes, "plot", noting)
+    monkeypatch.setattr(Axes, "barh", noting)
     draw(invented(), tmp_path / "report.png")
-    assert labels == ["LoRaQ ★ (5.00 bits)"]
+    assert drawn == [0.02, 0.01]
+
+
+def test_differences_are_shown_ten_times():
+    trained = torch.full((12, 1, 8, 8), 0.5)
+    samples, difference = strips_of(trained + 0.1, trained)
+    assert samples.shape == difference.shape == (8, 10 * 9 - 1)
+    assert {*samples[:, 0]} == {round(255 * 0.8)}
+    assert {*difference[:, 0]} == {round(255 * 0.5)}
+    assert {*strips_of(trained, trained)[1][:, 0]} == {0}
+
+
+def test_the_page_shows_every_row_and_who_is_better():
+    page = draw_page(invented())
+    assert page.count("<img ") == 2 * 3
+    assert page.count("data:image/png;base64,") == 2 * 3
+    assert "strongest rival 0.0100" in page  # also when LoRaQ does not win
+    assert "LoRaQ ★" in page
+    assert "every format" in page
+    assert "int4-a16+w6a6" in draw_page(
+        replace(
+            invented(),
+            rows=tuple(replace(r, recipe=r.recipe and "int4-a16+w6a6") for r in invented().rows),
+        )
+    )
 
 
 def test_a_report_that_cannot_be_written(tmp_path):

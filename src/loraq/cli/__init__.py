@@ -14,6 +14,7 @@ from loraq.cli import (
     importing,
     lora,
     quantize,
+    report,
     stats,
 )
 from loraq.cli.command import main
@@ -28,5 +29,6 @@ __all__ = [
     "lora",
     "main",
     "quantize",
+    "report",
     "stats",
 ]

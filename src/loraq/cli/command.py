@@ -20,6 +20,7 @@ def main() -> None:
     \b
     loraq plan SOURCE                 what would happen, layer by layer
     loraq quantize SOURCE TARGET      do it
+    loraq report TARGET               see what became of it, on one page
     loraq demo                        see it on a small trained transformer
     """
 

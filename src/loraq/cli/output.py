@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.errors import show
+from loraq.pages.figures import size_of as size_of
 
 if TYPE_CHECKING:
     from loraq.scheme import Scheme
@@ -53,16 +54,6 @@ def _is_number(cell: str) -> bool:
         .replace(".", "")
         .isdigit()
     )
-
-
-def size_of(nbytes: int) -> str:
-    """Return a size for people, in KiB, MiB or GiB."""
-    size = nbytes / 1024
-    for unit in ("KiB", "MiB"):
-        if size < 1000:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def size_document(parameters: int, nbytes: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loraq.advice import Advice
     from loraq.pipeline.fitting import TargetFit
     from loraq.pipeline.plan import Plan
+    from loraq.pipeline.report import Report
 
 
 def show_notes(plan: "Plan") -> None:
@@ -75,8 +76,14 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
 @overwrite_option
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
 @link_option
+@click.option(
+    "--report",
+    "with_report",
+    is_flag=True,
+    help="Also write the page of `loraq report` beside TARGET.",
+)
 @recipe_options
-def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+def quantize(source: Path, target: Path, with_report: bool, as_json: bool, **options: Any) -> None:
     """Quantize the model in SOURCE into the new folder TARGET.
 
     One tensor is in memory at a time.
@@ -90,43 +97,34 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     from loraq.checkpoint.apart import require_apart
     from loraq.integrations.checkpoints import quantize_checkpoint
+    from loraq.pages.files import require_place
+    from loraq.pages.report import page_beside, write_report
     from loraq.pipeline.ranks import is_leader
     from loraq.recipe import file_of
 
     if is_leader():
         _warn_of_unknown_class(source, options["config"])
     require_apart(target, file_of(options["recipe"]))
+    page = page_beside(target) if with_report else None
+    if page is not None:
+        require_place(page, source, options["config"], file_of(options["recipe"]))
     recipe = read_recipe(**{name: options.pop(name) for name in RECIPE_OPTIONS})
     report = quantize_checkpoint(source, target, recipe, **options)
     if not is_leader():
         return
     show_notes(report.plan)
+    if page is not None:
+        write_report(target, page)
     if as_json:
-        print_json(
-            {
-                "target": str(target),
-                "already_complete": report.already_complete,
-                "recipe": report.recipe.to_dict(),
-                "notes": report.plan.notes,
-                "bits_per_weight": report.plan.bits_per_weight,
-                **size_document(report.plan.parameters, report.plan.model_nbytes),
-                "mean_relative_error": report.mean_relative_error,
-                "mean_output_error": report.mean_output_error,
-                "components": {
-                    name: {
-                        "layers": _count_quantized(of_one.plan),
-                        "bits_per_weight": of_one.plan.bits_per_weight,
-                        "mean_relative_error": of_one.mean_relative_error,
-                        "mean_output_error": of_one.mean_output_error,
-                    }
-                    for name, of_one in report.components.items()
-                },
-                "layers": [
-                    {"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers
-                ],
-            }
-        )
+        print_json(_report_document(report, target, page))
         return
+    _show_report(report)
+    click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
+    if page is not None:
+        click.echo(f"Report: {show(page)}")
+
+
+def _show_report(report: "Report") -> None:
     if report.already_complete:
         click.echo("Already complete: made by the same settings from the same weights.")
     for name, of_one in report.components.items():
@@ -149,7 +147,30 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
         )
     click.echo(f"{report.plan.bits_per_weight:.3f} bits per weight, {errors}.")
     show_size(report.plan.parameters, report.plan.model_nbytes)
-    click.echo(f"{'In' if report.already_complete else 'Written to'} {show(target)}.")
+
+
+def _report_document(report: "Report", target: Path, page: Path | None) -> dict[str, Any]:
+    return {
+        "target": str(target),
+        "report": None if page is None else str(page),
+        "already_complete": report.already_complete,
+        "recipe": report.recipe.to_dict(),
+        "notes": report.plan.notes,
+        "bits_per_weight": report.plan.bits_per_weight,
+        **size_document(report.plan.parameters, report.plan.model_nbytes),
+        "mean_relative_error": report.mean_relative_error,
+        "mean_output_error": report.mean_output_error,
+        "components": {
+            name: {
+                "layers": _count_quantized(of_one.plan),
+                "bits_per_weight": of_one.plan.bits_per_weight,
+                "mean_relative_error": of_one.mean_relative_error,
+                "mean_output_error": of_one.mean_output_error,
+            }
+            for name, of_one in report.components.items()
+        },
+        "layers": [{"name": n.name, "seconds": n.seconds, **n.record()} for n in report.layers],
+    }
 
 
 @command

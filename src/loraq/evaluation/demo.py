@@ -3,16 +3,21 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from loraq.checkpoint.inspect import FLOAT, measure_memory
+from loraq.checkpoint.model import save
 from loraq.devices import AUTO, find_devices
 from loraq.evaluation.contender import Contender, Row, simulate
 from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
+from loraq.kernels import DEFAULT_BACKEND
 from loraq.options import Range, Workers, checked
 from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.module import plan_model, quantize_
@@ -38,6 +43,7 @@ HELPED = {"rounds": 100, "rotate": True}
 CONTENDERS: dict[str, tuple[Contender, ...]] = {
     "weight-only": (
         Contender("round to nearest", "mxfp4-a16", "rtn"),
+        Contender("round to nearest, INT4", "int4-a16", "rtn"),
         Contender("plain INT5 (more bytes)", "int5-a16", "rtn"),
         Contender("SVDQuant, 16-bit branch", "mxfp4-a16+bf16", "svdquant", DIRECT),
         Contender("SVDQuant ×100, 16-bit branch", "mxfp4-a16+bf16", "svdquant", HELPED),
@@ -47,7 +53,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("SVDQuant ×100, INT4 main, 6-bit branch", "int4-a16+w6a6", "svdquant", HELPED),
         Contender("LoRaQ, INT4 main, 6-bit branch", "int4-a16+w6a6"),
     ),
-    "weight-only, with statistics of the model's own samples (still no data)": (
+    "weight-only, own samples (still no data)": (
         Contender("GPTQ, INT4", "int4-a16", "gptq", statistics=OWN_SAMPLES),
         Contender(
             "SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", statistics=OWN_SAMPLES
@@ -80,12 +86,37 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
 }
 
 
+#: The recipe of the short demo: weight-only, because that is what runs unless somebody asks for
+#: rounded activations, and the format with the least error there at the bytes of the budget.
+SHORT_RECIPE = "int4-a16+w6a6"
+
+
+def choose_short() -> dict[str, tuple[Contender, ...]]:
+    """Return the rows of the short demo: one recipe by LoRaQ and by its strongest rival.
+
+    Before them stands its main format alone, rounded to nearest.
+    """
+    plain = SHORT_RECIPE.partition("+")[0]
+    return {
+        group: tuple(
+            replace(each, label=each.label.partition(",")[0])
+            for each in contenders
+            if each.recipe == SHORT_RECIPE or (each.recipe, each.method) == (plain, "rtn")
+        )
+        for group, contenders in CONTENDERS.items()
+        if any(each.recipe == SHORT_RECIPE for each in contenders)
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoRow(Row):
     """One line of the demo."""
 
     #: Bytes of the quantized layers.
     nbytes: int
+    #: Bytes of the whole loaded model, as `loraq inspect --memory` measures them on the back end
+    #: that runs unless another is asked for; activations are not counted.
+    memory: int
     #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The
     #: discriminating figure.
     velocity_error: float
@@ -102,16 +133,16 @@ class DemoResult:
     """All rows, and what the report draws."""
 
     rows: tuple[DemoRow, ...]
-    #: Samples of the model as trained, under "as trained", and of every row under its recipe and
-    #: label.
-    images: dict[str, Tensor]
-    #: Relative error of every layer, by recipe and label.
-    layer_errors: dict[str, list[float]]
+    #: Samples of every row, from the same noise; the first are those of the model as trained.
+    images: tuple[Tensor, ...]
+    #: Of method "loraq".
+    effort: str
 
 
 @checked
-def run(
+def run(  # noqa: PLR0913 - each is an option of the command too
     *,
+    every: bool = False,
     n_images: Annotated[int, Range(2, 100_000)] = 100,
     steps: Annotated[int, Range(1, 100_000)] = 10,
     effort: Literal["fast", "default", "best"] = "default",
@@ -119,9 +150,10 @@ def run(
     workers: Workers = 1,
     progress: Callable[[str], None],
 ) -> DemoResult:
-    """Quantize, generate and measure every contender.
+    """Quantize, generate and measure contenders.
 
     Args:
+        every: whether all are measured, in every format; else those of `choose_short`.
         n_images: samples for each contender, from the same noise.
         steps: Euler steps of the sampler.
         effort: of method "loraq".
@@ -148,12 +180,12 @@ def run(
             "frechet": frechet_distance(judge.features(images), real),
         }
 
-    n_weights = 0
+    groups = CONTENDERS if every else choose_short()
+    n_weights, float_memory = 0, 0
     rows: list[DemoRow] = []
-    pictures = {"as trained": reference}
-    layer_errors: dict[str, list[float]] = {}
-    total = sum(len(group) for group in CONTENDERS.values())
-    for group, contenders in CONTENDERS.items():
+    pictures = [reference]
+    total = sum(map(len, groups.values()))
+    for group, contenders in groups.items():
         for contender in contenders:
             progress(
                 f"[{len(rows) + 1} of {total}] {group}: {contender.label} ({contender.recipe})"
@@ -164,26 +196,37 @@ def run(
             report = quantize_(
                 model, recipe, stats=stats, device=device, workers=workers, progress=False
             )
+            float_memory, memory = measure_loaded(model)
             simulate(model)
-            images = sample(model, labels, seed=0, steps=steps)
-            row = _row(group, contender, report, measure(model, images))
-            rows.append(row)
-            pictures[f"{row.recipe} {row.label}"] = images
-            layer_errors[f"{row.recipe} {row.label}"] = [
-                layer.relative_error for layer in report.layers
-            ]
+            pictures.append(sample(model, labels, seed=0, steps=steps))
+            measured = measure(model, pictures[-1]) | {"memory": memory}
+            rows.append(_row(group, contender, report, measured))
             n_weights = sum(math.prod(layer.shape) for layer in report.layers)
     trained_row = DemoRow(
         group="as trained",
-        label="bf16 weights",
+        label="16 bits",
         method="",
         nbytes=2 * n_weights,
+        memory=float_memory,
         bits_per_weight=16.0,
         weight_error=0.0,
         seconds=0.0,
         **measure(trained, reference),
     )
-    return DemoResult((trained_row, *rows), pictures, layer_errors)
+    return DemoResult((trained_row, *rows), tuple(pictures), effort)
+
+
+def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the bytes of a quantized model before it was quantized and as it runs, in bf16.
+
+    It is saved for that, and what is measured is what a user would load.
+    """
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / "model"
+        # The method of nn.Module: that of diffusers has something to say of every cast.
+        save(torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16), place)
+        found = {memory.backend: memory.total for memory in measure_memory(place)}
+    return found[FLOAT], found[DEFAULT_BACKEND]
 
 
 def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
@@ -191,7 +234,8 @@ def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
 
     No row is judged by samples from the same noise.
     """
-    names = [layer.name for layer in plan_model(trained, NAMED["default"]).quantized]
+    recipe = Contender("", SHORT_RECIPE).to_recipe(budget=BUDGET, effort="fast")
+    names = [layer.name for layer in plan_model(trained, recipe).quantized if not layer.is_kept]
     labels = torch.arange(N_OWN_SAMPLES, device="cpu") % 10
     return collect_stats(trained, lambda: sample(trained, labels, seed=1), names)
 
