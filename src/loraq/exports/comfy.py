@@ -50,8 +50,8 @@ class Comfy(Target):
         loaded_by="ComfyUI (FLUX, Qwen-Image, Wan, Z-Image)",
         holds="NVFP4 in the blocks of a model, out and in multiples of 16; any rank in each layer; "
         "layers that are one there (q, k, v) joined, where they have one format",
-        exact="codes and scales; branches of bf16, MX formats and NVFP4. Joined branches stand side by "
-        "side, their ranks added up",
+        exact="codes and scales; branches of bf16, MX formats and NVFP4. Joined branches stand "
+        "side by side, their ranks added up",
         activations="NVFP4 by ComfyUI's own rule on Blackwell, where the recipe asks for 4 bits; "
         "16 bits elsewhere",
         verified="every layer and a whole model (FLUX) by comfy-kitchen's eager layout on a CPU; "
