@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-bare test-exports fuzz crash lint fmt bench docs site clean
+.PHONY: demo test check-fast test-bare test-exports test-evaluate fuzz crash lint fmt bench gpu docs site clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing the trained digits transformer in 25 ways (7 minutes); report in demo/report.png"
@@ -35,6 +35,12 @@ bench: .venv/dev.stamp
 	@for question in speed.rounding quality.scale_rules quality.methods; do \
 		$(BIN)/python -m benchmarks.$$question || exit 1; done
 
+# On a machine with a GPU. A torch that $(PYTHON) has is used as it is (make gpu PYTHON=...); without
+# one the tested version is installed, whose build on PyPI for Linux is that for CUDA.
+gpu: .venv-gpu/stamp
+	@echo "gpu: tests, timings, memory and graph capture on the first GPU (at most 25 minutes)"
+	@.venv-gpu/bin/python -m benchmarks.gpu.run
+
 docs: .venv/dev.stamp
 	@echo "docs: the pages that are generated"
 	@$(BIN)/python -m docs.generate
@@ -53,6 +59,14 @@ site: .venv-docs/stamp
 	@echo "site: the documentation in site/, where every broken link is an error"
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
+# FID by torch-fidelity, resizing by clean-fid. Both want torchvision, which is built for CUDA: they lie
+# beside the environment, without it, and without the package `tests` that one of them installs.
+test-evaluate: .venv/dev.stamp
+	@echo "test-evaluate: FID by torch-fidelity and clean-fid, without torchvision (a minute)"
+	@rm -rf .venv-evaluate && $(PIP) --no-deps --target .venv-evaluate torch-fidelity clean-fid
+	@rm -rf .venv-evaluate/tests
+	@PYTHONPATH=.venv-evaluate $(BIN)/pytest tests/evaluation/test_networks.py tests/evaluation/test_paired.py -m 'not slow'
+
 # A user's first minute: the wheel without extras, and nothing else. TORCH chooses a version.
 TORCH ?= 2.13.0
 test-bare: .venv/dev.stamp
@@ -63,7 +77,7 @@ test-bare: .venv/dev.stamp
 	@.venv-bare/bin/python -I -c "import loraq" && .venv-bare/bin/python tests/bare/__main__.py
 
 clean:
-	rm -rf .venv .venv-bare .venv-docs .venv-exports demo site
+	rm -rf .venv .venv-bare .venv-docs .venv-exports .venv-gpu demo gpu-logs site
 
 .venv/torch.stamp: constraints.txt
 	@echo "setup: making .venv and installing torch (once, about a minute)"
@@ -79,6 +93,20 @@ clean:
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[dev,onnx,openvino]' gguf sdnq kernels onnxruntime comfy-kitchen
 	@.venv-exports/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cache-dit
+	@touch $@
+
+# What is installed beside torch must not replace it, so its version is a constraint, and Triton is
+# that which came with it.
+.venv-gpu/stamp: constraints.txt pyproject.toml
+	@echo "setup: making .venv-gpu around the torch of $(PYTHON) (once, some minutes)"
+	@$(PYTHON) -m venv .venv-gpu
+	@place=$$(.venv-gpu/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+		$(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' \
+		> $$place/torch.pth 2>/dev/null || .venv-gpu/bin/pip install --quiet \
+		--disable-pip-version-check -c constraints.txt torch==2.13.0
+	@.venv-gpu/bin/python -c 'import torch; print("torch==" + torch.__version__)' > .venv-gpu/torch.txt
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -c .venv-gpu/torch.txt -e '.[demo]' \
+		pytest hypothesis beartype ml_dtypes safetensors
 	@touch $@
 
 .venv-docs/stamp: constraints.txt

@@ -31,8 +31,11 @@ def options(description: str | None, **flags: str | tuple[object, str]) -> argpa
     )
     parser.add_argument(
         "--save",
-        action="store_true",
-        help="also write benchmarks/results/<device>/<date>-<commit>.json",
+        nargs="?",
+        type=Path,
+        const=HERE / "results",
+        metavar="FOLDER",
+        help="also write <device>/<date>-<commit>.json, in benchmarks/results or a folder",
     )
     for name, meaning in flags.items():
         if isinstance(meaning, str):
@@ -73,8 +76,17 @@ def environment() -> dict[str, object]:
     }
 
 
-def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") -> None:
-    """Print one JSON line with the environment and all rows; with `save`, write it to a file too.
+def device_of(name: str) -> torch.device:
+    """Return the device of an option `--device`; "" is the first GPU, or the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+#: The option, for `options`.
+DEVICE = ("", "device to measure on (default: the first GPU, or the CPU)")
+
+
+def report(rows: list[dict[str, object]], *, save: Path | None, device: str = "cpu") -> None:
+    """Print one JSON line with the environment and all rows; in a folder `save`, write it too.
 
     A second benchmark saved at the same commit on the same day is added to the same file, one line
     each.
@@ -83,7 +95,7 @@ def report(rows: list[dict[str, object]], *, save: bool, device: str = "cpu") ->
     line = json.dumps(record)
     print(line)
     if save:
-        path = HERE / "results" / device / f"{str(record['date'])[:10]}-{record['commit']}.json"
+        path = save / device / f"{str(record['date'])[:10]}-{record['commit']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(line + "\n")

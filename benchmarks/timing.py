@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+#: Calls of one turn on a GPU.
+CALLS_ON_GPU = 10
+
 
 def best_cpu_seconds(run: Callable[[], object], repeats: int = 7) -> float:
     """Return the least process time of `repeats` runs, after one that does not count.
@@ -28,18 +31,33 @@ def interleaved_seconds(
     """Return the wall times of all runs of every contender, taken in turn.
 
     All see the same machine, and the first round does not count. Ratios of medians of one call are
-    what to read; times differ between machines.
+    what to read; times differ between machines. On a GPU a turn is several calls, launched one
+    after the other as a model launches its layers.
     """
+    calls = CALLS_ON_GPU if device.type == "cuda" else 1
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, run in contenders.items():
             _synchronize(device)
             start = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             _synchronize(device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     return seconds
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
+    """Return the memory that a run takes beyond what is held before it; `None` but on a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def spread(seconds: list[float]) -> tuple[float, float, float]:

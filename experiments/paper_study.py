@@ -4,11 +4,9 @@
 """
 
 import argparse
-import gc
 import json
-import random
-import resource
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +14,18 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
 
-import loraq.diffusers
+import loraq
 from loraq.evaluation.contender import Contender, Row
-from loraq.evaluation.metrics import psnr_db, ssim
+from loraq.evaluation.paired import Evaluation, evaluate
+from loraq.evaluation.prompts import Prompt, read_named_prompts
 from loraq.integrations.checkpoints import quantize_checkpoint
+from loraq.integrations.hub import local_path
 from loraq.recipe import Recipe
 from tiny_pipelines import SENTENCES
+
+#: What others have published of the same models.
+PUBLISHED = Path(__file__).parent / "published.toml"
 
 
 def contender(method: str, recipe: str) -> Contender:
@@ -78,17 +80,14 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow(Row):
-    """One line of a study; image figures are against the float model's, same prompts and seeds."""
+    """One line of a study; image figures are means against the float model's images."""
 
-    #: Bytes of the transformer's parameters.
+    #: Bytes of the transformer's weight files.
     nbytes: int
-    #: Median over the images; infinite for the float model.
     psnr_db: float
     ssim: float
-    seconds_per_image: float
-    #: Peak of the accelerator while images are made; without one, peak resident memory of this
-    #: process so far.
-    peak_bytes: int
+    #: `None` where AlexNet's weights were not there.
+    lpips: float | None
 
 
 def main(study: Study, argv: list[str] | None = None) -> list[StudyRow]:
@@ -96,29 +95,31 @@ def main(study: Study, argv: list[str] | None = None) -> list[StudyRow]:
     options = _options(study, argv)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    source = _tiny(study, out / "tiny") if options.local_tiny else _local(options.source)
+    source = _tiny(study, out / "tiny") if options.local_tiny else local_path(options.source)
     call = {**study.call, **(study.tiny_call if options.local_tiny else {})}
     if options.steps:
         call["num_inference_steps"] = options.steps
     prompts = _prompts(options.prompts, options.images)
-    dtype = getattr(torch, options.dtype)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype).to(options.device)
-    pipeline.set_progress_bar_config(disable=True)
-    exact, seconds = _images(pipeline, prompts, call)
-    _write_images(exact, out / "images" / "float")
-    kind = type(pipeline.transformer)
-    trained = contender("float", options.dtype)
-    rows = [_row(trained, pipeline.transformer, (exact, exact), seconds, (16.0, 0.0, 0.0))]
-    print(_line(rows[0]), flush=True)
+
+    def compare(model: Path) -> Evaluation:
+        return evaluate(
+            source,
+            model,
+            prompts,
+            out / "images",
+            lpips=options.lpips,
+            weights=options.weights,
+            call=call,
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+            simulate=True,  # W4A4 on every device, as it was published
+        )
+
+    rows = []
     for asked in options.only or CONTENDERS:
         folder, recipe = out / "models" / asked.label, asked.to_recipe(effort=options.effort)
         figures = _quantize(source / "transformer", folder, recipe, options.workers)
-        pipeline.transformer = None
-        gc.collect()
-        pipeline.transformer = kind.from_pretrained(folder, dtype=dtype).to(options.device)
-        images, seconds = _images(pipeline, prompts, call)
-        _write_images(images, out / "images" / folder.name)
-        rows.append(_row(asked, pipeline.transformer, (exact, images), seconds, figures))
+        rows.append(_row(asked, folder, compare(folder), figures))
         print(_line(rows[-1]), flush=True)
     _report(study, rows, options, len(prompts))
     return rows
@@ -139,8 +140,10 @@ def _options(study: Study, argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=int, default=8, help="number of prompts")
     parser.add_argument(
-        "--prompts", type=Path, help="text file, one a line; or MJHQ's meta_data.json"
+        "--prompts", type=Path, help="MJHQ's meta_data.json, sDCI.yaml, or a text file"
     )
+    parser.add_argument("--no-lpips", dest="lpips", action="store_false", help="without LPIPS")
+    parser.add_argument("--weights", type=Path, help="folder with the weights of AlexNet")
     parser.add_argument("--steps", type=int, help="sampling steps instead of the published setting")
     parser.add_argument("--effort", default="default", choices=["fast", "default", "best"])
     parser.add_argument("--workers", type=int, default=1, help="layers solved at a time")
@@ -166,31 +169,10 @@ def _tiny(study: Study, folder: Path) -> Path:
     return folder if (folder / "model_index.json").is_file() else study.tiny(folder)
 
 
-def _local(source: str) -> Path:
-    """Return the folder of a pipeline, downloaded if `source` is a hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(source, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.md", "*.png"])
-    )
-
-
-def _prompts(file: Path | None, n: int) -> list[str]:
-    """Return n prompts.
-
-    Of a JSON table by key, those that a shuffle of the keys with seed 0 puts first, sorted.
-    """
-    if file is None:
-        return [SENTENCES[i % len(SENTENCES)] for i in range(n)]
-    text = file.read_text(encoding="utf-8")
-    if file.suffix != ".json":
-        return text.splitlines()[:n]
-    table = json.loads(text)
-    keys = sorted(table)
-    random.Random(0).shuffle(keys)
-    return [table[key]["prompt"] for key in sorted(keys[:n])]
+def _prompts(file: Path | None, n: int) -> tuple[Prompt, ...]:
+    if file is not None:
+        return read_named_prompts(file, n)
+    return tuple(Prompt(f"{i:05d}", SENTENCES[i % len(SENTENCES)]) for i in range(n))
 
 
 def _quantize(
@@ -217,59 +199,27 @@ def _quantize(
     return bits, error, seconds
 
 
-def _images(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> tuple[Tensor, float]:
-    """Return images (n, 3, height, width) in [0, 1], and the mean seconds for one.
-
-    Each has a seed of its own.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    images = []
-    begin = time.perf_counter()
-    for seed, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that devices agree
-        array = pipeline(prompt, generator=generator, output_type="np", **call).images[0]
-        images.append(torch.from_numpy(array).permute(2, 0, 1))
-    return torch.stack(images), (time.perf_counter() - begin) / len(prompts)
-
-
-def _write_images(images: Tensor, folder: Path) -> None:
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
-
-
 def _row(
     measured: Contender,
-    transformer: nn.Module,
-    images: tuple[Tensor, Tensor],
-    seconds_per_image: float,
+    folder: Path,
+    found: Evaluation,
     figures: tuple[float, float, float],
 ) -> StudyRow:
-    """Return a row from images of the float and of this model, and the figures of `_quantize`."""
+    """Return a row from what the images say, and the figures of `_quantize`."""
     bits, error, seconds = figures
-    cuda = torch.cuda.is_available()
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    means = {figure.name: figure.value for figure in found.figures}
     return StudyRow(
-        group="float model" if measured.method == "float" else "quantized",
+        group="quantized",
         label=measured.label,
         method=measured.method,
         recipe=measured.recipe,
-        nbytes=sum(p.nbytes for p in transformer.parameters()),
+        nbytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         bits_per_weight=bits,
         weight_error=error,
-        psnr_db=psnr_db(*images, 1.0).median().item(),
-        ssim=ssim(*images, 1.0).median().item(),
+        psnr_db=means["PSNR"],
+        ssim=means["SSIM"],
+        lpips=means.get("LPIPS"),
         seconds=seconds,
-        seconds_per_image=seconds_per_image,
-        peak_bytes=peak,
     )
 
 
@@ -281,27 +231,39 @@ def _line(row: StudyRow) -> str:
         f"{row.bits_per_weight:6.2f}",
     )
     quality = (f"{row.weight_error:10.4f}", f"{row.psnr_db:8.2f}", f"{row.ssim:7.4f}")
-    cost = (
-        f"{row.seconds:10.1f}",
-        f"{row.seconds_per_image:8.2f}",
-        f"{row.peak_bytes / 1e6:8.0f}",
-    )
-    return " ".join((*cells, *quality, *cost))
+    lpips = f"{'–' if row.lpips is None else f'{row.lpips:.4f}':>7}"
+    return " ".join((*cells, *quality, lpips, f"{row.seconds:10.1f}"))
 
 
 def _table(rows: list[StudyRow]) -> Iterator[str]:
     yield (
-        "method    recipe                 MB   bits weight err  PSNR dB    SSIM quantize s  "
-        "s/image  peak MB\n" + "-" * 101
+        "method    recipe                 MB   bits weight err  PSNR dB    SSIM   LPIPS "
+        "quantize s\n" + "-" * 90
     )
     yield from map(_line, rows)
+
+
+def published(name: str) -> Iterator[str]:
+    """Yield the published rows of a model, and where they are from."""
+    content = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    headings = (f"{'published':18}", f"{'format':12}", " PSNR dB", "   SSIM", "  LPIPS", "   FID")
+    yield " ".join((*headings, " source"))
+    for row in content[name]:
+        numbers = (
+            f"{row.get(key, '–'):>{width}}"
+            for key, width in (("psnr", 8), ("ssim", 7), ("lpips", 7), ("fid", 6))
+        )
+        cells = (f"{row['method']:18}", f"{row.get('format', ''):12}", *numbers)
+        yield " ".join((*cells, f" {row['source']}"))
+    for key, text in content["sources"].items():
+        yield f"{key}: {text}"
 
 
 def _report(study: Study, rows: list[StudyRow], options: argparse.Namespace, n: int) -> None:
     print(
         f"\n{study.name}, {n} images, {options.device}, {options.dtype}, effort {options.effort}\n"
     )
-    print("\n".join(_table(rows)))
+    print("\n".join((*_table(rows), "", *published(study.name))))
     if options.local_tiny:
         print("\nRandom weights: this shows that everything runs, and says nothing about quality.")
     facts = {

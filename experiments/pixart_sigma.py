@@ -4,30 +4,17 @@ r"""PixArt-Σ, the first of the paper's models: is LoRaQ better than SVDQuant at
         --images 1024 --workers 8
     python experiments/pixart_sigma.py --local-tiny          # random weights, a minute on a CPU: does it all run?
 
-Quantizes the transformer in every configuration (`CONFIGURATIONS` in `paper_study.py`), loads each
-with diffusers' own `from_pretrained`, generates with the same prompts and seeds as the 16-bit
-model, and prints one table. An interrupted run goes on with the models that are written. Published
-setting: 20 steps of the DPM solver, guidance 4.5.
+Quantizes the transformer in every configuration (`CONTENDERS` in `paper_study.py`), and lets `loraq
+evaluate` draw and compare: each with the same prompts and seeds as the 16-bit model, by the protocol
+of SVDQuant's tables (docs/evaluation.md), activations rounded as the recipe says. Prints one table,
+and what others published (`published.toml`) beside. An interrupted run goes on with the models and
+images that are there. Published setting: 20 steps of the DPM solver, guidance 4.5, fp16.
 
 Expected. LoRaQ (arXiv 2604.18117) reports better scores than SVDQuant at equal memory overhead on
 this model, with the branches W8A8, W6A6 and W4A8; the cells of its tables are not known to us, so
-there is no figure of its own to meet. What others published (PSNR and SSIM against 16-bit images):
-
-    source                                 format           PSNR    SSIM    FID
-    SVDQuant, its own table                INT W4A4         17.0            19.9     5000 MJHQ prompts; FP16: FID 16.6
-    SVDQuant + GPTQ                        INT W4A4         17.6            19.2
-    round to nearest                       NVFP4            14.8            31.8
-    SVDQuant                               NVFP4            18.0            17.3
-    SVDQuant + GPTQ                        NVFP4            18.5            16.6
-    SVDQuant, other harness (2500 MJHQ)    MXFP4 W4A4       15.24   0.566
-    SVDQuant, that harness                 NVFP4            17.88   0.673
-    SVDQuant rank 32, H-SVDQuant's table   INT W4A4         16.27
-
-Sources: the tables of SVDQuant's code (deepcompressor) for the first five; the study absorb_basis
-in a fork of DiRotQ; the paper of H-SVDQuant. SVDQuant's rows use 128 calibration prompts and
-smoothing; the `svdquant` of this package is data-free and without smoothing, so it can be worse.
-The same configuration differs by 1 dB between harnesses: compare inside one run only. FID needs
-weights of Inception, which this script does not load: run your FID on the image folders.
+there is no figure of its own to meet. SVDQuant's rows use 128 calibration prompts and smoothing; the
+`svdquant` of this package is data-free and without smoothing, so it can be worse. The same
+configuration differs by 1 dB between the harnesses of others: compare inside one run only.
 """
 
 from paper_study import Study, main

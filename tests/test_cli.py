@@ -17,6 +17,7 @@ from small.pixart import small_pixart
 from torch import nn
 
 import loraq
+from loraq.advice import advice_for
 from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
@@ -42,6 +43,7 @@ COMMANDS = [
     "stats",
     "export",
     "import",
+    "evaluate",
 ]
 FAST = ("--recipe", "mxfp4+w8a8-r8", "--effort", "fast", "--keep", "float")
 
@@ -190,6 +192,9 @@ def test_the_effort_of_a_recipe_whose_method_is_overridden_is_a_note(place, tmp_
         ("stats", "a", "b", "--memory", "much"),
         ("stats", "a", "b", "--dtype", "int4"),
         ("stats", "a", "b", "--set", "height"),
+        ("evaluate", "a", "b", "--images", "c"),
+        ("evaluate", "a", "b", "--prompts", "p"),
+        ("evaluate", "a", "b", "--prompts", "p", "--images", "c", "--count", "0"),
     ],
     ids=" ".join,
 )
@@ -384,13 +389,18 @@ def test_plan_shows_every_layer_and_why_it_is_kept(place):
         "why",
     ]
     assert lines[0].split() == headings
-    assert len(lines) == 1 + 16 + 3
-    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-3]}
+    assert len(lines) == 1 + 16 + 4
+    shown = {line.split()[0]: line.split()[1:4] for line in lines[1:-4]}
     assert shown["transformer_blocks.0.attn1.to_q"] == ["32×32", "mxfp4", "mxfp4"]
     assert shown["transformer_blocks.0.attn2.to_k"] == ["32×32", "kept", "2.0"]
     assert "text-side projection of the cross-attention" in text
-    assert lines[-3].startswith("8 layers quantized at ")
-    assert lines[-3].endswith(" bits per weight, 8 kept.")
+    assert lines[-4].startswith("8 layers quantized at ")
+    assert lines[-4].endswith(" bits per weight, 8 kept.")
+    assert lines[-1].startswith("Loaded, the model takes ")
+    assert "Quantizing takes about" in lines[-1]
+    assert "estimated_seconds" in document("plan", place / "float", *FAST)
+    timed = succeeds("plan", place / "float", *FAST, "--time", "--device", "cpu")
+    assert "minutes on cpu with one worker" in timed.splitlines()[-1]
     in_8_bits = succeeds("plan", place / "float", *FAST[:-2])
     assert "int8_b128 (kept)" in in_8_bits
     assert " bits per weight, 8 kept, 7 of them in 8 bits." in in_8_bits
@@ -410,6 +420,18 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
     assert (size["name"], size["class_name"]) == ("transformer", "PixArt")
     assert size["nbytes"] < size["nbytes_bf16"]
     assert planned == of_pipeline | {"sizes": []}
+
+
+def test_plan_for_a_device_takes_the_recipe_that_suits_it(place):
+    advice = advice_for("hopper")
+    text = succeeds("plan", place / "float", "--for", "hopper", *FAST[2:])
+    assert text.startswith(f"For {advice.sentence}\n\nlayer ")
+    planned = document("plan", place / "float", "--for", "hopper", *FAST[2:])
+    assert planned["advice"]["backend"] == "fp8_row"
+    activations = {layer["scheme"]["activation"] for layer in planned["layers"] if layer["scheme"]}
+    assert activations == {"mxfp8_e4m3"}
+    assert "Unknown device 'hoper'" in fails("plan", place / "float", "--for", "hoper")
+    assert "not both" in run("plan", place / "float", "--for", "cpu", *FAST).stderr
 
 
 def test_a_budget_sets_the_rank(place):
@@ -587,7 +609,8 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
 @pytest.mark.slow
 def test_doctor_shows_the_machine_the_choices_and_its_numbers():
     report = document("doctor")
-    assert set(report) == {"versions", "devices", "choices", "trials"}
+    assert set(report) == {"versions", "devices", "choices", "trials", "advice"}
+    assert report["advice"]["why"]
     assert report["versions"]["torch"] == torch.__version__
     assert {trial["backend"] for trial in report["trials"]} >= {
         "resident",
@@ -609,7 +632,8 @@ def test_doctor_shows_the_machine_the_choices_and_its_numbers():
 def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
     from loraq import doctor
 
-    report = doctor.Report({}, {}, (), (doctor.Trial("mxfp4-a4", "resident", 0.5, 0.02, 1.0, 1.0),))
+    trial = doctor.Trial("mxfp4-a4", "resident", 0.5, 0.02, 1.0, 1.0)
+    report = doctor.Report({}, {}, (), (trial,), advice_for("here"))
     monkeypatch.setattr(doctor, "examine", lambda: report)
     result = run("doctor")
     assert result.exit_code == 1
@@ -710,7 +734,8 @@ def small_demo(monkeypatch):
     }
     seen = {}
 
-    def invented(*, n_images, workers, progress):
+    def invented(*, n_images, device, workers, progress):
+        assert device == "auto"
         seen.update(n_images=n_images, workers=workers)
         progress("[1 of 2] weight-only")
         return DemoResult(rows, images, {"mxfp4-a16+w8a8 LoRaQ": [0.1, 0.2]})

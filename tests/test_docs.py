@@ -159,7 +159,7 @@ def test_every_command_that_a_message_of_the_library_names_exists():
     [
         ("quantize A B --workers 2", []),
         ("quantize A B --resume", ["--resume"]),
-        ("evaluate A", ["evaluate"]),
+        ("judge A", ["judge"]),
         ("plan A --budget=5.0 --json", []),
         ("--version", []),
         ("--nonsense", ["--nonsense"]),

@@ -64,7 +64,7 @@ def test_the_page_is_what_the_result_files_give():
 def test_without_files_every_table_says_so():
     page = performance.page([])
     assert page.count("No result file yet") == 4
-    assert "No run on a GPU has been recorded" in page
+    assert "Not measured yet: nothing is claimed for a GPU" in page
     assert "MISSED" not in page
     assert verdicts(page) == []
 
@@ -155,7 +155,33 @@ def test_a_gpu_has_a_section_and_no_bars_of_a_cpu():
     page = performance.page([record(rows=layer(), device="cuda", gpu="Some GPU")])
     assert "### Some GPU" in page
     assert verdicts(page) == []
-    assert "No run on a GPU" not in page
+    assert "Not measured yet" not in page
+
+
+def test_contenders_of_one_commit_stand_in_one_table_whatever_process_measured_them():
+    rows = layer()
+    ours = [row for row in rows if row["contender"] in ("bf16", "int8_row")]
+    others = [row for row in rows if row["contender"] in ("bf16", "resident a16")]
+    page = performance.page([record(rows=ours, command="one"), record(rows=others, command="two")])
+    assert "| 1024 tokens | bf16 ms | int8_row | resident a16 | branch of int8_row |" in page
+    assert "`one`, `two`" in page
+    later = record(rows=others, commit="fff0000", command="two")
+    assert "int8_row |" not in performance.page([record(rows=ours, command="one"), later])
+
+
+def test_graphs_of_a_gpu_show_times_and_failures():
+    good = {"what": "layer", "tokens": 8, "contender": "resident", "failure": None}
+    good |= {"error": 0.0001, "ms_eager": 0.5, "ms_replay": 0.1, "captured": True}
+    bad = {"what": "layer", "tokens": 8, "contender": "triton", "failure": "ValueError: no"}
+    steps = [{"step": "tests", "failure": "exit code 1"}, {"step": "doctor", "failure": ""}]
+    on_gpu = {"device": "cuda", "gpu": "Some GPU"}
+    page = performance.page(
+        [record("gpu.graphs", [good, bad], **on_gpu), record("gpu.run", steps, **on_gpu)]
+    )
+    assert "| layer, 8 tokens, `resident` | 0.500 | 0.100 | 1.0e-04 |  |" in page
+    assert "| layer, 8 tokens, `triton` | – | – | – | ValueError: no |" in page
+    assert "The last run: 1 of 2 steps succeeded." in page
+    assert "Failed: tests (exit code 1)." in page
 
 
 def test_blocks_and_the_solver_show_their_rows():

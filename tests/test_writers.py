@@ -45,6 +45,7 @@ WRITING = {
         "demo",
         "export",
         "import",
+        "evaluate",
     },
     "calls": {
         "absorb_lora",
@@ -141,6 +142,10 @@ def absorbs(**given: Path) -> None:
     loraq.absorb_lora(**given, **IN_PLACE)  # type: ignore[arg-type]
 
 
+def evaluates(a: Path, b: Path, images: Path, prompts: Path) -> None:
+    cli("evaluate", a, b, "--prompts", prompts, "--images", images, "--no-lpips")
+
+
 WRITERS = [
     Writer("quantize: source", lambda a, b, c: cli("quantize", a, b, "--overwrite")),
     Writer("quantize: source file", lambda a, b, c: cli("quantize", a, b, "--config", c),
@@ -192,6 +197,9 @@ WRITERS = [
            "prompts.txt"),
     Writer("stats: recipe", lambda a, b, c: cli("stats", c, b, "--recipe", a, "--overwrite"),
            "recipe.toml"),
+    Writer("evaluate: a", lambda a, b, c: evaluates(a, c, b, c / "prompts.txt")),
+    Writer("evaluate: b", lambda a, b, c: evaluates(c, a, b, c / "prompts.txt")),
+    Writer("evaluate: prompts", lambda a, b, c: evaluates(c, c, b, a), "prompts.txt"),
     Writer("collect_pipeline_stats: source",
            lambda a, b, c: loraq.collect_pipeline_stats(a, b, RECIPE, **IN_PLACE)),
     Writer("collect_stats: model",

@@ -24,15 +24,15 @@ them.
 
 import csv
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from benchmarks.record import HERE, options, report
-from benchmarks.timing import interleaved_seconds, spread
+from benchmarks.record import DEVICE, HERE, device_of, options, report
+from benchmarks.timing import interleaved_seconds, peak_mib, spread
 from benchmarks.worlds.random_layers import bias_of, random_layer
 from loraq.errors import KernelError
 from loraq.kernels import get_backend
@@ -53,9 +53,15 @@ CONTENDERS = (
     ("openvino", "int4-a8+int8-r64", "openvino"),
     ("fp8", "fp8_e4m3-a8", "fp8_row"),
     ("fp8_row", "mxfp4-amxfp8_e4m3+w8a8-r64", "fp8_row"),
+    ("triton", "mxfp4-amxfp8_e4m3+mxfp8_e4m3-r64", "triton"),
+    ("triton a16", "mxfp4-a16+w8a8-r64", "triton"),
 )
+#: Of all contenders.
+BACKENDS = tuple(dict.fromkeys(backend for _, _, backend in CONTENDERS))
 WITHOUT_BRANCH = {"int8_row": "int8", "openvino": "int4", "fp8_row": "fp8"}
 TOKENS = (256, 1024, 4096)
+#: What one image has at a time in modulation layers: on a GPU they are timed as well.
+FEW_TOKENS = (8,)
 
 
 def main() -> None:
@@ -66,41 +72,44 @@ def main() -> None:
         sana="only the shapes of SANA",
         flux="only the shapes of FLUX",
         quick="one small shape, to see that it runs",
-        only=(("all",), "contenders to run beside bf16, by their labels"),
+        device=DEVICE,
+        backends=(BACKENDS, "back ends to measure (default: all)"),
     )
-    if chosen.save and "all" not in chosen.only:
-        raise SystemExit("--save is for all contenders: the page shows the newest file.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(chosen.device)
     wanted = {model for model in ("pixart", "sana", "flux") if getattr(chosen, model)}
     with (HERE / "worlds" / "shapes.csv").open() as file:
         shapes = [row for row in csv.DictReader(file) if not wanted or row["model"] in wanted]
-    tokens: tuple[int, ...] = TOKENS
+    tokens: tuple[int, ...] = TOKENS if device.type == "cpu" else (*FEW_TOKENS, *TOKENS)
     if chosen.quick:
-        shapes, tokens = [{"model": "tiny", "layer": "tiny", "n_in": "192", "n_out": "128"}], (64,)
+        shapes, tokens = (
+            [{"model": "tiny", "layer": "tiny", "n_in": "192", "n_out": "128"}],
+            (8, 64),
+        )
     rows: list[dict[str, object]] = []
     for shape in shapes:
-        layers, plain = build((int(shape["n_out"]), int(shape["n_in"])), device, chosen.only)
+        layers, plain = build(
+            (int(shape["n_out"]), int(shape["n_in"])), device, tuple(chosen.backends)
+        )
         print(f"\n{shape['model']} {shape['layer']}: {shape['n_in']} -> {shape['n_out']}")
         for n_tokens in tokens:
-            others = "all" in chosen.only
-            found = measure(layers, plain, n_tokens, chosen.repeats, others=others)
+            found = measure(layers, plain, n_tokens, chosen.repeats)
             rows += [{**shape, "tokens": n_tokens, **row} for row in found]
             show(n_tokens, found)
     report(rows, save=chosen.save, device=device.type)
 
 
 def build(
-    shape: tuple[int, int], device: torch.device, only: Sequence[str]
+    shape: tuple[int, int], device: torch.device, backends: tuple[str, ...] = BACKENDS
 ) -> tuple[dict[str, QuantizedLinear], nn.Linear]:
     """Return every contender that this device runs and that is asked for, and the bf16 layer."""
     plain = nn.Linear(shape[1], shape[0], device=device, dtype=torch.bfloat16)
     plain.bias = nn.Parameter(bias_of(shape[0], device))
     layers = {}
     for label, recipe, backend in CONTENDERS:
+        if backend not in backends:
+            continue
         if backend == "fp8_row" and device.type == "cpu":
             continue  # emulated there
-        if label not in only and "all" not in only:
-            continue
         layer = random_layer(shape, parse_scheme(recipe), device)
         try:
             layer.ask_activations("stored", simulate=backend == "resident")
@@ -119,10 +128,8 @@ def measure(
     plain: nn.Linear,
     n_tokens: int,
     repeats: int,
-    *,
-    others: bool,
 ) -> list[dict[str, object]]:
-    """Return one row for every contender, and with `others` for what is no layer of ours."""
+    """Return one row for every contender, and for what is no layer of ours."""
     device = plain.weight.device
     x = (
         torch.randn(n_tokens, plain.in_features, generator=torch.Generator().manual_seed(0))
@@ -132,10 +139,11 @@ def measure(
     runs: dict[str, Callable[[], object]] = {"bf16": lambda: linear(x, plain.weight, plain.bias)}
     for label, layer in layers.items():
         runs[label] = lambda layer=layer: layer(x)
-    if others:
+    if "int8_row" in layers:  # what it is to be compared with
         runs["int8 product"] = int8_product(plain, n_tokens)
         if (other := torchao_int8(plain)) is not None:
             runs["torchao int8"] = lambda: other(x)
+    runs = {label: run for label, run in runs.items() if label == "bf16" or runs_here(label, run)}
     seconds = interleaved_seconds(runs, repeats, device)
     base = median(seconds["bf16"])
     rows = []
@@ -144,10 +152,21 @@ def measure(
         row: dict[str, object] = {"contender": label, "ms": middle, "ms_low": low, "ms_high": high}
         row["times_bf16"] = base / median(seconds[label])
         row["error"] = error_of(layers[label], x[:64]) if label in layers else None
+        row["scratch_mib"] = peak_mib(runs[label], device)
         if label in WITHOUT_BRANCH and WITHOUT_BRANCH[label] in seconds:
             row["branch_cost"] = median(seconds[label]) / median(seconds[WITHOUT_BRANCH[label]]) - 1
         rows.append(row)
     return rows
+
+
+def runs_here(label: str, run: Callable[[], object]) -> bool:
+    """Whether a contender runs: a shape may be none that its product takes."""
+    try:
+        run()
+    except Exception as error:
+        print(f"{label}: {error}")
+        return False
+    return True
 
 
 def error_of(layer: QuantizedLinear, x: Tensor) -> float:

@@ -61,8 +61,8 @@ LEGEND = """Rounding of the activations and the bias are included. "int8" and "f
 layer can be faster. "torchao int8" is torchao's dynamic INT8 linear, the nearest that it has.
 """
 
-BLOCKS = """PixArt-Σ at its real width (1152) with random weights, batch 1, one forward; "step" is all 28
-blocks. MiB are those of the weights and of what the back end keeps.
+BLOCKS = """PixArt-Σ at its real width (1152) with random weights, batch 1, one forward; "step" is all 28 blocks. MiB are
+those of the weights and of what the back end keeps; on a GPU "+ forward" is what a forward takes on top of that.
 """
 
 ENGINES = f"""The same PixArt-Σ, quantized once (`{SCHEME}`): back ends of loraq ("torch"), and the graphs that
@@ -73,8 +73,12 @@ mapped files included. "load" is the machine's when the engine began, over 1 min
 part of it, and ratios are rough.
 """
 
-SOLVER = """Process seconds for a layer (out × in), with the steps that each version takes by default (phase 1 +
-phase 2), and milliseconds for a step of each phase. "Before" is the commit that precedes the first profile of the
+GRAPHS = """A graph is captured on one input and replayed on another; "error" is the distance to a plain
+call. "eager" includes the launches by Python.
+"""
+
+SOLVER = """Process seconds (on a GPU wall seconds) for a layer (out × in), with the steps that each
+version takes by default (phase 1 + phase 2), and milliseconds for a step of each phase. "Before" is the commit that precedes the first profile of the
 solver. "per step" is how many times faster today's steps have become: a version that takes more of them spends the gain
 on less error. `*`: only a few steps were timed, and the default number is counted from them; the rest of the work, such
 as SVDs and the last rounding, is timed whole.
@@ -157,14 +161,28 @@ def newest(records: list[Record], benchmark: str, part: str) -> dict[Machine, di
             limit = record.get("onednn_limit") or ""
             machine = Machine(record["device"], kind or record["machine"], limit, record["threads"])
             for value in {row[part]: None for row in record["rows"]}:
-                found.setdefault(machine, {})[value] = {
-                    **record,
-                    "rows": [row for row in record["rows"] if row[part] == value],
-                }
+                rows = [row for row in record["rows"] if row[part] == value]
+                of_machine = found.setdefault(machine, {})
+                of_machine[value] = joined(of_machine.get(value), {**record, "rows": rows})
     return {
         machine: found[machine]
         for machine in sorted(found, key=lambda m: (m.device, m.kind, -m.threads, m.limit))
     }
+
+
+def joined(before: Record | None, record: Record) -> Record:
+    """Return a record with what another one at the same commit measured of other contenders.
+
+    `make gpu` measures them in processes of their own.
+    """
+    if before is None or before["commit"] != record["commit"]:
+        return record
+    contenders = {row.get("contender") for row in record["rows"]}
+    others = [row for row in before["rows"] if row.get("contender") not in contenders]
+    if not others:
+        return record
+    commands = f"{before['command']}`, `{record['command']}"
+    return {**record, "command": commands, "rows": [*others, *record["rows"]]}
 
 
 def named(machine: Machine) -> str:
@@ -178,10 +196,38 @@ def named(machine: Machine) -> str:
 
 
 def on_gpu(records: list[Record]) -> list[str]:
-    """Return the section that says that there is no run on a GPU, if there is none."""
-    if any(record["benchmark"] in COMMANDS and record["device"] != "cpu" for record in records):
-        return []
-    return ["## GPU", "", "No run on a GPU has been recorded: nothing is claimed for one.", ""]
+    """Return the section of what `make gpu` measures besides: CUDA graphs, and steps that failed."""
+    lines = ["## GPU", ""]
+    runs = [record for record in records if record["benchmark"] == "gpu.run"]
+    found = newest(records, "gpu.graphs", "what")
+    if not any(record["device"] != "cpu" for record in records):
+        return [
+            *lines,
+            "Not measured yet: nothing is claimed for a GPU. `make gpu` measures it.",
+            "",
+        ]
+    for machine, by_what in found.items():
+        lines += [f"### {named(machine)}", "", GRAPHS]
+        body = []
+        for record in by_what.values():
+            for row in record["rows"]:
+                place = f"{row['what']}, {row['tokens']} tokens, `{row['contender']}`"
+                if "ms_replay" in row:
+                    error = f"{row['error']:.1e}"
+                    times = [f"{row[name]:.3f}" for name in ("ms_eager", "ms_replay")]
+                    body.append([place, *times, error, row["failure"] or ""])
+                else:
+                    body.append([place, "–", "–", "–", row["failure"]])
+        lines += [source(next(iter(by_what.values()))), ""]
+        lines += table(("", "eager ms", "replay ms", "error", "failure"), body, "lrrrl")
+    for record in runs[-1:]:
+        failed = [f"{row['step']} ({row['failure']})" for row in record["rows"] if row["failure"]]
+        done = len(record["rows"]) - len(failed)
+        lines += [
+            f"The last run: {done} of {len(record['rows'])} steps succeeded. {source(record)}"
+        ]
+        lines += [f"Failed: {', '.join(failed)}." if failed else "None failed.", ""]
+    return lines
 
 
 # --- one layer ------------------------------------------------------------------------------------
@@ -349,11 +395,19 @@ def blocks(records: list[Record]) -> list[str]:
             if said != (said := source(record)):
                 lines += [said, ""]
             rows = record["rows"]
+            has_peak = any(row.get("peak_mib") is not None for row in rows)
             body = [
-                [r["contender"], f"{r['ms']:.0f}", f"{r['times_bf16']:.2f}", f"{r['mib']:.0f}"]
+                [
+                    r["contender"],
+                    f"{r['ms']:.{0 if r['ms'] >= 10 else 2}f}",
+                    f"{r['times_bf16']:.2f}",
+                    f"{r['mib']:.0f}",
+                    *([f"{r['peak_mib']:.0f}"] if has_peak else []),
+                ]
                 for r in rows
             ]
-            lines += table([f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB"], body)
+            headings = [f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB"]
+            lines += table([*headings, *(["+ forward MiB"] if has_peak else [])], body)
     return lines
 
 
@@ -441,4 +495,5 @@ def missing(found: dict[Machine, dict[str, Record]]) -> list[str]:
 def commands() -> list[str]:
     """Return the section that says how the files are made."""
     lines = [command for of_benchmark in COMMANDS.values() for command in of_benchmark]
+    lines += ["make gpu                  # on a machine with a GPU, all of these"]
     return ["## The commands", "", "```", *lines, "make docs", "```"]

@@ -1,11 +1,12 @@
 """How many seconds does the solver take for a layer, and where do they go?
 
-Reading guide: process time of `LoRaQ` on synthetic transformer weights, "s/layer" with the steps
-that the installed version takes by default, "ms/step" of each phase (1: full-precision factors, 2:
-rounded ones), "ends" for all before, between and after them (SVDs, the candidates that are stored).
-The largest shape takes a few steps only, and its s/layer is then ends + default steps × ms/step,
-which the row says in "extrapolated". "rounding" is the share of `Format.round` in the steps,
-"products" that of dense matrix products, "other" the rest: norms, updates, inverses.
+Reading guide: process time (on a GPU wall time) of `LoRaQ` on synthetic transformer weights,
+"s/layer" with the steps that the installed version takes by default, "ms/step" of each phase (1:
+full-precision factors, 2: rounded ones), "ends" for all before, between and after them (SVDs, the
+candidates that are stored). The largest shape takes a few steps only, and its s/layer is then ends
++ default steps × ms/step, which the row says in "extrapolated". "rounding" is the share of
+`Format.round` in the steps, "products" that of dense matrix products, "other" the rest: norms,
+updates, inverses; on a GPU there are no shares.
 
 It takes 3 to 6 minutes. Only names that every version of the package has are used, so that an older
 one can be measured by the same script ("before" is the commit that precedes the first profile of
@@ -25,10 +26,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.record import options, report
+from benchmarks.record import DEVICE, device_of, options, report
 from benchmarks.worlds.matrices import dit_like
 from loraq.formats import BlockFormat
 from loraq.methods import EFFORTS, LoRaQ
@@ -36,6 +38,7 @@ from loraq.scheme import Branch, Scheme
 
 #: (out, in), and whether all default steps are taken.
 SHAPES = {(1152, 1152): True, (1152, 4608): True, (3072, 12288): False}
+TINY = (96, 128)
 #: Main weight, its activations, weight and activations of the branch.
 SCHEMES = {
     "mxfp4-a8+w6a8": ("mxfp4", "mxint8", "mxfp6_e2m3", "mxint8"),
@@ -54,16 +57,19 @@ def main() -> None:
         __doc__,
         label=("after", "written in every row: before or after"),
         quick="without the largest",
+        tiny="one small shape, to see that it runs",
+        device=DEVICE,
     )
+    device = device_of(chosen.device)
     rows: list[dict[str, object]] = []
     print(
         f"{'shape':12}{'scheme':15}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}{'ends s':>8}   "
         "where"
     )
-    for shape, complete in SHAPES.items():
+    for shape, complete in ({TINY: False} if chosen.tiny else SHAPES).items():
         if chosen.quick and not complete:
             continue
-        weight = dit_like(*shape)
+        weight = dit_like(*shape).to(device)
         for name in SCHEMES:
             scheme = scheme_of(name, shape)
             row = {
@@ -72,11 +78,13 @@ def main() -> None:
                 "rank": scheme.branch.rank if scheme.branch else 0,
             }
             row |= {"label": chosen.label, "package_commit": commit_of_the_package()}
-            row |= seconds_of(weight, scheme, complete) | shares_of(weight, scheme)
+            row |= seconds_of(weight, scheme, complete)
+            if device.type == "cpu":  # what the host does while a GPU works tells nothing
+                row |= shares_of(weight, scheme)
             rows.append(row)
             show(row)
     print()
-    report(rows, save=chosen.save)
+    report(rows, save=chosen.save, device=device.type)
 
 
 def scheme_of(name: str, shape: tuple[int, int]) -> Scheme:
@@ -110,9 +118,9 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
 
     @contextmanager
     def clock(name: str) -> Iterator[None]:
-        begin = time.process_time()
+        begin = now(weight.device)
         yield
-        spent[name] = time.process_time() - begin
+        spent[name] = now(weight.device) - begin
 
     default = EFFORTS["default"]
     steps = default if complete else FEW
@@ -130,6 +138,14 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
         "seconds_per_step": each,
         "seconds_of_ends": ends,
     }
+
+
+def now(device: torch.device) -> float:
+    """Return the process time; on a GPU the wall time, once all work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def shares_of(weight: Tensor, scheme: Scheme) -> dict[str, object]:
@@ -189,15 +205,18 @@ def commit_of_the_package() -> str:
 def show(row: dict) -> None:
     """Print one line."""
     names = (("rounding", "rounding"), ("products", "products"), ("other", "the_rest"))
-    shares = ", ".join(f"{what} {row[f'share_of_{key}']:.0%}" for what, key in names)
-    top = ", ".join(f"{name} {share:.0%}" for name, share in row["top_operators"].items())
+    where = ""
+    if "top_operators" in row:
+        shares = ", ".join(f"{what} {row[f'share_of_{key}']:.0%}" for what, key in names)
+        top = ", ".join(f"{name} {share:.0%}" for name, share in row["top_operators"].items())
+        where = f"{shares} ({top})"
     first, second = (1e3 * seconds for seconds in row["seconds_per_step"])
     shape = "×".join(map(str, row["shape"]))
     print(
         f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}"
         f"{'*' if row['extrapolated'] else ' '}{first:11.1f}{second:11.1f}"
         f"{row['seconds_of_ends']:8.2f} "
-        f"  {shares} ({top})",
+        f"  {where}",
         flush=True,
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loraq.advice import Advice, advice_on
 from loraq.errors import KernelError, LoraqError
 from loraq.formats import FORMATS
 from loraq.kernels import BACKENDS, DEFAULT_BACKEND, resolve_backend
@@ -76,6 +77,8 @@ class Report:
     devices: dict[str, str]
     choices: tuple[Choice, ...]
     trials: tuple[Trial, ...]
+    #: What to quantize for the first GPU, or for the CPU where there is none.
+    advice: Advice
 
     def tables(self) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
         """Return what to show: title, headings and rows of each table."""
@@ -91,6 +94,7 @@ class Report:
             )
             for t in self.trials
         ]
+        one = self.advice
         size = f"{_SHAPE[0]}×{_SHAPE[1]}, {_TOKENS} tokens"
         title = f"Self-test: {size}, against the reference and bf16 F.linear"
         return [
@@ -101,6 +105,11 @@ class Report:
                 choices,
             ),
             (title, ("recipe", "back end", "error", "bound", "ms", "times bf16"), trials),
+            (
+                "What suits this machine",
+                ("device", "recipe", "back end", "why"),
+                [(one.title, one.recipe, one.backend, one.why)],
+            ),
         ]
 
 
@@ -111,7 +120,13 @@ def examine() -> Report:
         KernelError: `LORAQ_BACKEND` names no back end.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Report(_versions(), _devices(), tuple(choices(device)), tuple(self_test(device)))
+    return Report(
+        _versions(),
+        _devices(),
+        tuple(choices(device)),
+        tuple(self_test(device)),
+        advice_on(device),
+    )
 
 
 def choices(device: torch.device) -> list[Choice]:

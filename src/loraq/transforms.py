@@ -42,13 +42,16 @@ def block_side(n: int, side: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def signed_hadamard(side: int) -> Float[Tensor, "side side"]:
-    """Return diag(signs) H / √side, orthogonal, on the CPU; H is Sylvester's."""
+def signed_hadamard(side: int, device: torch.device | None = None) -> Float[Tensor, "side side"]:
+    """Return diag(signs) H / √side, orthogonal, on a device (`None`: the CPU); H is Sylvester's.
+
+    It is kept on each device: a copy at every call would wait for it, and no CUDA graph holds one.
+    """
     index = torch.arange(side, device="cpu")
     # The entry (i, j) of Sylvester's matrix is −1 to the number of bits that i and j share; the
     # sign of row i is −1 to the number of neighbouring pairs of ones in i.
     shared = _parity(index[:, None] & index[None]) ^ _parity(index & (index >> 1))[:, None]
-    return (1 - 2 * shared).float() / math.sqrt(side)
+    return ((1 - 2 * shared).float() / math.sqrt(side)).to(device or "cpu")
 
 
 def _parity(bits: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def _parity(bits: Tensor) -> Tensor:
 # Opaque to `torch.compile`, like the rounding that follows it.
 @library.custom_op("loraq::rotate", mutates_args=())
 def _rotate(x: Tensor, side: int, inverse: bool) -> Tensor:
-    matrix = signed_hadamard(block_side(x.shape[-1], side)).to(x.device)
+    matrix = signed_hadamard(block_side(x.shape[-1], side), x.device)
     blocks = x.float().unflatten(-1, (-1, matrix.shape[0]))
     return (blocks @ (matrix.mT if inverse else matrix)).flatten(-2).to(x.dtype)
 

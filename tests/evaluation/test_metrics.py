@@ -157,5 +157,5 @@ def test_without_torchmetrics_the_message_names_the_extra(metric, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(LoraqError, match=r'pip install "loraq\[evaluation\]"'):
+    with pytest.raises(LoraqError, match=r'pip install "loraq\[evaluate\]"'):
         metric(torch.zeros(1, 1, 11, 11))

@@ -25,7 +25,7 @@ from loraq.checkpoint.manifest import FILE_NAME, Manifest
 from loraq.checkpoint.partial import PartialFolder, resumable_folder
 from loraq.checkpoint.stats_file import load_stats, save_stats
 from loraq.errors import LoraqError
-from loraq.integrations import checkpoints, pipelines
+from loraq.integrations import checkpoints, drawing
 from loraq.integrations.diffusers import empty_model
 from loraq.integrations.lora import Lora
 from loraq.layers import quantized_layers
@@ -207,7 +207,7 @@ class Pipeline(Reader):
         hashes = source.hash_weights()
         layers = {f"{job.name}.weight" for job in source.plan.quantized}
         require(layers <= hashes.keys(), "layers have no weights")
-        pipelines._pipeline_class(folder)
+        drawing.pipeline_class(folder)
 
 
 class UnknownSource(Reader):

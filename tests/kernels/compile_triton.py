@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loraq.formats import FORMATS, BlockFormat, get_format
+from loraq.kernels.triton.decode import decode_kernel, layout
 from loraq.kernels.triton.gemm_up import gemm_up_kernel
 from loraq.kernels.triton.quant_down import quant_down_kernel
 from loraq.kernels.triton.small_m import small_m_kernel
@@ -41,6 +43,21 @@ GEMM = {
 }
 GEMM |= {"DOT32": False}
 GEMM_OPTIONS = {"num_warps": 8, "num_stages": 3}
+#: Every format of blocks, the 16-bit ones left out.
+DECODED = [name for name, fmt in FORMATS.items() if isinstance(fmt, BlockFormat)]
+
+
+def stored(name: str) -> dict[str, str]:
+    """Return the types of the pointers to what a matrix of this format stores."""
+    scale = {"bf16": BF16, "fp32": F32}.get(get_format(name).scale_format.name, U8)
+    return {"packed": U8, "scale": scale, "global": F32}
+
+
+def layout_of(name: str) -> dict[str, object]:
+    """Return what a kernel is compiled for by the format."""
+    return layout(get_format(name))
+
+
 #: Kernel, types of its pointers, constants, options.
 KERNELS = {
     "quant_down": (
@@ -81,12 +98,33 @@ KERNELS = {
         {"RANK": 64, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "DOT32": False},
         {"num_warps": 8, "num_stages": 2},
     ),
-    "small_m": (
-        small_m_kernel,
-        {"x": BF16, "packed": U8, "scale": U8, "y": BF16},
-        {"INTEGER": False, "BLOCK_N": 16, "BLOCK_K": 256, "DOT32": False},
-        {"num_warps": 4},
-    ),
+    **{
+        f"small_m {name}": (
+            small_m_kernel,
+            {"x": BF16, **stored(name), "y": BF16},
+            {**layout_of(name), "BLOCK_N": 16, "BLOCK_K": 256, "DOT32": False},
+            {"num_warps": 4},
+        )
+        for name in ("mxfp4", "nvfp4", "int5")
+    },
+    **{
+        f"decode {name}{' merged' * with_branch}{' rotated' * rotated}": (
+            decode_kernel,
+            {**stored(name), "up": BF16, "down": BF16, "rotation": F32, "out": BF16},
+            {
+                **layout_of(name),
+                "HAS_BRANCH": with_branch,
+                "SIDE": 32 * rotated,
+                "BLOCK_N": 32,
+                "BLOCK_K": 128,
+                "BLOCK_R": 32,
+                "DOT32": False,
+            },
+            {"num_warps": 4},
+        )
+        for name in DECODED
+        for with_branch, rotated in ((False, False), (True, False), (True, True))
+    },
 }
 #: The matrix instructions to look for.
 INSTRUCTIONS = {

@@ -5,14 +5,20 @@ A program of its own: see `compile_triton.py`. It must be started with TRITON_IN
 """
 
 import json
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from loraq.formats import QTensor, get_format
+from loraq.formats import FORMATS, BlockFormat, QTensor, get_format
 from loraq.kernels import get_backend
+from loraq.kernels.base import Operands
 from loraq.kernels.fp8_row import fold
+from loraq.kernels.low_memory import decode_by_table
+from loraq.kernels.resident import merge
+from loraq.kernels.triton import fused
+from loraq.kernels.triton.decode import decode
 from loraq.kernels.triton.gemm_up import gemm_up
 from loraq.kernels.triton.quant_down import quant_down
 from loraq.kernels.triton.small_m import small_m
@@ -22,6 +28,9 @@ from loraq.recipe_names import parse_scheme
 from triton_mx_gemm_up import mx_gemm_up_kernel
 
 MXFP8 = get_format("mxfp8_e4m3")
+#: Every format of blocks, and sizes of blocks that fill no tile.
+DECODED = [name for name, fmt in FORMATS.items() if isinstance(fmt, BlockFormat)]
+DECODED += ["int4_b24", "int5_b256", "int8_b64"]
 
 
 def gaussian(*shape: int) -> Tensor:
@@ -59,18 +68,20 @@ def main() -> dict[str, float]:
                 weight.double() * weight_scale
             ).T + inner.double() @ up.double().T
             found[f"gemm {m}x{k}x{n}"] = distance(y, dense if bias is None else dense + bias)
-    for name in ("mxfp4", "mxint4"):
-        q, x = get_format(name).quantize(gaussian(37, 320)), gaussian(3, 320)
-        assert q.scale is not None
-        found[f"small_m {name}"] = distance(
-            small_m(x, q.packed, q.scale, integer=name == "mxint4"), x @ q.dequantize().T
-        )
+    for name in DECODED:
+        q, x = get_format(name).quantize(gaussian(37, 333)), gaussian(3, 333)
+        found[f"small_m {name}"] = distance(small_m(x, q), x @ q.dequantize().T)
+        for n in (160, 203):
+            found |= decoded(name, n)
+    found |= fused_operands()
     found["mx_gemm"] = mx_gemm()
     for name in (
         "mxfp4-amxfp8_e4m3+mxfp8_e4m3-r24",
         "mxfp4-amxfp8_e4m3",
         "mxint4-a16+w8a8-r24",
         "mxfp4-a16",
+        "nvfp4-a16+w8a8-r24",
+        "int5-a16",
     ):
         for n_tokens in (3, 20):
             found[f"layer {name} {n_tokens}"] = layer(name, n_tokens)
@@ -78,6 +89,54 @@ def main() -> dict[str, float]:
         found[f"compiled {name}"] = compiled(name)
     found["gradient"] = gradient()
     return found | odd_inputs()
+
+
+def decoded(name: str, n: int) -> dict[str, float]:
+    """Number of values whose bits are not the reference's: of a matrix, and of random bytes, among
+    which is every code and every scale.
+    """
+    fmt, found = get_format(name), {}
+    q = fmt.quantize(gaussian(33, n) * torch.exp(3 * gaussian(33, 1)))
+    assert q.scale is not None
+    random = torch.Generator().manual_seed(0)
+    packed, scale = (
+        torch.randint(0, 256, tensor.shape, generator=random, dtype=torch.uint8)
+        for tensor in (q.packed, q.scale)
+    )
+    if fmt.scale_format.n_bytes > 1:  # any two bytes would be no scale that was ever stored
+        scale = q.scale
+    for kind, one in (("fitted", q), ("random", replace(q, packed=packed, scale=scale))):
+        for dtype in (torch.float32, torch.bfloat16):
+            expected, y = one.dequantize().to(dtype), decode(one, dtype)
+            wrong = (y != expected) & ~(y.isnan() & expected.isnan())
+            found[f"decode {name} {n} {kind} {dtype}"] = float(wrong.sum())
+    return found
+
+
+def fused_operands() -> dict[str, float]:
+    """Decoding with the branch and the rotation inside, against both in separate passes."""
+    found: dict[str, float] = {}
+    for name in (
+        "int4-a4+w6a6-r24-h32",
+        "mxfp4-a4+w8a8-r40-h64",
+        "nvfp4-a16+bf16-r8",
+        "int5-a8",
+        "mxint4-a4-h128",
+    ):
+        packed = packed_of(name, 48, 384)
+        for merged in (True, False):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert fused.takes(packed, dtype), name
+                y = fused.decode(packed, dtype, merged=merged)
+                expected = decode_by_table(packed, torch.float32, 0)
+                expected = merge(expected) if merged else expected
+                for what, one, other in zip(Operands._fields, y, expected, strict=True):
+                    assert (one is None) == (other is None)
+                    if one is not None:
+                        found[f"fused {name} {merged} {dtype} {what}"] = (
+                            distance(one, other) / fused._ORDER_OF_SUMS[dtype]
+                        )
+    return found
 
 
 def odd_inputs() -> dict[str, float]:
@@ -116,8 +175,8 @@ def mx_gemm() -> float:
     return distance(y, x.dequantize() @ weight.dequantize().T + inner.float() @ up.float().T)
 
 
-def layer_of(name: str) -> QuantizedLinear:
-    scheme, n_out, n_in = parse_scheme(name), 48, 96
+def packed_of(name: str, n_out: int = 48, n_in: int = 96) -> PackedWeight:
+    scheme = parse_scheme(name)
     branch = None
     if scheme.branch is not None:
         fmt, rank = scheme.branch.weight_format, scheme.branch.rank
@@ -125,7 +184,11 @@ def layer_of(name: str) -> QuantizedLinear:
             fmt.quantize(0.1 * gaussian(n_out, rank)), fmt.quantize(0.1 * gaussian(rank, n_in))
         )
     main: QTensor = scheme.weight_format.quantize(0.1 * gaussian(n_out, n_in))
-    made = QuantizedLinear.from_packed(PackedWeight(scheme, main, branch), gaussian(n_out))
+    return PackedWeight(scheme, main, branch)
+
+
+def layer_of(name: str) -> QuantizedLinear:
+    made = QuantizedLinear.from_packed(packed_of(name), gaussian(48))
     made.backend = "triton"
     return made
 

@@ -5,7 +5,28 @@ Results go to stdout, progress and errors to stderr.
 Everything that needs torch is imported inside the commands, so that help does not wait for it.
 """
 
-from loraq.cli import contents, demo, doctor, export, importing, lora, quantize, stats
+from loraq.cli import (
+    contents,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    importing,
+    lora,
+    quantize,
+    stats,
+)
 from loraq.cli.command import main
 
-__all__ = ["contents", "demo", "doctor", "export", "importing", "lora", "main", "quantize", "stats"]
+__all__ = [
+    "contents",
+    "demo",
+    "doctor",
+    "evaluate",
+    "export",
+    "importing",
+    "lora",
+    "main",
+    "quantize",
+    "stats",
+]

@@ -1,5 +1,6 @@
 """Options that several commands have, and how their values are read."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,36 @@ components_option = click.option(
     metavar="all|NAME,…",
     help="What of a pipeline is quantized: names, or all for its denoisers and text encoders. "
     "[default: its denoisers]",
+)
+
+
+#: Dtypes that a whole pipeline may have.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _settings(
+    _context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]
+) -> dict[str, Any]:
+    """Read "height=512": a name and a JSON value, or plain text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"'{pair}' is no NAME=VALUE, such as height=512.")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+call_option = click.option(
+    "--set",
+    "call",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_settings,
+    help="Argument of the pipeline's call.",
 )
 
 

@@ -30,6 +30,7 @@ from loraq.cli.output import (
 from loraq.errors import show
 
 if TYPE_CHECKING:
+    from loraq.advice import Advice
     from loraq.pipeline.fitting import TargetFit
     from loraq.pipeline.plan import Plan
 
@@ -156,12 +157,28 @@ def quantize(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @components_option
 @config_option
 @variant_option
+@click.option(
+    "--for",
+    "runs_on",
+    metavar="DEVICE",
+    help="Plan with the recipe that suits a device: 'here', or a name such as hopper or cpu.",
+)
+@click.option(
+    "--time",
+    "takes_time",
+    is_flag=True,
+    help="Estimate how long it takes, by a trial of the largest layer on --device.",
+)
+@device_option
 @recipe_options
-def plan(
+def plan(  # noqa: PLR0913 - each is an option
     source: Path,
     components: str | None,
     config: Path | None,
     variant: str | None,
+    runs_on: str | None,
+    takes_time: bool,
+    device: str,
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -174,16 +191,27 @@ def plan(
     \b
     Example: loraq plan PixArt-Sigma/transformer --budget 5.0
     """
-    from loraq.integrations.checkpoints import plan_checkpoint
+    from dataclasses import asdict
 
+    from loraq.devices import find_devices
+    from loraq.integrations.checkpoints import plan_checkpoint
+    from loraq.pipeline.estimate import estimate_seconds, worker_nbytes
+
+    devices = find_devices(device)
     _warn_of_unknown_class(source, config)
+    advice = None if runs_on is None else _take_advice(runs_on, recipe)
     planned = plan_checkpoint(
         source, read_recipe(**recipe), components=components, config=config, variant=variant
     )
     show_notes(planned)
+    seconds = estimate_seconds(planned, devices[0]) if takes_time else None
+    memory = worker_nbytes(planned)
     if as_json:
-        print_json(_plan_document(planned))
+        document = _plan_document(planned) | {"advice": advice and asdict(advice)}
+        print_json(document | {"worker_nbytes": memory, "estimated_seconds": seconds})
         return
+    if advice is not None:
+        click.echo(f"For {advice.sentence}\n")
     for name, of_one in planned.components.items():
         click.echo(f"{show(name)}:")
         _print_plan(of_one)
@@ -192,6 +220,15 @@ def plan(
         _print_totals(planned)
     else:
         _print_plan(planned)
+    click.echo(
+        f"Loaded, the model takes {size_of(planned.model_nbytes)} and what decoding one layer "
+        f"needs. Quantizing takes about {size_of(memory)} beside the program, for each worker."
+    )
+    if seconds is not None:
+        click.echo(
+            f"Quantizing takes about {seconds / 60:.1f} minutes on {devices[0]} with one worker, "
+            "by a trial of the largest layer."
+        )
     if len(planned.sizes) > 1:
         click.echo()
         print_table(
@@ -207,6 +244,18 @@ def plan(
                 for size in planned.sizes
             ),
         )
+
+
+def _take_advice(device: str, recipe: dict[str, Any]) -> "Advice":
+    """Return what suits a device, whose recipe is put among the options."""
+    from loraq.advice import advice_for
+
+    given = click.get_current_context().get_parameter_source("recipe")
+    if given is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--for chooses the recipe itself. Give --recipe or --for, not both.")
+    advice = advice_for(device)
+    recipe["recipe"] = advice.recipe
+    return advice
 
 
 def _print_plan(planned: "Plan") -> None:

@@ -1,6 +1,5 @@
 """`loraq stats`: a pipeline draws samples of its own, what its layers see goes to a file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,8 @@ import click
 
 from loraq.cli.command import command
 from loraq.cli.options import (
+    DTYPES,
+    call_option,
     component_option,
     device_option,
     read_recipe,
@@ -16,24 +17,6 @@ from loraq.cli.options import (
 )
 from loraq.cli.output import print_json, size_of
 from loraq.errors import show
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _settings(
-    _context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]
-) -> dict[str, Any]:
-    """Read "height=512": a name and a JSON value, or plain text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not name or not equals:
-            raise click.BadParameter(f"'{pair}' is no NAME=VALUE, such as height=512.")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
 
 
 @command
@@ -82,17 +65,10 @@ def _settings(
 @device_option
 @click.option(
     "--dtype",
-    type=click.Choice(_DTYPES),
+    type=click.Choice(DTYPES),
     help="Of the pipeline. [default: as the transformer is stored]",
 )
-@click.option(
-    "--set",
-    "call",
-    metavar="NAME=VALUE",
-    multiple=True,
-    callback=_settings,
-    help="Argument of the pipeline's call.",
-)
+@call_option
 @click.option("--overwrite", is_flag=True, help="Replace a file that is at TARGET.")
 def stats(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Let the pipeline SOURCE draw images from noise, and write what its layers see to TARGET.

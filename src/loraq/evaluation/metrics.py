@@ -4,13 +4,12 @@ All sums run in float64, so a metric never adds an error of its own.
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraq.errors import LoraqError
+from loraq.evaluation.libraries import torchmetrics
 
 #: Wang et al. 2004: pixels and standard deviation of the window of `ssim`.
 _WINDOW, _SIGMA = 11, 1.5
@@ -78,9 +77,9 @@ def ssim(
         One float64 value for each image.
 
     Raises:
-        LoraqError: torchmetrics is not installed.
+        MissingLibraryError: torchmetrics is not installed.
     """
-    _, places = _torchmetrics().functional.image.structural_similarity_index_measure(
+    _, places = torchmetrics().functional.image.structural_similarity_index_measure(
         image.double(),
         reference.double(),
         sigma=_SIGMA,
@@ -107,23 +106,11 @@ def frechet_distance(
         features_b: the other set, at least two rows.
 
     Raises:
-        LoraqError: torchmetrics is not installed.
+        MissingLibraryError: torchmetrics is not installed.
     """
     identity = nn.Identity()
     identity.num_features = features_a.shape[1]  # type: ignore[assignment]
-    metric = _torchmetrics().image.fid.FrechetInceptionDistance(feature=identity)
+    metric = torchmetrics().image.fid.FrechetInceptionDistance(feature=identity)
     metric.update(features_a.double(), real=True)
     metric.update(features_b.double(), real=False)
     return max(float(metric.compute()), 0.0)  # rounding takes that of equal sets below 0
-
-
-def _torchmetrics() -> Any:
-    try:
-        import torchmetrics.functional.image
-        import torchmetrics.image.fid
-    except ImportError as error:
-        raise LoraqError(
-            "SSIM and the Fréchet distance come with torchmetrics, which is not installed. "
-            'Install it with `pip install "loraq[evaluation]"`.'
-        ) from error
-    return torchmetrics

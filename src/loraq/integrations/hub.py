@@ -1,6 +1,7 @@
 """Repositories of the hub: what is not in the local cache yet is downloaded."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from loraq.checkpoint.manifest import FILE_NAME
@@ -76,3 +77,14 @@ def fetch_manifest(folder: Path) -> None:
             revision=places[at + 1],
             cache_dir=Path(*places[: at - 1]),
         )
+
+
+def cached_folder(repository: str, files: Sequence[str]) -> Path | None:
+    """Return where files of a repository are in the hub's cache, or `None`; nothing is fetched."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    answers = (try_to_load_from_cache(repository, name) for name in files)
+    found = [Path(answer) for answer in answers if isinstance(answer, str)]
+    return found[0].parent if len(found) == len(files) else None

@@ -17,15 +17,16 @@ import torch
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.stats_file import require_room
 from loraq.devices import AUTO, find_device
-from loraq.errors import CalibrationError, CheckpointError, LoraqError, unknown
-from loraq.integrations.diffusers import (
-    _quiet_diffusers,
-    empty_model,
-    find_class,
-    float_folder,
+from loraq.errors import CalibrationError, LoraqError
+from loraq.integrations.diffusers import empty_model, float_folder
+from loraq.integrations.drawing import (
+    draw_seeded,
+    load_pipeline,
+    pipeline_class,
+    pipeline_folder,
+    require_call,
 )
 from loraq.integrations.hub import local_path
-from loraq.json_files import read_json
 from loraq.options import Seed, checked
 from loraq.pipeline.collect import collect_stats, group_layers
 from loraq.pipeline.plan import Plan
@@ -117,15 +118,15 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
             image.
 
     Raises:
-        CalibrationError: the pipeline cannot be run with these arguments, no layer uses statistics,
-            mean squares are not enough for the recipe's method, a layer was never called, or one
+        CalibrationError: a number is out of range, no layer uses statistics, mean squares are not
+            enough for the recipe's method, the pipeline fails, a layer was never called, or one
             alone takes more than `memory_bytes`.
         CheckpointError: the source is not a float pipeline, or the target cannot be written.
         DeviceError: there is no such device.
-        LoraqError: diffusers is not installed.
+        LoraqError: diffusers is not installed, or the pipeline cannot be run with these arguments.
         RecipeError, SchemeError: the recipe cannot be read, or does not fit the model.
     """
-    folder = _pipeline_folder(local_path(source, variant))
+    folder = pipeline_folder(local_path(source, variant))
     home, target = float_folder(folder, component), Path(target)
     require_apart(target, folder, file_of(recipe))
     place = find_device(device)
@@ -140,7 +141,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         name: (width, width) if second_moment else (width,) for name, width in widths.items()
     }
     nbytes = require_room(target, moments, overwrite=overwrite)
-    sampling = _Sampling.of(_pipeline_class(folder), prompts, samples, steps, seed, call or {})
+    sampling = _Sampling.of(pipeline_class(folder), prompts, samples, steps, seed, call or {})
     tokens_per_call = None if max_tokens is None else sampling.share(max_tokens)
 
     show = show_images(progress, "stats")
@@ -165,7 +166,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     begin = time.perf_counter()
     # Loading draws random numbers too.
     with torch.random.fork_rng([place] if place.type == "cuda" else []):
-        pipeline = _load_pipeline(folder, variant, dtype, place)
+        pipeline = load_pipeline(folder, dtype, place, variant=variant)
         show(0, images, f"drawing on {place} in {dtype}")
         collect_stats(
             getattr(pipeline, home.name),
@@ -228,25 +229,8 @@ class _Sampling:
         for name, number in {"samples": samples, "steps": steps}.items():
             if number is not None and number < 1:
                 raise CalibrationError(f"{name} is {number}. It must be at least 1.")
-        takes = inspect.signature(kind.__call__).parameters
         call = {**({} if steps is None else {"num_inference_steps": steps}), **call}
-        if "generator" in call:
-            raise CalibrationError(
-                "The generator cannot be given: noise comes from the seed (`--seed`, `seed`)."
-            )
-        for name in (*call, *(["prompt"] if prompts else [])):
-            if name not in takes:
-                raise CalibrationError(
-                    unknown(f"argument of {kind.__name__}", name, set(takes) - {"self"})
-                )
-        needed = [name for name, parameter in takes.items() if parameter.default is parameter.empty]
-        missing = set(needed) - {"self", "args", "kwargs", "prompt", *call}
-        if missing or "generator" not in takes:
-            raise CalibrationError(
-                f"{kind.__name__} cannot be run on a prompt alone: it needs "
-                f"{', '.join(sorted(missing)) or 'more'}. Give it (`--set`, `call`), or run the "
-                "pipeline yourself with `loraq.collect_stats`."
-            )
+        takes = require_call(kind, call, prompt=bool(prompts))
         if "output_type" in takes:
             call = {"output_type": "latent", **call}  # what a VAE would make of it does not matter
         return cls(kind, tuple(prompts) or ("",) if "prompt" in takes else (), samples, seed, call)
@@ -273,63 +257,12 @@ class _Sampling:
         call = dict(self.call)
         if self.prompts:
             call.setdefault("prompt", self.prompts[index % len(self.prompts)])
-        torch.manual_seed(self.seed + index)  # for what a pipeline draws beside its generator
-        # Of the CPU: the same noise on all devices.
-        generator = torch.Generator().manual_seed(self.seed + index)
         try:
-            pipeline(generator=generator, **call)
+            draw_seeded(pipeline, self.seed + index, call)
         except LoraqError:
             raise
         except Exception as error:  # pipelines raise what they like
             raise CalibrationError(
                 f"{self.kind.__name__} fails on image {index + 1} ({error}). Its arguments can be "
                 "set: `--set`, or `call`."
-            ) from error
-
-
-def _pipeline_folder(path: Path) -> Path:
-    if (path / "model_index.json").is_file():
-        return path
-    if path.is_file() or (path / "config.json").is_file():
-        raise CheckpointError(
-            f"'{path}' is a model alone, and cannot draw images by itself. A pipeline's folder "
-            "(model_index.json) is required. With a model alone, run it yourself: "
-            "`loraq.save_stats(loraq.collect_stats(model, run, layers), path)`, where `run` calls "
-            "it."
-        )
-    raise CheckpointError(f"'{path}' is not a pipeline's folder: it has no 'model_index.json'.")
-
-
-def _pipeline_class(folder: Path) -> type:
-    name = read_json(folder / "model_index.json").get("_class_name")
-    with _quiet_diffusers() as diffusers:
-        kind = find_class(diffusers, name)
-        if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
-            raise CheckpointError(
-                f"'{folder}' names the pipeline {name!r}, which diffusers {diffusers.__version__} "
-                "does not have. Code of a folder is not run: install the diffusers version that "
-                "has it."
-            )
-        return kind
-
-
-def _load_pipeline(
-    folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device
-) -> Any:
-    """Load the pipeline on a device; only safetensors are read, no code of the folder is run."""
-    with _quiet_diffusers() as diffusers:
-        try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder,
-                variant=variant,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-            )
-            pipeline.set_progress_bar_config(disable=True)
-            return pipeline.to(device)
-        except Exception as error:  # components raise what they like
-            raise CheckpointError(
-                f"diffusers cannot load the pipeline '{folder}': {error}"
             ) from error

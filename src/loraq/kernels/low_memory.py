@@ -1,8 +1,12 @@
 """Matrix products on weights that are decoded at each call: nothing but the packed bytes is kept.
 
-One decoded weight is in memory while a layer runs; a training step decodes it once more for the
-gradient instead of keeping it. 4-bit codes are decoded two at a time through a table of 256 bytes,
-several times faster than one code at a time.
+One decoded weight is in memory while a layer runs, in memory that the layers of a model share:
+torch's allocator gives the next one what the last has freed. A training step decodes it once more
+for the gradient instead of keeping it.
+
+On a GPU one kernel of Triton decodes, adds the branch and rotates back, where it was seen to be
+right. Elsewhere 4-bit codes are decoded two at a time through a table of 256 bytes, several times
+faster than one code at a time.
 
 No activation is rounded, unless it is to be simulated, as in `resident`. For many tokens the branch
 is added to the weight, for few it runs beside it, whichever takes fewer multiplications.
@@ -26,6 +30,7 @@ from loraq.kernels.base import (
 )
 from loraq.kernels.reference import run
 from loraq.kernels.resident import Resident, merge
+from loraq.kernels.triton import fused
 from loraq.packed import PackedWeight
 from loraq.scheme import Branch, Scheme
 
@@ -81,11 +86,17 @@ def _read_scheme(text: str) -> Scheme:
     return Scheme(main, branch=branch, rotation=int(rotation))
 
 
-def _decode(tensors: list[Tensor], scheme: Scheme, n_in: int, dtype: torch.dtype) -> Operands:
+def _decode(
+    tensors: list[Tensor], scheme: Scheme, n_in: int, dtype: torch.dtype, *, merged: bool
+) -> Operands:
+    """Return the dense matrices, rotated back; `merged` with the branch in the main one."""
     shape = len(tensors[0]), n_in
     stored = dict(zip(scheme.storage(shape), tensors, strict=True))
     packed = PackedWeight.from_tensors(stored, scheme, shape)
-    return decode_by_table(packed, work_dtype(dtype), 0)
+    if fused.takes(packed, work_dtype(dtype)):
+        return fused.decode(packed, work_dtype(dtype), merged=merged)
+    operands = decode_by_table(packed, work_dtype(dtype), 0)
+    return merge(operands) if merged else operands
 
 
 # One opaque operator: a compiler would keep decoded weights, and trace again for other numbers of
@@ -102,10 +113,9 @@ def _packed_linear(x: Tensor, tensors: list[Tensor], scheme: str, bias: Tensor |
         bias: (out).
     """
     read = _read_scheme(scheme)
-    operands = _decode(tensors, read, x.shape[-1], x.dtype)
-    n_out, n_in = operands.main.shape
-    if len(flatten_tokens(x)) * (n_out + n_in) >= n_out * n_in:  # both times the rank
-        operands = merge(operands)
+    n_out, n_in = len(tensors[0]), x.shape[-1]
+    merged = len(flatten_tokens(x)) * (n_out + n_in) >= n_out * n_in  # both times the rank
+    operands = _decode(tensors, read, n_in, x.dtype, merged=merged)
     return run(x, operands, read, bias, work_dtype(x.dtype))
 
 
@@ -136,7 +146,7 @@ def packed_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 def _packed_linear_back(
     gradient: Tensor, tensors: list[Tensor], scheme: str, n_in: int, dtype: torch.dtype
 ) -> Tensor:
-    dense, _, _ = merge(_decode(tensors, _read_scheme(scheme), n_in, dtype))
+    dense, _, _ = _decode(tensors, _read_scheme(scheme), n_in, dtype, merged=True)
     return (gradient.to(dense.dtype) @ dense).to(dtype)
 
 

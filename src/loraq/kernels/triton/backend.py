@@ -2,18 +2,16 @@
 
 * MXFP8 activations on e4m3 rows, the operands of `fp8_row`: `quant_down` and `gemm_up`, two
   launches with the branch inside.
-* 16-bit activations on packed MXFP4 or MXINT4, nothing decoded: `small_m` for up to 16 tokens, and
-  the decoding of `low_memory` for more.
+* 16-bit activations on packed weights of every block format, nothing decoded: `small_m` for up to
+  16 tokens, and the decoding of `low_memory` for more.
 """
 
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from loraq.formats import CastFormat
+from loraq.formats import CastFormat, QTensor, get_format
 from loraq.kernels.base import (
     Backend,
     decode_factors,
@@ -24,11 +22,11 @@ from loraq.kernels.base import (
 )
 from loraq.kernels.fp8_row import Fp8Operands, Fp8Row
 from loraq.kernels.low_memory import LowMemory
+from loraq.kernels.triton.presence import absence
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 
 _ROUNDED = "mxfp8_e4m3"
-_PACKED = ("mxfp4", "mxint4")
 #: The most tokens for which a layer is nothing but the reading of its weight.
 SMALL_M = 16
 
@@ -44,20 +42,12 @@ class TritonRow(Backend):
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Return why a layer (out, in) cannot run here, judged without its values, or `None`."""
-        if find_spec("triton") is None:
-            return 'triton is not installed (pip install "loraq[triton]")'
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                "Triton compiles for GPUs; on a CPU it needs its interpreter (TRITON_INTERPRET=1), "
-                "which is for tests"
-            )
+        if reason := absence(device):
+            return reason
         if _is_weight_only(scheme):
-            if scheme.weight in _PACKED and shape[1] % 32 == 0:
+            if not isinstance(scheme.weight_format, CastFormat):
                 return None
-            return (
-                f"with 16-bit activations it reads {_PACKED} in whole blocks, not "
-                f"'{scheme.weight}' of {shape[1]}"
-            )
+            return f"it reads packed weights, not '{scheme.weight}'"
         used = {scheme.activation}
         if branch := scheme.branch:
             used |= {branch.activation, branch.intermediate_format.name}
@@ -96,7 +86,7 @@ class TritonRow(Backend):
         if not 0 < len(rows) <= SMALL_M or (torch.is_grad_enabled() and x.requires_grad):
             return _LOW_MEMORY.linear(x, packed, scheme, bias)
         main = packed.main
-        y = _small_m(rows, main.packed, main.scale, main.format.name == "mxint4")
+        y = _small_m(rows, main.packed, main.scale, main.global_scale, main.format.name)
         return finish(y, x, scheme, factors, bias)
 
 
@@ -143,12 +133,15 @@ _fp8_branch_linear.register_autograd(_backward, setup_context=_save)
 
 
 @library.custom_op("loraq::triton_small_m", mutates_args=())
-def _small_m(x: Tensor, packed: Tensor, scale: Tensor, integer: bool) -> Tensor:
+def _small_m(
+    x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, name: str
+) -> Tensor:
     from loraq.kernels.triton.small_m import small_m
 
-    return small_m(x, packed, scale, integer=integer)
+    shape = (len(packed), x.shape[1])
+    return small_m(x, QTensor(packed, scale, global_scale, shape, get_format(name)))
 
 
 @_small_m.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, integer: bool) -> Tensor:
+def _(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, name: str) -> Tensor:
     return x.new_empty((x.shape[0], packed.shape[0]), dtype=work_dtype(x.dtype))
