@@ -222,7 +222,9 @@ def _work_of(
     """Return what a worker of a run does."""
     files, journals = work_folders(folder)
     desks = {
-        part.component: Desk.of(part, files, stats.get(part.component), shared=settings.ranks.size > 1)
+        part.component: Desk.of(
+            part, files, stats.get(part.component), shared=settings.ranks.size > 1
+        )
         for part in target.parts
     }
     is_alone = settings.ranks.board is None
