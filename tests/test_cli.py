@@ -22,6 +22,7 @@ from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
 from loraq.errors import CheckpointError, LoraqError
+from loraq.kernels import BACKENDS
 from loraq.pipeline.ranks import Ranks
 from loraq.pipeline.tickets import Place
 from loraq.recipe import Recipe
@@ -639,6 +640,22 @@ def test_doctor_fails_when_a_back_end_breaks_its_promise(monkeypatch):
     result = run("doctor")
     assert result.exit_code == 1
     assert "The self-test failed for 'resident' on 'mxfp4-a4' (0.5 > 0.02)" in result.stderr
+
+
+@pytest.mark.slow
+def test_doctor_goes_on_when_a_back_end_fails(monkeypatch):
+    """It did not: on torch 2.7 to 2.10 one operator refused oneDNN's packed matrices."""
+    from loraq import doctor
+
+    def fail(*_):
+        raise NotImplementedError("Cannot access storage of OpaqueTensorImpl")
+
+    monkeypatch.setattr(type(BACKENDS["low_memory"]), "linear", fail)
+    monkeypatch.setattr(doctor, "_TESTED", doctor._TESTED[:1])
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "resident" in result.stdout
+    assert "(NotImplementedError: Cannot access storage of OpaqueTensorImpl)" in result.stderr
 
 
 def test_methods_lists_every_method_with_what_it_needs():

@@ -55,18 +55,20 @@ class Trial:
 
     recipe: str
     backend: str
-    #: ‖y − y_reference‖ / ‖y_reference‖, and what the back end promises.
-    error: float
+    #: ‖y − y_reference‖ / ‖y_reference‖, and what the back end promises; `None` if it failed.
+    error: float | None
     bound: float
     #: Median time of a call, and how many times faster it is than bf16 `F.linear` without any
     #: quantization.
-    milliseconds: float
-    speedup: float
+    milliseconds: float = 0.0
+    speedup: float = 0.0
+    #: The error that it ended with.
+    failure: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether the promise is kept."""
-        return self.error <= self.bound
+        return self.error is not None and self.error <= self.bound
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Report:
             (
                 t.recipe,
                 t.backend,
-                f"{t.error:.1e}",
+                "failed" if t.error is None else f"{t.error:.1e}",
                 f"{t.bound:.0e}",
                 f"{t.milliseconds:.1f}",
                 f"{t.speedup:.2f}",
@@ -168,6 +170,10 @@ def self_test(device: torch.device) -> list[Trial]:
                 trials.append(_try_backend(recipe, backend, packed, run, (x, w.to(x))))
             except KernelError:  # it refuses when it sees the values, as it should
                 continue
+            except Exception as error:  # a build of torch that lacks something: the others go on
+                failure = f"{type(error).__name__}: {error}"
+                bound = backend.bound(run, x.dtype)
+                trials.append(Trial(recipe, backend.name, None, bound, failure=failure))
     return trials
 
 
@@ -244,7 +250,7 @@ def _devices() -> dict[str, str]:
 def require_healthy(report: Report) -> None:
     """Raise `LoraqError` that names the back ends which broke their promise."""
     broken = [
-        f"'{t.backend}' on '{t.recipe}' ({t.error:.2g} > {t.bound:.2g})"
+        f"'{t.backend}' on '{t.recipe}' ({t.failure or f'{t.error:.2g} > {t.bound:.2g}'})"
         for t in report.trials
         if not t.passed
     ]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.scale_rules import LARGEST
@@ -74,8 +75,11 @@ def is_int8_row(fmt: Format) -> bool:
 def can_pack(device: torch.device) -> bool:
     """Whether oneDNN multiplies packed INT8 fast and exactly.
 
-    Without VNNI it is slow, or saturates sums.
+    Without VNNI it is slow, or saturates sums. Before torch 2.11 no operator of ours may be given
+    packed matrices, which have no storage.
     """
+    if TorchVersion(torch.__version__) < "2.11":
+        return False
     has_operator = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.onednn, "qlinear_prepack"
     )
