@@ -97,19 +97,27 @@ def test_the_short_demo_is_the_same_rows_under_shorter_labels():
         for each in contenders
     ] == [
         ("round to nearest", "int4-a16", "rtn", False),
-        ("SVDQuant ×100", "int4-a16+w6a6", "svdquant", False),
-        ("LoRaQ", "int4-a16+w6a6", "loraq", False),
+        ("SVDQuant ×100", "int4-a16+w8a8", "svdquant", False),
+        ("LoRaQ", "int4-a16+w8a8", "loraq", False),
         ("SVDQuant ×100 + GPTQ", "int4-a16+w6a6", "gptq", True),
         ("LoRaQ", "int4-a16+w6a6", "loraq", True),
     ]
 
 
 def test_every_short_row_of_ours_has_its_rival_beside_it():
-    for contenders in demo.choose_short().values():
+    for group, contenders in demo.choose_short().items():
         ours = [each for each in contenders if each.method == "loraq"]
-        rivals = [each for each in contenders if each.recipe == demo.SHORT_RECIPE]
+        rivals = [each for each in contenders if each.recipe == demo.SHORT_RECIPES[group]]
         assert len(ours) == 1
         assert len(rivals) == 2
+
+
+def test_the_short_demo_has_the_rows_that_the_quality_page_is_judged_by():
+    tables = pytest.importorskip("benchmarks.quality.tables")
+    declared = [
+        tables.COMPARISONS[f"W4A16, {way}"].declared for way in (tables.WITHOUT, tables.WITH)
+    ]
+    assert [f"{recipe}-h0" for recipe in demo.SHORT_RECIPES.values()] == declared
 
 
 def test_the_default_recipe_takes_part():
@@ -252,7 +260,7 @@ def test_the_page_shows_every_row_and_who_is_better():
     assert "strongest rival 0.0100" in page  # also when LoRaQ does not win
     assert "LoRaQ ★" in page
     assert "every format" in page
-    assert "int4-a16+w6a6" in draw_page(
+    assert "4-bit weights (INT4)" in draw_page(
         replace(
             invented(),
             rows=tuple(replace(r, recipe=r.recipe and "int4-a16+w6a6") for r in invented().rows),

@@ -98,7 +98,7 @@ def test_a_rank_on_another_kind_of_machine_is_refused(place, tmp_path):
 import os, sys
 import loraq.pipeline.target as target
 if os.environ["RANK"] == "1":
-    target.describe_machine = lambda: {{"processor": "another"}}
+    target.describe_machine = lambda *_: {{"processor": "another"}}
 from loraq.cli import main
 sys.argv = ["loraq"] + {quantize(place, tmp_path / "out")[2:]!r}
 main()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loraq.evaluation.demo import BUDGET, N_OWN_SAMPLES, SHORT_RECIPE, DemoResult, DemoRow
+from loraq.evaluation.demo import BUDGET, N_OWN_SAMPLES, SHORT_RECIPES, DemoResult, DemoRow
 from loraq.evaluation.digits import assets_folder
 from loraq.evaluation.picture import AMPLIFIED, strips_of
 from loraq.pages.figures import number, size_of
@@ -38,8 +38,9 @@ def draw_page(result: DemoResult) -> str:
     rows = result.rows
     trained, groups = rows[0], _group(rows[1:])
     recipes = {row.recipe for row in rows[1:]}
-    what = f"4-bit weights, 16-bit activations ({SHORT_RECIPE})"
-    if any(not each.startswith(SHORT_RECIPE.partition("+")[0]) for each in recipes):
+    what = "4-bit weights (INT4), activations in 16 bits"
+    mains = {recipe.partition("+")[0] for recipe in SHORT_RECIPES.values()}
+    if not {recipe.partition("+")[0] for recipe in recipes} <= mains:
         what = "every format and activation precision that the demo knows"
     return document(
         "loraq demo",
