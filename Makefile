@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check-fast test-bare test-exports test-evaluate fuzz crash lint fmt bench gpu docs site clean
+.PHONY: demo test check-fast test-bare test-exports test-evaluate fuzz crash lint fmt bench gpu gpu-rehearsal docs site clean
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing a small trained transformer (1 to 2 minutes on two cores); report in demo/report.html"
@@ -40,6 +40,10 @@ bench: .venv/dev.stamp
 gpu: .venv-gpu/stamp
 	@echo "gpu: tests, timings, memory and graph capture on the first GPU (at most 25 minutes)"
 	@.venv-gpu/bin/python -m benchmarks.gpu.run
+
+gpu-rehearsal: .venv/dev.stamp
+	@echo "gpu-rehearsal: every step of make gpu on this CPU, in small (2 minutes)"
+	@$(BIN)/pytest tests/rehearse_gpu.py
 
 docs: .venv/dev.stamp
 	@echo "docs: the pages that are generated"

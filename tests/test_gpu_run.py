@@ -1,4 +1,4 @@
-"""`make gpu`: its steps fit its time, one that fails loses nothing, and all of it runs on a CPU."""
+"""`make gpu`: its steps fit its time, one that fails loses nothing (and `rehearse_gpu.py`)."""
 
 import subprocess
 import sys
@@ -12,8 +12,6 @@ if not (ROOT / "benchmarks").is_dir():
 pytest.importorskip("diffusers")
 
 from benchmarks.gpu.run import LIMIT, STEPS, run_step  # noqa: E402
-from benchmarks.results import read  # noqa: E402
-from benchmarks.speed.page import page  # noqa: E402
 
 
 def test_the_steps_have_names_of_their_own_and_fit_the_time_of_the_run():
@@ -37,25 +35,6 @@ def test_a_step_that_fails_or_hangs_is_named_and_keeps_its_output(tmp_path, prog
     assert outcome.seconds < 20
     printed = outcome.log.read_text()
     assert ("fine" if not failure else "before") in printed or "abort" in program
-
-
-@pytest.mark.slow
-def test_a_rehearsal_runs_every_step_and_its_results_make_a_page(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu.run", "--rehearse", "--results"]
-    done = subprocess.run(
-        [*command, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(STEPS)} of {len(STEPS)} steps succeeded" in done.stdout
-    records = read(tmp_path)
-    found = {record["benchmark"] for record in records}
-    assert found == {"speed.solver", "speed.layer", "speed.block", "gpu.graphs", "gpu.run"}
-    text = page([{**record, "device": "cuda", "gpu": "Some GPU"} for record in records])
-    assert f"The last run: {len(STEPS)} of {len(STEPS)} steps succeeded." in text
-    for backend in ("low_memory", "resident", "int8_row", "triton"):
-        assert f"layer, 64 tokens, `{backend}`" in text
-    assert "block, 16 tokens, `low_memory`" in text
-    assert "| step, 16 tokens |" in text
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path):
