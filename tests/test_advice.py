@@ -30,7 +30,7 @@ def test_the_back_end_takes_the_recipe_on_the_device(advice: Advice, monkeypatch
         spec = LayerSpec((scheme,), (1152, 4608), device)
         assert settle(BACKENDS[advice.backend], spec) == (scheme, "")
     assert advice.sentence.endswith(".")
-    assert advice_for(advice.device) is advice
+    assert advice_for(advice.device) == advice
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_lora_far_larger_than_an_nvfp4_branch_is_refused():
     """That has one scale above all others, which is full."""
     before = solve(Scheme("mxfp4", "bf16", Branch(16, "nvfp4")))
     with pytest.raises(LayerError, match="keeps too little of the LoRA"):
-        put(before, bare(before), "one", lora(4, 1, 1.0))
+        put(before, bare(before), "one", lora(4, 1, 4.0))
 
 
 def test_a_lora_wider_than_the_layer_takes_the_rank_of_the_layer():

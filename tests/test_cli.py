@@ -589,7 +589,7 @@ def test_inspect_measures_the_memory_of_every_back_end(place):
         row["backend"]: row
         for row in document("inspect", place / "quantized", "--memory")["memory"]
     }
-    names = ["reference", "resident", "low_memory", "int8_row", "fp8_row", "triton"]
+    names = ["reference", "resident", "low_memory", "int8_row", "openvino", "fp8_row", "triton"]
     assert list(rows) == ["float", "auto", *names]
     layers = document("inspect", place / "quantized")["layers"].values()
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)

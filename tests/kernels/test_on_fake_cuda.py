@@ -175,7 +175,7 @@ def layer_of(packed: PackedWeight, backend: str = "auto") -> QuantizedLinear:
 
 
 def test_no_back_end_is_left_out():
-    assert {backend for backend, _ in CASES} == {"auto", *BACKENDS}
+    assert {backend for backend, _ in CASES} == {"auto", *BACKENDS} - {"openvino"}  # for CPUs
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)
@@ -210,7 +210,7 @@ def test_the_kernels_were_launched(with_triton):
 @pytest.mark.parametrize("name", ["int4-a4+w6a6-r16-h32", "nvfp4-a16+bf16-r16", "mxfp6_e2m3-a16"])
 def test_a_gradient_is_made_on_the_device(name, with_triton):
     packed = packed_of(name)
-    text = low_memory._write_scheme(packed.scheme, packed.scheme.rotation)
+    text = low_memory.write_scheme(packed.scheme, packed.scheme.rotation)
     with on_device(packed) as there:
         gradient = torch.empty(24, N_OUT, device=CUDA)
         tensors = list(there.tensors.values())
