@@ -195,7 +195,10 @@ def test_gradients_are_those_of_low_memory(dtype):
         (layer(x) * gaussian(24, N_OUT, 3).to(dtype)).sum().backward()
         gradients.append((x.grad, layer.bias.grad))
     for ours, theirs in zip(*gradients, strict=True):
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+        # In bf16 one rotates the gradient, and the other the weight.
+        bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        both = (torch.atleast_2d(each.double()) for each in (theirs, ours))
+        assert relative_error(*both) < bound
 
 
 @installed
@@ -227,6 +230,7 @@ def test_what_it_keeps_is_a_copy_and_no_more():
     """
     program = """
 import ctypes, gc, torch
+from benchmarks.worlds.random_layers import random_layer
 from loraq.recipe_names import parse_scheme
 def used():
     gc.collect(); ctypes.CDLL(None).malloc_trim(0)

@@ -103,7 +103,9 @@ def build_graph(
             if name in stored:
                 _put_codes(graph, node, stored[name])
         graph.validate_nodes_and_infer_types()
-        for i, node in enumerate(graph.get_ordered_ops()):  # their own names count up in a process
+        # Names of its own making count up in a process.
+        graph.set_friendly_name(type(model).__name__)
+        for i, node in enumerate(graph.get_ordered_ops()):
             if node.get_type_name() != "Parameter":
                 node.set_friendly_name(f"{node.get_type_name()}_{i}")
         with tempfile.TemporaryDirectory() as folder:
