@@ -99,6 +99,8 @@ def test_a_row_that_fails_is_named_and_loses_no_other(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(run, "look_at", lambda *_: None)
     monkeypatch.setattr(run, "measure", measure_but_for_the_second)
+    kept = ("date", "commit", "changed", "torch", "cpu_count")
+    monkeypatch.setattr(run, "environment", lambda: dict.fromkeys(kept, ""))
     added = []
     monkeypatch.setattr(run.ledger, "add", added.append)
     jobs = [run.Job("digits", TITLE, index, 0, "fast", pictures=False) for index in range(3)]
