@@ -6,12 +6,11 @@ be, and nothing about images.
 
 import string
 from dataclasses import replace
-from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loraq.errors import LoraqError
 from loraq.evaluation import weights
@@ -20,11 +19,9 @@ from loraq.evaluation.lpips import alexnet_features
 
 
 def store(monkeypatch: pytest.MonkeyPatch, source: str, state: dict, folder: Path) -> Path:
-    """Write weights, and let the file be known by the name that its hash gives it."""
-    raw = BytesIO()
-    torch.save(state, raw)
-    name = f"random-{sha256(raw.getvalue()).hexdigest()[:8]}.pth"
-    (folder / name).write_bytes(raw.getvalue())
+    """Write weights, and let the file be known by a name of its own."""
+    name = f"random-{source.lower()}.safetensors"
+    save_file({key: x.clone().contiguous() for key, x in state.items()}, folder / name)
     monkeypatch.setattr(weights, source, replace(getattr(weights, source), name=name))
     return folder / name
 

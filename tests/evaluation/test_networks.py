@@ -165,8 +165,8 @@ def test_a_given_folder_comes_before_the_cache(tmp_path, monkeypatch):
     given.write_bytes(path.read_bytes())
     assert weights.ALEXNET.find(tmp_path) == given
     given.write_bytes(b"damaged")
-    with pytest.raises(LoraqError, match="is not what its name says: its SHA-256"):
-        weights.ALEXNET.find(tmp_path)
+    with pytest.raises(LoraqError, match=str(given)):
+        weights.read_weights(weights.ALEXNET.find(tmp_path))
 
 
 def test_a_file_that_holds_code_is_not_run(tmp_path):
@@ -174,7 +174,7 @@ def test_a_file_that_holds_code_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
 
-    torch.save({"features.0.weight": Bad()}, tmp_path / "bad.pth")
-    with pytest.raises(LoraqError, match="Cannot read"):
-        weights.read_weights(tmp_path / "bad.pth")
+    torch.save({"features.0.weight": Bad()}, tmp_path / "bad.safetensors")
+    with pytest.raises(LoraqError):
+        weights.read_weights(tmp_path / "bad.safetensors")
     assert not (tmp_path / "made").exists()

@@ -276,7 +276,7 @@ def test_what_cannot_work_is_known_before_an_image_is_drawn(
     (tmp_path / "p.txt").write_text("a red fox\n")
     words = settings(source, quantized, tmp_path / "i", tmp_path / "p.txt")
     for more, message in (
-        ([], r"alexnet-owt-7be5be79\.pth.*https://download\.pytorch\.org"),
+        ([], r"alexnet-owt-7be5be79\.safetensors.*https://download\.pytorch\.org"),
         (["--no-lpips", "--set", "hight=3"], "Unknown argument .* 'hight'"),
         (["--no-lpips", "--set", "generator=3"], "generator cannot be given"),
         (["--no-lpips", "--count", "2"], "holds 1 prompts, and 2 are required"),

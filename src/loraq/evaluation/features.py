@@ -113,7 +113,7 @@ def _inception(weights: Path) -> nn.Module:
     Its own forward takes bytes only, and resizes them as TensorFlow 1 did; its layers stand in the
     order in which it runs them, the classifier last.
     """
-    # It unpickles whatever a file says. So it gets what was read with care, as bytes of our own.
+    # It loads pickles only. So it gets what was read as safetensors, in bytes of our own.
     stored = io.BytesIO()
     torch.save(read_weights(weights), stored)
     stored.seek(0)

@@ -1,22 +1,22 @@
 """LPIPS with AlexNet: how far apart two images are in the features of a network.
 
 The network is that of torchvision, layer by layer, so that torchvision, which needs a build for the
-very torch that is there, is not needed. The learned weights of its channels come with torchmetrics.
+very torch that is there, is not needed. The learned weights of its channels are in `assets/lpips`.
 """
 
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.errors import LoraqError
-from loraq.evaluation.libraries import torchmetrics
 from loraq.evaluation.weights import read_weights
 
 #: Mean and deviation that LPIPS was trained with, for pixels in [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+#: Weights of the channels of each layer, by LPIPS 0.1 (see `assets/lpips/README.md`).
+_HEADS = Path(__file__).parents[1] / "assets" / "lpips" / "alex.safetensors"
 #: The layers of AlexNet's features after which LPIPS looks: its five ReLUs.
 _LOOKS = (1, 4, 7, 9, 11)
 #: Added to a sum of squares before its root, in torchmetrics.
@@ -27,11 +27,10 @@ class LPIPS(nn.Module):
     """The distance of two batches of images, one number for each pair."""
 
     def __init__(self, weights: Path) -> None:
-        """Read AlexNet's weights from a file, and those of the channels from torchmetrics.
+        """Read AlexNet's weights from a file, and those of the channels, which are ours to give.
 
         Raises:
             LoraqError: the file is not AlexNet's.
-            MissingLibraryError: torchmetrics is not installed.
         """
         super().__init__()
         self.features = alexnet_features()
@@ -44,7 +43,7 @@ class LPIPS(nn.Module):
             self.features.load_state_dict(own)
         except RuntimeError as error:
             raise LoraqError(f"The weights in '{weights}' are not AlexNet's: {error}") from error
-        heads = read_weights(_heads_file(torchmetrics().functional.image.lpips))
+        heads = read_weights(_HEADS)
         self.channels = nn.ParameterList(
             heads[f"lin{i}.model.1.weight"] for i in range(len(_LOOKS))
         )
@@ -90,7 +89,3 @@ def alexnet_features() -> nn.Sequential:
         nn.Conv2d(256, 256, kernel_size=3, padding=1),
         nn.ReLU(),
     )
-
-
-def _heads_file(lpips: ModuleType) -> Path:
-    return Path(str(lpips.__file__)).parent / "lpips_models" / "alex.pth"

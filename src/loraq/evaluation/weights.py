@@ -3,21 +3,20 @@
 Nothing is downloaded: a run says before its first image what is missing, and where to get it.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from loraq.checkpoint.folder import file_sha256
 from loraq.errors import LoraqError
 from loraq.integrations.hub import cached_folder
+from loraq.safetensors.reader import ShardReader
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights; its name ends with the beginning of its SHA-256."""
+    """One file of weights, which is published as a pickle: its tensors are read as safetensors."""
 
     user: str
     name: str
@@ -27,25 +26,18 @@ class WeightFile:
         """Return where it is: in a folder, or in the cache of torch's hub.
 
         Raises:
-            LoraqError: it is in neither, or is not the file that its name says.
+            LoraqError: it is in neither.
         """
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         for place in (folder, cache):
             if place is not None and (path := place / self.name).is_file():
-                return self._checked(path)
+                return path
         raise LoraqError(
             f"{self.user} needs '{self.name}', which is neither in {_given(folder)} nor in "
-            f"'{cache}'. Download it from {self.url}"
+            f"'{cache}'. Pickles are not read: load the published file once with "
+            "`torch.load(…, 'cpu', weights_only=True)`, and save its tensors under that name with "
+            f"`safetensors.torch.save_file`. It is at {self.url}"
         )
-
-    def _checked(self, path: Path) -> Path:
-        said = re.search(r"-([0-9a-f]{8})\.", self.name)
-        if said and not file_sha256(path).startswith(said[1]):
-            raise LoraqError(
-                f"'{path}' is not what its name says: its SHA-256 does not begin with {said[1]}. "
-                f"Download it again from {self.url}"
-            )
-        return path
 
 
 @dataclass(frozen=True)
@@ -76,12 +68,12 @@ class WeightFolder:
 
 ALEXNET = WeightFile(
     "LPIPS (`--no-lpips` leaves it out)",
-    "alexnet-owt-7be5be79.pth",
+    "alexnet-owt-7be5be79.safetensors",
     "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 )
 INCEPTION = WeightFile(
     "FID",
-    "weights-inception-2015-12-05-6726825d.pth",
+    "weights-inception-2015-12-05-6726825d.safetensors",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth",
 )
@@ -97,19 +89,14 @@ CLIP = WeightFolder(
 )
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """Return the tensors of a file of PyTorch; nothing else that is in it is made.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
 
     Raises:
-        LoraqError: it cannot be read, or holds more than tensors.
+        CheckpointError: it cannot be read.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what unpickling damaged bytes raises
-        raise LoraqError(f"Cannot read '{path}': {error}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise LoraqError(f"'{path}' holds a {type(content).__name__}, and no tensors by name.")
-    return content
+    reader = ShardReader(path)
+    return {name: reader.read(name) for name in reader.names}
 
 
 def _given(place: Path | None) -> str:
