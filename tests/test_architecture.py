@@ -38,7 +38,7 @@ FENCES = {
     "diffusers": ["integrations", "evaluation"],
     "transformers": ["integrations", "evaluation"],
     "accelerate": ["integrations", "evaluation"],
-    "huggingface_hub": ["integrations", "checkpoint/pretrained.py"],
+    "huggingface_hub": ["integrations"],
     "multiprocessing": ["pipeline/ranks.py"],
     "peft": ["integrations"],
     "matplotlib": ["evaluation"],

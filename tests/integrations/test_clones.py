@@ -10,8 +10,6 @@ import torch
 from small.pixart import small_pixart, velocity
 
 import loraq
-from loraq.checkpoint.inspect import count_stored
-from loraq.checkpoint.manifest import Manifest
 from loraq.errors import CheckpointError, LoraqError
 from loraq.recipe import Recipe
 from tests.folders import files_of
@@ -166,53 +164,29 @@ def test_a_variant_is_saved_and_loaded(quantized, tmp_path, size):
         quantized.save_pretrained(tmp_path / "q", variant="../x")
 
 
-@pytest.fixture
-def uploads(tmp_path, monkeypatch) -> dict:
-    """What was asked of the hub last; the folder that it got is `tmp_path / "hub"`."""
-    import huggingface_hub as hub
+def test_saving_and_pushing(quantized, tmp_path, monkeypatch):
+    import diffusers.models.modeling_utils as modeling
+    import diffusers.utils.hub_utils as hub
 
     asked = {}
 
-    def upload(**options):
-        shutil.copytree(options["folder_path"], tmp_path / "hub", dirs_exist_ok=True)
-        asked.update(options)
+    def upload(self, working_dir, repo_id, **options):
+        shutil.copytree(working_dir, tmp_path / "hub", dirs_exist_ok=True)
+        asked.update(options, repo_id=repo_id)
 
-    made = lambda repo_id, **_: type("Repo", (), {"repo_id": repo_id})  # noqa: E731
-    monkeypatch.setattr(hub, "create_repo", made)
-    monkeypatch.setattr(hub, "upload_folder", upload)
-    monkeypatch.setattr(hub, "file_exists", lambda *_, **__: (tmp_path / "their card").exists())
-    return asked
-
-
-def test_saving_and_pushing(quantized, tmp_path, uploads):
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_folder", upload)
+    for module in (hub, modeling):
+        fake = lambda repo_id, **_: type("Repo", (), {"repo_id": repo_id})  # noqa: E731
+        monkeypatch.setattr(module, "create_repo", fake)
+        card = lambda *_, **__: type("Card", (), {"save": lambda *_: None})()  # noqa: E731
+        monkeypatch.setattr(module, "load_or_create_model_card", card)
+        monkeypatch.setattr(module, "populate_model_card", lambda card, **_: card)
     options = {"push_to_hub": True, "repo_id": "me/x", "commit_message": "4 bits", "token": "t"}
     quantized.save_pretrained(tmp_path / "out", **options)
-    assert uploads["repo_id"] == "me/x"
-    assert (uploads["commit_message"], uploads["token"]) == ("4 bits", "t")
+    assert asked["repo_id"] == "me/x"
+    assert asked["commit_message"] == "4 bits"
     for folder in (tmp_path / "out", tmp_path / "hub"):
         assert torch.equal(velocity(PixArt.from_pretrained(folder)), velocity(quantized))
-    assert not (tmp_path / "out" / "README.md").exists()
-
-
-def test_the_model_card_says_what_was_measured(quantized, tmp_path, uploads):
-    quantized.push_to_hub("me/x", create_pr=True)
-    text = (tmp_path / "hub" / "README.md").read_text()
-    assert uploads["create_pr"]
-    assert 'PixArtTransformer2DModel.from_pretrained("me/x", torch_dtype=torch.bfloat16)' in text
-    manifest = Manifest.read(tmp_path / "hub")
-    layers = [layer for layer in manifest.layers.values() if not layer.is_kept]
-    errors = [layer.record["relative_error"] for layer in layers]
-    assert f"mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}" in text
-    numbers, nbytes = count_stored(tmp_path / "hub", manifest)
-    assert f"{numbers:,}, {8 * nbytes / numbers:.2f} bits each" in text
-    assert f"method {manifest.recipe['method']}" in text
-    assert f"{len(manifest.layers) - len(layers)} layers are kept" in text
-
-
-def test_a_card_that_is_there_stays(quantized, tmp_path, uploads):
-    (tmp_path / "their card").touch()
-    quantized.push_to_hub("me/x")
-    assert not (tmp_path / "hub" / "README.md").exists()
 
 
 def test_weights_that_nobody_lists_are_not_taken_for_old_ones(quantized, clone):

@@ -8,13 +8,10 @@ Nothing here knows diffusers: any module with methods of these names is served.
 import re
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
-from loraq import disk
-from loraq.checkpoint import card
 from loraq.checkpoint.beside import replaced_model
 from loraq.checkpoint.floats import attach_float_methods
 from loraq.checkpoint.model import require_quantized, write_model
@@ -44,8 +41,6 @@ def attach_methods(model: nn.Module) -> None:
         if callable(getattr(part, "save_pretrained", None)):
             attach_float_methods(part)
             setattr(part, "save_pretrained", partial(_save_pretrained, part))  # noqa: B010 (a module, says mypy)
-            if callable(getattr(part, "push_to_hub", None)):
-                setattr(part, "push_to_hub", partial(_push_to_hub, part))  # noqa: B010 (a module, says mypy)
         if callable(getattr(part, "get_memory_footprint", None)):
             setattr(part, "get_memory_footprint", partial(_memory_footprint, part))  # noqa: B010 (a module, says mypy)
 
@@ -116,44 +111,8 @@ def _save_pretrained(  # noqa: PLR0913 - those of diffusers
     if push_to_hub:
         asked = {name: others[name] for name in _HUB_OPTIONS if others.get(name)}
         repository = asked.pop("repo_id", folder.resolve().name)
-        _push_to_hub(model, repository, variant=variant, max_shard_size=max_shard_size, **asked)
-
-
-def _push_to_hub(  # noqa: PLR0913 - those of diffusers and transformers
-    model: nn.Module,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
-    variant: str | None = None,
-    max_shard_size: int | str | None = None,
-    **others: Any,
-) -> Any:
-    """Upload what `save_pretrained` writes, and a model card if the repository has none.
-
-    Raises:
-        CheckpointError: as `_save_pretrained` says.
-    """
-    from huggingface_hub import create_repo, file_exists, upload_folder
-
-    with TemporaryDirectory() as place:
-        folder = Path(place) / "model"
-        _save_pretrained(model, folder, variant=variant, max_shard_size=max_shard_size, **others)
-        repository = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        if not subfolder and not file_exists(repository, card.FILE_NAME, token=token):
-            text = card.describe_folder(folder, repository)
-            disk.write_file(folder / card.FILE_NAME, text.encode())
-        return upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            path_in_repo=subfolder,
-            commit_message=commit_message or "Upload a model quantized by loraq",
-            token=token,
-            create_pr=create_pr,
-        )
+        push: Any = model.push_to_hub
+        push(repository, **asked, **({"variant": variant} if variant else {}))
 
 
 def _parse_size(size: int | str | None) -> int:
