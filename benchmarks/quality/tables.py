@@ -76,10 +76,10 @@ COMPARISONS: dict[str, Comparison] = {
     f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w6a6-h0"),
     f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0"),
     f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0"),
-    f"W4A8, {WITHOUT}": Comparison(_A8, False, "mxfp4-a8+w8a8-h0"),
+    f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0"),
     f"W4A8, {WITH}": Comparison(_A8, True, "mxfp4-a8+bf16-h0"),
-    f"W4A4, {WITHOUT}": Comparison(_A4, False, "int4-a4+w8a8-h32", 1.10, (_CONVROT,)),
-    f"W4A4, {WITH}": Comparison(_A4, True, "int4-a4+w8a8-h32", 1.10),
+    f"W4A4, {WITHOUT}": Comparison(_A4, False, "int4-a4+w4a8-h32", 1.10, (_CONVROT,)),
+    f"W4A4, {WITH}": Comparison(_A4, True, "int4-a4+w4a8-h32", 1.10),
 }
 CONTENDERS: dict[str, Table] = {
     title: comparison.entrants for title, comparison in COMPARISONS.items()
