@@ -58,7 +58,7 @@ class GPTQ(Method):
                 scheme.branch, self.rounds, self.patience, self.scale_rule, self.rotate
             ).run(weight, scheme.weight_format, seed)
             fitted = quantize_branch(*factors, scheme.branch, self.scale_rule)
-            target = weight - fitted.reconstruct()
+            target = fitted.subtract_from(weight)
         noise = rounding_noise(scheme.activation, rotation=scheme.rotation)
         inputs = Inputs(
             stats,
