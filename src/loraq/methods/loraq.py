@@ -122,7 +122,8 @@ class LoRaQ(Method):
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         branch = self._require_branch(scheme)
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
-        inputs = Inputs(stats, self.feedback_damping, noise.main, scheme.activation_format)
+        activation = scheme.activation_format if self.activation_aware else None
+        inputs = Inputs(stats, self.feedback_damping, activation)
         problem = Problem(
             weight,
             scheme.weight_format,
@@ -221,8 +222,7 @@ class LoRaQ(Method):
             prices = []
             if noise.main:
                 rounded = stored.dequantize()
-                energy = inputs.noise_energy(rounded, scheme.activation_format)
-                prices.append(noise.main * energy)
+                prices.append(inputs.rounding_energy(rounded, noise.main))
                 del rounded
             product = candidate.reconstruct()
             if noise.branch:  # the intermediate is a sum of channels, as large as they are together
