@@ -1,5 +1,17 @@
-"""How long a test waits for what must not hang."""
+"""How long a test lets something work that must be refused at once."""
 
-#: Seconds. A machine that runs tests may be busy: this tells a refusal from a hang, and no more.
-#: `make fuzz` holds refusals to one second.
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: Seconds of this process's own work. This tells a refusal from a hang, and no more: `make fuzz`
+#: holds refusals to one second.
 PATIENCE = 10.0
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Fail if the block works for long; what else a busy machine does meanwhile does not count."""
+    begin = time.process_time()
+    yield
+    assert time.process_time() - begin < PATIENCE

@@ -4,6 +4,7 @@ when asked to.
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -240,8 +241,9 @@ def test_quantize_prints_results_on_stdout_and_progress_on_stderr(place, tmp_pat
     assert lines[1].startswith("Linear weights: ")
     assert lines[-1] == f"Written to {tmp_path / 'out'}."
     progress = result.stderr.splitlines()
-    assert len(progress) == 8
-    assert progress[0].startswith("quantize: layer 1 of 8, error 0.")
+    assert len(progress) == 9
+    assert re.fullmatch(r"quantize: 8 layers, about \d+ s, 0\.\d GB peak", progress[0])
+    assert progress[1].startswith("quantize: layer 1 of 8, error 0.")
     assert len(loraq.load(tmp_path / "out").transformer_blocks) == 1
 
 
@@ -287,7 +289,8 @@ def test_quantize_goes_on_and_says_so(place, tmp_path, monkeypatch):
     assert (
         "1 of them were finished before the last run was interrupted." in result.stdout.splitlines()
     )
-    assert result.stderr.splitlines()[0].startswith("quantize: layer 2 of 8, error 0.")
+    assert result.stderr.startswith("quantize: 7 layers, about ")
+    assert result.stderr.splitlines()[1].startswith("quantize: layer 2 of 8, error 0.")
 
 
 def test_quantize_gives_one_document(place, tmp_path):

@@ -1,5 +1,7 @@
 """Norms, truncated SVD by subspace iteration, a rotation that spreads, and a Cholesky factor."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.errors import SchemeError
+
+#: Numbers that `as_doubles` widens at a time.
+_WIDENED = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,31 @@ def frobenius(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
 
 
+def as_doubles(
+    shape: tuple[int, ...], device: torch.device, fill: Callable[[Tensor], object]
+) -> Tensor:
+    """Return a matrix of fp32 numbers as doubles on a CPU, where `frobenius` would copy it.
+
+    The fp32 numbers are made in the memory of the doubles, and widened there from the last one on:
+    no number is overwritten before it is read. Other devices widen each number as they sum it, so
+    there the fp32 matrix itself is returned.
+
+    Args:
+        shape: of the matrix.
+        device: where it is.
+        fill: writes the numbers into the contiguous fp32 tensor that it is given.
+    """
+    n = math.prod(shape)
+    room = torch.empty(2 * n if device.type == "cpu" else n, dtype=torch.float32, device=device)
+    fill(room[:n].view(shape))
+    if len(room) == n:
+        return room.view(shape)
+    doubles = room.view(torch.float64)
+    for start in reversed(range(0, n, _WIDENED)):
+        doubles[start : start + _WIDENED] = room[start : min(start + _WIDENED, n)].double()
+    return doubles.view(shape)
+
+
 def relative_error(exact: Tensor, approximation: Tensor) -> float:
     """Return ‖exact − approximation‖_F / ‖exact‖_F; the absolute error if `exact` is zero."""
     return frobenius(exact - approximation).item() / (frobenius(exact).item() or 1.0)
@@ -94,7 +124,7 @@ def energy(matrix: Tensor) -> Tensor:
     if not matrix.is_cpu:
         return frobenius(matrix).square()
     total = torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
-    return total if 1e-24 < total < 1e60 else frobenius(matrix).square()
+    return total if 1e-24 < total < 1e60 or not matrix.any() else frobenius(matrix).square()
 
 
 def spreading_rotation(size: int, *, seed: int) -> Float[Tensor, "size size"]:

@@ -27,9 +27,9 @@ class LowRankBranch:
     #: (rank, in), blocks along in.
     proj_down: QTensor
 
-    def reconstruct(self) -> Float[Tensor, "out in"]:
-        """Return the dense product U D in fp32."""
-        return self.proj_up.dequantize() @ self.proj_down.dequantize()
+    def reconstruct(self, *, out: Tensor | None = None) -> Float[Tensor, "out in"]:
+        """Return the dense product U D in fp32, in `out` if given."""
+        return torch.mm(self.proj_up.dequantize(), self.proj_down.dequantize(), out=out)
 
     def subtract_from(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return weight − U D, in the memory of the product."""

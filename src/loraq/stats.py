@@ -77,7 +77,7 @@ class ActivationStats:
         """
         moment, matrix = self.second_moment.to(dtype), matrix.to(dtype)
         seen = matrix @ moment if self.is_full else matrix * moment
-        return max(0.0, (seen * matrix).sum(dtype=torch.float64).item())
+        return max(0.0, seen.mul_(matrix).sum(dtype=torch.float64).item())
 
     def to(self, device: torch.device) -> "ActivationStats":
         """Return the same statistics on a device, in fp32 whatever they were computed in."""

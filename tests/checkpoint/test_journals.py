@@ -67,6 +67,28 @@ def test_what_only_workers_have_noted_is_kept_when_the_leader_fails(tmp_path):
     assert begin(target) == {"b"}
 
 
+@pytest.mark.parametrize("damage", [b"0 5\n", b"0 []\n", b"0 {}\n", b"0 \xff\n", b"0\n", None])
+def test_a_damaged_journal_of_a_worker_does_not_hide_why_the_leader_failed(tmp_path, damage):
+    target = tmp_path / "out"
+
+    def work(_: PartialFolder) -> None:
+        leave(target, 0, "a")
+        leave(target, 1, "b")
+        path = work_folders(target)[1] / "1.jsonl"
+        if damage is None:  # it is going away just now
+            path.unlink()
+            path.symlink_to("nowhere")
+        else:
+            path.write_bytes(b"first\n" + damage)
+        raise LayerError("the reason")
+
+    with (
+        pytest.raises(LayerError, match=r"the reason.*1 of 9"),
+        resumable_folder(target, RUN, 9) as partial,
+    ):
+        work(partial)
+
+
 def test_workers_that_noted_nothing_keep_nothing(tmp_path):
     fail(tmp_path / "out", lambda _: leave(tmp_path / "out", 1))
     assert not partial_path(tmp_path / "out").exists()

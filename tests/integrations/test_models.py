@@ -1,6 +1,7 @@
 """`quantize_` and `quantize` on what people hold: models, wrapped models, whole pipelines."""
 
 import copy
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -137,6 +138,20 @@ def test_the_state_is_the_same_however_a_model_came_to_be_quantized(source, made
         assert "config.json" in files_of(tmp_path / way), way
         assert same(loraq.load(tmp_path / way), made[0]), way
         assert same(copy.deepcopy(model), model), way
+
+
+def test_loading_says_what_memory_it_takes(made, caplog):
+    with caplog.at_level("INFO", "loraq"):
+        model = loraq.load(made[1])
+        PixArt.from_pretrained(made[1])
+    said = [record.message for record in caplog.records if " takes " in record.message]
+    assert len(said) == 2
+    widest = max(math.prod(layer.packed_shape) for layer in quantized_layers(model).values())
+    assert said[0].startswith(
+        f"{type(model).__name__} takes {model.get_memory_footprint() / 1e6:.1f} MB, and up to "
+        f"{2 * widest / 1e6:.1f} MB while a layer is decoded"
+    )
+    assert "`loraq inspect --memory`" in said[0]
 
 
 def test_the_footprint_counts_what_back_ends_keep(made):

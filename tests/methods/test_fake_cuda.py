@@ -10,6 +10,7 @@ import torch
 from loraq.formats import get_format
 from loraq.methods import METHODS, LoRaQ
 from loraq.methods.base import Method
+from loraq.methods.fits import Prepared
 from loraq.methods.noise import ActivationNoise
 from loraq.pipeline import layer
 from loraq.pipeline.jobs import LayerJob
@@ -112,8 +113,8 @@ def test_a_layer_is_solved_on_the_device_and_comes_back(monkeypatch):
     job = LayerJob.of("proj", SHAPE, recipe.scheme_for("proj", SHAPE), recipe)
     solved = []
 
-    def watch(job: LayerJob, weight: torch.Tensor, stats: ActivationStats | None) -> object:
-        solved.append(weight.device)
+    def watch(job: LayerJob, weight: Prepared, stats: ActivationStats | None) -> object:
+        solved.append(weight.weight.device)
         return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
 
     monkeypatch.setattr(layer, "solve_layer", watch)

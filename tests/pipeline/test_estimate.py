@@ -1,26 +1,30 @@
 """What is said of a run before it."""
 
-import time
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from loraq.pipeline.estimate import estimate_seconds, worker_nbytes
-from loraq.pipeline.module import plan_model, quantize_
+from loraq.methods import LoRaQ
+from loraq.pipeline import estimate
+from loraq.pipeline.estimate import describe_run, estimate_seconds, worker_nbytes
+from loraq.pipeline.jobs import LayerJob
+from loraq.pipeline.module import plan_model
 from loraq.recipe import Recipe
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def model_of(*widths: int) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(width, 256, bias=False) for width in widths))
+def jobs_of(*widths: int, recipe: str | Recipe = "mxfp4-a16") -> list[LayerJob]:
+    model = nn.Sequential(*(nn.Linear(width, 256, bias=False) for width in widths))
+    return plan_model(model, recipe).quantized
 
 
 def test_memory_follows_the_largest_layer():
-    plan = plan_model(model_of(256, 512, 128), "mxfp4-a16")
-    assert worker_nbytes(plan) == 5 * 4 * 256 * 512
-    assert worker_nbytes(plan_model(model_of(256), "mxfp4-a16")) == 5 * 4 * 256 * 256
+    assert worker_nbytes(jobs_of(256, 512, 128)) == 4 * 4 * 256 * 512
+    assert worker_nbytes(jobs_of(256)) == 4 * 4 * 256 * 256
 
 
 @pytest.mark.parametrize("method", ["loraq", "svdquant", "gptq", "qera", "rtn"])
@@ -28,20 +32,67 @@ def test_every_method_has_an_estimate(method):
     name = "mxfp4-a16" if method == "rtn" else "mxfp4-a16+w6a8-r8"
     recipe = Recipe.named(name).adjusted(effort="fast") if method == "loraq" else Recipe.named(name)
     recipe = Recipe(recipe.scheme, method=method, effort=recipe.effort)
-    plan = plan_model(model_of(256, 128), recipe)
-    assert estimate_seconds(plan, CPU) > 0
+    assert estimate_seconds(jobs_of(256, 128, recipe=recipe), CPU) > 0
 
 
 def test_without_layers_nothing_is_taken():
-    plan = plan_model(nn.Sequential(nn.LayerNorm(4)), "mxfp4-a16")
-    assert (estimate_seconds(plan, CPU), worker_nbytes(plan)) == (0, 0)
+    assert (estimate_seconds([], CPU), worker_nbytes([])) == (0, 0)
 
 
-@pytest.mark.slow
-def test_the_estimate_is_near_the_time_that_it_takes():
-    model = model_of(1024, 1024, 1024)
-    recipe = Recipe.named("int4-a16+w6a6").adjusted(effort="fast")
-    expected = estimate_seconds(plan_model(model, recipe), CPU)
-    begin = time.perf_counter()
-    quantize_(model, recipe, progress=False)
-    assert 0.3 < expected / (time.perf_counter() - begin) < 3
+@pytest.fixture
+def tried(monkeypatch) -> list[tuple[int, int]]:
+    """The shapes of all trials; a weight takes a microsecond, and so does each step with it."""
+    shapes = []
+
+    def solve(job: LayerJob, device: torch.device) -> float:
+        shapes.append(job.shape)
+        return 1e-6 * math.prod(job.shape) * (1 + steps_of(job))
+
+    monkeypatch.setattr(estimate, "_solve", solve)
+    return shapes
+
+
+def steps_of(job: LayerJob) -> int:
+    return job.method.steps + job.method.refine_steps if isinstance(job.method, LoRaQ) else 0
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_the_estimate_is_the_time_that_all_steps_of_all_layers_take(effort, tried):
+    recipe = Recipe.named("int4-a16+w6a6-r8").adjusted(effort=effort)
+    jobs = jobs_of(256, 1024, recipe=recipe)
+    expected = 1e-6 * 256 * (256 + 1024) * (1 + steps_of(jobs[0]))
+    assert estimate_seconds(jobs, CPU) == pytest.approx(expected)
+    assert {*tried} == {(256, 1024)}
+
+
+def test_the_trial_before_a_run_is_short_and_counts_the_same(tried):
+    jobs = jobs_of(256, 8192)
+    assert estimate_seconds(jobs, CPU, most_side=512) == pytest.approx(1e-6 * 256 * (256 + 8192))
+    assert tried == [(256, 512)]
+    tall = replace(jobs_of(256, recipe="int4-a16+w6a6-r64")[0], shape=(4096, 4096))
+    estimate_seconds([tall], CPU, most_side=64)
+    assert {*tried[1:]} == {(256, 256)}  # four times the rank
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "leads", "expected"),
+    [
+        ([CPU], 1, False, "about 3 min, 1.2 GB peak"),
+        ([CPU], 2, True, "about 2 min, 2.6 GB peak"),
+        ([CUDA], 1, False, "about 3 min, 1.1 GB peak on each cuda device"),
+        ([CUDA, torch.device("cuda", 1)], 3, True, "about 68 s, 2.1 GB peak on each cuda device"),
+    ],
+)
+def test_a_run_is_described_in_a_line(devices, workers, leads, expected, tried):
+    job = replace(jobs_of(256)[0], shape=(8192, 8192))
+    jobs = [job, job, *[replace(job, shape=(4096, 4096))] * 4]
+    assert describe_run(jobs, devices, workers, leads=leads) == expected
+    assert max(max(shape) for shape in tried) <= 1024
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.2, "1 s"), (89, "89 s"), (700, "12 min"), (9000, "2.5 h")]
+)
+def test_times_are_shown_as_people_say_them(monkeypatch, seconds, shown):
+    monkeypatch.setattr(estimate, "_solve", lambda job, device: seconds)
+    assert describe_run(jobs_of(256), [CPU], 1, leads=False).startswith(f"about {shown}, ")

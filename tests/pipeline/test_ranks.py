@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import active_children
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from loraq.errors import CheckpointError, LayerError, LoraqWarning, MissingLibraryError, RankError
 from loraq.pipeline import tickets
 from loraq.pipeline.board import open_on_loopback
-from loraq.pipeline.ranks import open_ranks
+from loraq.pipeline.ranks import _join, open_ranks
 from loraq.pipeline.tickets import Data, Place
 
 
@@ -160,6 +162,47 @@ def test_an_environment_that_is_no_number_is_named(monkeypatch):
         do([], 1)
 
 
+@pytest.mark.parametrize(
+    ("variables", "match"),
+    [
+        ({"WORLD_SIZE": "0", "RANK": "0"}, r"WORLD_SIZE='0'.* at least 1"),
+        ({"WORLD_SIZE": "4"}, r"WORLD_SIZE=4 and no RANK"),
+        ({"WORLD_SIZE": "4", "RANK": "4"}, r"RANK='4'.* at most 3"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "65536"}, r"MASTER_PORT='65536'"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_before_they_wait(monkeypatch, variables, match):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=match):
+        do([], 1)
+
+
+def test_ranks_that_torchrun_starts_again_see_nothing_of_their_last_life(monkeypatch):
+    """The store of an agent outlives its ranks: what made them fail would end the new ones."""
+    address, _ = open_on_loopback()
+    variables = {"WORLD_SIZE": 1, "RANK": 0, "MASTER_PORT": address.port}
+    variables |= {"MASTER_ADDR": address.host, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    seen = []
+    for life in range(2):
+        monkeypatch.setattr("loraq.pipeline.ranks._runs", count())
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(life))
+        with suppress(ZeroDivisionError), _join(0, 1) as joined:
+            seen.append(joined.board.count("failed", 0))
+            raise ZeroDivisionError
+    assert seen == [0, 0]
+
+
+@pytest.mark.parametrize("value", ["", "x", "x y z", "ä 1 {}", f"{'0' * 64} 1 {{}}", b"\xff 1 1"])
+def test_what_a_stranger_has_written_is_refused_whatever_it_is(value):
+    _, board = open_on_loopback()
+    board._store.set("key", value)
+    with pytest.raises(RankError, match="Another program has written"):
+        board.read("key")
+
+
 def test_the_board_keeps_long_values_and_refuses_those_of_strangers():
     address, board = open_on_loopback()
     assert address.host == "127.0.0.1"
@@ -199,7 +242,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     ) as parent:
         pids = [int(parent.stdout.readline()) for _ in range(2)]
         parent.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300  # they would work for 600
     while any(_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 
 from loraq.errors import CheckpointError
 from loraq.safetensors.header import TensorSpec, encode_header, read_header
-from tests.patience import PATIENCE
+from tests.patience import at_once
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -137,19 +136,16 @@ MANY = {f"layers.{i}.weight": TensorSpec("U8", (1, 1)) for i in range(30_000)}
 )
 def test_a_header_that_asks_for_work_is_refused_within_a_second(tmp_path, header, match):
     path = file(tmp_path, header)
-    begin = time.process_time()
-    with pytest.raises(CheckpointError, match=match) as raised:
+    with at_once(), pytest.raises(CheckpointError, match=match) as raised:
         read_header(path)
-    assert time.process_time() - begin < PATIENCE
     assert len(str(raised.value).encode()) <= 4096
 
 
 def test_tens_of_thousands_of_tensors_are_read_in_a_second(tmp_path):
     first, _ = encode_header(MANY)
     (tmp_path / "a.safetensors").write_bytes(first + bytes(30_000))
-    begin = time.process_time()
-    assert read_header(tmp_path / "a.safetensors").specs == MANY
-    assert time.process_time() - begin < PATIENCE
+    with at_once():
+        assert read_header(tmp_path / "a.safetensors").specs == MANY
 
 
 @pytest.mark.parametrize(

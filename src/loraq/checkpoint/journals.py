@@ -65,13 +65,17 @@ def gather(folder: Path, journal: Journal) -> None:
 
 
 def list_noted(folder: Path) -> set[str]:
-    """Return the layers that workers have noted; they may still be at work."""
+    """Return the layers that workers have noted; they may still be at work.
+
+    It counts for a message after an error: what is damaged or goes away, the next run refuses.
+    """
     names = set()
     for path in folder.glob("*.jsonl"):
-        for line in path.read_bytes().splitlines(keepends=True)[1:]:
-            if line.endswith(b"\n"):
-                with suppress(ValueError, KeyError):  # what is damaged, the next run refuses
-                    names.add(json.loads(line.partition(b" ")[2])["name"])
+        with suppress(OSError):
+            for line in path.read_bytes().splitlines(keepends=True)[1:]:
+                with suppress(ValueError, KeyError, TypeError):
+                    if line.endswith(b"\n"):
+                        names.add(str(json.loads(line.partition(b" ")[2])["name"]))
     return names
 
 

@@ -5,6 +5,8 @@ Without the manifest nobody could read the weights.
 Nothing here knows diffusers: any module with methods of these names is served.
 """
 
+import logging
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,8 @@ from loraq.checkpoint.origin import require_origin_kept
 from loraq.errors import CheckpointError
 from loraq.layers import quantized_layers
 from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
+
+_LOGGER = logging.getLogger("loraq")
 
 #: How transformers writes float weights; packed ones have the names of the model.
 _ABOUT_NAMES = ("save_original_format", "save_peft_format")
@@ -43,6 +47,21 @@ def attach_methods(model: nn.Module) -> None:
             setattr(part, "save_pretrained", partial(_save_pretrained, part))  # noqa: B010 (a module, says mypy)
         if callable(getattr(part, "get_memory_footprint", None)):
             setattr(part, "get_memory_footprint", partial(_memory_footprint, part))  # noqa: B010 (a module, says mypy)
+
+
+def note_memory(model: nn.Module) -> None:
+    """Log what a loaded model takes, at level INFO of the logger `loraq`."""
+    stored = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    shapes = [layer.packed_shape for layer in quantized_layers(model).values()]
+    scratch = 2 * max((math.prod(shape[-2:]) for shape in shapes), default=0)
+    _LOGGER.info(
+        "%s takes %.1f MB, and up to %.1f MB while a layer is decoded to 16 bits. `loraq inspect "
+        "--memory` lists what other back ends keep beside it, and `get_memory_footprint()` counts "
+        "what is kept now.",
+        type(model).__name__,
+        sum(stored.values()) / 1e6,
+        scratch / 1e6,
+    )
 
 
 def _memory_footprint(model: Any, return_buffers: bool = True) -> int:

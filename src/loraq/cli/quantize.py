@@ -225,8 +225,8 @@ def plan(  # noqa: PLR0913 - each is an option
         source, read_recipe(**recipe), components=components, config=config, variant=variant
     )
     show_notes(planned)
-    seconds = estimate_seconds(planned, devices[0]) if takes_time else None
-    memory = worker_nbytes(planned)
+    seconds = estimate_seconds(planned.quantized, devices[0]) if takes_time else None
+    memory = worker_nbytes(planned.quantized)
     if as_json:
         document = _plan_document(planned) | {"advice": advice and asdict(advice)}
         print_json(document | {"worker_nbytes": memory, "estimated_seconds": seconds})
@@ -243,7 +243,8 @@ def plan(  # noqa: PLR0913 - each is an option
         _print_plan(planned)
     click.echo(
         f"Loaded, the model takes {size_of(planned.model_nbytes)} and what decoding one layer "
-        f"needs. Quantizing takes about {size_of(memory)} beside the program, for each worker."
+        f"needs (`loraq inspect --memory` lists each back end). Quantizing takes about "
+        f"{size_of(memory)} beside the program, for each worker."
     )
     if seconds is not None:
         click.echo(

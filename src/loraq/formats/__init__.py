@@ -1,8 +1,9 @@
 """How a number is stored: scalar elements, packed bytes, shared scales, and the named formats."""
 
-from loraq.formats.block import BlockFormat, FixedScales, Format, QTensor
+from loraq.formats.block import BlockFormat, Format, QTensor
 from loraq.formats.cast import CastFormat
 from loraq.formats.element import ElementFormat
+from loraq.formats.fixed_scales import FixedScales
 from loraq.formats.presets import FORMATS, get_format, is_format
 from loraq.formats.scale_rules import ScaleFit, ScaleRule
 from loraq.formats.scales import ScaleFormat

@@ -58,6 +58,10 @@ class QTensor:
         """Return the fp32 values."""
         return self.format.dequantize(self)
 
+    def decode_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the fp32 values of a matrix a few rows at a time, and which rows they are."""
+        return self.format.decode_rows(self)
+
 
 @runtime_checkable
 class Format(Protocol):
@@ -109,6 +113,10 @@ class Format(Protocol):
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
+        ...
+
+    def decode_rows(self, q: QTensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield them a few rows at a time, leading axes as one: (rows, n) of each slice."""
         ...
 
     def for_rows(self) -> "Format":
@@ -220,7 +228,7 @@ class BlockFormat:
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device) if out is None else out
         out_rows = out.view(rows.shape)
         global_scale = self._global_scale(x)
-        for part in _row_chunks(rows):
+        for part in _row_chunks(rows, rows.shape[-1]):
             blocks = self._blocks(rows[part].float())  # (rows, n_blocks, block_size)
             scale = self._scales(blocks, chosen, _of_rows(global_scale, rows, part))
             values = element.round(blocks / safe_divisor(scale)).mul_(scale)
@@ -252,7 +260,7 @@ class BlockFormat:
             ones = torch.ones(n, device=x.device)
             stored = ones if global_scale is None else torch.cat((global_scale, ones))
         packed, scales = [], []
-        for part in _row_chunks(rows):
+        for part in _row_chunks(rows, rows.shape[-1]):
             blocks = self._blocks(rows[part].float())  # (rows, n_blocks, block_size)
             above = _of_rows(global_scale, rows, part)
             scale = self._scales(blocks, chosen, above)
@@ -270,17 +278,25 @@ class BlockFormat:
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.packed.device)
+        rows = out.view(-1, q.shape[-1])
+        for part, values in self.decode_rows(q):
+            rows[part] = values
+        return out
+
+    def decode_rows(self, q: QTensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield them a few rows at a time, leading axes as one: (rows, n) of each slice."""
         n = q.shape[-1]
         rows = q.packed.reshape(-1, q.packed.shape[-1])
         scale = self.scales(q)
-        out = torch.empty((rows.shape[0], n), dtype=torch.float32, device=rows.device)
-        for part in _row_chunks(out):
-            values = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
-            out[part] = values.mul_(scale[part]).flatten(-2)[..., :n]
+        above: Tensor | None = None
         if self.of_columns:
             assert q.global_scale is not None, "the scales of columns stand there"
-            out *= view_bytes(q.global_scale, torch.float32)[-n:]
-        return out.view(q.shape)
+            above = view_bytes(q.global_scale, torch.float32)[-n:]
+        for part in _row_chunks(rows, n):
+            blocks = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
+            values = blocks.mul_(scale[part]).flatten(-2)[..., :n]
+            yield part, values if above is None else values * above
 
     def code_scales(self, q: QTensor) -> Tensor:
         """Return what the codes of every block are multiplied by, for elements that are integers.
@@ -340,51 +356,12 @@ class BlockFormat:
         return choose_scales(blocks, rule, self.scale_format, self.element, global_scale)
 
 
-class FixedScales:
-    """Rounding to scales that are settled beforehand, for methods that choose the codes themselves.
-
-    `BlockFormat.quantize` chooses scales and codes together; here the scales that it would choose
-    for a matrix (out, in) stay, and every value can be rounded to them by itself, in any order.
-    """
-
-    def __init__(self, matrix: Tensor, fmt: BlockFormat, rule: str | None = None) -> None:
-        """Choose the scales.
-
-        Args:
-            matrix: fp32, (out, in).
-            fmt: format of the result.
-            rule: scale rule; `None` is the format's default.
-
-        Raises:
-            FormatError: a value is NaN or infinite, or the rule does not exist for this format.
-        """
-        n = matrix.shape[1]
-        self._nearest = fmt.quantize(matrix, rule)
-        self._element = fmt.scale_rule(rule).extend(fmt.element)
-        scale = fmt.scales(self._nearest)[..., 0]  # (out, n_blocks)
-        #: Scale of every value, (out, in).
-        self.of_values = scale.repeat_interleave(fmt.block_size or n, 1)[:, :n]
-
-    def round(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Return the nearest values that can be stored with these scales; saturates.
-
-        Args:
-            values: fp32, any part of a matrix (out, in).
-            scale: the same part of `of_values`.
-        """
-        return self._element.round(values / safe_divisor(scale)).mul_(scale)
-
-    def pack(self, rounded: Tensor) -> QTensor:
-        """Return the packed form of rounded values, (out, in)."""
-        codes = self._element.encode(rounded / safe_divisor(self.of_values))
-        return replace(self._nearest, packed=pack(codes, self._nearest.format.bits))
-
-
-def _row_chunks(rows: Tensor) -> Iterator[slice]:
+def _row_chunks(rows: Tensor, n: int) -> Iterator[slice]:
+    """Yield slices of rows that hold n values each."""
     if rows.device.type != "cpu":
         yield slice(None)
         return
-    step = max(1, _CHUNK_VALUES // max(1, rows.shape[-1]))
+    step = max(1, _CHUNK_VALUES // max(1, n))
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)
 

@@ -1,7 +1,7 @@
 """Plain 16-bit floating point formats, which have no scales."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -58,3 +58,7 @@ class CastFormat:
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
         return view_bytes(q.packed, self.dtype).float()
+
+    def decode_rows(self, q: QTensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield them all at once: they have no main weight's size."""
+        yield slice(None), self.dequantize(q).view(-1, q.shape[-1])

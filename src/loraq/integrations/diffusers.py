@@ -16,7 +16,7 @@ from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import load_onto, write_model
 from loraq.checkpoint.model_index import INDEX, choose_model, is_pipeline
 from loraq.checkpoint.partial import atomic_folder
-from loraq.checkpoint.pretrained import attach_methods
+from loraq.checkpoint.pretrained import attach_methods, note_memory
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.construction import (
     bound_parameters,
@@ -236,6 +236,7 @@ def load(
     attach_methods(model)
     note_origin(model, home)
     mark_quantized(model)
+    note_memory(model)
     return model.to(device).eval()
 
 

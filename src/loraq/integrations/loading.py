@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import insert_empty_layers
-from loraq.checkpoint.pretrained import attach_methods
+from loraq.checkpoint.pretrained import attach_methods, note_memory
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
 from loraq.integrations.config import LoraqConfig, LoraqMethod
 from loraq.integrations.dtypes import take_kept_dtypes
@@ -210,6 +210,7 @@ class PackedLoading:
         attach_methods(model)
         if self._config.backend != DEFAULT_BACKEND:
             set_backend(model, self._config.backend)
+        note_memory(model)
 
 
 def _is_loaded(weight: Tensor) -> bool:

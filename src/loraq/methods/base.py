@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -97,7 +98,7 @@ class Method(ABC):
 
     def solve(
         self,
-        weight: Tensor,
+        weight: Tensor | Prepared,
         scheme: Scheme,
         *,
         seed: int = 0,
@@ -108,7 +109,8 @@ class Method(ABC):
         The same weight, scheme, seed, statistics and device give the same bytes.
 
         Args:
-            weight: full-precision weight, rows are output channels; any float dtype.
+            weight: full-precision weight, rows are output channels; any float dtype. Or what
+                `prepare_weight` made of it, whose caller needs the weight itself no longer.
             scheme: formats and rank.
             seed: of everything random inside; see `layer_seed`.
             stats: of the layer's inputs as the float model sees them; see `use_of_stats`.
@@ -121,9 +123,9 @@ class Method(ABC):
         """
         begin = time.perf_counter()
         self.check(scheme)
-        prepared = prepare_weight(weight, scheme)
+        prepared = weight if isinstance(weight, Prepared) else prepare_weight(weight, scheme)
         stats = self._prepare_stats(stats, prepared.weight, scheme)
-        with without_autocast(weight.device):
+        with without_autocast(prepared.weight.device):
             fit = self._fit(prepared.weight, scheme, seed, stats)
             if (fit.branch is None) is not (scheme.branch is None):
                 raise SchemeError(
@@ -169,11 +171,11 @@ class Method(ABC):
         Statistics are `None` unless the method uses them, and rotated as the weight is.
         """
 
-    def predict(self, weight: Float[Tensor, "out in"], scheme: Scheme, most: int) -> Prediction:
+    def predict(self, weight: Tensor | Prepared, scheme: Scheme, most: int) -> Prediction:
         """Return what branches of rank 0 to `most` are predicted to leave of a weight.
 
         Args:
-            weight: full-precision weight, rows are output channels; any float dtype.
+            weight: as `solve` takes it.
             scheme: formats; the rank of its branch does not matter as long as it can be solved.
             most: largest rank, at most min(out, in).
 
@@ -181,13 +183,17 @@ class Method(ABC):
             FormatError: a weight is NaN or infinite.
             SchemeError: the scheme does not fit the weight.
         """
-        prepared, exponent = prepare_weight(weight, scheme)
+        if not isinstance(weight, Prepared):
+            weight = prepare_weight(weight, scheme)
+        prepared, exponent = weight
         self._require_branch(scheme)
-        with without_autocast(weight.device):
-            error = prepared - scheme.weight_format.round(prepared, "search")
+        size = frobenius(prepared).item()  # before there is an error as large as the weight
+        with without_autocast(prepared.device):
+            error = scheme.weight_format.round(prepared, "search")
+            torch.sub(prepared, error, out=error)
             shares = self._predict_shares(prepared, error, scheme)[: most + 1]
         left: list[float] = (4.0**exponent * frobenius(error).item() ** 2 * shares).tolist()
-        return Prediction(4.0**exponent * frobenius(prepared).item() ** 2, tuple(left))
+        return Prediction(4.0**exponent * size**2, tuple(left))
 
     def _predict_shares(
         self, weight: Float[Tensor, "out in"], error: Float[Tensor, "out in"], scheme: Scheme

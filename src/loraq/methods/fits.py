@@ -17,7 +17,7 @@ from loraq.errors import FormatError
 from loraq.formats import QTensor
 from loraq.formats.faults import find_fault
 from loraq.formats.powers import times_power_of_two
-from loraq.linalg import frobenius
+from loraq.linalg import as_doubles, frobenius
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
@@ -113,10 +113,12 @@ class Stored(NamedTuple):
         """
         weight, exponent = prepared
         main, branch = fit.main, fit.branch
-        error = main.dequantize()
-        torch.sub(weight, error, out=error)
-        if branch is not None:
-            error = error.sub_(branch.reconstruct())
+        norm = frobenius(weight).item() or 1.0  # before there is an error as large as the weight
+        error = as_doubles(
+            (len(weight), weight.shape[1]),
+            weight.device,
+            lambda room: _subtract(weight, main, branch, out=room),
+        )
         is_exact = True
         if exponent:
             main, branch = _multiply(main, branch, exponent)
@@ -125,13 +127,14 @@ class Stored(NamedTuple):
                     f"What '{scheme.weight}' stores of this weight leaves the range of fp32. Scale "
                     "the weight down, or keep this layer in floats."
                 )
-            fitted, error = error, (weight - _divide(main, branch, exponent)).float()
+            fitted, error = error.float(), (weight - _divide(main, branch, exponent)).float()
             is_exact = torch.allclose(error, fitted, rtol=0, atol=1e-6)
-        relative_error = frobenius(error).item() / (frobenius(weight).item() or 1.0)
+        relative_error = frobenius(error).item() / norm
         if stats is None:
             return cls(main, branch, relative_error, relative_error, fit.metrics, is_exact)
         # With mean squares alone it is that of uncorrelated channels.
         cost, double = stats.output_energy(error, torch.float64), torch.float64
+        del error
         output_error = (cost / (stats.output_energy(weight, double) or 1.0)) ** 0.5
         metrics = {"output_error": output_error, **fit.metrics}
         return cls(main, branch, relative_error, cost, metrics, is_exact)
@@ -150,6 +153,16 @@ class Stored(NamedTuple):
             f"{self.relative_error:.3g}): its largest magnitude is {largest:.3g}, for which the "
             "format has no scale. Scale the weight, or keep this layer in floats."
         )
+
+
+def _subtract(weight: Tensor, main: QTensor, branch: LowRankBranch | None, *, out: Tensor) -> None:
+    """Write weight − main − U D; the main weight is decoded a few rows at a time."""
+    if branch is None:
+        out.zero_()
+    else:
+        branch.reconstruct(out=out)
+    for part, rows in main.decode_rows():
+        out[part] = (weight[part] - rows).sub_(out[part])
 
 
 def quantize_branch(up: Tensor, down: Tensor, branch: Branch, rule: str | None) -> LowRankBranch:

@@ -57,7 +57,7 @@ class GPTQ(Method):
                 scheme.branch, self.rounds, self.patience, self.scale_rule, self.rotate
             ).run(weight, scheme.weight_format, seed)
             fitted = quantize_branch(*factors, scheme.branch, self.scale_rule)
-            target = weight - fitted.reconstruct()
+            target = fitted.subtract_from(weight)
         activation = scheme.activation_format if self.noise_filter else None
         inputs = Inputs(stats, self.damping, activation)
         return Fit(inputs.round(target, scheme.weight_format, self.scale_rule), fitted)

@@ -206,6 +206,7 @@ class LoRaQ(Method):
         The second ones are one-shot SVDQuant's, which "start_objective" is of.
         """
         branch, main = self._require_branch(scheme), scheme.weight_format
+        norm = inputs.size(weight)  # its doubles are gone before there are candidates
         candidates = []
         for factors, rule in branches:
             candidate = quantize_branch(*factors, branch, rule)
@@ -217,23 +218,24 @@ class LoRaQ(Method):
             candidates.append((none, main.quantize(weight, self.scale_rule)))
         errors, objectives = [], []
         for candidate, stored in candidates:
+            # One matrix as large as the weight at a time, beside the weight itself.
             prices = []
-            if noise.branch:  # the intermediate is a sum of channels, as large as they are together
-                product = candidate.reconstruct()
-                prices = [
-                    noise.input * inputs.noise_energy(product),
-                    noise.intermediate * inputs.error_energy(product),
-                ]
-                del product  # no more than two such matrices at a time beside the weight
-            rounded = stored.dequantize()
             if noise.main:
-                prices.insert(0, inputs.rounding_energy(rounded, noise.main))
-            errors.append(inputs.error_energy(candidate.subtract_from(weight).sub_(rounded)))
+                rounded = stored.dequantize()
+                prices.append(inputs.rounding_energy(rounded, noise.main))
+                del rounded
+            product = candidate.reconstruct()
+            if noise.branch:  # the intermediate is a sum of channels, as large as they are together
+                prices.append(noise.input * inputs.noise_energy(product))
+                prices.append(noise.intermediate * inputs.error_energy(product))
+            error = torch.sub(weight, product, out=product)
+            for part, rows in stored.decode_rows():
+                error[part] -= rows
+            errors.append(inputs.error_energy(error))
+            del product, error
             objective = sum(prices, errors[-1])
-            del rounded
             objectives.append(math.inf if math.isnan(objective) else objective)
         best = objectives.index(min(objectives))
-        norm = inputs.size(weight)
         metrics = {
             "objective": math.sqrt(objectives[best]) / norm,
             "start_objective": math.sqrt(objectives[1]) / norm,

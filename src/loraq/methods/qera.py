@@ -26,6 +26,9 @@ from loraq.options import Range
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
+#: Rows of an error that are scaled at a time, in double precision.
+_ROWS = 64
+
 
 class _ErrorSVD(Method):
     """A branch that is the weighted SVD of the rounding error."""
@@ -41,7 +44,8 @@ class _ErrorSVD(Method):
         branch = self._require_branch(scheme)
         moment, damping = self._weigh(weight, stats)
         main = scheme.weight_format.quantize(weight, self.scale_rule)
-        error = weight - main.dequantize()
+        error = main.dequantize()
+        torch.sub(weight, error, out=error)
         up, down = weighted_svd(error, moment, branch.rank, damping=damping, seed=seed)
         if self.rotate:
             factors = svd_of_product(up.contiguous(), down.contiguous()).to_balanced()
@@ -108,7 +112,10 @@ def weighted_svd(
     if moment.dim() == 1:
         mean = moment.double().mean()
         root = (moment.double() + (damping * mean if mean > 0 else 1.0)).sqrt()
-        up, down = truncated_svd((error.double() * root).float(), rank, seed=seed).to_canonical()
+        scaled = torch.empty_like(error)
+        for rows, into in zip(error.split(_ROWS), scaled.split(_ROWS), strict=True):
+            into.copy_(rows.double() * root)
+        up, down = truncated_svd(scaled, rank, seed=seed).to_canonical()
         return up, (down / root).float()
     root = damped_cholesky(moment, damping)
     up, down = truncated_svd((error.double() @ root).float(), rank, seed=seed).to_canonical()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraq.formats import Format
 from loraq.formats.scale_rules import RuleName
-from loraq.linalg import frobenius, truncated_svd
+from loraq.linalg import as_doubles, frobenius, truncated_svd
 from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, spread
 from loraq.methods.fits import Fit, quantize_branch
@@ -49,7 +49,7 @@ class SVDQuant(Method):
             branch, self.rounds, self.patience, self.scale_rule, self.rotate
         ).run(weight, main, seed)
         fitted = quantize_branch(*factors, branch, self.scale_rule)
-        stored = main.quantize(weight - fitted.reconstruct(), self.scale_rule)
+        stored = main.quantize(fitted.subtract_from(weight), self.scale_rule)
         return Fit(stored, fitted, {"rounds": float(used)})
 
 
@@ -67,7 +67,7 @@ class Alternation(NamedTuple):
         """Return the factors of the best round, before their rounding, and the number of rounds."""
         factor, rule = self.branch.weight_format, self.scale_rule
         best, best_error, best_round = None, torch.inf, 0
-        target, start = weight, None
+        target, start, left = weight, None, torch.empty_like(weight)
         for t in range(self.rounds):
             iterations = 2 if t else 8  # later rounds begin with the directions of the last one
             svd = truncated_svd(
@@ -77,13 +77,25 @@ class Alternation(NamedTuple):
             factors = Factors(*svd.to_canonical())
             if self.rotate:
                 factors = spread(Factors(*svd.to_balanced()), seed)
-            rest = weight - factor.round(factors.up, rule) @ factor.round(factors.down, rule)
-            rounded = main.round(rest, rule)
-            error = frobenius(rest - rounded).item()
+            seen = Factors(*(factor.round(each, rule) for each in factors))
+            # The SVD has done with the target, which is in the same memory.
+            error = frobenius(_round_rest(weight, seen, main, rule, left)).item()
             if error < best_error:
                 best, best_error, best_round = factors, error, t
             elif t - best_round >= self.patience:
                 break
-            target = weight - rounded
+            target = torch.sub(weight, left, out=left)
         assert best is not None
         return best, t + 1
+
+
+def _round_rest(
+    weight: Tensor, factors: Factors, main: Format, rule: str | None, rounded: Tensor
+) -> Tensor:
+    """Write the rest R = weight − U D as it is rounded, and return R − Q(R) for `frobenius`."""
+
+    def fill(room: Tensor) -> None:
+        torch.sub(weight, torch.mm(*factors, out=room), out=room)
+        room.sub_(main.round(room, rule, out=rounded))
+
+    return as_doubles(tuple(weight.shape), weight.device, fill)

@@ -131,15 +131,21 @@ class Board:
         """
         while not self.has(key):
             time.sleep(_LOOK)
-        with _explain_loss():
-            seal, n_pieces, text = self._store.get(key).decode().split(" ", 2)
-            text += "".join(self._store.get(f"{key}#{i}").decode() for i in range(1, int(n_pieces)))
-        if not hmac.compare_digest(seal, self._seal(key, text)):
+        try:
+            with _explain_loss():
+                seal, n_pieces, text = self._store.get(key).decode().split(" ", 2)
+                others = [f"{key}#{i}" for i in range(1, int(n_pieces))]
+                if others and not self._store.check(others):  # they are written first
+                    raise ValueError(others)
+                text += "".join(self._store.get(other).decode() for other in others)
+            if not hmac.compare_digest(seal.encode(), self._seal(key, text).encode()):
+                raise ValueError(seal)
+            return json.loads(text)
+        except ValueError as error:
             raise RankError(
                 "Another program has written into the store by which the workers share layers. "
                 "Run the same command again, with one worker if it happens again."
-            )
-        return json.loads(text)
+            ) from error
 
     def count(self, key: str, by: int = 1) -> int:
         """Add to a counter, and return what it has become."""

@@ -1,6 +1,7 @@
 """What a run will take, said before it: memory by counting, time by a short trial."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,36 +9,82 @@ import torch
 from loraq.methods import LoRaQ
 from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.layer import solve_layer
-from loraq.pipeline.plan import Plan
 from loraq.stats import ActivationStats
 
 #: Matrices as large as a layer's that a worker holds at its peak, in fp32 and without statistics
 #: (`benchmarks.speed.memory`).
-_COPIES = 5
+_COPIES = 4
+#: Anonymous memory of a process that has imported torch and loraq.
+_PROGRAM_NBYTES = 150_000_000
 #: Steps of each phase in the two trials of method "loraq".
 _FEW, _MORE = 1, 4
+#: Most rows and columns of a trial before a run; the time of a layer follows its weights.
+TRIAL_SIDE = 1024
 
 
-def worker_nbytes(plan: Plan) -> int:
-    """Return what a worker holds at its peak, beside the program, while it solves a plan."""
-    return 4 * _COPIES * max((math.prod(job.matrix) for job in plan.quantized), default=0)
+def worker_nbytes(jobs: Sequence[LayerJob]) -> int:
+    """Return what a worker holds at its peak, beside the program, while it solves layers."""
+    return 4 * _COPIES * max((math.prod(job.matrix) for job in jobs), default=0)
 
 
-def estimate_seconds(plan: Plan, device: torch.device) -> float:
-    """Return how long the layers of a plan take one after the other; on a CPU on one thread.
+def estimate_seconds(
+    jobs: Sequence[LayerJob], device: torch.device, *, most_side: int | None = None
+) -> float:
+    """Return how long layers take one after the other; on a CPU on one thread.
 
     Random weights as large as the largest layer are solved, and a layer is taken to need time as it
     has weights. Of method "loraq" a few steps are tried, because all take as long.
+
+    Args:
+        jobs: of the layers.
+        device: where they are solved.
+        most_side: most rows and columns of a trial, for one that must not take long.
     """
     largest: dict[object, LayerJob] = {}
-    for job in sorted(plan.quantized, key=lambda job: math.prod(job.matrix)):
+    for job in sorted(jobs, key=lambda job: math.prod(job.matrix)):
         largest[job.method] = job
-    return sum(
-        _try(job, device)
-        / math.prod(job.matrix)
-        * sum(math.prod(each.shape) for each in plan.quantized if each.method == method)
-        for method, job in largest.items()
-    )
+    seconds = 0.0
+    for method, job in largest.items():
+        weights = sum(math.prod(each.shape) for each in jobs if each.method == method)
+        trial = replace(job, shape=_shape_of_trial(job, most_side))
+        seconds += _try(trial, device) / math.prod(trial.shape) * weights
+    return seconds
+
+
+def describe_run(
+    jobs: Sequence[LayerJob], devices: Sequence[torch.device], workers: int, *, leads: bool
+) -> str:
+    """Return what the layers of a run will take, in a line for people; it is tried for a moment.
+
+    Args:
+        jobs: of the layers that are still to do.
+        devices: on which the workers take turns.
+        workers: how many layers are solved at a time.
+        leads: whether there is a process that starts them, and solves none.
+    """
+    seconds = estimate_seconds(jobs, devices[0], most_side=TRIAL_SIDE) / min(workers, len(jobs))
+    each = worker_nbytes(jobs)
+    if devices[0].type == "cpu":
+        memory = workers * (each + _PROGRAM_NBYTES) + leads * _PROGRAM_NBYTES
+        where = ""
+    else:
+        memory, where = -(-workers // len(devices)) * each, f" on each {devices[0].type} device"
+    return f"about {_show_time(seconds)}, {memory / 1e9:.1f} GB peak{where}"
+
+
+def _show_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _shape_of_trial(job: LayerJob, most_side: int | None) -> tuple[int, int]:
+    n_out, n_in = job.matrix
+    if most_side is None:
+        return n_out, n_in
+    # A branch of a high rank takes its time of a weight in a matrix that is much larger, too.
+    most = max(most_side, 4 * job.scheme.branch.rank if job.scheme.branch else 0)
+    return min(n_out, most), min(n_in, most)
 
 
 def _try(job: LayerJob, device: torch.device) -> float:
@@ -61,4 +108,4 @@ def _solve(job: LayerJob, device: torch.device) -> float:
         n = job.matrix[1]
         white = torch.eye(n) if job.method.needs_full_moment else torch.ones(n)
         stats = ActivationStats(1, white)
-    return solve_layer(replace(job, shape=job.matrix), weight, stats).seconds
+    return solve_layer(job, weight, stats).seconds

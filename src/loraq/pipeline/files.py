@@ -28,8 +28,10 @@ from loraq.checkpoint.partial import (
 )
 from loraq.errors import CheckpointError
 from loraq.pipeline.complete import find_complete, may_be_complete
+from loraq.pipeline.estimate import describe_run
+from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.part import Part
-from loraq.pipeline.progress import ProgressCallback, show_layers
+from loraq.pipeline.progress import ProgressCallback, show_layers, show_line
 from loraq.pipeline.ranks import Ranks
 from loraq.pipeline.report import LayerReport, Report
 from loraq.pipeline.requirements import hash_used_stats
@@ -158,6 +160,8 @@ def _quantize_files(
         if ranks.size > 1:
             disk.sync_tree(place.folder)  # other hosts write beside what is there
         ranks.broadcast("layout", fingerprint)
+        if progress is True and jobs:
+            show_line("quantize", _describe_run([work.job_of(job) for job in jobs], settings))
         with show_layers(progress, "quantize") as show:
             # On an error all workers end first.
             with closing(ranks.run(work, jobs)) as entries:
@@ -175,6 +179,14 @@ def _quantize_files(
             reports[part.component] = _report(recipe, part, entries_of_part, kept=n_kept)
         target.finish(place.folder, reports, checked, written, components)
     return reports
+
+
+def _describe_run(jobs: list[LayerJob], settings: Settings) -> str:
+    ranks = settings.ranks
+    described = describe_run(
+        jobs, settings.devices, max(ranks.size, ranks.workers, 1), leads=ranks.workers > 0
+    )
+    return f"{len(jobs)} layers, {described}"
 
 
 def _help(

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from loraq.errors import LayerError, layer_failure
 from loraq.experts import QuantizedExperts
 from loraq.formats.faults import find_fault
 from loraq.layers import LinearLayer, quantized_class
+from loraq.methods.fits import Prepared, prepare_weight
 from loraq.nn import QuantizedLayer
 from loraq.packed import LayerSolution, PackedStack, PackedWeight
 from loraq.pipeline.arithmetic import fixed_arithmetic
@@ -84,12 +86,15 @@ def quantize_layer(
     for part, matrix, stored in matrices_of(job, weight):
         home = matrix.device
         try:
-            solution = solve_layer(part, matrix.to(device or home), stats)
+            prepared = prepare_layer(part, matrix.to(device or home))
+            digest.update(tensor_bytes(stored))
+            dtype, kind = DTYPE_NAMES[stored.dtype], kind_of(device or home)
+            del matrix, stored  # what was read for this layer alone is freed before it is solved
+            solution = solve_layer(part, prepared, stats)
             solutions.append(replace(solution, packed=solution.packed.to(home)))
         except Exception as error:
             raise layer_failure(prefix + part.name, error) from error
-        digest.update(tensor_bytes(stored))
-        dtype, kind = DTYPE_NAMES[stored.dtype], kind_of(device or home)
+        del prepared
     packed = (
         PackedStack.of([solution.packed for solution in solutions])
         if job.is_stack
@@ -119,7 +124,7 @@ def quantize_layer(
 def matrices_of(
     job: LayerJob, weight: Tensor | Iterable[Tensor]
 ) -> Iterator[tuple[LayerJob, Tensor, Tensor]]:
-    """Yield the matrices of a layer one by one: a stack of experts has several.
+    """Iterate over the matrices of a layer: a stack of experts has several.
 
     Args:
         job: of the layer.
@@ -129,10 +134,13 @@ def matrices_of(
         The job of the matrix alone, the matrix (out, in), and as the model holds it.
     """
     stored = weight if job.is_stack or not isinstance(weight, Tensor) else [weight]
-    for index, matrix in enumerate(stored):
+
+    def name(index: int, matrix: Tensor) -> tuple[LayerJob, Tensor, Tensor]:
         part = job.of_expert(index) if job.is_stack else job
         # Contiguous: sums must not depend on how the matrix lies in memory.
-        yield part, matrix.t().contiguous() if job.transposed else matrix, matrix
+        return part, matrix.t().contiguous() if job.transposed else matrix, matrix
+
+    return map(name, count(), stored)  # which holds no matrix that its caller has let go
 
 
 def read_matrices(reader: TensorReader, job: LayerJob) -> Iterator[Tensor]:
@@ -152,11 +160,18 @@ def root_mean_square(errors: list[float]) -> float:
 
 
 def solve_layer(
-    job: LayerJob, weight: Tensor, stats: ActivationStats | None = None
+    job: LayerJob, weight: Tensor | Prepared, stats: ActivationStats | None = None
 ) -> LayerSolution:
     """Return one layer's solution: pure, and the same bytes whoever runs it."""
-    with torch.no_grad(), fixed_arithmetic(weight.device):
+    device = (weight.weight if isinstance(weight, Prepared) else weight).device
+    with torch.no_grad(), fixed_arithmetic(device):
         return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
+
+
+def prepare_layer(job: LayerJob, weight: Tensor) -> Prepared:
+    """Return a weight as `solve_layer` takes it, which needs the weight itself no longer."""
+    with torch.no_grad(), fixed_arithmetic(weight.device):
+        return prepare_weight(weight, job.scheme)
 
 
 def require_usable(job: LayerJob, weight: Tensor) -> None:

@@ -27,6 +27,11 @@ def show_layers(progress: ProgressCallback | bool, title: str) -> Iterator[Progr
         yield lambda *_: None
 
 
+def show_line(title: str, text: str) -> None:
+    """Say what will be done, before a bar or lines show how it goes."""
+    sys.stderr.write(f"{title}: {text}\n")
+
+
 def show_images(progress: ImageCallback | bool, title: str) -> ImageCallback:
     """Turn an argument `progress` into a function to call after each image."""
     if callable(progress):

@@ -161,7 +161,7 @@ def open_ranks(workers: int, *, at_least: int = 1) -> Iterator[Ranks]:
         MissingLibraryError: several are asked for, and torch was built without torch.distributed.
         RankError: the ranks that torchrun started cannot meet, or `workers` is given there, too.
     """
-    size = _read_variable("WORLD_SIZE", 1)
+    size = _read_size()
     workers = max(workers, at_least) if size == 1 else workers
     if size == 1 and workers == 1:
         yield Ranks()
@@ -177,21 +177,22 @@ def open_ranks(workers: int, *, at_least: int = 1) -> Iterator[Ranks]:
             "asked for. Leave `--workers` (`workers=`) out: --nproc-per-node says how many work on "
             "each machine."
         )
-    with _join(_read_variable("RANK"), size) as ranks:
+    with _join(_read_rank(size), size) as ranks:
         yield ranks
 
 
 def is_leader() -> bool:
     """Return whether this process speaks to the user: other ranks of torchrun do not."""
-    return _read_variable("WORLD_SIZE", 1) == 1 or _read_variable("RANK") == 0
+    return _read_size() == 1 or _read_variable("RANK") == 0
 
 
 @contextmanager
 def _join(rank: int, size: int) -> Iterator[Ranks]:
     address = Address(
         os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        _read_variable("MASTER_PORT", 29500),
-        f"loraq/{next(_runs)}",
+        _read_variable("MASTER_PORT", 29500, most=65535),
+        # The store of an agent outlives the ranks that it starts again (`--max-restarts`).
+        f"loraq/{_read_variable('TORCHELASTIC_RESTART_COUNT')}/{next(_runs)}",
     )
     # torchrun keeps a store itself, unless it was told not to.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -301,9 +302,27 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _read_variable(name: str, default: int = 0) -> int:
+def _read_variable(name: str, default: int = 0, *, least: int = 0, most: int | None = None) -> int:
     """Return a number that torchrun has set."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise RankError(f"The environment says {name}={value!r}; torchrun sets it to a number.")
+    if int(value) < least or (most is not None and int(value) > most):
+        bound = f"at least {least}" if int(value) < least else f"at most {most}"
+        raise RankError(f"The environment says {name}={value!r}, and it must be {bound}.")
     return int(value)
+
+
+def _read_size() -> int:
+    """Return how many ranks run this program; 1 unless torchrun has started it."""
+    return _read_variable("WORLD_SIZE", 1, least=1)
+
+
+def _read_rank(size: int) -> int:
+    """Return which of them this process is."""
+    if "RANK" not in os.environ:  # all would lead
+        raise RankError(
+            f"The environment says WORLD_SIZE={size} and no RANK. torchrun sets both; without it, "
+            "give each process its own RANK, from 0 on, or unset WORLD_SIZE to run alone."
+        )
+    return _read_variable("RANK", most=size - 1)

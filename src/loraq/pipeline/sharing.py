@@ -20,7 +20,7 @@ from loraq.methods.prediction import Prediction
 from loraq.pipeline.allocation import Choice, allocate
 from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.pipeline.jobs import LayerJob
-from loraq.pipeline.layer import matrices_of, read_matrices
+from loraq.pipeline.layer import matrices_of, prepare_layer, read_matrices
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback, progress_bar
 from loraq.pipeline.ranks import Ranks
@@ -94,8 +94,10 @@ def predict_layer(job: LayerJob, weight: Tensor | Iterable[Tensor]) -> tuple[str
     predictions = []
     for part, matrix, _ in matrices_of(job, weight):
         try:
-            with torch.no_grad(), fixed_arithmetic(matrix.device):
-                predictions.append(job.method.predict(matrix, job.scheme, most))
+            prepared = prepare_layer(part, matrix)
+            del matrix, _  # what was read for this layer alone is freed
+            with torch.no_grad(), fixed_arithmetic(prepared.weight.device):
+                predictions.append(job.method.predict(prepared, job.scheme, most))
         except LoraqError as error:
             raise layer_failure(part.name, error) from error
     return job.name, Prediction.sum(predictions)
