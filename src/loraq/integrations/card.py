@@ -40,10 +40,10 @@ def attach_card(model: nn.Module) -> None:
     So do the models in it. One that cannot be pushed, or has no quantized layers, is left as it is.
     """
     for part in model.modules():
-        if quantized_layers(part):
-            for name in _UPLOADS:
-                if callable(getattr(type(part), name, None)):
-                    setattr(part, name, partial(_upload, part, name))
+        names = [name for name in _UPLOADS if callable(getattr(type(part), name, None))]
+        if names and quantized_layers(part):
+            for name in names:
+                setattr(part, name, partial(_upload, part, name))
 
 
 def _upload(
@@ -64,8 +64,6 @@ def fill_card(folder: Path, repository: str) -> None:
     Raises:
         CheckpointError: the folder is not a quantized model's.
     """
-    from huggingface_hub import ModelCard
-
     path = folder / FILE_NAME
     if not path.is_file():
         return
@@ -74,23 +72,26 @@ def fill_card(folder: Path, repository: str) -> None:
     _, end, after = rest.partition(END)
     if begin and end:
         text = before + _write_section(folder, repository) + after
-    elif _is_template(card := ModelCard(text)):
+    elif (card := _read_template(text)) is not None:
         card.text = f"\n# {repository}\n\n{_write_section(folder, repository)}\n"
-        data: Any = card.data
-        data.tags = list(dict.fromkeys([*(data.tags or []), "loraq", "quantized"]))
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), "loraq", "quantized"]))
         text = str(card)
     disk.write_file(path, text.encode())
 
 
-def _is_template(card: Any) -> bool:
-    """Return whether a card is, word for word, what the libraries make for a new repository."""
+def _read_template(text: str) -> Any:
+    """Return the card of a text that is, word for word, what a library makes where there is none.
+
+    `None` for any other.
+    """
+    said = _TEMPLATE.search(text)
+    if said is None:
+        return None
     from huggingface_hub import ModelCard, ModelCardData
 
-    said = _TEMPLATE.search(card.text)
-    if said is None:
-        return False
+    card = ModelCard(text)
     template = ModelCard.from_template(ModelCardData(), model_description=said[0])
-    return bool(template.text.strip() == card.text.strip())
+    return card if card.text.strip() == template.text.strip() else None
 
 
 def _write_section(folder: Path, repository: str) -> str:
