@@ -103,7 +103,7 @@ def _write_section(folder: Path, repository: str) -> str:
     rows = [
         *_describe_recipes(summary),
         *_describe_layers(summary),
-        ("relative error of the weights", _describe_errors(summary.made_errors)),
+        ("relative error of the weights", _describe_errors(summary)),
         (
             "size",
             f"{size_of(summary.nbytes)}, {summary.effective_bits:.2f} bits for each of "
@@ -165,8 +165,8 @@ def _describe_layers(summary: Summary) -> list[tuple[str, str]]:
     return rows
 
 
-def _describe_errors(errors: list[float]) -> str:
-    if not errors:
+def _describe_errors(summary: Summary) -> str:
+    if summary.mean_error is None:
         return "not noted"
-    mean, largest = sum(errors) / len(errors), max(errors)
-    return f"mean {number(mean)}, largest {number(largest)} (‖W − Ŵ‖ / ‖W‖)"
+    mean, largest = number(summary.mean_error), number(max(summary.made_errors))
+    return f"mean {mean}, largest {largest} (‖W − Ŵ‖ / ‖W‖)"
