@@ -15,7 +15,7 @@ from benchmarks import architectures
 from benchmarks.pages import table
 from benchmarks.quality import ledger
 from benchmarks.results import read
-from docs import reference
+from docs import examples, reference
 from loraq.cli import main
 from loraq.exports.table import TARGETS
 from loraq.formats import FORMATS, BlockFormat, get_format
@@ -186,6 +186,7 @@ if __name__ == "__main__":
         "exports.md": exports_page(),
         "api.md": reference.page(),
         "decisions/index.md": decisions_page(),
+        "examples.md": examples.page(),
         "architectures.md": architectures.page(),
         "performance.md": benchmarks.speed.page.page(records),
         "quality.md": benchmarks.quality.page.page(records, ledger.read()),

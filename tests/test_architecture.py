@@ -15,7 +15,7 @@ SOURCE = Path(loraq.__file__).parent
 
 #: Lowest first; a file imports from lower rows or from its own folder, never sideways and never up.
 ROWS = (
-    "disk errors regular_file version",
+    "disk errors figures regular_file version",
     "autocast dense devices formats json_files layer_input options stacks transforms",
     "expert_weight safetensors scheme linalg state stats",
     "budget packed precision recipe_names rules",

@@ -35,7 +35,7 @@ PAGES = sorted(
 )
 #: First parts of paths that can be checked; `demo/report.png` and the like are only made when
 #: somebody runs something.
-TOP = ("src", "tests", "docs", "benchmarks", "experiments")
+TOP = ("src", "tests", "docs", "benchmarks", "examples", "experiments")
 
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -4,7 +4,6 @@ from html import unescape
 
 import pytest
 
-from loraq.pages.figures import number, size_of
 from loraq.pages.frame import Bar, Strip, bars, document, stack, strips, table
 from loraq.pages.markup import Markup, join, tag
 
@@ -55,21 +54,6 @@ def test_bars_and_columns_are_on_one_scale_from_zero():
 def test_charts_of_nothing():
     assert "NaN" not in bars([("", [Bar("a", 0.0, "0")])]) + strips([Strip("a", [("x", 0.0)], "")])
     assert bars([]) == '<ul class="bars"></ul>'
-
-
-def test_figures_for_people():
-    assert [size_of(n) for n in (0, 1536, 3 * 2**20, 5 * 2**30)] == [
-        "0.0 KiB",
-        "1.5 KiB",
-        "3.0 MiB",
-        "5.00 GiB",
-    ]
-    assert [number(x) for x in (0.04393, None, 1e300, float("nan"))] == [
-        "0.0439",
-        "–",
-        "1e+300",
-        "nan",
-    ]
 
 
 def test_a_page_loads_nothing():

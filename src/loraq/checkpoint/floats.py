@@ -10,7 +10,10 @@ from loraq.errors import LayerError
 from loraq.layers import quantized_layers, replace_layer
 
 #: What a quantized model has of its own, in place of the methods of its class.
-_OWN = ("save_pretrained", "dequantize", "num_parameters", "get_memory_footprint")
+_OWN = (
+    *("save_pretrained", "dequantize", "num_parameters", "get_memory_footprint"),
+    *("_upload_folder", "_upload_modified_files"),  # those of `push_to_hub`, for the model card
+)
 
 
 def dequantize_(model: nn.Module) -> nn.Module:

@@ -68,11 +68,12 @@ def demo(out: Path, every: bool, images: int, device: str, workers: int, as_json
             }
         )
         return
-    _print_demo(result.rows)
+    print_demo(result.rows)
     click.echo(f"Report: {page}, {picture}")
 
 
-def _print_demo(rows: "tuple[DemoRow, ...]") -> None:
+def print_demo(rows: "tuple[DemoRow, ...]") -> None:
+    """Print the rows by their group, and who is best in each."""
     headings = (
         "",
         "recipe",

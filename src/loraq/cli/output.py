@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.errors import show
-from loraq.pages.figures import size_of as size_of
+from loraq.figures import size_of as size_of
 
 if TYPE_CHECKING:
     from loraq.scheme import Scheme

@@ -11,7 +11,7 @@ import torch
 from loraq.evaluation.demo import BUDGET, N_OWN_SAMPLES, SHORT_RECIPES, DemoResult, DemoRow
 from loraq.evaluation.digits import assets_folder
 from loraq.evaluation.picture import AMPLIFIED, strips_of
-from loraq.pages.figures import number, size_of
+from loraq.figures import number, size_of
 from loraq.pages.files import require_place, write_whole
 from loraq.pages.frame import Bar, bars, document, footer, table, tiles
 from loraq.pages.markup import Content, Markup, join, tag

@@ -18,6 +18,7 @@ from loraq.checkpoint.model_index import INDEX, choose_model, is_pipeline
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_methods, note_memory
 from loraq.errors import CheckpointError, LoraqError
+from loraq.integrations.card import attach_card
 from loraq.integrations.construction import (
     bound_parameters,
     bounded_construction,
@@ -234,6 +235,7 @@ def load(
     take_kept_dtypes(model)
     cast_unsaved(model)
     attach_methods(model)
+    attach_card(model)
     note_origin(model, home)
     mark_quantized(model)
     note_memory(model)

@@ -17,6 +17,7 @@ from loraq.checkpoint.manifest import FILE_NAME
 from loraq.checkpoint.model import insert_empty_layers
 from loraq.checkpoint.pretrained import attach_methods, note_memory
 from loraq.errors import CalibrationError, CheckpointError, LoraqError, RecipeError
+from loraq.integrations.card import attach_card
 from loraq.integrations.config import LoraqConfig, LoraqMethod
 from loraq.integrations.dtypes import take_kept_dtypes
 from loraq.integrations.hub import fetch_manifest
@@ -208,6 +209,7 @@ class PackedLoading:
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
         take_kept_dtypes(model)
         attach_methods(model)
+        attach_card(model)
         if self._config.backend != DEFAULT_BACKEND:
             set_backend(model, self._config.backend)
         note_memory(model)

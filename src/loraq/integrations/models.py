@@ -11,6 +11,7 @@ from torch import nn
 
 from loraq.checkpoint.model_index import choose_names
 from loraq.errors import LoraqError
+from loraq.integrations.card import attach_card
 from loraq.integrations.marking import mark_quantized
 from loraq.kernels import resolve_backend
 from loraq.layers import bare_model, set_backend
@@ -155,6 +156,7 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
             return report
         finally:
             mark_quantized(model)
+            attach_card(model)
     chosen, left = _split_pipeline(model, components)
     of_each = split_stats(stats, list(chosen))
     for component in chosen.values():

@@ -3,24 +3,19 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from loraq.checkpoint.inspect import count_stored, find_packed
-from loraq.checkpoint.manifest import Manifest, StoredLayer
+from loraq.checkpoint.inspect import find_packed
 from loraq.checkpoint.model_index import is_pipeline
+from loraq.checkpoint.summary import Summary, describe, nbytes_of
 from loraq.integrations.diffusers import model_folder, model_of
-from loraq.json_files import read_json
 from loraq.pipeline.jobs import KeptLayer, LayerJob
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
-from loraq.scheme import Scheme
-
-#: What a file may say of a relative error; anything else is no error that a layer can have.
-_MOST_ERROR = 1e6
 
 
 class Kind(NamedTuple):
@@ -56,21 +51,13 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Summary):
     """One quantized model."""
 
     #: Of its component in a pipeline; "" for a model that stands alone.
     component: str
-    #: As its configuration says; "" without one.
-    class_name: str
-    manifest: Manifest
     #: What its recipe plans for its class; `None` without a configuration that names one.
     plan: Plan | None
-    #: Numbers that it stores, and bytes of all its tensors.
-    parameters: int
-    nbytes: int
-    #: Errors of the layers of which one was noted.
-    errors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, component: str = "") -> "Model":
@@ -81,48 +68,12 @@ class Model:
             LoraqError: the library of the model is not installed.
             RecipeError, SchemeError: its recipe is not valid.
         """
-        manifest = Manifest.read(folder, verify=False)
-        parameters, nbytes = count_stored(folder, manifest)
-        errors = {
-            name: float(error)
-            for name, layer in manifest.layers.items()
-            if 0 <= (error := layer.record.get("relative_error", -1)) < _MOST_ERROR
-        }
-        file = folder / "config.json"
-        config = read_json(file) if file.is_file() else {}
-        class_name = str(config.get("_class_name") or (config.get("architectures") or [""])[0])
-        plan = None
-        if class_name and manifest.recipe is not None:
-            model: nn.Module = model_of(config, file)
-            plan = Plan.of_model(model, Recipe.from_dict(manifest.recipe))
-        return cls(component, class_name, manifest, plan, parameters, nbytes, errors)
-
-    @property
-    def made(self) -> dict[str, StoredLayer]:
-        """The layers that have the recipe's scheme."""
-        return {name: each for name, each in self.manifest.layers.items() if not each.is_kept}
-
-    @property
-    def mean_error(self) -> float | None:
-        """Mean of the errors of `made`; `None` if none was noted."""
-        known = [self.errors[name] for name in self.made if name in self.errors]
-        return sum(known) / len(known) if known else None
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits for each weight of `made`."""
-        weights = sum(math.prod(layer.shape) for layer in self.made.values())
-        return 8 * sum(map(nbytes_of, self.made.values())) / max(1, weights)
-
-    @property
-    def effective_bits(self) -> float:
-        """Stored bits for each parameter of the whole model."""
-        return 8 * self.nbytes / max(1, self.parameters)
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of the largest decoded layer, which runs beside the packed ones."""
-        return max(2 * math.prod(layer.shape[-2:]) for layer in self.manifest.layers.values())
+        read = Summary.read(folder)
+        plan, recipe = None, read.manifest.recipe
+        if read.class_name and recipe is not None:
+            model: nn.Module = model_of(read.config, folder / "config.json")
+            plan = Plan.of_model(model, Recipe.from_dict(recipe))
+        return cls(**vars(read), component=component, plan=plan)
 
     def worst(self, count: int) -> list[str]:
         """Return the names of the layers with the largest errors among `made`, largest first."""
@@ -199,19 +150,6 @@ def read_models(path: Path) -> list[Model]:
     if is_pipeline(path):
         return [Model.read(folder, name) for name, folder in find_packed(path).items()]
     return [Model.read(model_folder(path))]
-
-
-def nbytes_of(layer: StoredLayer) -> int:
-    """Return the bytes that the weight of a layer takes."""
-    return layer.scheme.nbytes(layer.shape)
-
-
-def describe(scheme: Scheme) -> str:
-    """Return the formats and the rank of a layer in a few words."""
-    branch = scheme.branch
-    beside = f" + rank {branch.rank} in {branch.weight}" if branch else ""
-    activation = "" if scheme.activation == "bf16" else f", activations {scheme.activation}"
-    return f"{scheme.weight}{beside}{activation}"
 
 
 def group_kinds(names: list[str]) -> list[Kind]:

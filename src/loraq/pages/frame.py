@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from loraq.pages.figures import number
+from loraq.figures import number
 from loraq.pages.markup import Content, Markup, join, tag
 from loraq.version import __version__
 

@@ -4,17 +4,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loraq.checkpoint.summary import describe, nbytes_of
 from loraq.errors import show
+from loraq.figures import number, size_of
 from loraq.pages.contents import (
     Kept,
     Kind,
     Model,
-    describe,
     group_kinds,
-    nbytes_of,
     read_models,
 )
-from loraq.pages.figures import number, size_of
 from loraq.pages.files import require_place, write_whole
 from loraq.pages.frame import (
     Bar,
@@ -112,7 +111,7 @@ def _lead(classes: str, models: list[Model]) -> str:
 def _tiles(models: list[Model]) -> Markup:
     nbytes = sum(model.nbytes for model in models)
     parameters = sum(model.parameters for model in models)
-    errors = [model.errors[name] for model in models for name in model.made if name in model.errors]
+    errors = [error for model in models for error in model.made_errors]
     n_made = sum(len(model.made) for model in models)
     n_kept = sum(kept.n_layers for model in models for kept in model.kept())
     scratch = max(model.scratch for model in models)

@@ -1,0 +1,180 @@
+"""Every figure of the README is what a committed result file gives, or what the code computes."""
+
+import re
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from loraq.budget import Budget, with_rank
+from loraq.cli.demo import print_demo
+from loraq.recipe_names import parse_scheme
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+if not README.is_file():
+    pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
+pytest.importorskip("diffusers")
+
+from benchmarks.pages import table  # noqa: E402
+from benchmarks.quality import ledger  # noqa: E402
+from benchmarks.quality.ranking import final_rows, interval, verdict  # noqa: E402
+from benchmarks.results import read  # noqa: E402
+from loraq.evaluation.demo import DemoRow  # noqa: E402
+
+#: What hours are shown of, and under which name.
+MODELS = {"pixart-sigma": "PixArt-Σ XL", "sana-1.6b": "SANA", "flux.1": "FLUX.1"}
+#: What no run measures: numbers of bits, of rounds, of versions and papers.
+NO_FIGURES = (
+    r"\b\d+(-bit\b| bits?\b)|\balternated 100 times\b"
+    r"|\bPython 3\.11\b|\b2604\.18117\b|\bApache-2\.0\b"
+)
+#: What a run measures: decimals, intervals, and numbers of what is counted.
+FIGURE = r"\d+\.\d+|±|\b\d+(?= (?:%|(?:times|hours|minutes|seconds|million|layers|MB|GB)\b))"
+
+
+def text() -> str:
+    return README.read_text(encoding="utf-8")
+
+
+def newest(benchmark: str) -> dict[str, Any]:
+    return [record for record in read() if record["benchmark"] == benchmark][-1]
+
+
+def stray_figures(page: str) -> list[str]:
+    """Return the figures of a page that no test of a sentence or a table holds."""
+    rest = re.sub(r"```.*?```|<!--.*?-->|\]\([^)]*\)", "", page, flags=re.DOTALL)
+    rest = re.sub(r"^\|.* \| [\d.]+ B \| [\d.]+ \|$", "", rest, flags=re.MULTILINE)  # the hours
+    rest = " ".join(rest.split())
+    for sentence in SENTENCES:
+        rest = rest.replace(sentence(), "")
+    rest = re.sub(NO_FIGURES, "", rest)
+    return re.findall(rf".{{0,30}}(?:{FIGURE}).{{0,20}}", rest)
+
+
+@cache
+def verdicts() -> dict[str, Any]:
+    lines = ledger.read()
+    return {
+        title: verdict(final_rows(lines, "digits", title), title)
+        for title in ("W4A16, from weights alone", "W4A16, own samples", "W4A8, from weights alone")
+    }
+
+
+def demo() -> tuple[DemoRow, ...]:
+    return tuple(DemoRow.from_record(row) for row in newest("quality.demo")["rows"])
+
+
+def against_the_published() -> str:
+    title = "W4A16, from weights alone"
+    ours = verdicts()[title].ours
+    main = ours.recipe.partition("+")[0]
+    (published,) = (
+        row
+        for row in final_rows(ledger.read(), "digits", title)
+        if row.label == "SVDQuant as published" and row.recipe.startswith(f"{main}+")
+    )
+    errors = fmean(ours.velocity_errors), fmean(published.velocity_errors)
+    assert 0.5 < errors[0] / errors[1] < 0.6  # "nearly halves"
+    assert len(ours.velocity_errors) == len(published.velocity_errors) == 5
+    return f"({errors[0]:.4f} instead of {errors[1]:.4f} over five seeds)"
+
+
+def against_the_strongest() -> str:
+    alone, own = verdicts()["W4A16, from weights alone"], verdicts()["W4A16, own samples"]
+    assert alone.rival.label.startswith("SVDQuant ×100")
+    assert own.rival.label.startswith("SVDQuant ×100")
+    assert "**tied**" in alone.said
+    assert "**tied**" in own.said
+    return (
+        f"are **ties**: {interval(alone.ratios, 2)} and, with own samples, "
+        f"{interval(own.ratios, 2)} times LoRaQ's error"
+    )
+
+
+def where_it_loses() -> str:
+    found = verdicts()["W4A8, from weights alone"]
+    assert "**lost**" in found.said
+    return f"our declared row **loses**, {interval(found.ratios, 2)})"
+
+
+def bytes_of_a_branch() -> str:
+    scheme = with_rank(parse_scheme("int4-a16+w8a8"), (1152, 1152), Budget.parse("r16=32"))
+    return (
+        f"a 16-bit branch of rank 32 takes the bytes of an 8-bit one of rank {scheme.branch.rank}"
+    )
+
+
+def bits_of_a_whole_model() -> str:
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    (bits,) = re.findall(r"^\| PixArt-Σ XL \|.*\| ([\d.]+) \|$", page, re.MULTILINE)
+    return f"PixArt-Σ XL comes to {float(bits):.1f} bits a parameter"
+
+
+def size_of_the_digits() -> str:
+    trained = demo()[0]
+    return f"of {round(trained.memory / 2 / 1e6)} million parameters"
+
+
+SENTENCES = (
+    against_the_published,
+    against_the_strongest,
+    where_it_loses,
+    bytes_of_a_branch,
+    bits_of_a_whole_model,
+    size_of_the_digits,
+)
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_a_sentence_says_what_was_measured(sentence):
+    assert sentence() in " ".join(text().split())
+
+
+def test_the_table_of_the_demo_is_that_of_its_newest_result_file(capsys):
+    print_demo(demo())
+    printed = capsys.readouterr().out.partition("\nVelocity error")[0].strip().splitlines()
+    (shown,) = re.findall(r"<!-- demo -->\n```\n(.*?)```\n<!-- /demo -->", text(), re.DOTALL)
+    assert [line.rstrip() for line in shown.strip().splitlines()] == [
+        line.rstrip() for line in printed
+    ]
+
+
+def test_own_samples_more_than_halve_the_error():
+    rows = demo()
+    (alone, own) = (row for row in rows if row.label == "LoRaQ")
+    assert own.velocity_error < alone.velocity_error / 2
+
+
+def test_the_hours_are_those_of_the_newest_run_of_each_model():
+    found = {
+        row["model"]: row | {"date": record["date"][:10]}
+        for record in read()
+        if record["benchmark"] == "speed.stream"
+        for row in record["rows"]
+        if row["workers"] == 2 and row["effort"] == "fast"
+    }
+    dates = ", ".join(sorted({row["date"] for row in found.values()}))
+    assert f"(`python -m benchmarks.speed.stream`, {dates})" in text()
+    assert {row["layers"] for row in found.values()} == {8}  # "eight layers of each"
+    body = []
+    for model, name in MODELS.items():
+        n, hours = found[model]["parameters"] / 1e9, found[model]["hours_for_all_layers"]
+        digits = 0 if n >= 10 else 1
+        body.append([name, f"{n:.{digits}f} B", f"{hours:.1f}"])
+    assert "\n".join(table(("", "parameters", "hours"), body)) in text()
+
+
+def test_no_other_figure_stands_there():
+    assert stray_figures(text()) == []
+
+
+@pytest.mark.parametrize("planted", ["1.3 better", "3 times", "in 12 minutes", "5 %", "2 ± 1"])
+def test_a_planted_figure_is_found(planted):
+    assert stray_figures(f"{text()}\nLoRaQ, {planted}.\n")
+
+
+def test_it_is_short():
+    assert len(text().splitlines()) <= 150
