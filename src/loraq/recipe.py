@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -179,7 +180,12 @@ class Recipe:
         method = METHODS[self.method]
         if scheme.branch is None and method.branch == "required":
             return RTN()
-        return replace(method.at(self.effort), **self.options)
+        return self._solver
+
+    @cached_property
+    def _solver(self) -> Method:
+        # Made once: its fields are checked each time, and a model has a thousand layers.
+        return replace(METHODS[self.method].at(self.effort), **self.options)
 
     def rule_for(self, name: str, model_class: str = "", within: str = "") -> Rule | None:
         """Return the first rule that matches a layer of a model class, or `None`.
