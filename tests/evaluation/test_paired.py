@@ -68,7 +68,9 @@ def quantized(source) -> Path:
 @pytest.fixture(scope="module")
 def drawn(source, quantized) -> Path:
     images = source.parent / "images"
+    before = torch.get_rng_state()
     evaluate(source, quantized, PROMPTS, images, **FAST)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers were changed"
     return images
 
 
