@@ -67,3 +67,9 @@ class Rule:
             activation=self.activation or scheme.activation,
         )
         return scheme.weight_only() if self.weight_only else scheme
+
+
+def leave_module(name: str) -> Rule:
+    """Return the rule that leaves a module, and all that is in it, as it is."""
+    places = f"{name}|{name}.*|*.{name}|*.{name}.*"
+    return Rule(places, skip=True, reason=f"modules_to_not_convert: '{name}'")
