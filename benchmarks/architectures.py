@@ -117,17 +117,26 @@ def of_published(recipe: Recipe) -> dict[str, Coverage]:
     return covered
 
 
-def of_all_classes(recipe: Recipe) -> dict[str, Coverage]:
+def of_all_classes(recipe: Recipe, models: dict[str, Coverage]) -> dict[str, Coverage]:
     """Return the coverage of every class but `PARTS`.
 
     A class has the size of its first published model, or else of its default configuration.
+
+    Args:
+        recipe: of all of them.
+        models: coverage of the published models, by `of_published`.
     """
-    configs = {entry["class"]: entry["config"] for entry in reversed(published().values())}
-    return {
-        name: Coverage.of(_on_meta(kind, configs.get(name, {})), recipe)
-        for name, kind in transformer_classes().items()
-        if name not in PARTS
-    }
+    first = {entry["class"]: (name, entry) for name, entry in reversed(published().items())}
+    covered = {}
+    for name, kind in transformer_classes().items():
+        model, entry = first.get(name, ("", {}))
+        if name in PARTS:
+            continue
+        if model and not entry.get("rules"):
+            covered[name] = models[model]  # of the class's rules alone, as here
+        else:
+            covered[name] = Coverage.of(_on_meta(kind, entry.get("config", {})), recipe)
+    return covered
 
 
 def _on_meta(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
@@ -141,10 +150,10 @@ def page() -> str:
     recipe = Recipe.named("default")
     headings = ("parameters", "layers", "4-bit", "weight-only", "kept", "8-bit", "not linear")
     headings += ("bits",)
-    lines = [INTRO]
+    lines, models = [INTRO], of_published(recipe)
     for first, covered in (
-        ("published model", of_published(recipe)),
-        ("class", of_all_classes(recipe)),
+        ("published model", models),
+        ("class", of_all_classes(recipe, models)),
     ):
         body = []
         for name, row in covered.items():
@@ -168,10 +177,8 @@ def main() -> None:
     args = options(__doc__)
     recipe = Recipe.named("default")
     rows: list[dict[str, object]] = []
-    for kind, covered in (
-        ("published", of_published(recipe)),
-        ("classes", of_all_classes(recipe)),
-    ):
+    models = of_published(recipe)
+    for kind, covered in (("published", models), ("classes", of_all_classes(recipe, models))):
         print(
             f"\n{kind:42}{'params':>10}{'layers':>8}{'4-bit':>8}{'wt-only':>9}{'kept':>8}"
             f"{'bits/param':>12}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
+from docs import generate
 from loraq.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +252,15 @@ def test_every_source_file_is_in_the_tree_of_the_architecture():
     assert not [
         path for path in drawn if not (SOURCE / path).exists() and not (ROOT / path).exists()
     ]
+
+
+def test_a_generated_page_can_be_made_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "HERE", tmp_path)
+    assert generate.run(["formats.md"], check=True).startswith("Stale: formats.md. Run ")
+    assert generate.run(["formats.md"], check=False) is None
+    assert generate.run(["formats.md"], check=True) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["formats.md"]
+    assert "No such page: cli. Known: formats.md, cli.md" in generate.run(["cli"], check=True)
 
 
 @pytest.mark.slow

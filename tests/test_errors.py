@@ -24,6 +24,14 @@ BUILT_IN_BASE = {
 }
 
 
+def test_a_quoted_sentence_ends_once():
+    assert (
+        str(LoraqError("Cannot read: it is cut.. Copy it.")) == "Cannot read: it is cut. Copy it."
+    )
+    for text in ("from '..' to it", "make PYTHON=... now"):
+        assert str(LoraqError(text)) == text
+
+
 def test_the_list_of_errors_is_frozen():
     classes = {
         name

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("benchmarks are only in a clone of the repository", allow_module_level=True)
 pytest.importorskip("diffusers")
 
-from benchmarks.gpu.run import LIMIT, STEPS, run_step  # noqa: E402
+from benchmarks.gpu.run import GRACE, LIMIT, STEPS, main, run_step  # noqa: E402
 
 
 def test_the_steps_have_names_of_their_own_and_fit_the_time_of_the_run():
@@ -36,29 +37,49 @@ def test_a_step_that_fails_is_named_and_keeps_its_output(tmp_path, program, fail
     assert ("fine" if not failure else "before") in printed or "abort" in program
 
 
-def test_a_step_that_hangs_is_stopped_and_keeps_its_output(tmp_path, monkeypatch):
-    log, wait = tmp_path / "one-step.txt", subprocess.Popen.wait
-
-    def wait_for_output(process: subprocess.Popen, timeout: float | None = None) -> int:
-        """Let the time be over as soon as the step hangs."""
-        if timeout is None:
-            return wait(process)
-        while "before" not in log.read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
-        raise subprocess.TimeoutExpired("", timeout)
-
-    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_output)
-    command = [sys.executable, "-c", "import time; print('before', flush=True); time.sleep(1e6)"]
-    outcome = run_step("one step", command, 2, tmp_path, rehearse=True)
-    assert outcome.failure == "not done after 2 s"
-    assert log.read_text() == "before\n"
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie, which waits for nobody but its parent."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
-def test_without_a_gpu_it_says_what_to_do(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu.run"]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=hidden)
-    assert done.returncode == 1
-    assert "sees no GPU here" in done.stderr
-    assert "--rehearse" in done.stderr
+def test_a_step_that_hangs_is_killed_with_all_that_it_started(tmp_path):
+    # A shell, which says so at once on any machine; both wait for longer than any test runs.
+    command = ["sh", "-c", "echo before; sleep 100000 & echo $!; wait"]
+    outcome = run_step("one step", command, 5, tmp_path, rehearse=True)
+    assert outcome.failure == "not done after 5 s"
+    before, child = outcome.log.read_text().split()
+    assert before == "before"
+    while is_running(int(child)):  # for ever, if it was left alone
+        time.sleep(0.05)
+
+
+def test_a_step_that_cannot_be_killed_keeps_nobody_waiting(tmp_path, monkeypatch):
+    waited = []
+
+    class Stuck:
+        pid = 0
+
+        def __init__(self, *_arguments: object, **_options: object) -> None: ...
+
+        def wait(self, limit: float) -> int:
+            waited.append(limit)
+            raise subprocess.TimeoutExpired("stuck", limit)
+
+        def poll(self) -> None: ...
+
+    monkeypatch.setattr(subprocess, "Popen", Stuck)
+    monkeypatch.setattr("os.killpg", lambda *_: None)
+    outcome = run_step("one step", ["stuck"], 7, tmp_path, rehearse=True)
+    assert outcome.failure == "not done after 7 s"
+    assert waited == [7, GRACE]
+
+
+def test_without_a_gpu_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu.run"])
+    with pytest.raises(SystemExit, match=r"sees no GPU here\..*--rehearse"):
+        main()

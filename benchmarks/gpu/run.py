@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ LIMIT = 25 * 60
 LOGS = HERE.parent / "gpu-logs"
 #: Seconds that a step may take in a rehearsal.
 REHEARSAL_LIMIT = 120
+#: Seconds in which a process that was killed is expected to end.
+GRACE = 10
 #: Lines of a failed step's output in the summary.
 SHOWN = 12
 
@@ -103,7 +106,9 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--only", default="", help="beginning of the names of the steps to run")
     parser.add_argument(
-        "--results", type=Path, help="folder for result files (default: benchmarks/results)"
+        "--results",
+        type=lambda text: Path(text).resolve(),
+        help="folder for result files (default: benchmarks/results)",
     )
     chosen = parser.parse_args()
     if not chosen.rehearse and not torch.cuda.is_available():
@@ -187,7 +192,8 @@ def run_step(name: str, command: list[str], limit: int, logs: Path, *, rehearse:
             failure = f"exit code {code}" if code else ""
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a hung driver may hold it for ever
+                process.wait(GRACE)
     return Outcome(name, time.monotonic() - begin, failure, log)
 
 

@@ -4,6 +4,7 @@ A message says what is wrong with the values, what is required, and what to do n
 that a terminal can show, whatever the names and values are that strangers put into it.
 """
 
+import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
@@ -13,6 +14,8 @@ MOST_BYTES = 4096
 #: Unicode's categories of what moves the cursor, hides text, turns its direction or is no text:
 #: controls, format characters, surrogates, and separators of lines and paragraphs.
 _NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+#: Where a message goes on after another one that it quotes, which had a full stop of its own.
+_TWO_STOPS = re.compile(r"(?<=\w)\.\. ")
 
 
 def show(text: object) -> str:
@@ -54,7 +57,8 @@ class LoraqError(Exception):
     def __init__(self, message: object = "") -> None:
         """Keep the message as a terminal may show it, and cut it in the middle if it is endless."""
         # First the cheap cut, because a message may carry a file's worth of names.
-        super().__init__(_cut(show(_cut(str(message), 4 * MOST_BYTES)), MOST_BYTES))
+        text = _cut(str(message), 4 * MOST_BYTES)
+        super().__init__(_cut(show(_TWO_STOPS.sub(". ", text)), MOST_BYTES))
 
 
 class MissingLibraryError(LoraqError, ImportError):

@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,7 +15,7 @@ from loraq.methods import METHODS, RTN, Method
 from loraq.options import Seed, check_fields, suits
 from loraq.recipe_names import NAMED, parse_scheme
 from loraq.regular_file import read_regular
-from loraq.rules import Rule
+from loraq.rules import Rule, leave_module
 from loraq.scheme import Branch, Scheme
 from loraq.targets import TargetRecipe, get_target_recipe, parse_target_name, target_recipes
 
@@ -82,15 +83,14 @@ class Recipe:
                 raise RecipeError(unknown(f"option of method '{self.method}'", name, legal))
         check_table(METHODS[self.method], self.options, "options")
         try:
-            replace(METHODS[self.method].at(self.effort), **self.options)
+            _ = self._solver
         except SchemeError as error:
             raise RecipeError(str(error)) from error
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for rule in self.rules:
             check_table(Branch, rule.branch, f"branch of rule '{rule.match}'")
-            if rule.weight_only and (
-                rule.activation or {"activation", "intermediate"} & rule.branch.keys()
-            ):
+            rounds = rule.activation or {"activation", "intermediate"} & rule.branch.keys()
+            if rule.weight_only and rounds:
                 raise RecipeError(
                     f"Rule '{rule.match}' is weight-only and names a format of activations. Leave "
                     "one of them out."
@@ -106,8 +106,9 @@ class Recipe:
             for rule in self.rules
             if not (rule.skip or rule.keep)
         }
-        schemes = {"The recipe": self._apply(None), **asked}
-        target.check(schemes, is_shared=self.allocation != "uniform")
+        target.check(
+            {"The recipe": self._apply(None), **asked}, is_shared=self.allocation != "uniform"
+        )
 
     @property
     def solved_for(self) -> TargetRecipe | None:
@@ -167,7 +168,7 @@ class Recipe:
             elif rank is not None:
                 changes["scheme"] = replace(self.scheme, branch=replace(branch, rank=rank))
         if modules_to_not_convert:
-            kept = (_keep_module(name) for name in modules_to_not_convert)
+            kept = (leave_module(name) for name in modules_to_not_convert)
             changes["rules"] = (*kept, *self.rules)
         try:
             return replace(self, **changes)
@@ -176,10 +177,12 @@ class Recipe:
 
     def solver(self, scheme: Scheme) -> Method:
         """Return the method for a layer of this scheme."""
-        method = METHODS[self.method]
-        if scheme.branch is None and method.branch == "required":
-            return RTN()
-        return replace(method.at(self.effort), **self.options)
+        needs_branch = METHODS[self.method].branch == "required"
+        return RTN() if needs_branch and scheme.branch is None else self._solver
+
+    @cached_property
+    def _solver(self) -> Method:  # checked once: a model has a thousand layers
+        return replace(METHODS[self.method].at(self.effort), **self.options)
 
     def rule_for(self, name: str, model_class: str = "", within: str = "") -> Rule | None:
         """Return the first rule that matches a layer of a model class, or `None`.
@@ -347,12 +350,6 @@ def _differences(recipe: Recipe) -> dict[str, Any]:
 def _require_known(what: str, chosen: str, known: Collection[str]) -> None:
     if chosen not in known:
         raise RecipeError(unknown(what, chosen, known))
-
-
-def _keep_module(name: str) -> Rule:
-    """Return the rule that leaves a module, and all that is in it, as it is."""
-    places = f"{name}|{name}.*|*.{name}|*.{name}.*"
-    return Rule(places, skip=True, reason=f"modules_to_not_convert: '{name}'")
 
 
 def file_of(what: object) -> Path | None:

@@ -1,7 +1,9 @@
 """What a recipe, or a family of model classes, does differently for layers of some names."""
 
+import re
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cached_property
 from typing import Any
 
 from loraq.errors import RecipeError
@@ -43,7 +45,12 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """Return whether the rule is for a layer of this dotted name."""
-        return any(fnmatchcase(name, pattern) for pattern in self.match.split("|"))
+        return self._pattern.match(name) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        # Compiled once: a model has a thousand layers, and its class dozens of rules.
+        return re.compile("|".join(map(translate, self.match.split("|"))))
 
     def apply(self, scheme: Scheme) -> Scheme:
         """Return the scheme of a layer that this rule is for, given that of all others.
@@ -60,3 +67,9 @@ class Rule:
             activation=self.activation or scheme.activation,
         )
         return scheme.weight_only() if self.weight_only else scheme
+
+
+def leave_module(name: str) -> Rule:
+    """Return the rule that leaves a module, and all that is in it, as it is."""
+    places = f"{name}|{name}.*|*.{name}|*.{name}.*"
+    return Rule(places, skip=True, reason=f"modules_to_not_convert: '{name}'")

@@ -29,7 +29,9 @@ diffusers = pytest.importorskip("diffusers")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+from loraq.evaluation.drawn import Artist  # noqa: E402
 from loraq.evaluation.paired import _mean, evaluate  # noqa: E402
+from loraq.integrations.drawing import draw_seeded  # noqa: E402
 
 #: Warnings of diffusers' own scheduler about numpy, not ours.
 pytestmark = pytest.mark.filterwarnings(
@@ -291,6 +293,53 @@ def test_what_cannot_work_is_known_before_an_image_is_drawn(
         main, [words[0], str(source / "transformer"), *words[2:], "--no-lpips"]
     )
     assert "is a model alone" in result.stderr
+    assert not (tmp_path / "i").exists()
+
+
+def test_drawing_leaves_the_random_numbers_of_the_process_alone():
+    class Pipeline:
+        device = torch.device("cpu")
+
+        def __call__(self, generator: torch.Generator) -> torch.Tensor:
+            return torch.rand(2) + torch.rand(2, generator=generator)
+
+    before = torch.get_rng_state()
+    first = draw_seeded(Pipeline(), 5, {})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(draw_seeded(Pipeline(), 5, {}), first)
+
+
+def test_a_template_of_prompts_decides_pixels_too(source, tmp_path):
+    before = Artist(source).sha256()
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    assert Artist(other).sha256() == before
+    (other / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    assert Artist(other).sha256() != before
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        (
+            PROMPTS[:1],
+            {"fid": True},
+            "number of prompts is 1, and at least 2 is required: the spread",
+        ),
+        ((), {}, "number of prompts is 0, and at least 1 is required"),
+        (
+            PROMPTS,
+            {"call": {"sigmas": torch.ones(2)}},
+            "'sigmas' of `call` is of Tensor and cannot",
+        ),
+        (PROMPTS, {"call": {"eta": float("nan")}}, "'eta' of `call` is of float and cannot be"),
+    ],
+)
+def test_what_a_caller_asks_for_in_vain_is_told_first(
+    source, quantized, tmp_path, prompts, changes, message
+):
+    with pytest.raises(LoraqError, match=message):
+        evaluate(source, quantized, prompts, tmp_path / "i", **{**FAST, **changes})
     assert not (tmp_path / "i").exists()
 
 

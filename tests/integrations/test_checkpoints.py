@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraq
+from loraq.diffusers import LoraqConfig
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.checkpoints import (
     locate,
@@ -585,14 +586,22 @@ def test_weights_that_cannot_be_used(folder, tmp_path, tensor, match, generic):
     )
 
 
-def test_a_single_bad_number_in_what_is_only_copied(folder, tmp_path):
+def test_a_single_bad_number_in_what_is_only_copied_is_told_by_every_road(folder, tmp_path, caplog):
     name = "layers.0.attention_norm1.weight"
+    with _quiet_diffusers() as diffusers:
+        kind = diffusers.ZImageTransformer2DModel
     edit(folder / WEIGHTS, lambda tensors: tensors[name].view(-1)[-1:].fill_(float("inf")))
-    refused(
-        folder,
-        tmp_path,
-        rf"Tensor '{name}' cannot be used: the value at \(63,\) is inf",
-    )
+    quantize(folder, tmp_path / "out")
+    loaded = kind.from_pretrained(folder)
+    loraq.quantize_(loaded, RECIPE, progress=False)
+    ways = [
+        kind.from_pretrained(tmp_path / "out"),
+        loaded,
+        kind.from_pretrained(folder, quantization_config=LoraqConfig(RECIPE)),
+    ]
+    assert all(model.get_parameter(name)[-1].isinf() for model in ways)
+    told = [text for text in caplog.messages if f"'{name}' (the value at (63,) is inf" in text]
+    assert len(told) == 3
 
 
 def test_an_unknown_architecture(folder, tmp_path):

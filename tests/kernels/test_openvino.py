@@ -202,6 +202,15 @@ def test_gradients_are_those_of_low_memory(dtype):
 
 
 @installed
+def test_another_device_by_default_changes_nothing():
+    layer, x = layer_of("int4-a8+int8-r64"), gaussian(3, N_IN)
+    expected = run(layer, x)
+    layer.invalidate()
+    with torch.device("meta"):
+        assert torch.equal(run(layer, x), expected)
+
+
+@installed
 def test_one_graph_under_a_compiler():
     torch.compiler.reset()
     layer, x = layer_of("int4-a8+int8-r64"), gaussian(24, N_IN)

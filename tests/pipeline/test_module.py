@@ -379,10 +379,15 @@ def test_an_unusable_weight_is_named_before_anything_changes(model, weight, mess
     assert not quantized_layers(model)
 
 
-def test_an_unusable_weight_is_no_matter_where_it_is_skipped(model):
+def test_an_unusable_weight_is_told_where_it_is_skipped(model, caplog):
     set_weight(model, poisoned(math.nan))
     report = quantize_(model, replace(FAST, rules=(Rule("blocks.1.*", skip=True),)), progress=False)
     assert [layer.name for layer in report.layers] == NAMES[:3]
+    (told,) = caplog.messages
+    assert (
+        "holds NaN or infinity, which is copied: 'blocks.1.down.weight' (the value at (5, 7) i"
+        in told
+    )
 
 
 def test_a_recipe_that_does_not_fit_a_layer_is_refused_before_anything_changes(model):

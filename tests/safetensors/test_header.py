@@ -152,7 +152,9 @@ def test_tens_of_thousands_of_tensors_are_read_in_a_second(tmp_path):
     "name", ["a\x1b[31m", "a\nb", "\u202ea", "a\0", "\x7f", "x" * 1001], ids=ascii
 )
 def test_names_that_cannot_be_shown_are_neither_read_nor_written(tmp_path, name):
-    with pytest.raises(CheckpointError, match="Names of at most 1000 printable") as raised:
+    with pytest.raises(
+        CheckpointError, match=r"cannot be used: .*at most 1000 printable"
+    ) as raised:
         read_header(file(tmp_path, {name: ENTRY}))
     assert str(raised.value).isprintable()
     with pytest.raises(CheckpointError, match="Names of at most 1000 printable"):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import device_option
+from loraq.cli.options import devices_option
 from loraq.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", default=20, show_default=True, type=click.IntRange(10), help="Samples for each row."
 )
-@device_option
+@devices_option
 @click.option(
     "--workers",
     default=2,

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import link_option, overwrite_option, shard_size_option, split_scale
+from loraq.cli.options import (
+    DTYPES,
+    link_option,
+    overwrite_option,
+    shard_size_option,
+    split_scale,
+)
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import show
 
@@ -30,7 +36,12 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-dense", is_flag=True, help="Write more than a tenth of the weights as floats."
 )
-@click.option("--dtype", help="bfloat16, float16 or float32, of all that is float.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of all that is float. [default: bfloat16 for factors and dense weights, the rest as it "
+    "is]",
+)
 @shard_size_option
 @link_option
 @overwrite_option

@@ -64,12 +64,20 @@ RECIPE_OPTIONS = (
     "seed",
 )
 
+#: For what runs on one device.
 device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Where the work is done: auto (a GPU if there is one), cpu, cuda, cuda:1, xpu; for "
-    "quantize and demo also all (every GPU, a worker for each).",
+    help="Where the work is done: auto (a GPU if there is one), cpu, cuda, cuda:1 or xpu.",
+)
+#: For what solves all layers of a model, or says how long that takes.
+devices_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the work is done: auto (GPUs if there are any), all (every GPU, a worker for "
+    "each), cpu, cuda, cuda:1 or xpu.",
 )
 
 
@@ -121,7 +129,7 @@ call_option = click.option(
     metavar="NAME=VALUE",
     multiple=True,
     callback=_settings,
-    help="Argument of the pipeline's call.",
+    help="Argument of the pipeline's call; may be given several times.",
 )
 
 

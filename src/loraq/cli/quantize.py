@@ -10,7 +10,7 @@ from loraq.cli.options import (
     RECIPE_OPTIONS,
     components_option,
     config_option,
-    device_option,
+    devices_option,
     link_option,
     overwrite_option,
     read_recipe,
@@ -64,7 +64,7 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
     callback=stats_option_value,
     help="Activation statistics that `loraq stats` wrote; of a component NAME, one for each.",
 )
-@device_option
+@devices_option
 @click.option(
     "--workers",
     default=1,
@@ -190,7 +190,7 @@ def _report_document(report: "Report", target: Path, page: Path | None) -> dict[
     is_flag=True,
     help="Estimate how long it takes, by a trial of the largest layer on --device.",
 )
-@device_option
+@devices_option
 @recipe_options
 def plan(  # noqa: PLR0913 - each is an option
     source: Path,

@@ -38,8 +38,8 @@ from loraq.json_files import encode_json, read_json
 from loraq.layers import quantized_layers
 from loraq.pipeline.progress import ImageCallback
 
-#: What of a folder decides pixels: configurations, tokenizers, weights.
-_READ = (".json", ".txt", ".model", ".safetensors")
+#: What of a folder decides pixels: configurations, tokenizers, templates of prompts, weights.
+_READ = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _SETTINGS = "settings.json"
 
 

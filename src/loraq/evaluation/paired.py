@@ -1,5 +1,6 @@
 """`evaluate`: two pipelines draw the same prompts from the same noise; how far apart they are."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,9 +133,11 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command too
     Raises:
         DeviceError: there is no such device.
         CheckpointError: a pipeline cannot be read, or the images cannot be written.
-        LoraqError: a metric's weights or library are missing, an argument does not fit, a pipeline
-            fails, or the images of the two differ in size.
+        LoraqError: a metric's weights or library are missing, an argument does not fit, there are
+            too few prompts, a pipeline fails, or the images of the two differ in size.
     """
+    _require_prompts(prompts, fid=fid)
+    _require_plain(call or {})
     networks = _Networks.find(
         None if weights is None else Path(weights), lpips=lpips, fid=fid, clip=clip
     )
@@ -162,6 +165,28 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command too
             seen = (see(drawn, file, place) for drawn in (images_b, images_a))
             figures.append(Figure(name, frechet_distance(*seen)))
     return Evaluation(tuple(images_a), tuple(images_b), tuple(figures))
+
+
+def _require_prompts(prompts: Sequence[Prompt], *, fid: bool) -> None:
+    least = 2 if fid else 1
+    if len(prompts) < least:
+        why = ": the spread of its images is a part of the Fréchet distance" if fid else ""
+        raise LoraqError(
+            f"The number of prompts is {len(prompts)}, and at least {least} is required{why}."
+        )
+
+
+def _require_plain(call: Mapping[str, Any]) -> None:
+    """Require what can be written beside the images, which says what they were drawn with."""
+    for name, value in call.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise LoraqError(
+                f"The argument '{name}' of `call` is of {type(value).__name__} and cannot be "
+                f"written as JSON ({error}). Numbers, texts, lists and tables of these are "
+                "required."
+            ) from error
 
 
 def _compare_pairs(

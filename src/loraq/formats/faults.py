@@ -7,34 +7,46 @@ from torch import Tensor
 
 from loraq.errors import FormatError
 
+#: What to do about a weight that is to be quantized.
+_ADVICE = (
+    "Every value must be a finite number. Repair the source, download it again, or leave the layer "
+    "as it is (a rule with `skip = true`)."
+)
+
 
 def require_finite(x: Tensor, what: str) -> None:
     """Raise `FormatError` that names the first value that is NaN, infinite, or beyond fp32."""
     if fault := _find_extreme(x, torch.finfo(torch.float32).max):
-        raise FormatError(f"Cannot quantize to '{what}': {fault}")
+        raise FormatError(f"Cannot quantize to '{what}': {fault}. {_ADVICE}")
 
 
-def find_fault(weight: Tensor, *, is_kept: bool = False) -> str | None:
-    """Return why a float weight cannot be used, or `None`; runs at the memory's speed.
+def find_fault(weight: Tensor) -> str | None:
+    """Return why a float weight cannot be quantized, or `None`; runs at the memory's speed.
 
-    Args:
-        weight: any float dtype; others have no faults.
-        is_kept: whether it stays in its own dtype; else it is converted to fp32, which must hold
-            its largest values. A tiny value among normal ones is no fault.
+    It is converted to fp32, which must hold its largest values. A tiny value among normal ones is
+    no fault.
     """
     if not weight.is_floating_point() or not weight.numel():
         return None
-    if fault := _find_extreme(weight, torch.finfo(weight.dtype if is_kept else torch.float32).max):
-        return fault
+    if fault := _find_extreme(weight, torch.finfo(torch.float32).max):
+        return f"{fault}. {_ADVICE}"
     least, most = weight.detach().aminmax()
     largest, smallest = max(-least.item(), most.item()), torch.finfo(torch.float32).tiny
-    if is_kept or largest == 0 or largest >= smallest:
+    if largest == 0 or largest >= smallest:
         return None
     return (
         f"the largest magnitude is {largest:.3g}, below the normal numbers of fp32 "
         f"({smallest:.3g}), so that nothing of the weight would be left. Scale it, set it to zero, "
         "or keep it in floats."
     )
+
+
+def find_not_finite(x: Tensor) -> str | None:
+    """Return which value of a tensor is the first that is NaN or infinite, or `None`."""
+    if not x.is_floating_point():
+        return None
+    x = x if x.dtype.itemsize > 1 else x.bfloat16()  # no order is known of 8-bit floats
+    return _find_extreme(x, torch.finfo(x.dtype).max)
 
 
 def _find_extreme(x: Tensor, limit: float) -> str | None:
@@ -50,6 +62,5 @@ def _find_extreme(x: Tensor, limit: float) -> str | None:
     value = x[index].item()
     kind = f"beyond {limit:.3g}, the largest of fp32" if math.isfinite(value) else "not finite"
     return (
-        f"the value at {index} is {value}, and {int(wrong.sum())} of {x.numel()} values are "
-        f"{kind}. Every value must be a finite number. Repair the source, or download it again."
+        f"the value at {index} is {value}, and {int(wrong.sum())} of {x.numel()} values are {kind}"
     )

@@ -127,6 +127,11 @@ def load_pipeline(
 
 
 def draw_seeded(pipeline: Any, seed: int, call: Mapping[str, Any]) -> Any:
-    """Return what a pipeline's call gives for a seed; the noise is the same on all devices."""
-    torch.manual_seed(seed)  # for what a pipeline draws beside its generator
-    return pipeline(generator=torch.Generator().manual_seed(seed), **call)
+    """Return what a pipeline's call gives for a seed; the noise is the same on all devices.
+
+    The random state of the process is afterwards what it was.
+    """
+    on_gpu = [pipeline.device] if pipeline.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_gpu):
+        torch.manual_seed(seed)  # for what a pipeline draws beside its generator
+        return pipeline(generator=torch.Generator().manual_seed(seed), **call)

@@ -24,6 +24,7 @@ from loraq.integrations.hub import fetch_manifest
 from loraq.kernels import DEFAULT_BACKEND
 from loraq.layers import is_linear, matrix_of, replace_layer, set_backend
 from loraq.pipeline.jobs import LayerJob
+from loraq.pipeline.kept_numbers import warn_of_kept
 from loraq.pipeline.layer import quantize_layer, require_usable
 from loraq.pipeline.module import plan_model
 from loraq.pipeline.requirements import hash_used_stats
@@ -207,6 +208,8 @@ class PackedLoading:
         for name, source in self._tied.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+        if not self.pre_quantized:
+            warn_of_kept(model)
         take_kept_dtypes(model)
         attach_methods(model)
         attach_card(model)

@@ -98,7 +98,8 @@ class OpenVino(Backend):
         """Return a graph, which is compiled when tokens come."""
         graph = _Graph(packed, _group_of(scheme), work_dtype(dtype))
         _graphs[id(graph)] = graph
-        return OpenVinoOperands(graph, torch.tensor(id(graph)), list(packed.tensors.values()))
+        number = torch.tensor(id(graph), device=packed.device)
+        return OpenVinoOperands(graph, number, list(packed.tensors.values()))
 
     def linear(
         self, x: Tensor, operands: OpenVinoOperands, scheme: Scheme, bias: Tensor | None

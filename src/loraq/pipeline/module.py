@@ -27,7 +27,13 @@ from loraq.methods.prediction import Prediction
 from loraq.options import Seed, Workers, checked
 from loraq.packed import LayerSolution
 from loraq.pipeline.jobs import LayerJob
-from loraq.pipeline.layer import FinishedLayer, quantize_layer, require_usable, solve_layer
+from loraq.pipeline.kept_numbers import warn_of_kept
+from loraq.pipeline.layer import (
+    FinishedLayer,
+    quantize_layer,
+    require_usable,
+    solve_layer,
+)
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ProgressCallback, show_layers
 from loraq.pipeline.report import Report
@@ -205,6 +211,7 @@ def quantize_(
         )
     for job in plan.quantized:
         require_usable(job, _weight_of(layers[job.name]))
+    warn_of_kept(model, [job.weight_name for job in plan.quantized])
     hashes = hash_used_stats(stats, plan, recipe)
     plan = _share_budget(model, plan, recipe, workers, progress)
     reports = []

@@ -18,7 +18,8 @@ from loraq.checkpoint.configuration import (
 )
 from loraq.checkpoint.fit import require_fit
 from loraq.errors import CheckpointError, LoraqError, RecipeError, list_some
-from loraq.formats.faults import find_fault
+from loraq.formats.faults import find_fault, find_not_finite
+from loraq.pipeline import kept_numbers
 from loraq.pipeline.layer import hash_tensor, read_matrices
 from loraq.pipeline.plan import Plan
 from loraq.recipe import Recipe
@@ -113,10 +114,11 @@ class Source:
         """Read every tensor once, and return the hash of each by its name.
 
         Raises:
-            CheckpointError: a weight cannot be used (`find_fault`), or a tensor cannot be read.
+            CheckpointError: a weight cannot be quantized (`find_fault`), or a tensor cannot be
+                read.
         """
         layers = {job.weight_name: job for job in self.plan.quantized}
-        hashes = {}
+        hashes, odd = {}, {}
         for name in self.names:
             job, digest = layers.get(name), hashlib.sha256()
             is_stack = job is not None and job.is_stack
@@ -124,11 +126,15 @@ class Source:
                 read_matrices(self.reader, job) if job and is_stack else [self.reader.read(name)]
             )
             for index, part in enumerate(parts):
-                if fault := find_fault(part, is_kept=job is None):
+                if job is None:
+                    if found := find_not_finite(part):
+                        odd[name] = found
+                elif fault := find_fault(part):
                     where = f", expert {index}," if is_stack else ""
                     raise CheckpointError(f"Tensor '{name}'{where} cannot be used: {fault}")
                 digest.update(tensor_bytes(part))
             hashes[name] = digest.hexdigest()
+        kept_numbers.tell(odd)
         return hashes
 
     def read_checked(self, name: str, sha256: str) -> Tensor:

@@ -141,6 +141,8 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"Shard '{path.name}' is missing from '{path.parent}'. Download or copy it again."
         ) from error
+    except CheckpointError as error:  # says by itself what is wrong
+        raise CheckpointError(f"'{path}' cannot be used: {error}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is truncated or not a safetensors file: {error}. Copy it again."
