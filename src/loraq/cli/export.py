@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraq.cli.command import command
-from loraq.cli.options import link_option, overwrite_option, shard_size_option, split_scale
+from loraq.cli.options import link_option, overwrite_option, size_option_value, split_scale
 from loraq.cli.output import print_json, print_table, size_of
 from loraq.errors import show
 
 if TYPE_CHECKING:
     from loraq.exports.report import ExportReport
+
+#: Options that decide what is written; the others are how.
+_PLANNED = ("lora", "pad_rank", "allow_dense", "dtype", "shard_bytes")
 
 
 @command
@@ -31,7 +34,12 @@ if TYPE_CHECKING:
     "--allow-dense", is_flag=True, help="Write more than a tenth of the weights as floats."
 )
 @click.option("--dtype", help="bfloat16, float16 or float32, of all that is float.")
-@shard_size_option
+@click.option(
+    "--shard-size",
+    "shard_bytes",
+    callback=size_option_value,
+    help="Largest weight file, of targets that have several.  [default: 2GB]",
+)
 @link_option
 @overwrite_option
 def export(
@@ -64,7 +72,7 @@ def export(
 
     options["lora"] = [split_scale(text) for text in options["lora"]]
     if target is None or as_plan:
-        planned = {name: options[name] for name in ("lora", "pad_rank", "allow_dense", "dtype")}
+        planned = {name: value for name, value in options.items() if name in _PLANNED}
         report = plan_export(source, to=to, **planned)
     else:
         report = run(source, target, to=to, **options)
@@ -122,5 +130,5 @@ def _show_report(report: "ExportReport", *, as_plan: bool) -> None:
     if not as_plan:
         click.echo(f"Largest relative change of a weight: {report.largest_change:.2g}.")
     click.echo(f"Activations there: {report.about.activations}.")
-    for note in (*report.notes, *report.about.traps):
+    for note in (*report.notes, *report.traps):
         click.echo(f"Note: {show(note)}", err=True)

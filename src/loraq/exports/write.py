@@ -13,16 +13,15 @@ from torch import Tensor
 
 from loraq import disk
 from loraq.checkpoint.components import copy_components
-from loraq.checkpoint.configuration import weights_stem
 from loraq.checkpoint.folder import EXPORT_REPORT, require_space
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import ExportError
-from loraq.exports import card, lora
+from loraq.exports import card
 from loraq.exports.factors import pad_rank
 from loraq.exports.layer import Decoded, Head, Layer, Specs, same
 from loraq.exports.report import EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
-from loraq.exports.target import Layout, Target
+from loraq.exports.target import BranchFile, Layout, Target
 from loraq.json_files import write_json
 from loraq.linalg import relative_error
 from loraq.pipeline.progress import ProgressCallback
@@ -55,7 +54,7 @@ class Files:
         Raises:
             ExportError: the target does not take a tensor.
         """
-        held = {head.name: head for head in source.heads if not target.why_dense(head)}
+        held = {head.name: head for head in target.held}
         specs: Specs = {}
         branches: Specs = {}
         for head in source.heads:
@@ -69,15 +68,13 @@ class Files:
             dtype, shape = source.kept_spec(name)
             kept[name] = TensorSpec(target.kept_dtype(name, dtype, shape), shape)
         specs |= kept
-        metadata = target.metadata(specs, list(held.values()))
-        stem = weights_stem(source.config)
         return cls(
             source,
             target,
             held,
             kept,
-            target.layout(specs, stem, shard_bytes, metadata),
-            ShardLayout.of(branches, lora.STEM, float("inf")) if branches else None,
+            target.layout(specs, shard_bytes),
+            _lay_out_branch(target.branch_file, branches),
         )
 
     @property
@@ -173,10 +170,11 @@ class Files:
         self, report: ExportReport, partial: Path, folder: Path, place: Path
     ) -> ExportReport:
         """Write configuration, card and report beside the weights."""
-        write_json(folder / "config.json", self.target.config(list(self.held.values())))
+        write_json(folder / "config.json", self.target.config())
         home = Path(place.absolute().name) / self.source.component
         name = type(self.source.model).__name__
-        text = card.write_card(report, name, home.as_posix(), self.branch is not None)
+        dtype = str(self.target.job.new_dtype).removeprefix("torch.")
+        text = card.write_card(report, name, home.as_posix(), dtype)
         texts = {card.FILE_NAME: text} | self.target.texts(home.as_posix())
         for file, content in texts.items():
             disk.write_file(folder / file, content.encode())
@@ -190,6 +188,14 @@ class Files:
         }
         write_json(partial / EXPORT_REPORT, document)
         return replace(report, files=files)
+
+
+def _lay_out_branch(file: BranchFile | None, specs: Specs) -> ShardLayout | None:
+    return (
+        ShardLayout.of(specs, file.name.removesuffix(".safetensors"), float("inf"))
+        if file
+        else None
+    )
 
 
 def _judge(layer: Layer, decoded: Decoded, planned: LayerFate) -> LayerFate:
