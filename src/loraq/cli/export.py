@@ -89,18 +89,22 @@ def _show_targets(*, as_json: bool) -> None:
 
     from loraq.exports.table import TARGETS
 
-    rows = [target.about for target in TARGETS.values()]
     if as_json:
-        listed = [asdict(about) | {"recipes": about.recipes} for about in rows]
+        listed = [
+            asdict(target.about) | {"recipes": target.about.recipes, "dtypes": target.dtypes}
+            for target in TARGETS.values()
+        ]
         print_json({"targets": listed})
         return
-    for about in rows:
+    for target in TARGETS.values():
+        about = target.about
         click.echo(about.name)
         lines = {
             "loaded by": about.loaded_by,
             "holds": about.holds,
             "exact": about.exact,
             "activations": about.activations,
+            "floats": ", ".join(target.dtypes),
             "verified": about.verified,
             "not verified": about.unverified,
             "recipe": ", ".join(about.recipes) or "any",

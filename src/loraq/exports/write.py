@@ -139,7 +139,7 @@ class Files:
 
     def _write_dense(self, head: Head, folder: Path, planned: LayerFate) -> LayerFate:
         spec, dense = self.target.dense_spec(head), self.source.read_dense(head)
-        weight = dense.to(DTYPES[spec.dtype])
+        weight = _cast(dense, spec, head.weight_name)
         change = relative_error(dense.flatten(0, -2), weight.float().flatten(0, -2))
         _require_small(change, head.name)
         laid = weight.mT if head.is_transposed else weight
@@ -159,12 +159,7 @@ class Files:
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and owner in self.held:
             tensor = self.target.lay_bias(self.held[owner], tensor)
-        cast = tensor.to(DTYPES[spec.dtype])
-        if tensor.is_floating_point() and not cast.isfinite().all() and tensor.isfinite().all():
-            raise ExportError(
-                f"Tensor '{name}' has values beyond {spec.dtype}. Use another `--dtype`."
-            )
-        return cast
+        return _cast(tensor, spec, name)
 
     def _write_texts(
         self, report: ExportReport, partial: Path, folder: Path, place: Path
@@ -196,6 +191,18 @@ def _lay_out_branch(file: BranchFile | None, specs: Specs) -> ShardLayout | None
         if file
         else None
     )
+
+
+def _cast(tensor: Tensor, spec: TensorSpec, name: str) -> Tensor:
+    """Return a tensor in the dtype of its place.
+
+    Raises:
+        ExportError: a number is beyond it.
+    """
+    cast = tensor.to(DTYPES[spec.dtype])
+    if tensor.is_floating_point() and not cast.isfinite().all() and tensor.isfinite().all():
+        raise ExportError(f"Tensor '{name}' has values beyond {spec.dtype}. Use another `--dtype`.")
+    return cast
 
 
 def _judge(layer: Layer, decoded: Decoded, planned: LayerFate) -> LayerFate:
