@@ -1,6 +1,7 @@
 """`export`: what is written, what becomes of each layer, and what is refused before writing."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -134,6 +135,38 @@ def test_dense_weights_are_the_effective_ones(place, tmp_path):
     for name in ours.quantized:
         assert torch.equal(written[f"{name}.weight"], ours.read(name))
     assert written.keys() == empty_model(tmp_path / "out").state_dict().keys()
+
+
+def test_a_class_that_takes_no_lora_gets_its_branch_by_peft(tmp_path):
+    rules = [{"match": "*attn2.to_q", "branch": {"rank": 4}}]
+    recipe = {"scheme": "nvfp4-a16+bf16-r8", "rules": rules}
+    save_quantized("pixart", recipe, tmp_path / "quantized")
+    done = export(tmp_path / "quantized", tmp_path / "out", "torchao")
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    ranks = {name: t.shape[0] for name, t in written.items() if name.endswith("lora_A.weight")}
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert set(config["target_modules"]) == {layer.name for layer in done.layers}
+    for name, rank in ranks.items():
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        found = [
+            r for key, r in config["rank_pattern"].items() if re.match(f"(.*\\.)?({key})$", layer)
+        ]
+        assert found == ([4] if layer.endswith("attn2.to_q") else [])
+        assert rank == (4 if found else 8)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "peft.PeftModel.from_pretrained(" in text
+    assert "branch.safetensors" not in text
+
+
+def test_a_model_without_a_branch_says_nothing_of_one(tmp_path):
+    save_quantized("flux", {"scheme": "mxint8-a16", "method": "rtn"}, tmp_path / "quantized")
+    done = export(tmp_path / "quantized", tmp_path / "out", "gguf")
+    assert done.branch_file is None
+    assert done.traps == ()
+    assert "branch.safetensors" not in (tmp_path / "out/README.md").read_text()
+    assert not (tmp_path / "out/branch.safetensors").exists()
 
 
 def test_the_report_counts_what_is_rounded(tmp_path):

@@ -177,7 +177,7 @@ def _find_folder(root: Path) -> Path:
             raise ExportError(
                 f"'{root}' has {len(packed)} quantized models: {list_some(packed)}. Export each "
                 f"from its own folder, such as '{root / packed[0]}', and put the results into a "
-                "pipeline."
+                "pipeline. No target holds a text encoder: `loraq.dequantize_` makes it float."
             )
     return model_folder(root, quantized=True)
 
