@@ -10,12 +10,12 @@ demo: .venv/demo.stamp
 	@$(BIN)/loraq demo --out demo
 
 test: .venv/dev.stamp lint
-	@echo "test: the whole suite"
-	@$(BIN)/pytest
+	@echo "test: the whole suite, one process for each core"
+	@$(BIN)/pytest -n auto --dist loadfile
 
 check-fast: .venv/dev.stamp lint
 	@echo "check-fast: the suite without slow tests"
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
 crash: .venv/dev.stamp
 	@echo "crash: runs are killed before each of their system calls that change the disk (6 minutes)"

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from loraq import transforms
-from loraq.formats import element
+from loraq.formats import element, scales
 
 CUDA = torch.device("cuda", 0)
 #: Operators whose result the host has to wait for.
@@ -112,7 +112,7 @@ def _select(x: Tensor, index: Any) -> Tensor:
 @contextmanager
 def fake_cuda() -> Iterator[Reads]:
     """Let `CUDA` be a device, and no tensor be a real one."""
-    caches = element._decode_table, transforms.signed_hadamard
+    caches = element._decode_table, scales._powers_of_two, transforms.signed_hadamard
     for cache in caches:
         cache.cache_clear()
     try:

@@ -131,7 +131,7 @@ NO_CONFIG = object()
         {"quant_method": "loraq", "recipe": None},
         {"quant_method": "loraq", "recipe": "mxfp4"},
     ],
-    ids=str,
+    ids=lambda config: "no config" if config is NO_CONFIG else str(config),
 )
 @pytest.mark.filterwarnings("ignore")
 def test_whatever_a_configuration_says_packed_weights_are_loaded_right_or_refused(

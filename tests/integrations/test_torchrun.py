@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import loraq
+from tests import gate
 from tests.clusters import Cluster, finished, make_source, solved
 from tests.folders import files_of
+from tests.gate import add_passes
 
 pytestmark = pytest.mark.slow
 
@@ -113,17 +115,27 @@ main()
 def test_the_layers_of_a_lost_rank_are_taken_by_others(tmp_path):
     names = make_source(tmp_path / "source.safetensors", n_layers=12, width=224)
     target = tmp_path / "out"
-    command = ["-m", "loraq", "quantize", str(tmp_path / "source.safetensors"), str(target)]
-    command += ["--effort", "fast"]
-    with Cluster(command, 1, 3, torchrun=False) as cluster:
-        while not finished(target):
-            time.sleep(0.02)
-            assert cluster.agents[0].poll() is None, cluster.read_all(1)
+    add_passes(tmp_path / "passes", 6)
+    with Cluster(gated(tmp_path), 1, 3, torchrun=False) as cluster:
+        wait_for_a_layer(cluster, target)
         cluster.agents[2].kill()
+        add_passes(tmp_path / "passes", 12)
         outputs = cluster.read_all(120)
     assert [agent.returncode for agent in cluster.agents] == [0, 0, -signal.SIGKILL], outputs
     assert sorted(solved(outputs[0])) == sorted(names)
     assert files_of(target) == expected_of(tmp_path)
+
+
+def gated(folder: Path) -> list[str]:
+    """Return the command that waits for a pass before each layer of the source in a folder."""
+    source, target = f"{folder}/source.safetensors", f"{folder}/out"
+    return [gate.__file__, f"{folder}/passes", "quantize", source, target, "--effort", "fast"]
+
+
+def wait_for_a_layer(cluster: Cluster, target: Path) -> None:
+    while not finished(target):
+        time.sleep(0.02)
+        assert cluster.agents[0].poll() is None, cluster.read_all(1)
 
 
 def expected_of(folder: Path) -> dict[str, bytes]:
@@ -139,19 +151,18 @@ def expected_of(folder: Path) -> dict[str, bytes]:
 def test_kill_9_and_the_same_command_again(place, tmp_path, victim):
     names = make_source(tmp_path / "source.safetensors", n_layers=8, width=224)
     target = tmp_path / "out"
-    command = ["-m", "loraq", "quantize", str(tmp_path / "source.safetensors"), str(target)]
-    command += ["--effort", "fast"]
-    with Cluster(command, 1, 2) as cluster:
-        while not finished(target):
-            time.sleep(0.02)
-            assert cluster.agents[0].poll() is None, cluster.read_all(1)
+    add_passes(tmp_path / "passes", 3)
+    with Cluster(gated(tmp_path), 1, 2) as cluster:
+        wait_for_a_layer(cluster, target)
         for pid, rank in cluster.processes().items():
             if victim == "all" or (rank == "agent") == (victim == "agent"):
                 os.kill(pid, signal.SIGKILL)
+        add_passes(tmp_path / "passes", 3)  # for what was not killed, which finds out by itself
         assert cluster.wait_for_end(30)
         done = finished(target)
     assert 0 < len(done) < len(names)
-    with Cluster(command, 1, 2) as cluster:
+    add_passes(tmp_path / "passes", 8)
+    with Cluster(gated(tmp_path), 1, 2) as cluster:
         (output,) = cluster.read_all(120)
     assert cluster.agents[0].returncode == 0, output
     assert sorted(solved(output)) == sorted({*names} - done)

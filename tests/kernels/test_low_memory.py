@@ -2,14 +2,16 @@
 
 import gc
 import logging
-import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks.worlds.matrices import dit_like, heavy_tailed, outlier_columns
-from loraq.kernels import BACKENDS, dispatch
+from loraq.formats import get_format
+from loraq.kernels import BACKENDS, dispatch, low_memory
 from loraq.kernels.low_memory import LowMemory
 from loraq.layers import set_backend
 from loraq.linalg import relative_error
@@ -21,13 +23,20 @@ N_OUT, N_IN = 96, 256
 NAMES = ["mxfp4-a8+w8a8-r16", "mxfp4-a4+w8a8-r16", "int4-a4+w6a6-r16-h32", "nvfp4-a4", "int5-a8"]
 
 
-def layer_of(name: str, backend: str = "auto") -> QuantizedLinear:
-    solved = quantize_weight(
-        dit_like(N_OUT, N_IN), name, method="svdquant" if "+" in name else "rtn"
-    )
-    layer = QuantizedLinear.from_packed(solved.packed, dit_like(1, N_OUT, 3)[0])
+def layer_of(
+    name: str, backend: str = "auto", n_out: int = N_OUT, n_in: int = N_IN
+) -> QuantizedLinear:
+    method = "svdquant" if "+" in name else "rtn"
+    solved = quantize_weight(dit_like(n_out, n_in), name, method=method)
+    layer = QuantizedLinear.from_packed(solved.packed, dit_like(1, n_out, 3)[0])
     layer.backend = backend
     return layer
+
+
+def back_and_forth() -> nn.Sequential:
+    """Two layers, of which the second undoes the shape of the first."""
+    name = "mxfp4-a8+w8a8-r16"
+    return nn.Sequential(layer_of(name), layer_of(name, n_out=N_IN, n_in=N_OUT))
 
 
 def exact(layer: QuantizedLinear, x: Tensor) -> Tensor:
@@ -102,10 +111,7 @@ class Watch:
 
 
 def test_a_training_step_keeps_packed_bytes_and_no_decoded_weight():
-    model = nn.Sequential(*(layer_of("mxfp4-a8+w8a8-r16") for _ in range(2)))
-    model[1] = QuantizedLinear.from_packed(
-        quantize_weight(dit_like(N_IN, N_OUT), "mxfp4-a8+w8a8-r16", method="svdquant").packed
-    )
+    model = back_and_forth()
     packed = sum(layer.nbytes for layer in model)
     watch = Watch()
     with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
@@ -143,22 +149,36 @@ def test_what_a_forward_leaves_in_memory_is_what_the_layer_says(name, backend):
         assert kept == 2 * N_OUT * N_IN
 
 
-def test_the_decoded_weight_is_gone_when_the_call_ends(monkeypatch):
-    decoded = []
-    import loraq.kernels.low_memory as module
+def test_layers_share_the_memory_of_one_decoded_weight():
+    model = back_and_forth()
+    set_backend(model, "low_memory")
+    x = heavy_tailed(64, N_IN)
+    expected = exact(model[1], exact(model[0], x))
+    low_memory._shared.kept.clear()
+    with torch.inference_mode():
+        first = model(x)
+    model(heavy_tailed(64, N_IN).requires_grad_(True)).sum().backward()
+    with ThreadPoolExecutor(4) as pool:
+        others = list(pool.map(model, [x] * 16))
+    for y in (first, *others):
+        assert relative_error(expected, y.double()) < 1e-6
+    assert {dtype: kept.nbytes for dtype, kept in low_memory._shared.kept.items()} == {
+        torch.float32: 4 * N_OUT * N_IN
+    }
 
-    original = module.decode_by_table
 
-    def watched(*args, **kwargs):
-        operands = original(*args, **kwargs)
-        decoded.append(weakref.ref(operands.main))
-        return operands
-
-    monkeypatch.setattr(module, "decode_by_table", watched)
-    layer = layer_of("mxfp4-a8+w8a8-r16")
-    layer(heavy_tailed(64, N_IN).requires_grad_(True))
-    assert decoded
-    assert all(weight() is None for weight in decoded)
+@pytest.mark.parametrize("n_in", [30, 31, 32, 36, 62, 64])
+@pytest.mark.parametrize("name", ["mxfp4", "int4", "nvfp4", "int4_b256"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_table_decodes_rows_of_any_length(name, n_in, dtype):
+    q = get_format(name).quantize(heavy_tailed(5, n_in))
+    out = torch.full((5, n_in), torch.nan, dtype=dtype)
+    assert torch.equal(low_memory._look_up(q, out), q.dequantize().to(dtype))
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), q.packed.flatten()])[
+        1:
+    ]  # an odd address
+    moved = replace(q, packed=shifted.view(q.packed.shape))
+    assert torch.equal(low_memory._look_up(moved, out), q.dequantize().to(dtype))
 
 
 def test_it_is_said_once_that_activations_run_in_16_bits(caplog, monkeypatch):

@@ -275,9 +275,9 @@ def test_a_lora_is_appended_and_removed_on_the_device(name):
 
 
 def test_a_tensor_of_the_host_is_found(monkeypatch):
-    original = low_memory._pairs.__wrapped__
+    original = low_memory._table.__wrapped__
     monkeypatch.setattr(
-        low_memory, "_pairs", lambda name, dtype, device: original(name, dtype, torch.device("cpu"))
+        low_memory, "_table", lambda name, work, device: original(name, work, torch.device("cpu"))
     )
     monkeypatch.setattr(fused, "absence", lambda device: "not here")
     packed = packed_of("mxfp4-a16")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import loraq
 from loraq import transforms
-from loraq.formats import element
+from loraq.formats import element, scales
 from loraq.kernels import low_memory
 from loraq.pipeline.arithmetic import fixed_arithmetic
 from loraq.recipe import Recipe
@@ -172,7 +172,8 @@ def test_the_smallest_numbers_count_whatever_the_process_has_set():
 
 def forget_tables() -> None:
     """Drop what earlier calls have kept, which would hide what a setting changes."""
-    for cached in (element._decode_table, low_memory._pairs, transforms.signed_hadamard):
+    tables = element._decode_table, scales._powers_of_two, low_memory._table
+    for cached in (*tables, transforms.signed_hadamard):
         cached.cache_clear()
 
 

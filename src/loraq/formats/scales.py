@@ -11,6 +11,7 @@ there is and decodes to zeros; a block too large for the largest scale saturates
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -84,9 +85,8 @@ class ScaleFormat:
     def decode(self, packed: Tensor) -> Tensor:
         """Return the fp32 scales of raw bytes, the inverse of `encode`; E8M0's code 255 is NaN."""
         if self.is_power_of_two:
-            return torch.where(
-                packed == 255, torch.nan, _power_of_two(packed.to(torch.int32) - 127)
-            )
+            table = _powers_of_two(packed.device)
+            return table.index_select(0, packed.reshape(-1).int()).view(packed.shape)
         if self.name == "e4m3":
             return E4M3.decode(packed)
         return view_bytes(packed, torch.bfloat16 if self.name == "bf16" else torch.float32).float()
@@ -140,6 +140,14 @@ def view_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:
     if is_traced or packed.storage_offset() % dtype.itemsize or not packed.is_contiguous():
         packed = packed.clone(memory_format=torch.contiguous_format)
     return packed.view(dtype)
+
+
+@lru_cache(maxsize=8)
+def _powers_of_two(device: torch.device) -> Tensor:
+    """Return what each byte of E8M0 stands for."""
+    table = _power_of_two(torch.arange(256, dtype=torch.int32, device="cpu") - 127)
+    table[255] = torch.nan
+    return table.to(device)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
 """Matrix products on weights that are decoded at each call: nothing but the packed bytes is kept.
 
-One decoded weight is in memory while a layer runs, in memory that the layers of a model share:
-torch's allocator gives the next one what the last has freed. A training step decodes it once more
-for the gradient instead of keeping it.
+One decoded weight is in memory while a layer runs, in memory that the layers of a model share. A
+training step decodes it once more for the gradient instead of keeping it.
 
 On a GPU one kernel of Triton decodes, adds the branch and rotates back, where it was seen to be
-right. Elsewhere 4-bit codes are decoded two at a time through a table of 256 bytes, several times
-faster than one code at a time.
+right. Elsewhere 4-bit codes are decoded two or four at a time through a table, several times faster
+than one code at a time.
 
 No activation is rounded, unless it is to be simulated, as in `resident`. For many tokens the branch
 is added to the weight, for few it runs beside it, whichever takes fewer multiplications.
 """
 
+import math
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -95,8 +96,36 @@ def _decode(
     packed = PackedWeight.from_tensors(stored, scheme, shape)
     if fused.takes(packed, work_dtype(dtype)):
         return fused.decode(packed, work_dtype(dtype), merged=merged)
-    operands = decode_by_table(packed, work_dtype(dtype), 0)
+
+    def one(q: QTensor, dtype: torch.dtype) -> Tensor:
+        return _decode_pairs(q, dtype, _shared.take(q.shape, dtype) if q is packed.main else None)
+
+    # On other devices torch's allocator gives the next layer what the last one has freed.
+    on_cpu = packed.main.packed.device.type == "cpu"
+    operands = decode(packed, work_dtype(dtype), 0, one if on_cpu else _decode_pairs)
     return merge(operands) if merged else operands
+
+
+class _Shared(threading.local):
+    """Memory for a decoded weight on the CPU, which the layers that a thread runs share.
+
+    The system gives large pieces of memory page by page, which takes longer than to decode.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[torch.dtype, Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return memory for a matrix, with anything in it; what was taken before is overwritten."""
+        n = math.prod(shape)
+        kept = self.kept.get(dtype)
+        if kept is None or kept.numel() < n:
+            with torch.inference_mode(False):  # or no other mode could write into it
+                kept = self.kept[dtype] = torch.empty(n, dtype=dtype, device="cpu")
+        return kept[:n].view(shape)
+
+
+_shared = _Shared()
 
 
 # One opaque operator: a compiler would keep decoded weights, and trace again for other numbers of
@@ -167,10 +196,13 @@ def decode_by_table(
     return decode(packed, dtype, rotation, _decode_pairs)
 
 
-def _decode_pairs(q: QTensor, dtype: torch.dtype) -> Tensor:
+def _decode_pairs(q: QTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return a stored tensor as a dense one, in memory that is given."""
     fmt = q.format
     if fmt.bits != 4 or (isinstance(fmt, BlockFormat) and (fmt.of_rows or fmt.of_columns)):
         return decode_one(q, dtype)
+    if out is not None:
+        return _look_up(q, out)
     return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
 
 
@@ -184,35 +216,8 @@ def _dequantize_pairs(
     n: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    fmt = get_format(name)
-    assert isinstance(fmt, BlockFormat)
-    assert scale is not None
-    factor = fmt.scale_format.decode(scale)
-    if global_scale is not None:
-        factor = factor * view_bytes(global_scale, torch.float32)
-    # A product of a 4-bit value and a scale of 8 significant bits is exact in fp32, so rounding it
-    # to bf16 at once is what rounding a decoded fp32 weight is. Longer scales multiply in fp32.
-    exact = dtype == torch.bfloat16 and fmt.scale_format.n_bytes < 4 and global_scale is None
-    work = dtype if exact else torch.float32
-    table, factor = _pairs(name, work, packed.device), factor.to(work)
-    size = fmt.block_size or n
-    out = torch.empty((len(packed), n), dtype=dtype, device=packed.device)
-    # Fewer and longer passes for more threads: at the end of each one all wait for the last.
-    at_once = _CHUNK_VALUES * torch.get_num_threads()
-    step = max(1, at_once // n) if packed.device.type == "cpu" else len(packed)
-    for start in range(0, len(packed), step):
-        part = slice(start, start + step)
-        values = (
-            table.index_select(0, packed[part].flatten().int())
-            .view(work)
-            .view(len(packed[part]), -1)
-        )
-        if n % size or n % 2:
-            values = values[:, :n] * factor[part].repeat_interleave(size, -1)[:, :n]
-        else:
-            values.view(len(values), -1, size).mul_(factor[part].unsqueeze(-1))
-        out[part] = values
-    return out
+    out = packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
+    return _look_up(QTensor(packed, scale, global_scale, out.shape, get_format(name)), out)
 
 
 @_dequantize_pairs.register_fake
@@ -227,11 +232,61 @@ def _(
     return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
 
 
+def _look_up(q: QTensor, out: Tensor) -> Tensor:
+    """Decode a tensor of 4-bit codes into another, and return that."""
+    packed, fmt, n, dtype = q.packed, q.format, q.shape[-1], out.dtype
+    assert isinstance(fmt, BlockFormat)
+    assert q.scale is not None
+    factor = fmt.scale_format.decode(q.scale)
+    if q.global_scale is not None:
+        factor = factor * view_bytes(q.global_scale, torch.float32)
+    # A product of a 4-bit value and a scale of 8 significant bits is exact in fp32, so rounding it
+    # to bf16 at once is what rounding a decoded fp32 weight is. Longer scales multiply in fp32.
+    exact = dtype == torch.bfloat16 and fmt.scale_format.n_bytes < 4 and q.global_scale is None
+    work = dtype if exact and n % 4 == 0 else torch.float32
+    table, factor = _table(fmt.name, work, packed.device), factor.to(work)
+    size = fmt.block_size or n
+    whole = n % size == 0 and n % 2 == 0
+    direct = whole and dtype == work
+    # Fewer and longer passes for more threads: at the end of each one all wait for the last.
+    at_once = _CHUNK_VALUES * torch.get_num_threads()
+    step = max(1, at_once // n) if packed.device.type == "cpu" else len(packed)
+    for start in range(0, len(packed), step):
+        part = slice(start, start + step)
+        codes = packed[part]
+        values = out[part]
+        if not direct:
+            values = out.new_empty((len(codes), 2 * codes.shape[-1]), dtype=work)
+        places = _places_of(codes, work)
+        torch.index_select(table, 0, places, out=values.view(torch.int64).view(-1))
+        if whole:
+            values.view(len(values), -1, size).mul_(factor[part].unsqueeze(-1))
+        else:
+            values = values[:, :n] * factor[part].repeat_interleave(size, -1)[:, :n]
+        if not direct:
+            out[part] = values
+    return out
+
+
 @lru_cache(maxsize=32)
-def _pairs(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Both values of every byte, as one integer a byte: a single look-up then moves both."""
+def _table(name: str, work: torch.dtype, device: torch.device) -> Tensor:
+    """Return two or four values as one integer for each byte or pair of bytes.
+
+    A single look-up then moves 8 bytes of values.
+    """
     fmt = get_format(name)
     assert isinstance(fmt, BlockFormat)
-    byte, grid = torch.arange(256, device="cpu"), fmt.element.grid().to(dtype)
-    pairs = torch.stack((grid[byte & 15], grid[byte >> 4]), -1)
-    return pairs.view(torch.int32 if dtype == torch.bfloat16 else torch.int64).flatten().to(device)
+    n_codes = 8 // work.itemsize
+    packed, grid = torch.arange(16**n_codes, device="cpu"), fmt.element.grid().to(work)
+    values = torch.stack([grid[packed >> 4 * i & 15] for i in range(n_codes)], -1)
+    return values.view(torch.int64).flatten().to(device)
+
+
+def _places_of(codes: Tensor, work: torch.dtype) -> Tensor:
+    """Return packed bytes (rows, bytes of a row) as places in the table of a dtype, in one row."""
+    if work.itemsize == 4:
+        return codes.flatten().int()
+    pairs = codes.contiguous()
+    if pairs.storage_offset() % 2:
+        pairs = pairs.clone()
+    return pairs.view(torch.int16).flatten().int().bitwise_and_(0xFFFF)

@@ -13,7 +13,6 @@ from loraq.formats.scale_rules import RuleName
 from loraq.methods.base import Method, register
 from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
-from loraq.methods.noise import rounding_noise
 from loraq.methods.svdquant import Alternation
 from loraq.options import Range
 from loraq.scheme import Scheme
@@ -59,11 +58,6 @@ class GPTQ(Method):
             ).run(weight, scheme.weight_format, seed)
             fitted = quantize_branch(*factors, scheme.branch, self.scale_rule)
             target = weight - fitted.reconstruct()
-        noise = rounding_noise(scheme.activation, rotation=scheme.rotation)
-        inputs = Inputs(
-            stats,
-            self.damping,
-            noise if self.noise_filter else 0.0,
-            scheme.activation_format if self.noise_filter else None,
-        )
+        activation = scheme.activation_format if self.noise_filter else None
+        inputs = Inputs(stats, self.damping, activation)
         return Fit(inputs.round(target, scheme.weight_format, self.scale_rule), fitted)

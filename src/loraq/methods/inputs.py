@@ -3,8 +3,8 @@
 Without statistics inputs count as white. With mean squares h an error of channel j counts h_j. With
 E[x xᵀ] the price of an error is exactly the output error it makes, rounding feeds errors back
 (`loraq.methods.feedback.Feedback`), and noise of rounded activations is filtered. Activation noise
-is priced by h alone: it is not correlated with the input, and its power in each channel follows
-from h and the format (`loraq.methods.noise.noise_powers`).
+is priced by h alone: it is taken as uncorrelated with the input, and its power in each channel is
+measured on Gaussian inputs of mean squares h (`loraq.methods.noise.noise_powers`).
 
 Let the noise have power Σ, and let a branch leave R = W − UD of the weight. The main weight that
 answers noisy inputs best is R H (H + Σ)⁻¹ (Wiener's filter), and what it cannot avoid is
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraq.formats import Format, QTensor
+from loraq.formats import CastFormat, Format, QTensor
 from loraq.linalg import (
     TruncatedSVD,
     damped_cholesky,
@@ -50,8 +50,7 @@ class Inputs:
     stats: ActivationStats | None = None
     #: `GPTQ.damping` of rounding with feedback.
     feedback_damping: float = 0.01
-    #: Relative noise power of the main path's rounded activations, and their format.
-    activation_noise: float = 0.0
+    #: Of the main path's activations, whose noise is priced and filtered; `None` for neither.
     activation: Format | None = None
 
     def importance(self, damping: float) -> Float[Tensor, " in"] | None:
@@ -90,17 +89,22 @@ class Inputs:
             return energy(error).item()
         return self.stats.output_energy(error, torch.float32) / self._power
 
-    def noise_energy(self, matrix: Float[Tensor, "out in"], fmt: Format | None = None) -> float:
-        """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels.
-
-        Args:
-            matrix: what the noisy input is multiplied with.
-            fmt: whose rounding makes the noise.
-        """
+    def noise_energy(self, matrix: Float[Tensor, "out in"]) -> float:
+        """Return E‖n matrixᵀ‖² for a noise n as large as the input, of uncorrelated channels."""
         if self.stats is None:
             return energy(matrix).item()
-        powers = noise_powers(self.stats.mean_square.double(), fmt)
-        return (matrix.square().sum(0, dtype=torch.float64) @ powers).item() / self._power
+        return self._energy(matrix, self.stats.mean_square.double())
+
+    def rounding_energy(self, matrix: Float[Tensor, "out in"], relative: float) -> float:
+        """Return E‖n matrixᵀ‖² for the noise n of rounded activations of the main path.
+
+        Args:
+            matrix: what they are multiplied with.
+            relative: its power relative to the input, if nothing is known of that.
+        """
+        if self.stats is None:
+            return relative * energy(matrix).item()
+        return self._energy(matrix, self._noise)
 
     def best_branch(
         self, weight: Float[Tensor, "out in"], svd: TruncatedSVD, seed: int
@@ -137,16 +141,19 @@ class Inputs:
         assert self.stats is not None
         return self.stats.mean_square.double().mean().item() or 1.0
 
+    def _energy(self, matrix: Tensor, powers: Tensor) -> float:
+        return (matrix.square().sum(0, dtype=torch.float64) @ powers).item() / self._power
+
     @property
     def _ridge(self) -> float:
         return self.feedback_damping * self._power
 
-    @property
+    @cached_property
     def _noise(self) -> Float[Tensor, " in"]:
         """Σ, in double precision: that of the damped moment, because no channel is without."""
         assert self.stats is not None
-        damped = self.stats.mean_square.double() + self._ridge
-        return self.activation_noise * noise_powers(damped, self.activation)
+        assert self.activation is not None
+        return noise_powers(self.stats.mean_square.double() + self._ridge, self.activation)
 
     @cached_property
     def _answer(self) -> tuple[Float[Tensor, "in in"] | None, Feedback]:
@@ -155,10 +162,10 @@ class Inputs:
         H is damped for what it has not seen.
         """
         assert self.stats is not None
-        moment = self.stats.second_moment
-        if not self.activation_noise:
-            return None, Feedback(moment, damping=self.feedback_damping)
         require_damping(self.feedback_damping)
+        moment = self.stats.second_moment
+        if self.activation is None or isinstance(self.activation, CastFormat):
+            return None, Feedback(moment, damping=self.feedback_damping)
         noise, noisy = self._noise, moment.to(torch.float64, copy=True)
         noisy.diagonal().add_(self._ridge + noise)
         # H (H + Σ)⁻¹ = I − Σ (H + Σ)⁻¹, in less than half of the time of a solution by LU.

@@ -122,7 +122,8 @@ class LoRaQ(Method):
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         branch = self._require_branch(scheme)
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
-        inputs = Inputs(stats, self.feedback_damping, noise.main, scheme.activation_format)
+        activation = scheme.activation_format if self.activation_aware else None
+        inputs = Inputs(stats, self.feedback_damping, activation)
         problem = Problem(
             weight,
             scheme.weight_format,
@@ -226,8 +227,7 @@ class LoRaQ(Method):
                 del product  # no more than two such matrices at a time beside the weight
             rounded = stored.dequantize()
             if noise.main:
-                energy = inputs.noise_energy(rounded, scheme.activation_format)
-                prices.insert(0, noise.main * energy)
+                prices.insert(0, inputs.rounding_energy(rounded, noise.main))
             errors.append(inputs.error_energy(candidate.subtract_from(weight).sub_(rounded)))
             objective = sum(prices, errors[-1])
             del rounded
