@@ -19,6 +19,7 @@ from benchmarks.quality import ledger
 from benchmarks.results import read
 from docs import examples, reference
 from loraq.cli import main as loraq_command
+from loraq.exports.card import write_load
 from loraq.exports.table import TARGETS
 from loraq.formats import FORMATS, BlockFormat, get_format
 from loraq.recipe_names import GRAMMAR, SHOWCASE
@@ -136,10 +137,12 @@ def exports_page() -> str:
         *table(("target", "exact", "verified", "not verified"), proofs, "llll"),
     ]
     for about in rows:
-        load = about.load.format(model_class="FluxTransformer2DModel", folder="OUT")
+        file = about.branch_file
+        names = {"model_class": "FluxTransformer2DModel", "folder": "OUT", "dtype": "bfloat16"}
+        load = write_load(about, file, **names)
         names = " or ".join(f"`{name}`" for name in about.recipes)
         fits = f"Quantize for it with {names}." if names else "Any recipe."
-        traps = [f"* {trap}" for trap in about.traps]
+        traps = [f"* {trap}" for trap in (*(file.traps if file else ()), *about.traps)]
         lines += [f"## {about.name}", "", fits, "", "```", *load.splitlines(), "```", "", *traps]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

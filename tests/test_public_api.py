@@ -109,7 +109,7 @@ def test_every_public_name_documents_its_own_members():
         ),
         (
             "plan_export",
-            ["source", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype"],
+            ["source", "*to", "*lora", "*pad_rank", "*allow_dense", "*dtype", "*shard_bytes"],
         ),
         (
             "append_lora",

@@ -65,7 +65,6 @@ class Limits:
     #: As `--to` takes it.
     name: str
     classes: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
     because: str = ""
     one_format: bool = False
     branch: str = ""
@@ -80,8 +79,7 @@ class Limits:
     def of(cls, name: str, table: dict[str, Any]) -> "Limits":
         """Return the limits that a table of the file gives a target."""
         table = dict(table)
-        for key in ("classes", "methods"):
-            table[key] = tuple(table.get(key, ()))
+        table["classes"] = tuple(table.get("classes", ()))
         if apart := table.pop("modulations", None):
             table["modulations"] = Modulations(apart.pop("weight"), Sizes(**apart))
         sizes = {key: table.pop(key) for key in ("outputs", "inputs") if key in table}
@@ -93,8 +91,7 @@ class Limits:
         if "PreTrainedModel" in names:
             return "targets are for models of diffusers"
         is_known = not self.classes or any(name in self.classes for name in names)
-        is_able = all(hasattr(kind, method) for method in self.methods)
-        return "" if is_known and is_able else self.because
+        return "" if is_known else self.because
 
     def explain_misfit(
         self, scheme: Scheme, shape: tuple[int, ...], *, is_conv: bool = False, lora_rank: int = 0

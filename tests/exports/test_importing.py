@@ -173,3 +173,48 @@ def test_a_layer_that_the_model_does_not_have_is_named(place, tmp_path):
     config["quantization_config"]["svdq_w4a4"]["targets"].append("no.such.layer")
     (tmp_path / "other/config.json").write_text(json.dumps(config))
     assert "names the layer 'no.such.layer'" in refused(tmp_path / "other", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [1],
+        {"precision": "int4", "rank": 16},
+        {"precision": "int4", "rank": 16, "targets": None},
+        {"precision": "int4", "rank": 16, "targets": "proj_out"},
+        {"precision": "int4", "rank": 16, "targets": [1]},
+        {"precision": "int4", "rank": 16, "targets": ["x_embedder", "x_embedder"]},
+    ],
+    ids=str,
+)
+def test_a_section_that_lists_no_layers_is_refused(place, tmp_path, settings):
+    shutil.copytree(place / "lite", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["quantization_config"]["svdq_w4a4"] = settings
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert "`targets` of `svdq_w4a4`" in refused(tmp_path / "other", tmp_path / "back")
+
+
+@pytest.mark.parametrize("precision", [["int4"], None, 4, "int8"], ids=str)
+def test_a_precision_that_is_none_is_refused(place, tmp_path, precision):
+    shutil.copytree(place / "lite", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["quantization_config"]["svdq_w4a4"]["precision"] = precision
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert "int4 or nvfp4 and a multiple" in refused(tmp_path / "other", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("proj_out.weight", torch.zeros(3, 3)),
+        ("proj_out.bias", torch.zeros(16, dtype=torch.int64)),
+        ("transformer_blocks.0.attn.to_q.bias", torch.zeros(64)),
+        ("transformer_blocks.0.attn.to_q.bias", torch.zeros(128, dtype=torch.int32)),
+    ],
+)
+def test_a_tensor_of_another_shape_or_kind_is_refused_before_writing(place, tmp_path, name, tensor):
+    shutil.copytree(place / "lite", tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / FILE)
+    save_file(tensors | {name: tensor}, tmp_path / "other" / FILE, {"format": "pt"})
+    assert f"tensor '{name}'" in refused(tmp_path / "other", tmp_path / "back")

@@ -6,6 +6,7 @@ from accelerate import init_empty_weights
 
 from loraq.errors import ExportError
 from loraq.exports.native import Rows, find_native_names, list_classes
+from loraq.targets import limits_of
 
 pytest.importorskip("diffusers")
 
@@ -32,7 +33,7 @@ def row_numbers(name):
 
 
 def test_every_class_of_the_table_is_compared():
-    assert set(list_classes()) == set(CONFIGS)
+    assert set(list_classes()) == set(CONFIGS) == set(limits_of("comfy").classes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

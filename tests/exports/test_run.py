@@ -1,6 +1,7 @@
 """`export`: what is written, what becomes of each layer, and what is refused before writing."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -122,8 +123,9 @@ def test_the_card_says_how_to_load_and_what_goes_wrong(place, tmp_path, to):
     assert loads.get(to, "FluxTransformer2DModel.from_") in text
     assert ("/out/" if to == "comfy" else '"out') in text
     assert str(tmp_path) not in text  # the card may be published
-    assert all(trap in text for trap in TARGETS[to].about.traps)
-    assert ("branch.safetensors" in text) == TARGETS[to].has_branch_file
+    about = TARGETS[to].about
+    assert all(trap in text for trap in about.traps)
+    assert ("branch.safetensors" in text) == (about.branch_file is not None)
 
 
 def test_dense_weights_are_the_effective_ones(place, tmp_path):
@@ -133,6 +135,38 @@ def test_dense_weights_are_the_effective_ones(place, tmp_path):
     for name in ours.quantized:
         assert torch.equal(written[f"{name}.weight"], ours.read(name))
     assert written.keys() == empty_model(tmp_path / "out").state_dict().keys()
+
+
+def test_a_class_that_takes_no_lora_gets_its_branch_by_peft(tmp_path):
+    rules = [{"match": "*attn2.to_q", "branch": {"rank": 4}}]
+    recipe = {"scheme": "nvfp4-a16+bf16-r8", "rules": rules}
+    save_quantized("pixart", recipe, tmp_path / "quantized")
+    done = export(tmp_path / "quantized", tmp_path / "out", "torchao")
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    ranks = {name: t.shape[0] for name, t in written.items() if name.endswith("lora_A.weight")}
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert set(config["target_modules"]) == {layer.name for layer in done.layers}
+    for name, rank in ranks.items():
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        found = [
+            r for key, r in config["rank_pattern"].items() if re.match(f"(.*\\.)?({key})$", layer)
+        ]
+        assert found == ([4] if layer.endswith("attn2.to_q") else [])
+        assert rank == (4 if found else 8)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "peft.PeftModel.from_pretrained(" in text
+    assert "branch.safetensors" not in text
+
+
+def test_a_model_without_a_branch_says_nothing_of_one(tmp_path):
+    save_quantized("flux", {"scheme": "mxint8-a16", "method": "rtn"}, tmp_path / "quantized")
+    done = export(tmp_path / "quantized", tmp_path / "out", "gguf")
+    assert done.branch_file is None
+    assert done.traps == ()
+    assert "branch.safetensors" not in (tmp_path / "out/README.md").read_text()
+    assert not (tmp_path / "out/branch.safetensors").exists()
 
 
 def test_the_report_counts_what_is_rounded(tmp_path):
@@ -220,7 +254,7 @@ def test_modulations_with_a_branch_are_not_put_on_4_bit_activations(tmp_path):
 
 @pytest.mark.parametrize(
     ("to", "reason"),
-    [("gguf", "from a single file"), ("torchao", "LoRA"), ("comfy", "ComfyUI's names")],
+    [("gguf", "from a single file"), ("comfy", "ComfyUI's names")],
 )
 def test_a_class_that_the_target_does_not_take(tmp_path, to, reason):
     model = small_pixart(num_layers=1)
@@ -236,7 +270,7 @@ def test_a_class_that_the_target_does_not_take(tmp_path, to, reason):
     ("options", "reason"),
     [
         ({"dtype": "int8"}, "'int8' is none of"),
-        ({"dtype": "float32"}, "runs in 16 bits"),
+        ({"dtype": "float32"}, "holds its floats in bfloat16 or float16, and not in"),
     ],
 )
 def test_dtypes_that_cannot_be(place, tmp_path, options, reason):
@@ -450,13 +484,12 @@ def delta(lora: Path, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("to", RECIPES)
 def test_a_lora_is_stacked_onto_the_branch(place, tmp_path, lora, to):
-    options = {} if to == "nunchaku-lite" else {"dtype": "float32"}
-    done = export(place / to, tmp_path / "out", to, lora=[(lora, 0.5)], pad_rank=True, **options)
+    options = {"pad_rank": True} if to == "nunchaku-lite" else {"dtype": "float32"}
+    done = export(place / to, tmp_path / "out", to, lora=[(lora, 0.5)], **options)
     plain = export(place / to, tmp_path / "plain", to, **options)
     changed = [a.name for a, b in zip(done.layers, plain.layers, strict=True) if a != b]
     name = "transformer_blocks.0.attn.to_q"
     assert to == "nunchaku-lite" or changed in ([name], ["double_blocks.0.img_attn.qkv"], [])
-    settled = TARGETS[to]
     if to == "sdnq":
         written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
         branch = written[f"{name}.svd_up"] @ written[f"{name}.svd_down"]
@@ -474,7 +507,7 @@ def test_a_lora_is_stacked_onto_the_branch(place, tmp_path, lora, to):
             for folder in ("out", "plain")
         )
         assert torch.allclose(written - before, 0.5 * delta(lora, name), atol=1e-5)
-    elif settled.has_branch_file:
+    elif TARGETS[to].about.branch_file:
         written = load_file(tmp_path / "out/branch.safetensors")
         native = "diffusion_model.double_blocks.0.img_attn.qkv"
         down = native if to == "comfy" else f"transformer.{name}"

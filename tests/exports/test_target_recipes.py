@@ -26,7 +26,6 @@ NEEDS = {"openvino": "openvino"}
 #: What a target says of a class that it does not take.
 STRANGE = {
     "gguf": {"pixart"},
-    "torchao": {"pixart"},
     "comfy": {"pixart", "sana"},
 }
 #: Targets that hold the two 1×1 convolutions of the Sana, half of its weights.
@@ -187,20 +186,47 @@ def test_what_the_default_recipe_made_is_exported_or_refused_with_a_way_that_wor
         assert to == "dense" or done.dense_share == 0.0
 
 
-@pytest.mark.parametrize(("to", "scheme"), [("gguf", "int4_b32-a16"), ("torchao", "nvfp4-a16")])
-def test_a_class_that_a_target_does_not_take_has_another_one(tmp_path, to, scheme):
-    quantize(build("pixart"), f"{scheme}+bf16-r16", tmp_path / "quantized")
+#: What a target may not take: a model, a recipe, and what the refusal must say of it.
+BAD = {
+    "rotation": ("flux", "nvfp4-a4+bf16-r16-h32", "are rotated"),
+    "ranks": (
+        "flux",
+        {
+            "scheme": "int4-a16+bf16-r24",
+            "rules": [
+                {"match": "*norm*.linear", "skip": True},
+                {"match": "*single*", "branch": {"rank": 8}},
+            ],
+        },
+        "one rank for all layers, a multiple of 16, and there are 8, 24",
+    ),
+    "class": ("pixart", "int4_b32-a16+bf16-r16", "PixArtTransformer2DModel"),
+    "format": ("flux", "fp8_e4m3-a16+bf16-r16", "of the quantized weights as floats"),
+}
+#: Who takes which of them.
+TAKES = {
+    "rotation": {"dense"},
+    "ranks": {"sdnq", "gguf", "onnx", "openvino", "dense"},
+    "class": {"sdnq", "onnx", "openvino", "dense"},
+    "format": {"openvino", "dense"},
+}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_model_is_refused_before_writing_with_a_way_that_works(tmp_path, bad, to):
+    if to in NEEDS:
+        pytest.importorskip(NEEDS[to])
+    name, recipe, reason = BAD[bad]
+    asked = Recipe.from_dict({"scheme": recipe} if isinstance(recipe, str) else recipe)
+    quantize(build(name), replace(asked, keep="float"), tmp_path / "quantized")
+    if to in TAKES[bad]:
+        export(tmp_path / "quantized", tmp_path / "out", to)
+        return
     message = refused(tmp_path / "quantized", tmp_path / "out", to)
-    assert "PixArtTransformer2DModel" in message
-    assert "use the recipe 'sdnq-b32' and `--to sdnq`" in message.lower()
-    follow(message, build("pixart"), to, tmp_path)
-
-
-def test_a_rotated_model_has_a_recipe(tmp_path):
-    quantize(build("flux"), "nvfp4-a4+bf16-r16-h32", tmp_path / "quantized")
-    message = refused(tmp_path / "quantized", tmp_path / "out", "nunchaku-lite")
-    assert "'nunchaku-nvfp4'" in message  # the format that the model has
-    follow(message, build("flux"), "nunchaku-lite", tmp_path)
+    about_format = "of the quantized weights as floats"  # the model is not for this target at all
+    assert reason in message or (bad in ("ranks", "class") and about_format in message)
+    follow(message, build(name), to, tmp_path)
 
 
 def test_ranks_that_differ_have_a_recipe(tmp_path):

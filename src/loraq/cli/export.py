@@ -10,7 +10,7 @@ from loraq.cli.options import (
     DTYPES,
     link_option,
     overwrite_option,
-    shard_size_option,
+    size_option_value,
     split_scale,
 )
 from loraq.cli.output import print_json, print_table, size_of
@@ -18,6 +18,9 @@ from loraq.errors import show
 
 if TYPE_CHECKING:
     from loraq.exports.report import ExportReport
+
+#: Options that decide what is written; the others are how.
+_PLANNED = ("lora", "pad_rank", "allow_dense", "dtype", "shard_bytes")
 
 
 @command
@@ -39,10 +42,14 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Of all that is float. [default: bfloat16 for factors and dense weights, the rest as it "
-    "is]",
+    help="Of all that is float; `--list` says what each target takes.",
 )
-@shard_size_option
+@click.option(
+    "--shard-size",
+    "shard_bytes",
+    callback=size_option_value,
+    help="Largest weight file, of targets that have several.  [default: 2GB]",
+)
 @link_option
 @overwrite_option
 def export(
@@ -75,7 +82,7 @@ def export(
 
     options["lora"] = [split_scale(text) for text in options["lora"]]
     if target is None or as_plan:
-        planned = {name: options[name] for name in ("lora", "pad_rank", "allow_dense", "dtype")}
+        planned = {name: value for name, value in options.items() if name in _PLANNED}
         report = plan_export(source, to=to, **planned)
     else:
         report = run(source, target, to=to, **options)
@@ -92,18 +99,22 @@ def _show_targets(*, as_json: bool) -> None:
 
     from loraq.exports.table import TARGETS
 
-    rows = [target.about for target in TARGETS.values()]
     if as_json:
-        listed = [asdict(about) | {"recipes": about.recipes} for about in rows]
+        listed = [
+            asdict(target.about) | {"recipes": target.about.recipes, "dtypes": target.dtypes}
+            for target in TARGETS.values()
+        ]
         print_json({"targets": listed})
         return
-    for about in rows:
+    for target in TARGETS.values():
+        about = target.about
         click.echo(about.name)
         lines = {
             "loaded by": about.loaded_by,
             "holds": about.holds,
             "exact": about.exact,
             "activations": about.activations,
+            "floats": ", ".join(target.dtypes),
             "verified": about.verified,
             "not verified": about.unverified,
             "recipe": ", ".join(about.recipes) or "any",
@@ -133,5 +144,5 @@ def _show_report(report: "ExportReport", *, as_plan: bool) -> None:
     if not as_plan:
         click.echo(f"Largest relative change of a weight: {report.largest_change:.2g}.")
     click.echo(f"Activations there: {report.about.activations}.")
-    for note in (*report.notes, *report.about.traps):
+    for note in (*report.notes, *report.traps):
         click.echo(f"Note: {show(note)}", err=True)

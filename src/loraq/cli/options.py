@@ -140,8 +140,12 @@ component_option = click.option(
 )
 
 
-def size_option_value(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+def size_option_value(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> int | None:
     """Read a size such as "2GB", "500 MB" or "1GiB"."""
+    if text is None:
+        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(i?)B?", text, re.IGNORECASE)
     size = found and round(
         float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")

@@ -1,23 +1,25 @@
 """The model card of an export: how it is loaded, what runs there, and what goes wrong."""
 
 from loraq.exports.report import DENSE, EXACT, ROUNDED, ExportReport
+from loraq.exports.target import About, BranchFile
 from loraq.version import __version__
 
 #: Its name, which model hubs show.
 FILE_NAME = "README.md"
 
 
-def write_card(report: ExportReport, model_class: str, folder: str, has_branch_file: bool) -> str:
+def write_card(report: ExportReport, model_class: str, folder: str, dtype: str) -> str:
     """Return the text of the card.
 
     Args:
         report: what became of the layers.
         model_class: class of the model in diffusers.
         folder: name of the target, with that of the component in it.
-        has_branch_file: whether the branch is a file of its own.
+        dtype: of the floats that are written anew, in which the model is loaded.
     """
     about, counts, (before, after) = report.about, report.counts, report.bits
-    load = about.load.format(model_class=model_class, folder=folder)
+    branch_file = report.branch_file
+    load = write_load(about, branch_file, model_class=model_class, folder=folder, dtype=dtype)
     lines = [
         f"# {model_class}, quantized by loraq, for {about.name}",
         "",
@@ -39,11 +41,17 @@ def write_card(report: ExportReport, model_class: str, folder: str, has_branch_f
         *(f"* {note}" for note in report.notes),
         "",
     ]
-    if about.traps:
-        lines += ["## Traps", "", *(f"* {trap}" for trap in about.traps), ""]
+    if report.traps:
+        lines += ["## Traps", "", *(f"* {trap}" for trap in report.traps), ""]
     lines += [
         "`loraq_export.json` beside the model says what became of each layer"
-        + (", `branch.safetensors` is a part of the model." if has_branch_file else "."),
+        + (f", `{branch_file.name}` is a part of the model." if branch_file else "."),
         "",
     ]
     return "\n".join(lines)
+
+
+def write_load(about: About, branch_file: BranchFile | None, **names: str) -> str:
+    """Return the lines that load an export, with `model_class`, `folder` and `dtype` in them."""
+    parts = [about.load, *([branch_file.load] if branch_file else [])]
+    return "\n".join(parts).format(**names)

@@ -15,22 +15,32 @@ from pathlib import PurePosixPath
 import torch
 from torch import Tensor
 
-from loraq.errors import ExportError
-from loraq.exports import lora
 from loraq.exports.codes import Tiling, e2m1_values, high_first, per_block, split_high_first
 from loraq.exports.factors import explain_rounding
 from loraq.exports.joined import JoinedSource
-from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
+from loraq.exports.layer import Head, Layer, Specs, Tensors
+from loraq.exports.lora import BranchBeside
 from loraq.exports.native import find_native_names, list_classes
 from loraq.exports.source import ExportSource
-from loraq.exports.target import About, Target
-from loraq.formats.scales import view_bytes
+from loraq.exports.target import EXACT_IN_16_BITS, About, BranchFile
 from loraq.safetensors.header import TensorSpec
 
 #: A graph of the two nodes that load both files.
 WORKFLOW = "workflow.json"
-#: What the bypass node calls the model.
-_MODEL = "diffusion_model"
+_BRANCH_FILE = BranchFile(
+    "branch.safetensors",
+    "diffusion_model",
+    load='cp "{folder}/branch.safetensors" "$COMFYUI/models/loras/{folder}/"',
+    traps=(
+        "Without `branch.safetensors` the model runs and is wrong. Its strength is 1.0, always. "
+        "The node is `LoraLoaderBypassModelOnly`, never the ordinary LoRA loader: that one merges "
+        "the branch into the 4-bit weights and rounds them again, which is worse than having no "
+        "branch.",
+        "A second bypass node takes the place of the first. Other LoRAs go into the branch "
+        "(`loraq export --lora FILE`).",
+        "ComfyUI calls the bypass node experimental.",
+    ),
+)
 #: Values that share a block scale; kernels take sizes in multiples of it.
 _BLOCK = 16
 #: Layers of a block, such as "double_blocks.0.img_attn.qkv".
@@ -42,7 +52,7 @@ def scale_tiling(n: int, groups: int) -> Tiling:
     return Tiling((n // 128, 4, 32, groups // 4, 4), (0, 3, 2, 1, 4))
 
 
-class Comfy(Target):
+class Comfy(BranchBeside):
     """Files for `models/diffusion_models` and `models/loras` of ComfyUI, and a workflow."""
 
     about = About(
@@ -50,39 +60,24 @@ class Comfy(Target):
         loaded_by="ComfyUI (FLUX, Qwen-Image, Wan, Z-Image)",
         holds="NVFP4 in the blocks of a model, out and in multiples of 16; any rank in each layer; "
         "layers that are one there (q, k, v) joined, where they have one format",
-        exact="codes and scales; branches of bf16, MX formats and NVFP4. Joined branches stand "
-        "side by side, their ranks added up",
+        exact=f"{EXACT_IN_16_BITS}. Joined branches stand side by side, their ranks added up",
         activations="NVFP4 by ComfyUI's own rule on Blackwell, where the recipe asks for 4 bits; "
         "16 bits elsewhere",
         verified="every layer and a whole model (FLUX) by comfy-kitchen's eager layout on a CPU; "
         "names and joins by diffusers' converters of original files",
         unverified="ComfyUI itself, which is no package, its bypass node, and the kernels",
-        load="# in the folder of ComfyUI; then drag {folder}/workflow.json into its window\n"
-        "mkdir -p models/diffusion_models/{folder} models/loras/{folder}\n"
-        "cp {folder}/model.safetensors models/diffusion_models/{folder}/\n"
-        "cp {folder}/branch.safetensors models/loras/{folder}/",
-        traps=(
-            "Without `branch.safetensors` the model runs and is wrong. Its strength is 1.0, always."
-            " The node is `LoraLoaderBypassModelOnly`, never the ordinary LoRA loader: that one "
-            "merges the branch into the 4-bit weights and rounds them again, which is worse than "
-            "having no branch.",
-            "A second bypass node takes the place of the first. Other LoRAs go into the branch "
-            "(`loraq export --lora FILE`).",
-            "ComfyUI calls the bypass node experimental.",
-        ),
+        load="COMFYUI=ComfyUI  # its folder; then drag {folder}/workflow.json into its window\n"
+        'mkdir -p "$COMFYUI/models/diffusion_models/{folder}" "$COMFYUI/models/loras/{folder}"\n'
+        'cp "{folder}/model.safetensors" "$COMFYUI/models/diffusion_models/{folder}/"',
+        branch_file=_BRANCH_FILE,
     )
-    has_branch_file = True
-    one_file = "model"
+    one_file = "model.safetensors"
 
     @classmethod
     def see(cls, source: ExportSource) -> ExportSource:
-        """Return the source under ComfyUI's names."""
-        model_class = type(source.model).__name__
-        if model_class not in list_classes():
-            raise ExportError(
-                f"ComfyUI's names for {model_class} are not known, only those for "
-                f"{', '.join(list_classes())}. Use `--to sdnq`, which holds this class."
-            )
+        """Return the source under ComfyUI's names; its class is one that `targets.toml` has."""
+        names = [base.__name__ for base in type(source.model).__mro__]
+        model_class = next(name for name in names if name in list_classes())
         weights = [head.weight_name for head in source.heads]
         return JoinedSource.of(
             source, find_native_names(model_class, [*source.list_kept(), *weights])
@@ -90,15 +85,10 @@ class Comfy(Target):
 
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
-        n, k = head.shape
         if head.misfit:
             return head.misfit
         if head.scheme.weight != "nvfp4":
             return f"ComfyUI runs NVFP4 weights here, and this is {head.scheme.weight}"
-        if head.is_conv:
-            return "ComfyUI has no quantized convolution"
-        if n % _BLOCK or k % _BLOCK:
-            return f"{n}×{k}: multiples of {_BLOCK} are needed"
         if not _IN_A_BLOCK.fullmatch(head.name):
             return "ComfyUI tells models apart by the sizes of layers outside of the blocks"
         return ""
@@ -118,42 +108,34 @@ class Comfy(Target):
             f"{head.name}.comfy_quant": TensorSpec("U8", (len(_describe(head)),)),
         }
 
-    def branch_specs(self, head: Head) -> Specs:
-        """Return the factors in the LoRA file."""
-        return lora.lora_specs(head, self.job.new_dtype, _MODEL)
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Return codes, scales and factors."""
-        head, main = layer.head, layer.main
-        assert main.scale is not None, "NVFP4 has block scales"
-        assert main.global_scale is not None, "NVFP4 has a global scale"
-        (n, groups), tiled = main.scale.shape, _tiled(*main.scale.shape)
+    def main_tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return codes and scales."""
+        head, scale = layer.head, layer.block_scale
+        (n, groups), tiled = scale.shape, _tiled(*scale.shape)
         filled = torch.zeros(tiled, dtype=torch.uint8)
-        filled[:n, :groups] = main.scale
+        filled[:n, :groups] = scale
         laid = scale_tiling(*tiled).lay(filled).view(tiled)
         return {
-            f"{head.name}.weight": high_first(main.packed),
+            f"{head.name}.weight": high_first(layer.main.packed),
             f"{head.name}.weight_scale": laid.view(torch.float8_e4m3fn),
-            f"{head.name}.weight_scale_2": view_bytes(main.global_scale, torch.float32)[0].clone(),
+            f"{head.name}.weight_scale_2": layer.global_scale,
             f"{head.name}.comfy_quant": torch.frombuffer(
                 bytearray(_describe(head)), dtype=torch.uint8
             ),
-            **lora.lora_tensors(layer, self.job.new_dtype, _MODEL),
         }
 
-    def decode(self, tensors: Tensors, head: Head) -> Decoded:
-        """Return E2M1 · (block scale · global scale), and the LoRA."""
+    def decode_main(self, tensors: Tensors, head: Head) -> Tensor:
+        """Return E2M1 · (block scale · global scale)."""
         (n, k), name = head.shape, head.name
         laid = tensors[f"{name}.weight_scale"]
         tiled = scale_tiling(*laid.shape).gather(laid.view(torch.uint8)).view(laid.shape)
         scale = tiled[:n, : k // _BLOCK].contiguous().view(torch.float8_e4m3fn).float()
         values = e2m1_values(split_high_first(tensors[f"{name}.weight"]))
-        main = per_block(values, scale * tensors[f"{name}.weight_scale_2"])
-        return Decoded(main, lora.decode_lora(tensors, name, _MODEL))
+        return per_block(values, scale * tensors[f"{name}.weight_scale_2"])
 
     def notes(self) -> list[str]:
         """Return what joined branches cost."""
-        joined = [h for h in self.job.heads if not self.refuses(h) and len(h.parts) > 1 and h.rank]
+        joined = [head for head in self.held if len(head.parts) > 1 and head.rank]
         if not joined:
             return []
         return [
@@ -164,12 +146,12 @@ class Comfy(Target):
     def texts(self, folder: str) -> dict[str, str]:
         """Return the workflow: the model, and the branch on it."""
         place = PurePosixPath(folder)
-        model = {"unet_name": f"{place / self.one_file}.safetensors", "weight_dtype": "default"}
+        model = {"unet_name": f"{place / self.one_file}", "weight_dtype": "default"}
         nodes = {"1": {"class_type": "UNETLoader", "inputs": model}}
-        if any(head.rank for head in self.job.heads if not self.refuses(head)):
+        if self.branch_file:
             branch = {
                 "model": ["1", 0],
-                "lora_name": f"{place / lora.STEM}.safetensors",
+                "lora_name": f"{place / self.branch_file.name}",
                 "strength_model": 1.0,
             }
             nodes["2"] = {"class_type": "LoraLoaderBypassModelOnly", "inputs": branch}

@@ -1,7 +1,7 @@
 """Target `dense`: every layer as a float weight again."""
 
 from loraq.exports.layer import Head
-from loraq.exports.target import About, Target
+from loraq.exports.target import LOAD_FOLDER, About, Target
 
 
 class Dense(Target):
@@ -15,7 +15,7 @@ class Dense(Target):
         activations="16 or 32 bits, nothing is rounded",
         verified="whole models by diffusers, against the exact weight-only forward",
         unverified="nothing",
-        load='import diffusers\n\nmodel = diffusers.{model_class}.from_pretrained("{folder}")',
+        load=LOAD_FOLDER,
         traps=(
             "It takes the memory of the float model: this is for evaluation, training and "
             "programs that read nothing else.",

@@ -1,27 +1,22 @@
 """Target `gguf`: one GGUF file with the main weights, and the branch as a LoRA beside it."""
 
-from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraq.errors import ExportError
-from loraq.exports import lora
-from loraq.exports.factors import explain_rounding
 from loraq.exports.ggml import BLOCK, Q4_0, Q5_0, Q8_0, BlockType
 from loraq.exports.gguf_file import PLAIN_TYPES, GgufLayout, GgufTensor
-from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Target, most_common
+from loraq.exports.layer import Head, Layer, Specs, Tensors
+from loraq.exports.lora import OF_DIFFUSERS, BranchBeside
+from loraq.exports.target import About, most_common
 from loraq.formats.block import BlockFormat
 from loraq.formats.packing import unpack
 from loraq.formats.scales import FP32_SCALE
 from loraq.safetensors.header import DTYPES, TensorSpec
 from loraq.version import __version__
 
-#: Name of the file.
-FILE = "model.gguf"
 #: What other programs call the classes that they know; diffusers does not look.
 _ARCHITECTURES = {
     "FluxTransformer2DModel": "flux",
@@ -39,7 +34,7 @@ _TYPES = {4: Q4_0, 5: Q5_0, 8: Q8_0}
 _OF_ZEROS = 2.0**-126
 
 
-class Gguf(Target):
+class Gguf(BranchBeside):
     """A single file of ggml's blocks, in the names of diffusers."""
 
     about = About(
@@ -55,13 +50,13 @@ class Gguf(Target):
         unverified="ComfyUI-GGUF and stable-diffusion.cpp, which know the blocks but need a "
         "model's original names, which are not written",
         load="import diffusers\nimport torch\n\n"
-        "config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)\n"
+        "config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.{dtype})\n"
         "model = diffusers.{model_class}.from_single_file(\n"
         '    "{folder}/model.gguf", config="{folder}", quantization_config=config,\n'
-        f"    torch_dtype=torch.bfloat16,\n)\n{lora.LOAD}",
-        traps=lora.TRAPS,
+        "    torch_dtype=torch.{dtype},\n)",
+        branch_file=OF_DIFFUSERS,
     )
-    has_branch_file = True
+    one_file = "model.gguf"
 
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
@@ -91,19 +86,15 @@ class Gguf(Target):
         """Return what of a layer is rounded."""
         if head.main is not None and head.main.scale_format is FP32_SCALE:
             return "scales rounded to fp16"
-        return explain_rounding(head, self.job.new_dtype)
+        return super().explain_rounding(head)
 
     def specs(self, head: Head) -> Specs:
         """Return the blocks, as raw bytes."""
         n, k = head.shape
         return {f"{head.name}.weight": TensorSpec("U8", (n, _type_of(head).row_bytes(k)))}
 
-    def branch_specs(self, head: Head) -> Specs:
-        """Return the factors in the LoRA file."""
-        return lora.lora_specs(head, self.job.new_dtype)
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Return blocks and factors."""
+    def main_tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return the blocks."""
         head, main = layer.head, layer.main
         fmt, k = main.format, head.shape[1]
         assert isinstance(fmt, BlockFormat)
@@ -111,13 +102,11 @@ class Gguf(Target):
         codes = torch.where(codes >= 1 << fmt.bits - 1, codes - (1 << fmt.bits), codes)
         scale = fmt.code_scales(main).squeeze(-1)
         scale = scale.repeat_interleave(head.block // BLOCK, 1)[:, : k // BLOCK]
-        raw = _type_of(head).encode(codes, scale)
-        return {f"{head.name}.weight": raw, **lora.lora_tensors(layer, self.job.new_dtype)}
+        return {f"{head.name}.weight": _type_of(head).encode(codes, scale)}
 
-    def decode(self, tensors: Tensors, head: Head) -> Decoded:
-        """Return d · c, and the LoRA."""
-        main = _type_of(head).decode(tensors[f"{head.name}.weight"])
-        return Decoded(main, lora.decode_lora(tensors, head.name))
+    def decode_main(self, tensors: Tensors, head: Head) -> Tensor:
+        """Return d · c."""
+        return _type_of(head).decode(tensors[f"{head.name}.weight"])
 
     def dense_spec(self, head: Head) -> TensorSpec:
         """Return fp32 for a convolution, which cannot hold what GGUF calls quantized."""
@@ -134,15 +123,9 @@ class Gguf(Target):
             return super().kept_dtype(name, dtype, shape)
         return "F32" if DTYPES[dtype].is_floating_point else dtype
 
-    def layout(
-        self,
-        specs: Mapping[str, TensorSpec],
-        stem: str,
-        shard_bytes: int,
-        metadata: Mapping[str, str],
-    ) -> GgufLayout:
-        """Lay out the one file; GGUF has no shards here."""
-        held = {f"{h.name}.weight": h for h in self.job.heads if not self.why_dense(h)}
+    def layout(self, specs: Specs, shard_bytes: int) -> GgufLayout:
+        """Lay out the one file."""
+        held = {f"{head.name}.weight": head for head in self.held}
         tensors = {}
         for name, spec in specs.items():
             if name in held:
@@ -154,7 +137,7 @@ class Gguf(Target):
                     f"Tensor '{name}' is {spec.dtype}, which GGUF does not have. Use `--to sdnq`."
                 )
             tensors[name] = GgufTensor(PLAIN_TYPES[spec.dtype], spec.shape, spec.nbytes)
-        chosen = most_common(list(held.values()), _type_of)
+        chosen = most_common(self.held, _type_of)
         fields: dict[str, str | int] = {
             "general.architecture": _ARCHITECTURES.get(self.job.model_class, "diffusers"),
             "general.quantization_version": 2,
@@ -162,11 +145,7 @@ class Gguf(Target):
             "general.description": f"{self.job.model_class}, by loraq {__version__}; the model is "
             "whole only with branch.safetensors",
         }
-        return GgufLayout.of(tensors, FILE, fields)
-
-    def config(self, held: Sequence[Head]) -> dict[str, Any]:
-        """Return the plain configuration, which `from_single_file` is given."""
-        return dict(self.job.config)
+        return GgufLayout.of(tensors, self.one_file, fields)
 
 
 def _type_of(head: Head) -> BlockType:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.components import copy_components
-from loraq.checkpoint.fit import require_names
+from loraq.checkpoint.fit import require_fit
 from loraq.checkpoint.folder import require_free, require_space
 from loraq.checkpoint.partial import atomic_folder, require_no_run
 from loraq.checkpoint.places import empty_layer
@@ -92,8 +92,9 @@ def import_checkpoint(
     model = model_of(config, found.path / "config.json")
     reader = ShardReader(found.path)
     layers = find_layers(config, model, reader)
-    expected = _list_expected(model.state_dict(), layers)
-    require_names(reader.names, expected, f"'{found.path}' is not what its configuration says")
+    made = {f"{layer.name}.weight" for layer in layers}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in made}
+    require_fit(reader, kept, found.path, {name for layer in layers for name in layer.sources})
     new = {}
     for layer in layers:
         old: Any = model.get_submodule(layer.name)
@@ -119,13 +120,6 @@ def import_checkpoint(
 
 def _weights(folder: Path) -> list[Path]:
     return list(folder.glob("*.safetensors"))
-
-
-def _list_expected(state: Mapping[str, Tensor], layers: list[LiteLayer]) -> list[str]:
-    """Return the tensors that a folder has whose model has this state."""
-    replaced = {f"{layer.name}.weight" for layer in layers}
-    rest = [name for name in state if name not in replaced]
-    return [*rest, *(name for layer in layers for name in layer.sources)]
 
 
 class _ImportedReader:

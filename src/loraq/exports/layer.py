@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loraq.formats import QTensor
 from loraq.formats.block import BlockFormat
+from loraq.formats.scales import view_bytes
 from loraq.packed import LowRankBranch
 from loraq.safetensors.header import TensorSpec
 from loraq.scheme import Scheme
@@ -126,6 +127,18 @@ class Layer:
     branch: Factors | None
     #: The branch as it is stored, without LoRAs.
     packed_branch: LowRankBranch | None = None
+
+    @property
+    def block_scale(self) -> Tensor:
+        """The bytes of the block scales, (out, blocks · bytes of a scale)."""
+        assert self.main.scale is not None, "a block format has block scales"
+        return self.main.scale
+
+    @property
+    def global_scale(self) -> Tensor:
+        """The scale above the block scales of NVFP4, fp32, without axes."""
+        assert self.main.global_scale is not None, "NVFP4 has a global scale"
+        return view_bytes(self.main.global_scale, torch.float32)[0].clone()
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,8 +83,8 @@ def find_layers(
         )
     layers = []
     for kind, section in (("svdq", "svdq_w4a4"), ("awq", "awq_w4a16")):
-        settings = quantization.get(section) or {}
-        for name in settings.get("targets", ()):
+        settings = quantization.get(section, {})
+        for name in _list_targets(section, settings):
             linear = _find_linear(model, name)
             shape = linear.out_features, linear.in_features
             settle = _settle_svdq if kind == "svdq" else _settle_awq
@@ -92,6 +92,23 @@ def find_layers(
     if not layers:
         raise CheckpointError("'config.json' names no layer of Nunchaku Lite.")
     return layers
+
+
+def _list_targets(section: str, settings: object) -> list[str]:
+    """Return the layers that a section names; none for one that is empty, or not there."""
+    if not settings:
+        return []
+    targets = settings.get("targets") if isinstance(settings, dict) else None
+    if (
+        not isinstance(targets, list)
+        or not all(isinstance(name, str) for name in targets)
+        or len({*targets}) != len(targets)
+    ):
+        raise CheckpointError(
+            f"'config.json': `targets` of `{section}` is {targets!r}. A list of names of layers is "
+            "required, each once. Download the folder again."
+        )
+    return targets
 
 
 def lay_bias_back(layer: LiteLayer, bias: Tensor) -> Tensor:
@@ -115,7 +132,7 @@ def _find_linear(model: nn.Module, name: str) -> nn.Linear:
 def _settle_svdq(
     name: str, shape: tuple[int, int], settings: Mapping[str, Any], reader: TensorReader
 ) -> LiteLayer:
-    precision, rank = settings.get("precision"), settings.get("rank")
+    precision, rank = str(settings.get("precision")), settings.get("rank")
     if precision not in _GROUPS or not isinstance(rank, int) or rank < 0 or rank % 16:
         raise CheckpointError(
             f"'config.json' has precision {precision!r} and rank {rank!r}: int4 or nvfp4 and a "

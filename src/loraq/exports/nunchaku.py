@@ -5,7 +5,6 @@ What a tensor core reads at once stands together; `Tiling`s say how, from the ax
 and AWQ (W4A16 without one, for modulations).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,9 @@ from loraq.exports.codes import (
     signed_values,
     split_low_first,
 )
-from loraq.exports.factors import cast_factors, explain_rounding, pad_rank
+from loraq.exports.factors import cast_factors, pad_rank
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
-from loraq.exports.target import LOAD_IN_16_BITS, About, Job, Target, most_common
+from loraq.exports.target import EXACT_IN_16_BITS, LOAD_FOLDER, About, Job, Target, most_common
 from loraq.formats.scales import view_bytes
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 
@@ -127,26 +126,23 @@ class NunchakuLite(Target):
         "Blackwell on",
         holds="INT4 (blocks of 64) or NVFP4, one of them a file, one rank, a multiple of 16; out "
         "and in multiples of 128; modulations as INT4 without a branch; no 1×1 convolutions",
-        exact="codes and scales; branches of bf16, MX formats and NVFP4",
+        exact=EXACT_IN_16_BITS,
         activations="4 bits by the target's own rule (absmax / 7, or NVFP4 without a global scale)",
-        verified="every permutation against cache-dit's packer; whole models (FLUX) by diffusers' "
-        "loader and layers, the CUDA kernels emulated from their formulas",
+        verified="every permutation against cache-dit's packer; whole models (FLUX, SANA) by "
+        "diffusers' loader and layers, the CUDA kernels emulated from their formulas",
         unverified="the CUDA kernels; signed INT4 scales, which loraq writes, on a card",
         load="# pip install kernels; DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment\n"
-        + LOAD_IN_16_BITS,
+        + LOAD_FOLDER,
         traps=(
             "It does not run on Hopper (H100, H200), nor on a CPU.",
             "Run one prompt against loraq's own output first: no card was at hand for the kernels.",
         ),
     )
+    dtypes = ("bfloat16", "float16")
 
     def __init__(self, job: Job) -> None:
         """Settle precision and rank of the file."""
         super().__init__(job)
-        if job.new_dtype == torch.float32:
-            raise ExportError(
-                "Target 'nunchaku-lite' runs in 16 bits. Use `--dtype bfloat16` or float16."
-            )
         able = [head for head in self.within if not _misfit(head)]
         svdq = [head for head in able if not _is_awq(head)]
         self.precision: str | None = most_common(svdq, lambda head: head.scheme.weight)
@@ -169,14 +165,10 @@ class NunchakuLite(Target):
             return f"{head.scheme.weight} beside {self.precision}"
         return ""
 
-    def explain_rounding(self, head: Head) -> str:
-        """Return what of a layer is rounded."""
-        return explain_rounding(head, self.job.new_dtype)
-
     def notes(self) -> list[str]:
         """Return what is special of the model here."""
-        held = [head for head in self.job.heads if not self.why_dense(head)]
-        weight_only = [h for h in held if not _is_awq(h) and h.scheme.activation == "bf16"]
+        svdq = [head for head in self.held if not _is_awq(head)]
+        weight_only = [head for head in svdq if head.scheme.activation == "bf16"]
         if not weight_only:
             return []
         return [
@@ -218,15 +210,13 @@ class NunchakuLite(Target):
 
     def _awq(self, layer: Layer) -> dict[str, Tensor]:
         (n, k), main, dtype = layer.head.shape, layer.main, self.job.new_dtype
-        assert main.scale is not None, "INT4 has block scales"
         codes = split_low_first(offset_codes(main.packed)).to(torch.uint8)
         laid = join_low_first(awq_tiling(n, k).lay(codes))
-        scale = view_bytes(main.scale, torch.bfloat16).to(dtype).mT.contiguous()
+        scale = view_bytes(layer.block_scale, torch.bfloat16).to(dtype).mT.contiguous()
         return {"qweight": laid.view(torch.int32), "wscales": scale, "wzeros": -8 * scale}
 
     def _svdq(self, layer: Layer) -> dict[str, Tensor]:
         (n, k), main, dtype = layer.head.shape, layer.main, self.job.new_dtype
-        assert main.scale is not None, "INT4 and NVFP4 have block scales"
         codes = split_low_first(main.packed).to(torch.uint8)
         padded = pad_rank(layer.branch, self.rank, layer.head.shape)
         branch = cast_factors(padded, dtype, layer.head.name)
@@ -237,12 +227,10 @@ class NunchakuLite(Target):
             "proj_up": up_tiling(n, self.rank).lay(branch.up),
         }
         if self.precision == "int4":
-            scale = view_bytes(main.scale, torch.bfloat16).to(dtype)
+            scale = view_bytes(layer.block_scale, torch.bfloat16).to(dtype)
             return made | {"wscales": vector_tiling(n, k // _GROUP["int4"]).lay(scale)}
-        assert main.global_scale is not None, "NVFP4 has a global scale"
-        above = view_bytes(main.global_scale, torch.float32)[0]
-        tensor_scale, channel_scale = split_scale(above, dtype)
-        micro = micro_tiling(n, k // _GROUP["nvfp4"]).lay(main.scale)
+        tensor_scale, channel_scale = split_scale(layer.global_scale, dtype)
+        micro = micro_tiling(n, k // _GROUP["nvfp4"]).lay(layer.block_scale)
         return made | {
             "wscales": micro.view(torch.float8_e4m3fn),
             "wtscale": tensor_scale,
@@ -266,10 +254,10 @@ class NunchakuLite(Target):
             return bias
         return vector_tiling(head.shape[0]).lay(bias)
 
-    def config(self, held: Sequence[Head]) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Return `config.json`; a section without layers would be an error."""
-        svdq = [head.name for head in held if not _is_awq(head)]
-        awq = [head.name for head in held if _is_awq(head)]
+        svdq = [head.name for head in self.held if not _is_awq(head)]
+        awq = [head.name for head in self.held if _is_awq(head)]
         quantization: dict[str, Any] = {
             "quant_method": "nunchaku_lite",
             "compute_dtype": str(self.job.new_dtype).removeprefix("torch."),

@@ -9,27 +9,22 @@ By tensor, for a layer (N, K) in blocks of B, operator `MatMulNBits` of the doma
     down, up       (K, R), (R, N)  any other branch, in fp32
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from loraq.errors import ExportError
 from loraq.exports.codes import offset_codes, per_block, split_low_first
 from loraq.exports.graph_files import GraphFiles
+from loraq.exports.graph_target import EXACT, TRAPS, GraphTarget
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
 from loraq.exports.onnx_graph import build_graph
-from loraq.exports.target import About, Job, Target
-from loraq.exports.trace import example_inputs
+from loraq.exports.target import About
 from loraq.formats import QTensor
 from loraq.formats.block import BlockFormat
-from loraq.safetensors.header import DTYPES, TensorSpec
-
-FILE, DATA = "model.onnx", "model.onnx.data"
+from loraq.safetensors.header import TensorSpec
 
 
-class Onnx(Target):
+class Onnx(GraphTarget):
     """A graph of ONNX Runtime's 4- and 8-bit products."""
 
     about = About(
@@ -40,41 +35,29 @@ class Onnx(Target):
         exact="codes, scales, and branches of every format (8-bit ones stay 8 bits, others are "
         "written in fp32)",
         activations="fp32; OpenVINO rounds to 8 bits unless it is told not to",
-        verified="whole models (FLUX, SANA, PixArt) by both on a CPU; SANA to 2e-6, where fp32 "
-        "sums in another order differ by as much",
+        verified="whole models (FLUX, SANA, PixArt) by both on a CPU",
         unverified="GPUs and NPUs; SD3; speed",
         load="import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("{folder}/model.onnx")\n'
         "print([(each.name, each.shape) for each in session.get_inputs()])\n\n"
-        "# or\nimport openvino\n\n"
-        'exact = {{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}\n'
+        f"# or\nimport openvino\n\n{EXACT}"
         'model = openvino.Core().compile_model("{folder}/model.onnx", "CPU", exact)',
         traps=(
             "`model.onnx` and `model.onnx.data` belong together, under these names.",
             "OpenVINO's defaults round activations to 8 bits in blocks, a relative error of about "
             "3e-3; the two settings above switch that off.",
-            "The graph is that of one forward: text encoder, scheduler and VAE are not in it.",
-            "Batch and number of text tokens are free, and FLUX's image tokens; height and width "
-            "of latents are `sample_size` in `config.json`. Prompts come without padding.",
+            *TRAPS,
         ),
     )
-
-    def __init__(self, job: Job) -> None:
-        """Look at the class, whose inputs must be known."""
-        super().__init__(job)
-        if job.dtype not in (None, torch.float32):
-            raise ExportError("Target 'onnx' runs in fp32. Leave `--dtype` out.")
-        self.inputs, self.fixed = example_inputs(job.model_class, job.config)
+    graph_file, one_file = "model.onnx", "model.onnx.data"
 
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
         fmt = head.main
         if fmt is None or fmt.bits != 4 or fmt.element.is_float:
             return f"ONNX Runtime runs INT4 weights here, and this is {head.scheme.weight}"
-        if head.is_conv:
-            return "MatMulNBits is no convolution"
-        if not head.is_whole or head.block < 16 or head.block & (head.block - 1):
-            return f"rows of {head.shape[1]} in blocks of {head.block}: powers of two are needed"
+        if head.block < 16 or head.block & (head.block - 1):
+            return f"blocks of {head.block}: powers of two from 16 on are needed"
         return ""
 
     def specs(self, head: Head) -> Specs:
@@ -128,29 +111,15 @@ class Onnx(Target):
             return Decoded(main)
         return Decoded(main, Factors(tensors[f"{name}.up"].mT, tensors[f"{name}.down"].mT))
 
-    def kept_dtype(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
-        """Return fp32 for every float."""
-        return "F32" if DTYPES[dtype].is_floating_point else dtype
-
-    def dense_spec(self, head: Head) -> TensorSpec:
-        """Return fp32."""
-        return TensorSpec("F32", head.dense_shape)
-
-    def layout(
-        self,
-        specs: Mapping[str, TensorSpec],
-        stem: str,
-        shard_bytes: int,
-        metadata: Mapping[str, str],
-    ) -> GraphFiles:
-        """Build the graph, with places instead of numbers."""
-        files = GraphFiles.lay_out((FILE, DATA), specs)
+    def build(self, files: GraphFiles) -> GraphFiles:
+        """Build the graph."""
 
         def place(name: str) -> tuple[str, int, TensorSpec] | None:
-            return (DATA, files.offsets[name], specs[name]) if name in specs else None
+            spec = files.specs.get(name)
+            return (self.one_file, files.offsets[name], spec) if spec else None
 
-        held = [(head, self.specs(head)) for head in self.job.heads if not self.why_dense(head)]
-        graph = build_graph(self.job.model, held, self.inputs, self.fixed, place)
+        layers = [(head, self.specs(head)) for head in self.held]
+        graph = build_graph(self.job.model, layers, self.inputs, self.fixed, place)
         return replace(files, graph=graph)
 
 

@@ -8,31 +8,27 @@ By tensor, for a matrix (N, K) in blocks of B, which is a layer's main weight, o
     down, up        (R, K), (N, R), of 16 bits or with a LoRA on top, in fp32
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from loraq.errors import ExportError
 from loraq.exports.codes import e2m1_values, per_block, signed_values, split_low_first
 from loraq.exports.graph_files import GraphFiles
+from loraq.exports.graph_target import EXACT, TRAPS, GraphTarget
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
 from loraq.exports.openvino_graph import Stored, build_graph
-from loraq.exports.target import About, Job, Target
-from loraq.exports.trace import example_inputs
+from loraq.exports.target import About
 from loraq.formats import Format, QTensor
 from loraq.formats.block import BlockFormat
 from loraq.formats.element import E2M1, E5M2
 from loraq.formats.packing import unpack
 from loraq.safetensors.header import DTYPES, TensorSpec
 
-_FILES = ("model.xml", "model.bin")
 #: Dtype of codes in a file, by OpenVINO's.
 _DTYPES = {"i4": "U8", "f4e2m1": "U8", "i8": "I8", "f8e4m3": "F8_E4M3", "f8e5m2": "F8_E5M2"}
 _HALF_BYTES = ("i4", "f4e2m1")
 
 
-class OpenVino(Target):
+class OpenVino(GraphTarget):
     """A graph whose weights OpenVINO decodes as it multiplies."""
 
     about = About(
@@ -43,11 +39,9 @@ class OpenVino(Target):
         "are written in fp32)",
         activations="8 bits beside INT4 and INT8 in blocks of 32 or more, unless it is told not "
         "to; else bf16 where the CPU has it, or fp32",
-        verified="whole models (FLUX, SANA, PixArt) on a CPU; SANA to 2e-6, where fp32 sums in "
-        "another order differ by as much",
+        verified="whole models (FLUX, SANA, PixArt) on a CPU",
         unverified="Intel GPUs and NPUs; SD3",
-        load="import openvino\n\n"
-        'exact = {{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}\n'
+        load=f"import openvino\n\n{EXACT}"
         'fast = {{"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}}\n'
         'model = openvino.Core().compile_model("{folder}/model.xml", "CPU", fast)\n'
         "print(model.inputs)",
@@ -55,18 +49,10 @@ class OpenVino(Target):
             "`model.xml` and `model.bin` belong together, under these names.",
             "Activations are rounded to 8 bits in blocks where `DYNAMIC_QUANTIZATION_GROUP_SIZE` "
             "is no longer than a block of the weight, and 0 switches that off.",
-            "The graph is that of one forward: text encoder, scheduler and VAE are not in it.",
-            "Batch and number of text tokens are free, and FLUX's image tokens; height and width "
-            "of latents are `sample_size` in `config.json`. Prompts come without padding.",
+            *TRAPS,
         ),
     )
-
-    def __init__(self, job: Job) -> None:
-        """Look at the class, whose inputs must be known."""
-        super().__init__(job)
-        if job.dtype not in (None, torch.float32):
-            raise ExportError("Target 'openvino' holds fp32 beside its codes. Leave `--dtype` out.")
-        self.inputs, self.fixed = example_inputs(job.model_class, job.config)
+    graph_file, one_file = "model.xml", "model.bin"
 
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
@@ -118,36 +104,19 @@ class OpenVino(Target):
         branch = Factors(made["up"], made["down"]) if head.rank else None
         return Decoded(made["weight"], branch)
 
-    def kept_dtype(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
-        """Return fp32 for every float."""
-        return "F32" if DTYPES[dtype].is_floating_point else dtype
-
-    def dense_spec(self, head: Head) -> TensorSpec:
-        """Return fp32."""
-        return TensorSpec("F32", head.dense_shape)
-
-    def layout(
-        self,
-        specs: Mapping[str, TensorSpec],
-        stem: str,
-        shard_bytes: int,
-        metadata: Mapping[str, str],
-    ) -> GraphFiles:
-        """Build the graph, with places instead of numbers."""
-        layers = {
-            head.name: (
-                head,
-                {
-                    f"{head.name}.{leaf}": stored
-                    for leaf, (fmt, shape) in _matrices(head).items()
-                    if (stored := _stored(fmt, shape))
-                },
-            )
-            for head in self.job.heads
-            if not self.why_dense(head)
-        }
-        files = GraphFiles.lay_out(_FILES, specs)
+    def build(self, files: GraphFiles) -> GraphFiles:
+        """Build the graph."""
+        layers = {head.name: (head, _stored_parts(head)) for head in self.held}
         return build_graph(self.job.model, layers, self.inputs, self.fixed, files)
+
+
+def _stored_parts(head: Head) -> dict[str, Stored]:
+    """Return the matrices of a layer that are stored as codes, by their full names."""
+    return {
+        f"{head.name}.{leaf}": stored
+        for leaf, (fmt, shape) in _matrices(head).items()
+        if (stored := _stored(fmt, shape))
+    }
 
 
 def _matrices(head: Head) -> dict[str, tuple[Format | None, tuple[int, int]]]:

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loraq.exports.target import About
+from loraq.exports.target import About, BranchFile
 
 #: What may become of a layer.
 EXACT, ROUNDED, DENSE = "exact", "rounded", "dense"
@@ -58,10 +58,17 @@ class ExportReport:
     layers: tuple[LayerFate, ...]
     #: What a user should know of this model in this target.
     notes: tuple[str, ...] = ()
+    #: The file that the branch has of its own, if it has one.
+    branch_file: BranchFile | None = None
     #: Bytes of all files of the model; 0 before they are written.
     nbytes: int = 0
     #: Sizes of the files that were written, by their path in the target.
     files: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def traps(self) -> tuple[str, ...]:
+        """What goes wrong there without an error."""
+        return (*(self.branch_file.traps if self.branch_file else ()), *self.about.traps)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -108,6 +115,6 @@ class ExportReport:
             "bits_per_weight_before": before,
             "bits_per_weight": after,
             "notes": list(self.notes),
-            "traps": list(self.about.traps),
+            "traps": list(self.traps),
             "layers": {layer.name: layer.to_dict() for layer in self.layers},
         }

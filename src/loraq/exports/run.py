@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.folder import require_free
 from loraq.checkpoint.partial import require_no_run
 from loraq.errors import ExportError, list_some
 from loraq.exports.advice import recommend
 from loraq.exports.layer import Head
+from loraq.exports.options import Options
 from loraq.exports.report import DENSE, EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
 from loraq.exports.table import get_target
@@ -20,15 +19,8 @@ from loraq.exports.write import Files
 from loraq.integrations.lora import find_lora_file
 from loraq.options import Size, checked
 from loraq.pipeline.progress import ProgressCallback, show_layers
-from loraq.safetensors.layout import DEFAULT_SHARD_BYTES
 from loraq.targets import limits_of
 
-#: Dtypes that `dtype` takes, by name.
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 #: Share of the quantized weights that may become dense without being asked for.
 _MOST_DENSE = 0.1
 
@@ -46,7 +38,7 @@ def export(  # noqa: PLR0913 - each is an option of the command too
     pad_rank: bool = False,
     allow_dense: bool = False,
     dtype: str | None = None,
-    shard_bytes: Size = DEFAULT_SHARD_BYTES,
+    shard_bytes: Size | None = None,
     link: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -65,11 +57,13 @@ def export(  # noqa: PLR0913 - each is an option of the command too
         to: name of a target; `loraq.exports.table.TARGETS` has them, `loraq export --list` shows
             them.
         lora: LoRA files to stack onto the branch, each alone or with its strength.
-        pad_rank: whether branches are filled up with zeros where a target needs one rank.
+        pad_rank: whether branches are filled up with zeros; for targets that need one rank.
         allow_dense: whether more than a tenth of the quantized weights may become floats.
         dtype: "bfloat16", "float16" or "float32", of all that is float; by default factors and
-            dense weights are written in bfloat16, and everything else stays as it is.
-        shard_bytes: largest weight file, unless one tensor alone is larger.
+            dense weights are written in bfloat16, and everything else stays as it is. Graphs
+            hold float32 only.
+        shard_bytes: largest weight file, unless one tensor alone is larger, of targets that have
+            several; 2 GB by default.
         link: whether a pipeline's other components are hard links instead of copies.
         overwrite: whether a model folder that is there may be replaced.
         verify: whether the hashes of the source's files are compared.
@@ -84,20 +78,21 @@ def export(  # noqa: PLR0913 - each is an option of the command too
         ExportError: the target does not hold the model; the message names the option or the
             recipe that helps. Nothing is written then.
     """
-    place, loras = Path(target), [_split(each) for each in lora]
-    settled = get_target(to)
+    place, loras, settled = Path(target), [_split(each) for each in lora], get_target(to)
+    options = Options(pad_rank, allow_dense, dtype, shard_bytes)
+    options.require_sense(settled)
     require_apart(place, source, *(find_lora_file(path) for path, _ in loras))
     require_free(place, overwrite=overwrite)
     require_no_run(place)
-    opened = settled.see(ExportSource.open(source, loras, verify=verify))
-    chosen, report = _plan(opened, settled, _dtype_of(dtype), pad_rank, allow_dense)
-    files = Files.lay_out(opened, chosen, shard_bytes)
+    opened = _open(source, settled, loras, verify=verify)
+    chosen, report = _plan(opened, settled, options)
+    files = Files.lay_out(opened, chosen, options.largest_file)
     with show_layers(progress, "export") as show:
         return files.write(report, place, link=link, overwrite=overwrite, show=show)
 
 
 @checked
-def plan_export(
+def plan_export(  # noqa: PLR0913 - as above
     source: str | Path,
     *,
     to: str,
@@ -105,6 +100,7 @@ def plan_export(
     pad_rank: bool = False,
     allow_dense: bool = False,
     dtype: str | None = None,
+    shard_bytes: Size | None = None,
 ) -> ExportReport:
     """Return what `export` would do, or refuse what it would refuse.
 
@@ -113,24 +109,33 @@ def plan_export(
     Raises:
         CheckpointError, ExportError: as `export` says.
     """
-    settled = get_target(to)
-    loras = [_split(each) for each in lora]
-    opened = settled.see(ExportSource.open(source, loras, verify=False))
-    chosen, report = _plan(opened, settled, _dtype_of(dtype), pad_rank, allow_dense)
-    return replace(report, nbytes=Files.lay_out(opened, chosen, DEFAULT_SHARD_BYTES).nbytes)
+    settled, loras = get_target(to), [_split(each) for each in lora]
+    options = Options(pad_rank, allow_dense, dtype, shard_bytes)
+    options.require_sense(settled)
+    opened = _open(source, settled, loras, verify=False)
+    chosen, report = _plan(opened, settled, options)
+    return replace(report, nbytes=Files.lay_out(opened, chosen, options.largest_file).nbytes)
+
+
+def _open(
+    place: str | Path, kind: type[Target], loras: list[tuple[Path, float]], *, verify: bool
+) -> ExportSource:
+    """Return a source of a class that a target takes, as the target sees it."""
+    source = ExportSource.open(place, loras, verify=verify)
+    name, model_kind = kind.about.name, type(source.model)
+    if why := limits_of(name).explain_class(model_kind):
+        raise ExportError(
+            f"Target '{name}' takes no {model_kind.__name__}: {why}. "
+            f"{recommend(name, source.heads, model_kind)}"
+        )
+    return kind.see(source)
 
 
 def _plan(
-    source: ExportSource,
-    kind: type[Target],
-    dtype: torch.dtype | None,
-    pads_rank: bool,
-    allow_dense: bool,
+    source: ExportSource, kind: type[Target], options: Options
 ) -> tuple[Target, ExportReport]:
-    about, model_kind = kind.about, type(source.model)
-    advice = recommend(about.name, source.heads, model_kind)
-    if why := limits_of(about.name).explain_class(model_kind):
-        raise ExportError(f"Target '{about.name}' takes no {model_kind.__name__}: {why}. {advice}")
+    about = kind.about
+    advice = recommend(about.name, source.heads, type(source.model))
     rotated = [head.name for head in source.heads if head.scheme.rotation]
     if rotated and not kind.takes_rotation:
         raise ExportError(
@@ -144,13 +149,13 @@ def _plan(
         config=source.config,
         floats=source.find_floats(),
         read_scale=source.read_scale,
-        dtype=dtype,
-        pads_rank=pads_rank,
+        dtype=options.dtype_for(kind),
+        pads_rank=options.pad_rank,
     )
     target = kind(job)
     layers = [_predict(target, head) for head in source.heads]
-    report = ExportReport(about, tuple(layers), tuple(target.notes()))
-    if not kind.is_dense and report.dense_share > _MOST_DENSE and not allow_dense:
+    report = ExportReport(about, tuple(layers), tuple(target.notes()), target.branch_file)
+    if not kind.is_dense and report.dense_share > _MOST_DENSE and not options.allow_dense:
         dense = [layer for layer in layers if layer.fate == DENSE and not layer.is_kept]
         reasons = dict.fromkeys(layer.reason for layer in dense)
         raise ExportError(
@@ -184,9 +189,3 @@ def _split(lora: LoraFile) -> tuple[Path, float]:
     """Return the file of a LoRA and its strength."""
     path, scale = lora if isinstance(lora, tuple) else (lora, 1.0)
     return Path(path), float(scale)
-
-
-def _dtype_of(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
-        raise ExportError(f"Dtype '{name}' is none of {', '.join(DTYPES)}.")
-    return DTYPES[name] if name else None

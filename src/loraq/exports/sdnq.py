@@ -8,15 +8,14 @@ By tensor, for a layer (N, K) in blocks of B:
     svd_down    (R, K)
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from loraq.exports.codes import e2m1_values, offset_codes, per_block, split_low_first
-from loraq.exports.factors import cast_factors, explain_rounding, pad_rank
+from loraq.exports.factors import cast_factors, pad_rank
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
-from loraq.exports.target import About, Job, Target, most_common
+from loraq.exports.target import EXACT_IN_16_BITS, LOAD_FOLDER, About, Job, Target, most_common
 from loraq.formats.block import BlockFormat
 from loraq.formats.element import E2M1
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
@@ -33,13 +32,12 @@ class Sdnq(Target):
         loaded_by="diffusers 0.40 and newer with the package sdnq, SD.Next",
         holds="INT4 (any block), MXINT4, MXFP4, NVFP4; any rank in each layer; 1×1 convolutions; "
         "one format and block size a file",
-        exact="codes and scales; branches of bf16, MX formats and NVFP4; int8 and fp16 branches "
-        "are rounded to bf16 (`--dtype float32` holds them)",
+        exact=f"{EXACT_IN_16_BITS}; int8 and fp16 branches are rounded to bf16 (`--dtype float32` "
+        "holds them)",
         activations="16 bits; sdnq can be told to use INT8 matrices",
         verified="whole models (FLUX, SANA, PixArt) by diffusers and sdnq 0.2.8 on a CPU",
         unverified="GPU kernels",
-        load="# pip install sdnq\nimport diffusers\nimport torch\n\n"
-        'model = diffusers.{model_class}.from_pretrained("{folder}", dtype=torch.bfloat16)',
+        load=f"# pip install sdnq\n{LOAD_FOLDER}",
         traps=(
             f"The file is that of sdnq {VERSION}; other releases may read it another way.",
             "MXFP4 and NVFP4 take fp32 block scales there, 0.75 and 1.5 bits more a weight than "
@@ -61,10 +59,6 @@ class Sdnq(Target):
         if (kind, block) != self.chosen:
             return f"{kind} in blocks of {block} beside {self.chosen[0]} of {self.chosen[1]}"
         return ""
-
-    def explain_rounding(self, head: Head) -> str:
-        """Return what of the branch is rounded."""
-        return explain_rounding(head, self.job.new_dtype)
 
     def specs(self, head: Head) -> Specs:
         """Return the tensors of a layer; one without a branch has one of rank 1 and zeros."""
@@ -105,35 +99,30 @@ class Sdnq(Target):
         """Return (code − 8) · scale or E2M1 · scale, and the branch."""
         (n, k), name = head.shape, head.name
         codes = split_low_first(tensors[f"{name}.weight"]).view(n, k)
-        is_integer = self.quantization([head])["is_integer"]
-        values = (codes - 8).float() if is_integer else e2m1_values(codes)
+        values = (codes - 8).float() if _kind_of(head)[0] == "int4" else e2m1_values(codes)
         main = per_block(values, tensors[f"{name}.scale"].view(n, -1))
         up, down = tensors[f"{name}.svd_up"], tensors[f"{name}.svd_down"]
         return Decoded(main, Factors(up.float(), down.float()))
 
-    def config(self, held: Sequence[Head]) -> dict[str, Any]:
-        """Return `config.json` with what sdnq reads."""
-        return {**self.job.config, "quantization_config": self.quantization(held)}
-
-    def quantization(self, held: Sequence[Head]) -> dict[str, Any]:
-        """Return `quantization_config`.
+    def config(self) -> dict[str, Any]:
+        """Return `config.json` with what sdnq reads.
 
         sdnq quantizes whatever its own lists and its smallest size do not leave out, so that both
         are switched off, and every layer that is float is named.
         """
         kind, block = self.chosen or ("int4", 64)
-        names = {head.name for head in held}
+        names = {head.name for head in self.held}
         dense = [head.name for head in self.job.heads if head.name not in names]
         kept = sorted({*self.job.floats, *dense})
-        return {
+        quantization = {
             "quant_method": "sdnq",
             "sdnq_version": VERSION,
             "weights_dtype": kind,
             "group_size": block,
             "use_svd": True,
-            "svd_rank": most_common(held, lambda head: max(1, head.rank)) or 1,
+            "svd_rank": most_common(self.held, lambda head: max(1, head.rank)) or 1,
             "use_quantized_matmul": False,
-            "quant_conv": any(head.is_conv for head in held),
+            "quant_conv": any(head.is_conv for head in self.held),
             "add_skip_keys": False,
             "minimum_allowed_numel": 0,
             "minimum_allowed_channel_size": 0,
@@ -142,6 +131,7 @@ class Sdnq(Target):
             "dequantize_fp32": True,
             "modules_to_not_convert": [f"{name}.weight" for name in kept],
         }
+        return {**self.job.config, "quantization_config": quantization}
 
 
 def _kind_of(head: Head) -> tuple[str, int]:

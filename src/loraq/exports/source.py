@@ -127,14 +127,13 @@ class ExportSource:
         return self.reader.dtype(stored), self.reader.shape(stored)
 
     def read_kept(self, name: str) -> Tensor:
-        """Return a tensor of `list_kept`, with what LoRAs add to it."""
+        """Return a tensor of `list_kept`; in fp32 if LoRAs add to it, whose sum is not rounded."""
         tensor = self.reader.read(self.stored_name(name))
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in self.adapters:
-            total = tensor.float()
+            tensor = tensor.float()
             for adapter in self.adapters[owner]:
-                total = total + adapter.delta().view(total.shape)
-            tensor = total.to(tensor.dtype)
+                tensor = tensor + adapter.delta().view(tensor.shape)
         return tensor
 
     def read_scale(self, head: Head) -> Tensor:
@@ -178,7 +177,7 @@ def _find_folder(root: Path) -> Path:
             raise ExportError(
                 f"'{root}' has {len(packed)} quantized models: {list_some(packed)}. Export each "
                 f"from its own folder, such as '{root / packed[0]}', and put the results into a "
-                "pipeline."
+                "pipeline. No target holds a text encoder: `loraq.dequantize_` makes it float."
             )
     return model_folder(root, quantized=True)
 

@@ -3,23 +3,42 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from loraq.checkpoint.configuration import weights_stem
+from loraq.exports.factors import explain_rounding
 from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
 from loraq.exports.source import ExportSource
 from loraq.safetensors.header import DTYPE_NAMES, DTYPES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 from loraq.targets import Limits, limits_of, recipes_of
 
-#: Python that loads a folder of diffusers in 16 bits.
-LOAD_IN_16_BITS = (
+#: Python that loads a folder of diffusers.
+LOAD_FOLDER = (
     "import diffusers\nimport torch\n\n"
-    'model = diffusers.{model_class}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)'
+    'model = diffusers.{model_class}.from_pretrained("{folder}", torch_dtype=torch.{dtype})'
 )
+#: What is the same number where a branch is floats of 16 bits.
+EXACT_IN_16_BITS = "codes and scales; branches of bf16, MX formats and NVFP4"
+
+
+@dataclass(frozen=True)
+class BranchFile:
+    """A file with the branches of all layers, which is loaded as a LoRA."""
+
+    #: Its name.
+    name: str
+    #: What the loader calls the model, in front of each layer's name.
+    prefix: str
+    #: The lines that load it, behind those that load the model.
+    load: str
+    #: What goes wrong with it without an error.
+    traps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,10 +59,12 @@ class About:
     verified: str
     #: What nobody has run.
     unverified: str
-    #: Python that loads it; `{folder}` and `{model_class}` are filled in.
+    #: Python that loads it; `{folder}`, `{model_class}` and `{dtype}` are filled in.
     load: str
     #: What goes wrong there without an error.
     traps: tuple[str, ...] = ()
+    #: The file that the branch has of its own, for most models; `None` if it has none.
+    branch_file: BranchFile | None = None
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -65,7 +86,7 @@ class Job:
     floats: Mapping[str, str]
     #: Reads the block scales of a main weight, in fp32, without a global scale.
     read_scale: Callable[[Head], Tensor]
-    #: Dtype that was asked for; `None` leaves floats as they are.
+    #: Dtype of all floats; `None` leaves those of the source as they are.
     dtype: torch.dtype | None = None
     #: Whether branches are filled up with zeros where a target needs one rank.
     pads_rank: bool = False
@@ -110,9 +131,9 @@ class Target:
     """
 
     about: ClassVar[About]
-    #: Whether the branch goes into a LoRA file of its own.
-    has_branch_file: ClassVar[bool] = False
-    #: Name, without its extension, of the one weight file; "" for shards in diffusers' names.
+    #: Dtypes that it may hold floats in. A single one is that of every float there.
+    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
+    #: Name of the one weight file; "" for shards in diffusers' names.
     one_file: ClassVar[str] = ""
     #: Whether it holds layers in a rotated basis.
     takes_rotation: ClassVar[bool] = False
@@ -137,6 +158,16 @@ class Target:
         return limits_of(self.about.name)
 
     @property
+    def branch_file(self) -> BranchFile | None:
+        """The file that the branch of this model has of its own, if it has one."""
+        return None
+
+    @cached_property
+    def held(self) -> tuple[Head, ...]:
+        """The layers that are not dense."""
+        return tuple(head for head in self.job.heads if not self.why_dense(head))
+
+    @property
     def within(self) -> list[Head]:
         """The layers that are within its limits."""
         return [head for head in self.job.heads if not head.explain_misfit(self.limits)]
@@ -145,8 +176,8 @@ class Target:
     def see(cls, source: ExportSource) -> ExportSource:
         """Return a source as the target sees it: under other names, some layers put together.
 
-        Raises:
-            ExportError: the target does not know the model's class.
+        Args:
+            source: a model of a class within the limits.
         """
         return source
 
@@ -165,7 +196,7 @@ class Target:
 
     def explain_rounding(self, head: Head) -> str:
         """Return what of a layer is rounded, as far as formats say; "" for nothing."""
-        return ""
+        return explain_rounding(head, self.job.new_dtype)
 
     def specs(self, head: Head) -> Specs:
         """Return the tensors of a layer in the weight file."""
@@ -197,18 +228,18 @@ class Target:
 
     def kept_dtype(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
         """Return the dtype, in safetensors' notation, of a tensor that stays as it is."""
-        is_float = DTYPES[dtype].is_floating_point and DTYPES[dtype].itemsize > 1
-        return DTYPE_NAMES[self.job.dtype] if is_float and self.job.dtype else dtype
+        is_cast = self.job.dtype is not None and DTYPES[dtype].is_floating_point
+        return DTYPE_NAMES[self.job.new_dtype] if is_cast else dtype
 
     def dense_spec(self, head: Head) -> TensorSpec:
         """Return dtype and shape of the weight of a layer that the target does not hold."""
         return TensorSpec(DTYPE_NAMES[self.job.new_dtype], head.dense_shape)
 
-    def config(self, held: Sequence[Head]) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Return `config.json`."""
         return dict(self.job.config)
 
-    def metadata(self, specs: Mapping[str, TensorSpec], held: Sequence[Head]) -> dict[str, str]:
+    def metadata(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Return text for the header of the weight file."""
         return {}
 
@@ -216,16 +247,11 @@ class Target:
         """Return further files beside the weights; `folder` is the name of theirs."""
         return {}
 
-    def layout(
-        self,
-        specs: Mapping[str, TensorSpec],
-        stem: str,
-        shard_bytes: int,
-        metadata: Mapping[str, str],
-    ) -> Layout:
+    def layout(self, specs: Specs, shard_bytes: int) -> Layout:
         """Lay out the weight file or files."""
+        stem = self.one_file.removesuffix(".safetensors") or weights_stem(dict(self.job.config))
         largest = float("inf") if self.one_file else shard_bytes
-        return ShardLayout.of(specs, self.one_file or stem, largest, metadata)
+        return ShardLayout.of(specs, stem, largest, self.metadata(specs))
 
 
 def most_common(heads: Sequence[Head], key: Callable[[Head], Any]) -> Any:

@@ -1,54 +1,53 @@
 """Target `torchao`: NVFP4 tensors of torchao in a folder of diffusers, the branch as a LoRA."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraq.exports import lora
 from loraq.exports.codes import e2m1_values, per_block, split_low_first
-from loraq.exports.factors import explain_rounding
-from loraq.exports.layer import Decoded, Head, Layer, Specs, Tensors
-from loraq.exports.target import LOAD_IN_16_BITS, About, Target
-from loraq.formats.scales import view_bytes
+from loraq.exports.layer import Head, Layer, Specs, Tensors
+from loraq.exports.lora import OF_DIFFUSERS, BranchBeside
+from loraq.exports.target import EXACT_IN_16_BITS, LOAD_FOLDER, About
 from loraq.safetensors.header import TensorSpec
 
 _PARTS = {"qdata": "_weight_qdata", "scale": "_weight_scale"}
 _PER_TENSOR = "_weight_per_tensor_scale"
 #: Values that share a block scale.
 _BLOCK = 16
+#: Lines that bring the rows of every input together.
+_CONTIGUOUS = """for layer in model.modules():
+    if isinstance(layer, torch.nn.Linear):
+        layer.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))"""
 
 
-class Torchao(Target):
+class Torchao(BranchBeside):
     """A folder of diffusers with `quant_method: torchao`."""
 
     about = About(
         name="torchao",
-        loaded_by="diffusers with torchao 0.18",
+        loaded_by="diffusers with torchao 0.18, and PEFT for classes that take no LoRA (PixArt)",
         holds="NVFP4; any rank in each layer; no 1×1 convolutions",
-        exact="codes and scales; branches of bf16, MX formats and NVFP4",
+        exact=EXACT_IN_16_BITS,
         activations="16 bits",
-        verified="whole models (FLUX) by diffusers, torchao and PEFT on a CPU",
+        verified="whole models (FLUX, SANA, PixArt) by diffusers, torchao and PEFT on a CPU",
         unverified="GPU kernels, and 4-bit activations on Blackwell, which are not written",
-        load=f"{LOAD_IN_16_BITS}\n{lora.LOAD}",
+        load=f"{LOAD_FOLDER}\n{_CONTIGUOUS}",
         traps=(
-            *lora.TRAPS,
+            "torchao has no product of these tensors with an input whose rows are apart in memory, "
+            "which SANA, SD3, FLUX.2 and others make: the loop above is for them.",
             "torchao calls these tensors a prototype: another minor version may not read them.",
         ),
+        branch_file=OF_DIFFUSERS,
     )
-    has_branch_file = True
 
     def refuses(self, head: Head) -> str:
         """Return why a layer is dense."""
         if head.scheme.weight != "nvfp4":
             return f"torchao runs NVFP4 weights here, and this is {head.scheme.weight}"
         return ""
-
-    def explain_rounding(self, head: Head) -> str:
-        """Return what of the branch is rounded."""
-        return explain_rounding(head, self.job.new_dtype)
 
     def specs(self, head: Head) -> Specs:
         """Return the parts of one tensor."""
@@ -59,30 +58,22 @@ class Torchao(Target):
             f"{head.name}.{_PER_TENSOR}": TensorSpec("F32", ()),
         }
 
-    def branch_specs(self, head: Head) -> Specs:
-        """Return the factors in the LoRA file."""
-        return lora.lora_specs(head, self.job.new_dtype)
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Return our own bytes under their names, and the factors."""
-        name, main = layer.head.name, layer.main
-        assert main.scale is not None, "NVFP4 has block scales"
-        assert main.global_scale is not None, "NVFP4 has a global scale"
+    def main_tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return our own bytes under their names."""
+        name = layer.head.name
         return {
-            f"{name}.{_PARTS['qdata']}": main.packed,
-            f"{name}.{_PARTS['scale']}": main.scale.view(torch.float8_e4m3fn),
-            f"{name}.{_PER_TENSOR}": view_bytes(main.global_scale, torch.float32)[0].clone(),
-            **lora.lora_tensors(layer, self.job.new_dtype),
+            f"{name}.{_PARTS['qdata']}": layer.main.packed,
+            f"{name}.{_PARTS['scale']}": layer.block_scale.view(torch.float8_e4m3fn),
+            f"{name}.{_PER_TENSOR}": layer.global_scale,
         }
 
-    def decode(self, tensors: Tensors, head: Head) -> Decoded:
-        """Return E2M1 · (scale · per-tensor scale), and the LoRA."""
+    def decode_main(self, tensors: Tensors, head: Head) -> Tensor:
+        """Return E2M1 · (scale · per-tensor scale)."""
         values = e2m1_values(split_low_first(tensors[f"{head.name}.{_PARTS['qdata']}"]))
         scale = tensors[f"{head.name}.{_PARTS['scale']}"].float()
-        main = per_block(values, scale * tensors[f"{head.name}.{_PER_TENSOR}"])
-        return Decoded(main, lora.decode_lora(tensors, head.name))
+        return per_block(values, scale * tensors[f"{head.name}.{_PER_TENSOR}"])
 
-    def config(self, held: Sequence[Head]) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Return `config.json`."""
         kind = {
             "_type": "NVFP4WeightOnlyConfig",
@@ -96,7 +87,7 @@ class Torchao(Target):
         }
         return {**self.job.config, "quantization_config": quantization}
 
-    def metadata(self, specs: Mapping[str, TensorSpec], held: Sequence[Head]) -> dict[str, str]:
+    def metadata(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Return what torchao builds its tensors from: an entry for every tensor."""
         dtype = str(self.job.new_dtype).removeprefix("torch.")
         tensor = {
@@ -110,8 +101,8 @@ class Torchao(Target):
             },
             "_tensor_data_names": ["per_tensor_scale", *_PARTS],
         }
-        parts = {name for head in held for name in self.specs(head)}
+        parts = {name for head in self.held for name in self.specs(head)}
         entries: dict[str, Any] = {name: {"_type": "Tensor"} for name in specs if name not in parts}
-        entries |= {f"{head.name}.weight": tensor for head in held}
+        entries |= {f"{head.name}.weight": tensor for head in self.held}
         text = {name: json.dumps(entry) for name, entry in entries.items()}
         return {**text, "tensor_names": json.dumps(list(text))}

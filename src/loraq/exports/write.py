@@ -13,16 +13,15 @@ from torch import Tensor
 
 from loraq import disk
 from loraq.checkpoint.components import copy_components
-from loraq.checkpoint.configuration import weights_stem
 from loraq.checkpoint.folder import EXPORT_REPORT, require_space
 from loraq.checkpoint.partial import atomic_folder
 from loraq.errors import ExportError
-from loraq.exports import card, lora
+from loraq.exports import card
 from loraq.exports.factors import pad_rank
 from loraq.exports.layer import Decoded, Head, Layer, Specs, same
 from loraq.exports.report import EXACT, ROUNDED, ExportReport, LayerFate
 from loraq.exports.source import ExportSource
-from loraq.exports.target import Layout, Target
+from loraq.exports.target import BranchFile, Layout, Target
 from loraq.json_files import write_json
 from loraq.linalg import relative_error
 from loraq.pipeline.progress import ProgressCallback
@@ -55,7 +54,7 @@ class Files:
         Raises:
             ExportError: the target does not take a tensor.
         """
-        held = {head.name: head for head in source.heads if not target.why_dense(head)}
+        held = {head.name: head for head in target.held}
         specs: Specs = {}
         branches: Specs = {}
         for head in source.heads:
@@ -69,15 +68,13 @@ class Files:
             dtype, shape = source.kept_spec(name)
             kept[name] = TensorSpec(target.kept_dtype(name, dtype, shape), shape)
         specs |= kept
-        metadata = target.metadata(specs, list(held.values()))
-        stem = weights_stem(source.config)
         return cls(
             source,
             target,
             held,
             kept,
-            target.layout(specs, stem, shard_bytes, metadata),
-            ShardLayout.of(branches, lora.STEM, float("inf")) if branches else None,
+            target.layout(specs, shard_bytes),
+            _lay_out_branch(target.branch_file, branches),
         )
 
     @property
@@ -142,7 +139,7 @@ class Files:
 
     def _write_dense(self, head: Head, folder: Path, planned: LayerFate) -> LayerFate:
         spec, dense = self.target.dense_spec(head), self.source.read_dense(head)
-        weight = dense.to(DTYPES[spec.dtype])
+        weight = _cast(dense, spec, head.weight_name)
         change = relative_error(dense.flatten(0, -2), weight.float().flatten(0, -2))
         _require_small(change, head.name)
         laid = weight.mT if head.is_transposed else weight
@@ -162,21 +159,17 @@ class Files:
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and owner in self.held:
             tensor = self.target.lay_bias(self.held[owner], tensor)
-        cast = tensor.to(DTYPES[spec.dtype])
-        if tensor.is_floating_point() and not cast.isfinite().all() and tensor.isfinite().all():
-            raise ExportError(
-                f"Tensor '{name}' has values beyond {spec.dtype}. Use another `--dtype`."
-            )
-        return cast
+        return _cast(tensor, spec, name)
 
     def _write_texts(
         self, report: ExportReport, partial: Path, folder: Path, place: Path
     ) -> ExportReport:
         """Write configuration, card and report beside the weights."""
-        write_json(folder / "config.json", self.target.config(list(self.held.values())))
+        write_json(folder / "config.json", self.target.config())
         home = Path(place.absolute().name) / self.source.component
         name = type(self.source.model).__name__
-        text = card.write_card(report, name, home.as_posix(), self.branch is not None)
+        dtype = str(self.target.job.new_dtype).removeprefix("torch.")
+        text = card.write_card(report, name, home.as_posix(), dtype)
         texts = {card.FILE_NAME: text} | self.target.texts(home.as_posix())
         for file, content in texts.items():
             disk.write_file(folder / file, content.encode())
@@ -190,6 +183,26 @@ class Files:
         }
         write_json(partial / EXPORT_REPORT, document)
         return replace(report, files=files)
+
+
+def _lay_out_branch(file: BranchFile | None, specs: Specs) -> ShardLayout | None:
+    return (
+        ShardLayout.of(specs, file.name.removesuffix(".safetensors"), float("inf"))
+        if file
+        else None
+    )
+
+
+def _cast(tensor: Tensor, spec: TensorSpec, name: str) -> Tensor:
+    """Return a tensor in the dtype of its place.
+
+    Raises:
+        ExportError: a number is beyond it.
+    """
+    cast = tensor.to(DTYPES[spec.dtype])
+    if tensor.is_floating_point() and not cast.isfinite().all() and tensor.isfinite().all():
+        raise ExportError(f"Tensor '{name}' has values beyond {spec.dtype}. Use another `--dtype`.")
+    return cast
 
 
 def _judge(layer: Layer, decoded: Decoded, planned: LayerFate) -> LayerFate:

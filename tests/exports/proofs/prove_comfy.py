@@ -12,6 +12,7 @@ import loraq
 from loraq.exports.native import find_native_names
 from loraq.layers import quantized_layers
 from tests.exports.models import MODELS, distance, exact_output, output, save_quantized
+from tests.exports.proofs.cards import run_shell
 
 MIXED = {"scheme": "nvfp4+bf16-r16", "rules": [{"match": "*single*", "branch": {"rank": 8}}]}
 
@@ -47,7 +48,14 @@ def test_a_whole_flux_is_the_exact_weight_only_forward(tmp_path, recipe):
     model = save_quantized("flux", recipe, tmp_path / "quantized")
     report = loraq.export(tmp_path / "quantized", tmp_path / "out", to="comfy", progress=False)
     assert report.counts["exact"] == len(report.layers)
-    layers = read_layers(tmp_path / "out/model.safetensors")
+    # What the card copies, as the nodes of the workflow find it.
+    run_shell(tmp_path / "out")
+    nodes = json.loads((tmp_path / "out/workflow.json").read_text()).values()
+    names = {node["class_type"]: node["inputs"] for node in nodes}
+    folder = tmp_path / "ComfyUI/models"
+    model_file = folder / "diffusion_models" / names["UNETLoader"]["unet_name"]
+    branch_file = folder / "loras" / names["LoraLoaderBypassModelOnly"]["lora_name"]
+    layers = read_layers(model_file)
     assert len(layers) == len(report.layers)
 
     # Codes and scales, bit for bit, in the rows of the native layers; all else as it was.
@@ -58,13 +66,13 @@ def test_a_whole_flux_is_the_exact_weight_only_forward(tmp_path, recipe):
             for layer in layers}  # fmt: skip
     for layer, weight in layers.items():
         assert torch.equal(weight.dequantize(), torch.cat([ours[name] for name in rows[layer]]))
-    written = load_file(tmp_path / "out/model.safetensors")
+    written = load_file(model_file)
     for name, parts in native.items():
         if name.removesuffix(".weight") not in layers:
             assert torch.equal(written[name], torch.cat([p.of(floats[p.name]) for p in parts]))
 
     # The layer with its bypass node: base(x) + (x Aᵀ) Bᵀ on the raw input.
-    branch = load_file(tmp_path / "out/branch.safetensors")
+    branch = load_file(branch_file)
     dense, bare = {}, {}
     for layer, weight in layers.items():
         down, up = (branch[f"diffusion_model.{layer}.lora_{part}.weight"].float() for part in "AB")

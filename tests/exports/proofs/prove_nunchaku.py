@@ -17,55 +17,61 @@ from loraq.integrations.diffusers import _quiet_diffusers
 from loraq.layers import quantized_layers, replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.safetensors.reader import ShardReader
-from tests.exports.models import MODELS, distance, exact_output, output, save_quantized
+from tests.exports.models import distance, exact_output, output, save_quantized
+from tests.exports.proofs.cards import run_card
 from tests.exports.proofs.nunchaku_kernels import Kernels
 
 
 @pytest.fixture
-def diffusers(monkeypatch):
+def emulated(monkeypatch, tmp_path):
+    """Let diffusers call the formulas instead of the kernels."""
     import kernels
 
-    with _quiet_diffusers() as diffusers:
+    with _quiet_diffusers():
         from diffusers.quantizers.nunchaku.nunchaku_quantizer import NunchakuLiteQuantizer
         from diffusers.utils import constants
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "DIFFUSERS_TRUST_REMOTE_KERNELS", True)
     monkeypatch.setattr(kernels, "get_kernel", lambda *_, **__: SimpleNamespace(ops=Kernels()))
     monkeypatch.setattr(NunchakuLiteQuantizer, "validate_environment", lambda *_, **__: None)
-    return diffusers
 
 
 @pytest.mark.parametrize("recipe", ["int4+bf16-r16", "int4-a4+w8a8-r32-h0", "nvfp4+bf16-r16"])
-def test_a_whole_flux_is_the_exact_weight_only_forward(tmp_path, diffusers, recipe):
+def test_a_whole_flux_is_the_exact_weight_only_forward(tmp_path, emulated, recipe):
     asked = {"scheme": recipe, "rules": [{"match": "*norm*.linear", "skip": True}]}
     model = save_quantized("flux", asked, tmp_path / "quantized")
-    check(tmp_path, diffusers, model)
+    check(tmp_path, model)
 
 
-def test_modulations_without_a_branch_run_on_16_bit_activations(tmp_path, diffusers):
+def test_a_sana_whose_convolutions_are_left_alone(tmp_path, emulated):
+    asked = {"scheme": "int4+bf16-r16", "rules": [{"match": "*conv*", "skip": True}]}
+    check(tmp_path, save_quantized("sana", asked, tmp_path / "quantized"), "sana")
+
+
+def test_modulations_without_a_branch_run_on_16_bit_activations(tmp_path, emulated):
     model = save_quantized("flux", "int4+bf16-r16", tmp_path / "first")
     for name, layer in quantized_layers(model).items():
         if "norm" in name:
             plain = loraq.quantize_weight(layer.packed.reconstruct(), "int4-a16")
             replace_layer(model, name, QuantizedLinear.from_packed(plain.packed, layer.bias))
     loraq.save(model, tmp_path / "quantized")
-    loaded = check(tmp_path, diffusers, model)
+    loaded = check(tmp_path, model)
     names = {type(module).__name__ for module in loaded.modules()}
     assert {"AWQW4A16Linear", "SVDQW4A4Linear"} <= names
 
 
-def check(tmp_path, diffusers, model):
+def check(tmp_path, model, name="flux"):
     out = tmp_path / "out"
     report = loraq.export(tmp_path / "quantized", out, to="nunchaku-lite", progress=False)
     assert report.counts["dense"] == 0
-    kind = getattr(diffusers, MODELS["flux"].class_name)
-    loaded = kind.from_pretrained(out, torch_dtype=torch.float32)
+    loaded = run_card(out)["model"]
     from diffusers.quantizers.nunchaku.utils import check_strict_state_dict_match
 
     reader = ShardReader(out)
     check_strict_state_dict_match(loaded, {name: reader.read(name) for name in reader.names})
-    found, wanted = output(loaded, "flux"), exact_output(model, "flux")
+    found, wanted = output(loaded, name), exact_output(model, name)
     assert distance(found, wanted) < 1e-6
-    assert distance(exact_output(model, "flux", branch=False), found) > 1e-2
+    assert distance(exact_output(model, name, branch=False), found) > 1e-2
     return loaded
 
 

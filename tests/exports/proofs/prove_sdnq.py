@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
-from loraq.integrations.diffusers import _quiet_diffusers
-from tests.exports.models import MODELS, distance, exact_output, output, save_quantized
+from tests.exports.models import distance, exact_output, output, save_quantized
+from tests.exports.proofs.cards import run_card
 
 MIXED = {"scheme": "int4-a16+bf16-r16", "rules": [{"match": "*single*", "branch": {"rank": 8}}]}
 CASES = [
@@ -23,13 +23,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES, ids=str)
-def test_a_whole_model_is_the_exact_weight_only_forward(tmp_path, name, recipe):
+def test_a_whole_model_is_the_exact_weight_only_forward(tmp_path, monkeypatch, name, recipe):
+    monkeypatch.chdir(tmp_path)
     model = save_quantized(name, recipe, tmp_path / "quantized")
     report = loraq.export(tmp_path / "quantized", tmp_path / "out", to="sdnq", progress=False)
     assert report.counts["dense"] == report.counts["rounded"] == 0
-    with _quiet_diffusers() as diffusers:
-        kind = getattr(diffusers, MODELS[name].class_name)
-        loaded = kind.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loaded = run_card(tmp_path / "out")["model"]
     layer = loaded.get_submodule(report.layers[0].name)
     assert "SDNQ" in type(layer).__name__
     found, wanted = output(loaded, name), exact_output(model, name)
@@ -38,12 +37,11 @@ def test_a_whole_model_is_the_exact_weight_only_forward(tmp_path, name, recipe):
         assert distance(exact_output(model, name, branch=False), found) > 1e-2
 
 
-def test_a_lora_on_top_leaves_the_branch_alone(tmp_path):
+def test_a_lora_on_top_leaves_the_branch_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = save_quantized("flux", MIXED, tmp_path / "quantized")
     loraq.export(tmp_path / "quantized", tmp_path / "out", to="sdnq", progress=False)
-    with _quiet_diffusers() as diffusers:
-        kind = getattr(diffusers, MODELS["flux"].class_name)
-        loaded = kind.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loaded = run_card(tmp_path / "out")["model"]
     name = "transformer.transformer_blocks.0.attn.to_q.lora"
     zeros = {f"{name}_A.weight": torch.zeros(4, 128), f"{name}_B.weight": torch.zeros(128, 4)}
     save_file(zeros, tmp_path / "style.safetensors", {"format": "pt"})
