@@ -94,12 +94,6 @@ def against_the_strongest() -> str:
     )
 
 
-def where_it_loses() -> str:
-    found = verdicts()["W4A8, from weights alone"]
-    assert "**lost**" in found.said
-    return f"our declared row **loses**, {interval(found.ratios, 2)})"
-
-
 def bytes_of_a_branch() -> str:
     scheme = with_rank(parse_scheme("int4-a16+w8a8"), (1152, 1152), Budget.parse("r16=32"))
     return (
@@ -121,7 +115,6 @@ def size_of_the_digits() -> str:
 SENTENCES = (
     against_the_published,
     against_the_strongest,
-    where_it_loses,
     bytes_of_a_branch,
     bits_of_a_whole_model,
     size_of_the_digits,
