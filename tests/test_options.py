@@ -117,7 +117,7 @@ FUNCTIONS = {
         "pad_rank": FLAG,
         "allow_dense": FLAG,
         "dtype": TEXT | {"None"},
-        "shard_bytes": SIZE,
+        "shard_bytes": SIZE | {"None"},
         "link": FLAG,
         "overwrite": FLAG,
         "verify": FLAG,
@@ -129,6 +129,7 @@ FUNCTIONS = {
         "pad_rank": FLAG,
         "allow_dense": FLAG,
         "dtype": TEXT | {"None"},
+        "shard_bytes": SIZE | {"None"},
     },
     loraq.remove_lora: {
         "component": TEXT | {"None"},
