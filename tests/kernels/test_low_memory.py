@@ -176,6 +176,12 @@ def test_layers_share_the_memory_of_one_decoded_weight():
     }
 
 
+def test_a_weight_that_no_table_decodes_shares_no_memory():
+    low_memory._shared.kept.clear()
+    layer_of("int8", "low_memory")(heavy_tailed(64, N_IN))
+    assert not low_memory._shared.kept
+
+
 @pytest.mark.parametrize("n_in", [30, 31, 32, 36, 62, 64])
 @pytest.mark.parametrize("name", ["mxfp4", "int4", "nvfp4", "int4_b256"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -98,7 +98,7 @@ def _decode(
         return fused.decode(packed, work_dtype(dtype), merged=merged)
 
     def one(q: QTensor, dtype: torch.dtype) -> Tensor:
-        return _decode_pairs(q, dtype, _shared.take(q.shape, dtype) if q is packed.main else None)
+        return _decode_pairs(q, dtype, share=q is packed.main)
 
     # On other devices torch's allocator gives the next layer what the last one has freed.
     on_cpu = packed.main.packed.device.type == "cpu"
@@ -196,13 +196,13 @@ def decode_by_table(
     return decode(packed, dtype, rotation, _decode_pairs)
 
 
-def _decode_pairs(q: QTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return a stored tensor as a dense one, in memory that is given."""
+def _decode_pairs(q: QTensor, dtype: torch.dtype, *, share: bool = False) -> Tensor:
+    """Return a stored tensor as a dense one, maybe in the memory that layers share."""
     fmt = q.format
     if fmt.bits != 4 or (isinstance(fmt, BlockFormat) and (fmt.of_rows or fmt.of_columns)):
         return decode_one(q, dtype)
-    if out is not None:
-        return _look_up(q, out)
+    if share:
+        return _look_up(q, _shared.take(q.shape, dtype))
     return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
 
 
