@@ -21,18 +21,13 @@ pytest.importorskip("sklearn")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+from small import pixart  # noqa: E402
+
 #: Warnings of diffusers' own scheduler about numpy, not ours.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword"
 )
-CALL = {
-    "num_inference_steps": 2,
-    "height": 32,
-    "width": 32,
-    "use_resolution_binning": False,
-    "clean_caption": False,
-    "max_sequence_length": 16,
-}
+CALL = {"num_inference_steps": 2, **pixart.CALL}
 SCRIPTS = {"in_memory.py", "from_files.py", "lora_and_export.py"}
 NOTEBOOK = EXAMPLES / "tour.ipynb"
 

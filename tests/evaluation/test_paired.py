@@ -29,6 +29,8 @@ diffusers = pytest.importorskip("diffusers")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+from small import pixart  # noqa: E402
+
 from loraq.evaluation.drawn import Artist  # noqa: E402
 from loraq.evaluation.paired import _mean, evaluate  # noqa: E402
 from loraq.integrations.drawing import draw_seeded  # noqa: E402
@@ -38,14 +40,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword"
 )
 
-CALL = {
-    "num_inference_steps": 2,
-    "height": 32,
-    "width": 32,
-    "use_resolution_binning": False,
-    "clean_caption": False,
-    "max_sequence_length": 16,
-}
+CALL = {"num_inference_steps": 2, **pixart.CALL}
 PROMPTS = (Prompt("b", "a red fox"), Prompt("a", "a tower"), Prompt("c", "cherries"))
 FAST = {"lpips": False, "call": CALL, "device": "cpu", "progress": False}
 

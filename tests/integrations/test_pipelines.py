@@ -20,18 +20,13 @@ from loraq.integrations.pipelines import collect_pipeline_stats, read_prompts
 
 diffusers = pytest.importorskip("diffusers")
 
+from small.pixart import CALL  # noqa: E402
+
 #: Warnings of diffusers' own scheduler about numpy, not ours.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword"
 )
 
-CALL = {
-    "height": 32,
-    "width": 32,
-    "use_resolution_binning": False,
-    "clean_caption": False,
-    "max_sequence_length": 16,
-}
 FAST = {"recipe": "int4-a16+w6a8-r8", "samples": 2, "steps": 2, "call": CALL, "progress": False}
 GPTQ = loraq.Recipe.from_dict({"scheme": "int4-a16+w6a8-r8", "method": "gptq"})
 #: Tokens of one image in one step: 8×8 patches, with and without guidance.

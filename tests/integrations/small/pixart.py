@@ -20,6 +20,14 @@ PIXART = _BOTH | {
     "out_channels": 1,
     "use_additional_conditions": False,
 }
+#: Of a pipeline with a small PixArt: the smallest picture, and none of what is done to prompts.
+CALL: dict[str, Any] = {
+    "height": 32,
+    "width": 32,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+    "max_sequence_length": 16,
+}
 SANA = _BOTH | {
     "sample_size": 8,
     "in_channels": 4,
