@@ -20,7 +20,7 @@ pytest.importorskip("diffusers")
 
 from benchmarks.pages import table  # noqa: E402
 from benchmarks.quality import ledger  # noqa: E402
-from benchmarks.quality.ranking import final_rows, verdict  # noqa: E402
+from benchmarks.quality.ranking import final_rows, interval, verdict, withdrawn  # noqa: E402
 from benchmarks.quality.tables import COMPARISONS  # noqa: E402
 from benchmarks.results import read  # noqa: E402
 from loraq.evaluation.demo import DemoRow  # noqa: E402
@@ -94,6 +94,18 @@ def against_the_strongest() -> str:
     )
 
 
+def what_was_withdrawn() -> str:
+    lines = ledger.read()
+    tables = {title: final_rows(lines, "digits", title) for title in COMPARISONS}
+    (found,) = (
+        verdict(rows, title, row)
+        for title, rows in tables.items()
+        if (row := withdrawn(rows, title)) is not None
+    )
+    assert "**lost**" in found.said
+    return f"a row that was declared before lost, {interval(found.ratios, 2)}"
+
+
 def bytes_of_a_branch() -> str:
     scheme = with_rank(parse_scheme("int4-a16+w8a8"), (1152, 1152), Budget.parse("r16=32"))
     return (
@@ -115,6 +127,7 @@ def size_of_the_digits() -> str:
 SENTENCES = (
     against_the_published,
     against_the_strongest,
+    what_was_withdrawn,
     bytes_of_a_branch,
     bits_of_a_whole_model,
     size_of_the_digits,

@@ -12,6 +12,7 @@ from benchmarks.pages import source, table
 from benchmarks.quality import ledger
 from benchmarks.quality.ranking import (
     Lines,
+    Verdict,
     declared,
     final_rows,
     half_width,
@@ -20,6 +21,7 @@ from benchmarks.quality.ranking import (
     ratios,
     rivals,
     verdict,
+    withdrawn,
 )
 from benchmarks.quality.row import ModelRow
 from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS
@@ -43,10 +45,10 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   in rank space where the branch is quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own
   samples it is SVDQuant + GPTQ with those, the noise filter where activations are rounded, and smoothing as well. The
   rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
-* **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before its seeds were
-  measured. Rows are chosen and rivals qualify on the seeds {" and ".join(map(str, QUALIFYING))}; the page's seeds are
-  {SEEDS[0]} to {SEEDS[-1]}. On those, the declared row, the rivals as published and the strongest {FINALISTS} others of
-  each table are measured, and with `--all` every row.
+* **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured
+  on the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; one that was named and withdrawn afterwards stays in the table below. Rows are chosen and
+  rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then the declared row, the rivals as
+  published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row.
 * **From weights alone**: no data, and the model never runs. **Own samples**: second moments of what goes into each
   layer while the float model draws pictures from noise (`loraq stats`): no data either, but the model must run.
 * **velocity error** is the figure to read: one forward on noised real images against the model as trained, the mean
@@ -116,17 +118,14 @@ def bars(lines: Lines) -> list[str]:
     for world in WORLDS:
         for title in COMPARISONS:
             place = f"{world}, {title}"
-            found = verdict(final_rows(lines, world, title), title)
-            if found is None:
-                body.append(
-                    [place, "", "", COMPARISONS[title].declared, "", "", "not measured yet"]
-                )
-                continue
-            rival, ours = found.rival, found.ours
-            bits = f"{rival.bits_per_weight:.2f}", f"{ours.bits_per_weight:.2f}"
-            ratio = interval(found.ratios, 2)
-            named = f"{rival.label}, `{rival.recipe}`"
-            body.append([place, named, bits[0], f"`{ours.recipe}`", bits[1], ratio, found.said])
+            rows = final_rows(lines, world, title)
+            if (found := verdict(rows, title)) is None:
+                recipe = COMPARISONS[title].declared
+                body.append([place, "", "", f"`{recipe}`", "", "", "not measured yet"])
+            else:
+                body.append([place, *_figures_of(found)])
+            if (before := withdrawn(rows, title)) and (found := verdict(rows, title, before)):
+                body.append([f"{place}: declared before, and withdrawn", *_figures_of(found)])
     headings = ("", "strongest rival", "bits", "declared LoRaQ row", "bits", "rival / LoRaQ", "")
     return [
         "## The bar\n",
@@ -136,6 +135,13 @@ def bars(lines: Lines) -> list[str]:
         "activations, else 1.05.\n",
         *table(headings, body, "llrlrrl"),
     ]
+
+
+def _figures_of(found: Verdict) -> list[str]:
+    rival, ours = found.rival, found.ours
+    bits = f"{rival.bits_per_weight:.2f}", f"{ours.bits_per_weight:.2f}"
+    named = f"{rival.label}, `{rival.recipe}`"
+    return [named, bits[0], f"`{ours.recipe}`", bits[1], interval(found.ratios, 2), found.said]
 
 
 def comparison(lines: Lines, world: str, title: str) -> list[str]:
@@ -160,7 +166,7 @@ def qualification(rows: list[ModelRow], title: str) -> list[str]:
     """Return all rows by their error on the qualifying seeds, folded away."""
     total = len(COMPARISONS[title].entrants)
     seeds = sorted({seed for row in rows for seed in row.seeds})
-    eligible = {(row.label, row.recipe, row.budget) for row in rivals(rows, title)}
+    eligible = {(row.label, row.recipe, row.budget) for row in rivals(rows, declared(rows, title))}
     body = []
     for row in sorted(rows, key=lambda row: fmean(row.velocity_errors)):
         counts = row.method == "loraq" or (row.label, row.recipe, row.budget) in eligible

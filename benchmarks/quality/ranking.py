@@ -28,7 +28,8 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
     index = {(row.label, row.recipe, row.budget or ""): i for i, row in enumerate(rows)}
     chosen = {i for i, row in enumerate(rows) if row.as_published or is_declared(row, group)}
     qualified = ledger.rows(lines, world, group, QUALIFYING)
-    strongest = sorted(rivals(qualified, group), key=lambda row: fmean(row.velocity_errors))
+    ours = declared(qualified, group)
+    strongest = sorted(rivals(qualified, ours), key=lambda row: fmean(row.velocity_errors))
     for row in strongest[:FINALISTS]:
         if (key := (row.label, row.recipe, row.budget)) in index:
             chosen.add(index[key])
@@ -46,9 +47,14 @@ def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
     return next((row for row in rows if is_declared(row, group)), None)
 
 
-def rivals(rows: Sequence[ModelRow], group: str) -> list[ModelRow]:
-    """Return the rows of other methods that store no more than the declared one."""
-    ours = declared(rows, group)
+def withdrawn(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
+    """Return the row that a table was judged by before, if there was one."""
+    recipe = COMPARISONS[group].withdrawn
+    return next((row for row in rows if (row.label, row.recipe) == ("LoRaQ", recipe)), None)
+
+
+def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:
+    """Return the rows of other methods that store no more than a row of ours."""
     most = ours.bits_per_weight + SAME_BITS if ours else float("inf")
     return [row for row in rows if row.method != "loraq" and row.bits_per_weight <= most]
 
@@ -72,12 +78,18 @@ class Verdict(NamedTuple):
         return f"{won}, bar {self.bar:.2f} {'met' if mean >= self.bar else '**missed**'}"
 
 
-def verdict(rows: Sequence[ModelRow], group: str) -> Verdict | None:
-    """Return the verdict on a table, if the declared row and a rival are measured on one seed."""
-    ours = declared(rows, group)
+def verdict(rows: Sequence[ModelRow], group: str, ours: ModelRow | None = None) -> Verdict | None:
+    """Return the verdict on a table, if a row of ours and a rival are measured on one seed.
+
+    Args:
+        rows: of the table.
+        group: its title.
+        ours: the row that is judged; by default the declared one.
+    """
+    ours = ours or declared(rows, group)
     if ours is None:
         return None
-    pairs = [(ratios(rival, ours), rival) for rival in rivals(rows, group)]
+    pairs = [(ratios(rival, ours), rival) for rival in rivals(rows, ours)]
     most = max((len(found) for found, _ in pairs), default=0)
     if not most:
         return None

@@ -24,10 +24,12 @@ class Comparison(NamedTuple):
     #: Whether everyone gets statistics of the model's own samples.
     statistics: bool
     #: The LoRaQ row that the table is judged by, by its recipe. It was chosen by `QUALIFYING` seeds
-    #: alone, before any of `SEEDS` was measured.
+    #: alone, before it was measured on any of `SEEDS`.
     declared: str
     #: The strongest rival is to have at least so many times its error.
     bar: float = 1.05
+    #: A row that was declared before this one and measured on `SEEDS`: its verdict stays.
+    withdrawn: str = ""
     #: Rivals in formats that LoRaQ has no row in.
     others: tuple[Entrant, ...] = ()
 
@@ -76,9 +78,9 @@ COMPARISONS: dict[str, Comparison] = {
     f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w6a6-h0"),
     f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0"),
     f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0"),
-    f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0"),
+    f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0", withdrawn="mxfp4-a8+w8a8-h0"),
     f"W4A8, {WITH}": Comparison(_A8, True, "mxfp4-a8+bf16-h0"),
-    f"W4A4, {WITHOUT}": Comparison(_A4, False, "int4-a4+w4a8-h32", 1.10, (_CONVROT,)),
+    f"W4A4, {WITHOUT}": Comparison(_A4, False, "int4-a4+w4a8-h32", 1.10, others=(_CONVROT,)),
     f"W4A4, {WITH}": Comparison(_A4, True, "int4-a4+w4a8-h32", 1.10),
 }
 CONTENDERS: dict[str, Table] = {
