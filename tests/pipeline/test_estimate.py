@@ -39,6 +39,13 @@ def test_without_layers_nothing_is_taken():
     assert (estimate_seconds([], CPU), worker_nbytes([])) == (0, 0)
 
 
+def test_what_only_the_first_solve_takes_does_not_hide_what_steps_take(monkeypatch):
+    recipe = Recipe.named("int4-a16+w6a6-r8").adjusted(effort="default")
+    jobs, first = jobs_of(256, recipe=recipe), iter([10.0])
+    monkeypatch.setattr(estimate, "_solve", lambda job, _: next(first, 0.0) + steps_of(job))
+    assert estimate_seconds(jobs, CPU) == pytest.approx(steps_of(jobs[0]))
+
+
 @pytest.fixture
 def tried(monkeypatch) -> list[tuple[int, int]]:
     """The shapes of all trials; a weight takes a microsecond, and so does each step with it."""

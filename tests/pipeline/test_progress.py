@@ -29,6 +29,17 @@ def test_elsewhere_than_on_a_terminal_each_layer_is_a_line(capsys, monkeypatch):
     ]
 
 
+def test_the_time_left_counts_what_layers_cost(capsys, monkeypatch):
+    clock = iter([100.0, 108.0, 116.0, 118.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress_bar("quantize", [4, 4, 1, 1]) as show:
+        show(3, 6, "a", 0.0)  # an earlier run did two
+        show(4, 6, "b", 0.0)
+        show(5, 6, "c", 0.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[2] for line in lines] == ["12 s left", "4 s left", "2 s left"]
+
+
 def test_each_image_is_a_line_with_the_time_left(capsys, monkeypatch):
     clock = iter([90.0, 100.0, 102.0, 106.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))

@@ -92,6 +92,11 @@ class Method(ABC):
         return cls()
 
     @property
+    def passes(self) -> int:
+        """How often it goes over the weight, about: what its time is in proportion to."""
+        return 1
+
+    @property
     def needs_full_moment(self) -> bool:
         """Whether the method needs E[x xᵀ], not only E[x²]."""
         return False

@@ -112,6 +112,11 @@ class LoRaQ(Method):
     #: With full second moments: `GPTQ.damping` of the last rounding.
     feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
 
+    @property
+    def passes(self) -> int:
+        """As for every method: its steps, and what is before and after them."""
+        return 1 + self.steps + self.refine_steps
+
     @classmethod
     def at(cls, effort: str) -> "LoRaQ":
         """Return the settings of an effort level, one of `EFFORTS`."""

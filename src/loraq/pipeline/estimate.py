@@ -92,9 +92,11 @@ def _try(job: LayerJob, device: torch.device) -> float:
     method = job.method
     if not isinstance(method, LoRaQ):
         return _solve(job, device)
-    few, more = (
+    # The first solve of a process also loads and allocates, which must not pass for what is before
+    # and after the steps.
+    _, few, more = (
         _solve(replace(job, method=replace(method, steps=n, refine_steps=n)), device)
-        for n in (_FEW, _MORE)
+        for n in (_FEW, _FEW, _MORE)
     )
     step = max(0.0, more - few) / (2 * (_MORE - _FEW))
     return few + step * max(0, method.steps + method.refine_steps - 2 * _FEW)

@@ -6,7 +6,6 @@ noted in the journal. The layers of several models are one list, and their folde
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
@@ -154,7 +153,8 @@ def _quantize_files(
             )
         ]
         # The longest first, so that workers end together.
-        jobs.sort(key=lambda job: -math.prod(work.job_of(job).shape))
+        jobs.sort(key=lambda job: -work.job_of(job).cost)
+        costs = [work.job_of(job).cost for job in jobs]
         n_kept = n_layers - len(jobs)
         components = target.write_kept(place.folder, checked, link=settings.link)
         if ranks.size > 1:
@@ -162,7 +162,7 @@ def _quantize_files(
         ranks.broadcast("layout", fingerprint)
         if progress is True and jobs:
             show_line("quantize", _describe_run([work.job_of(job) for job in jobs], settings))
-        with show_layers(progress, "quantize") as show:
+        with show_layers(progress, "quantize", costs) as show:
             # On an error all workers end first.
             with closing(ranks.run(work, jobs)) as entries:
                 for done, entry in enumerate(entries, start=n_kept + 1):

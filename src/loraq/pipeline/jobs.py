@@ -83,6 +83,11 @@ class LayerJob:
         return layer_seed(self.recipe_seed, self.name)
 
     @property
+    def cost(self) -> int:
+        """What its time is about in proportion to, whatever the method."""
+        return math.prod(self.shape) * self.method.passes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight after the run."""
         return self.scheme.nbytes(self.shape)

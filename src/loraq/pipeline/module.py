@@ -216,7 +216,8 @@ def quantize_(
     plan = _share_budget(model, plan, recipe, workers, progress)
     reports = []
     try:
-        with show_layers(progress, "quantize") as show:
+        costs = [job.cost for job in plan.quantized]
+        with show_layers(progress, "quantize", costs) as show:
             for finished in _quantize_layers(
                 layers, plan.quantized, stats or {}, hashes, devices, workers
             ):
