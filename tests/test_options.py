@@ -265,8 +265,8 @@ LARGE, NAN, INF = 10**30, math.nan, math.inf
 OPTIONS = [
     ("loraq", "steps", [-1, 1.5, NAN, None, True, "x", LARGE, 10**9]),
     ("loraq", "refine_steps", [-1, 1.5, NAN, None, True, "x", LARGE]),
-    ("loraq", "heat", [-1, NAN, INF, -INF, None, True, "x", LARGE, float("1e400")]),
-    ("loraq", "final_step", [-0.1, 2.5, NAN, INF, None, True, "x", LARGE]),
+    ("loraq", "heat", [-1, NAN, INF, -INF, True, "x", LARGE, float("1e400")]),
+    ("loraq", "final_step", [-0.1, 2.5, NAN, INF, True, "x", LARGE]),
     ("loraq", "leverage_cap", [-1, NAN, -INF, None, True, "x", LARGE]),
     ("loraq", "pull", [-1, NAN, INF, None, True, "x", LARGE]),
     ("loraq", "decay", [-1, 1.5, NAN, INF, True, "x", LARGE]),

@@ -1,6 +1,7 @@
 """LoRaQ: never worse than its start, hot enough to be better, and aware of activation noise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from loraq.methods import EFFORTS, RTN, LoRaQ, SVDQuant, layer_seed
 from loraq.methods.noise import ActivationNoise, rounding_noise
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
+from loraq.recipe_names import parse_scheme
 from loraq.scheme import Branch, Scheme
 
 
@@ -140,6 +142,17 @@ def test_with_4_bit_activations_the_promise_is_about_the_objective(matrix, branc
     assert price <= objective_without_branch(RTN().solve(weight, Scheme("mxfp4")), scheme) * (
         1 + 1e-5
     )
+
+
+def test_under_4_bit_activations_the_annealing_finds_a_better_branch_than_it_starts_from():
+    # At the pace of quiet activations, too hot for the noise term, it finds next to none.
+    scheme = parse_scheme("nvfp4-a4+w4a8-r18")
+    for seed in range(3):
+        weight = dit_like(192, 192, seed)
+        found = LoRaQ.at("fast").solve(weight, scheme, seed=seed).metrics
+        hot = replace(LoRaQ.at("fast"), heat=1.8, final_step=1.5)
+        assert found["optimized"] == 1
+        assert found["objective"] < hot.solve(weight, scheme, seed=seed).metrics["objective"]
 
 
 @each_branch
@@ -279,7 +292,10 @@ ACTIVATIONS = {
 def test_awareness_shrinks_the_4_bit_part_and_the_output_error(branch, activations):
     weight = dit_like(256, 256)
     scheme = Scheme("mxfp4", activations[0], Branch(16, branch, activations[1]))
-    aware, unaware = (LoRaQ(activation_aware=flag).solve(weight, scheme) for flag in (True, False))
+    pace = LoRaQ(heat=1.8, final_step=1.5)
+    aware, unaware = (
+        replace(pace, activation_aware=flag).solve(weight, scheme) for flag in (True, False)
+    )
     sizes = [
         torch.linalg.vector_norm(solution.packed.main.dequantize()) for solution in (aware, unaware)
     ]

@@ -84,7 +84,7 @@ def test_with_all_of_it_svdquant_is_the_candidate_that_loraq_compares_itself_wit
     seed, monkeypatch
 ):
     # Without results of its own, the start is the best candidate.
-    monkeypatch.setattr(LoRaQ, "_refine", lambda _, __, factors, seed: Factors(*map(zero, factors)))
+    monkeypatch.setattr(LoRaQ, "_refine", lambda _, __, factors, *___: Factors(*map(zero, factors)))
     monkeypatch.setattr(Inputs, "best_branch", lambda _, weight, start, seed: start)
     weight = dit_like(64, 96, seed)
     stats = stats_of(correlated(1000, 96))

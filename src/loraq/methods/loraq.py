@@ -30,7 +30,7 @@ noise to filter, one more of them is the branch that leaves the filter the least
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,19 @@ _TAIL = 0.7
 _FREEDOM, _FREEDOM_OF_BITS = 3.2, {4: 1.6, 5: 2.8, 6: 2.8}
 
 
+class Pace(NamedTuple):
+    """How far steps go: `LoRaQ.heat` and `LoRaQ.final_step`."""
+
+    heat: float
+    last: float
+
+
+#: Relative noise of the main path's activations that is loud: that of all 4-bit formats is, and
+#: that of no 6-bit one.
+_LOUD = 0.005
+_PACE, _LOUD_PACE = Pace(1.8, 1.5), Pace(0.5, 0.8)
+
+
 @register
 @dataclass(frozen=True)
 class LoRaQ(Method):
@@ -85,11 +98,12 @@ class LoRaQ(Method):
     steps: Annotated[int, Range(0, MOST_STEPS)] = 140
     #: Steps with rounded factors, stable to zero.
     refine_steps: Annotated[int, Range(0, MOST_STEPS)] = 56
-    #: First step, in units of the one that moves the weight by about one rounding error; flat from
-    #: 1.4 to 2.4.
-    heat: Annotated[float, Range(0, 1000)] = 1.8
+    #: First step, in units of the one that moves the weight by about one rounding error. `None`
+    #: takes 1.8 (flat from 1.4 to 2.4), or 0.5 (flat from 0.25 to 0.9) if activations are loud.
+    heat: Annotated[float, Range(0, 1000)] | None = None
     #: Over-relaxation that phase 1 cools to and phase 2 starts from; 2 is the limit of stability.
-    final_step: Annotated[float, Range(0, 2)] = 1.5
+    #: `None` takes 1.5, or 0.8 (flat from 0.3) if activations are loud.
+    final_step: Annotated[float, Range(0, 2)] | None = None
     #: Largest move of a row or column relative to its own error; keeps outlier channels from
     #: running away.
     leverage_cap: Annotated[float, Range(0)] = 1.0
@@ -127,6 +141,7 @@ class LoRaQ(Method):
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         branch = self._require_branch(scheme)
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
+        pace = self._pace(noise)
         activation = scheme.activation_format if self.activation_aware else None
         inputs = Inputs(stats, self.feedback_damping, activation)
         problem = Problem(
@@ -137,7 +152,8 @@ class LoRaQ(Method):
             inputs.importance(self.importance_damping),
         )
         svd = truncated_svd(weight, branch.rank, seed=seed)
-        refined = self._refine(problem, self._anneal(problem, Factors.of(*svd.to_balanced())), seed)
+        refined = self._anneal(problem, Factors.of(*svd.to_balanced()), pace)
+        refined = self._refine(problem, refined, pace, seed)
         del problem  # and its buffers, as large as the weight
         start = self._prepare(svd, noise, seed)
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
@@ -158,14 +174,14 @@ class LoRaQ(Method):
             return spread(Factors(*svd.to_balanced()), seed)
         return Factors(*svd.to_canonical())
 
-    def _anneal(self, problem: Problem, factors: Factors) -> Factors:
+    def _anneal(self, problem: Problem, factors: Factors, pace: Pace) -> Factors:
         """Phase 1: full-precision factors, over-relaxed from `heat` down to `final_step`."""
         (n_out, n_in), rank = problem.weight.shape, factors.up.shape[1]
         # The tangent space has rank (out + in − rank) of out·in dimensions, so a step of 1 moves
         # the product by that share of the error's energy; this step moves it by `heat` times the
         # error itself.
-        hot = self.heat * math.sqrt(n_out * n_in / (rank * (n_out + n_in - rank)))
-        hot = max(self.final_step, hot)
+        hot = pace.heat * math.sqrt(n_out * n_in / (rank * (n_out + n_in - rank)))
+        hot = max(pace.last, hot)
         decay = max(problem.noise.branch, self._decay(problem.factor))
         if not self.steps:
             return factors
@@ -175,14 +191,14 @@ class LoRaQ(Method):
             return best.factors
         for t in range(self.steps - 1):  # the first of `steps` evaluations is done
             left = 1 - t / self.steps
-            step = self.final_step + (hot - self.final_step) * left
+            step = pace.last + (hot - pace.last) * left
             gradient = iterate.gradient(max(problem.noise.main, self.pull * left))
             factors = move(iterate, gradient, step, self.leverage_cap).shrink_(step * decay)
             iterate = problem.evaluate(factors, rounded=False)
             best.take(iterate)
         return best.factors
 
-    def _refine(self, problem: Problem, factors: Factors, seed: int) -> Factors:
+    def _refine(self, problem: Problem, factors: Factors, pace: Pace, seed: int) -> Factors:
         """Phase 2: the same step through the branch's rounding, from `final_step` to zero."""
         factors = Factors(*svd_of_product(*factors).to_balanced())
         factors = Factors.of(*(spread(factors, seed) if self.rotate else factors))
@@ -191,7 +207,7 @@ class LoRaQ(Method):
         if best.objective == 0:
             return best.factors
         for t in range(self.refine_steps):
-            step = self.final_step * (1 - t / self.refine_steps)
+            step = pace.last * (1 - t / self.refine_steps)
             gradient = iterate.gradient(problem.noise.main)
             factors = move(iterate, gradient, step, self.leverage_cap)
             iterate = problem.evaluate(factors.shrink_(step * problem.noise.branch), rounded=True)
@@ -250,6 +266,19 @@ class LoRaQ(Method):
             metrics["output_error"] = math.sqrt(errors[best]) / norm
         fitted, stored = candidates[best]
         return Fit(stored, fitted, metrics, is_final=True)
+
+    def _pace(self, noise: ActivationNoise) -> Pace:
+        """Return the steps for a scheme's activations.
+
+        The noise of 4-bit ones makes J nearly the quadratic α ‖R‖², whose minimum the truncated SVD
+        is, where the annealing begins; from there it must not go far. A whole model loses less than
+        J says by staying near: its inputs are not white (docs/log.md, 2026-11-29).
+        """
+        pace = _LOUD_PACE if noise.main > _LOUD else _PACE
+        return Pace(
+            pace.heat if self.heat is None else self.heat,
+            pace.last if self.final_step is None else self.final_step,
+        )
 
     def _decay(self, factor: Format) -> float:
         if self.decay is not None:
