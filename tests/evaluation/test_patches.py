@@ -1,5 +1,7 @@
 """The patches world: photographs of packages, weights of the repository, training that resumes."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("diffusers")
 patches = pytest.importorskip("benchmarks.worlds.patches")
 train_patches = pytest.importorskip("train_patches")
+flow_training = pytest.importorskip("flow_training")
 
 SETTINGS = {"seed": 0, "steps": 4, "batch": 2, "learning_rate": 1e-3}
 SMALL = {
@@ -37,19 +40,26 @@ def test_patches_follow_from_the_seed():
     assert not torch.equal(one[0], third[0])
 
 
-def test_a_training_that_was_stopped_ends_at_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_patches, "TRANSFORMER", train_patches.TRANSFORMER | SMALL)
-    whole = train_patches.Training(SETTINGS)
+def training(**settings: float) -> "flow_training.Training":
+    parts = patches.photographs(heldout=False)
+    draw = flow_training.Draw(
+        partial(patches.cut_patches, parts), patches.class_tokens, patches.NULL_LABEL
+    )
+    return flow_training.Training(train_patches.TRANSFORMER | SMALL, SETTINGS | settings, draw)
+
+
+def test_a_training_that_was_stopped_ends_at_the_same_weights(tmp_path):
+    whole = training()
     whole.run(4, tmp_path / "whole.safetensors")
-    train_patches.Training(SETTINGS).run(2, tmp_path / "part.safetensors")
-    resumed = train_patches.Training(SETTINGS)
+    training().run(2, tmp_path / "part.safetensors")
+    resumed = training()
     resumed.resume(tmp_path / "part.safetensors")
     assert resumed.done == 2
     resumed.run(4, tmp_path / "part.safetensors")
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
     with pytest.raises(SystemExit, match="Give the same settings"):
-        train_patches.Training(SETTINGS | {"seed": 1}).resume(tmp_path / "part.safetensors")
+        training(seed=1).resume(tmp_path / "part.safetensors")
 
 
 @pytest.mark.slow
