@@ -11,11 +11,11 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp lint
 	@echo "test: the whole suite, one process for each core"
-	@$(BIN)/pytest -n auto --dist loadfile
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check-fast: .venv/dev.stamp lint
 	@echo "check-fast: the suite without slow tests"
-	@$(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 crash: .venv/dev.stamp
 	@echo "crash: runs are killed before each of their system calls that change the disk (6 minutes)"

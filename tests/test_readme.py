@@ -119,6 +119,20 @@ def bits_of_a_whole_model() -> str:
     return f"PixArt-Σ XL comes to {float(bits):.1f} bits a parameter"
 
 
+def a_whole_run() -> str:
+    (row,) = (
+        row
+        for row in newest("speed.stream")["rows"]
+        if (row["model"], row["effort"]) == ("pixart-sigma", "default")
+    )
+    assert row["layers"] == row["layers_of_the_model"]
+    minutes, peak = round(row["seconds"] / 60), row["peak_anonymous_bytes"] / 1e9
+    return (
+        f"All {row['layers']} layers of PixArt-Σ XL at effort `default` took {minutes} minutes and "
+        f"{peak:.1f} GB"
+    )
+
+
 def size_of_the_digits() -> str:
     trained = demo()[0]
     return f"of {round(trained.memory / 2 / 1e6)} million parameters"
@@ -130,6 +144,7 @@ SENTENCES = (
     what_was_withdrawn,
     bytes_of_a_branch,
     bits_of_a_whole_model,
+    a_whole_run,
     size_of_the_digits,
 )
 

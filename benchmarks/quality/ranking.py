@@ -20,13 +20,18 @@ Lines = dict[ledger.RowKey, dict[int, ledger.Line]]
 def finalists(lines: Lines, world: str, group: str) -> set[int]:
     """Return the rows of a table that are measured on the page's seeds, by their index.
 
-    They are the declared one, those as published, and the strongest rivals in the qualification
-    that store no more than the declared row. LoRaQ's own row is never chosen by its result here.
+    They are the declared one, one that was declared before, those as published, and the strongest
+    rivals in the qualification that store no more than the declared row. LoRaQ's own row is never
+    chosen by its result here.
     """
     comparison = COMPARISONS[group]
     rows = comparison.entrants
     index = {(row.label, row.recipe, row.budget or ""): i for i, row in enumerate(rows)}
-    chosen = {i for i, row in enumerate(rows) if row.as_published or is_declared(row, group)}
+    chosen = {
+        i
+        for i, row in enumerate(rows)
+        if row.as_published or is_declared(row, group) or is_withdrawn(row, group)
+    }
     qualified = ledger.rows(lines, world, group, QUALIFYING)
     ours = declared(qualified, group)
     strongest = sorted(rivals(qualified, ours), key=lambda row: fmean(row.velocity_errors))
@@ -39,7 +44,14 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
 def is_declared(row: Contender | ModelRow, group: str) -> bool:
     """Whether a row is the one that its table is judged by."""
     comparison = COMPARISONS.get(group)
-    return comparison is not None and (row.label, row.recipe) == ("LoRaQ", comparison.declared)
+    ours = comparison and ("LoRaQ", comparison.declared, comparison.budget)
+    return (row.label, row.recipe, row.budget or "") == ours
+
+
+def is_withdrawn(row: Contender | ModelRow, group: str) -> bool:
+    """Whether a table was judged by a row before."""
+    comparison = COMPARISONS.get(group)
+    return comparison is not None and (row.label, row.recipe) == ("LoRaQ", comparison.withdrawn)
 
 
 def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
@@ -49,8 +61,7 @@ def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
 
 def withdrawn(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
     """Return the row that a table was judged by before, if there was one."""
-    recipe = COMPARISONS[group].withdrawn
-    return next((row for row in rows if (row.label, row.recipe) == ("LoRaQ", recipe)), None)
+    return next((row for row in rows if is_withdrawn(row, group)), None)
 
 
 def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:

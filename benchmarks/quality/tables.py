@@ -26,6 +26,8 @@ class Comparison(NamedTuple):
     #: The LoRaQ row that the table is judged by, by its recipe. It was chosen by `QUALIFYING` seeds
     #: alone, before it was measured on any of `SEEDS`.
     declared: str
+    #: Its budget, if it has one of its own.
+    budget: str = ""
     #: The strongest rival is to have at least so many times its error.
     bar: float = 1.05
     #: A row that was declared before this one and measured on `SEEDS`: its verdict stays.
@@ -76,16 +78,25 @@ _CONVROT = Entrant("ConvRot", "int4_b4096-aint4_b4096-h256", "rtn", DIRECT, as_p
 COMPARISONS: dict[str, Comparison] = {
     f"W4A16, {WITHOUT}": Comparison(_A16, False, "int4-a16+w8a8-h0"),
     f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w6a6-h0"),
-    f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0"),
-    f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0"),
+    f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0", "5.25"),
+    f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0", "5.25"),
     f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0", withdrawn="mxfp4-a8+w8a8-h0"),
-    f"W4A8, {WITH}": Comparison(_A8, True, "mxfp4-a8+bf16-h0"),
-    f"W4A4, {WITHOUT}": Comparison(_A4, False, "int4-a4+w4a8-h32", 1.10, others=(_CONVROT,)),
-    f"W4A4, {WITH}": Comparison(_A4, True, "int4-a4+w4a8-h32", 1.10),
+    f"W4A8, {WITH}": Comparison(_A8, True, "int4-aint8+bf16-h0"),
+    f"W4A4, {WITHOUT}": Comparison(
+        _A4,
+        False,
+        "nvfp4-a4+w4a8-h0",
+        bar=1.10,
+        withdrawn="int4-a4+w4a8-h32",
+        others=(_CONVROT,),
+    ),
+    f"W4A4, {WITH}": Comparison(_A4, True, "int4-a4+w4a8-h32", bar=1.10),
 }
 CONTENDERS: dict[str, Table] = {
     title: comparison.entrants for title, comparison in COMPARISONS.items()
 }
+#: The pace of LoRaQ that is right for 16- and 8-bit activations.
+HOT = {"heat": 1.8, "final_step": 1.5}
 #: What each part of the solver is worth, on one world only: every row is `fast` unless it says
 #: otherwise.
 ABLATIONS: dict[str, Table] = {
@@ -103,6 +114,9 @@ ABLATIONS: dict[str, Table] = {
         Contender(
             "without activation noise in J", "mxfp4-a4+w8a8", options={"activation_aware": False}
         ),
+        Contender("hot start", "mxfp4-a4+w8a8", options=HOT),
+        Contender("LoRaQ, fast, 4-bit factors", "int4-a4+w4a8"),
+        Contender("hot start, 4-bit factors", "int4-a4+w4a8", options=HOT),
         Contender("no rotation in rank space", "mxfp4-a4+w8a8", options={"rotate": False}),
         Contender("no rotation of the input", "mxfp4-a4+w8a8-h0"),
         Contender("rotation of 128 channels' blocks", "mxfp4-a4+w8a8-h128"),
