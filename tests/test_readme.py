@@ -97,13 +97,17 @@ def against_the_strongest() -> str:
 def what_was_withdrawn() -> str:
     lines = ledger.read()
     tables = {title: final_rows(lines, "digits", title) for title in COMPARISONS}
-    (found,) = (
-        verdict(rows, title, row)
+    found = [
+        (title, verdict(rows, title, row))
         for title, rows in tables.items()
         if (row := withdrawn(rows, title)) is not None
+    ]
+    said = (
+        f"{title.replace(',', '')} ({one.said.partition(',')[0].strip('*')}, "
+        f"{interval(one.ratios, 2)})"
+        for title, one in found
     )
-    assert "**lost**" in found.said
-    return f"a row that was declared before lost, {interval(found.ratios, 2)}"
+    return f"{len(found)} rows were declared before and withdrawn: {' and '.join(said)}"
 
 
 def bytes_of_a_branch() -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks.pages import source, table
-from benchmarks.quality import ledger
+from benchmarks.quality import ledger, schedule
 from benchmarks.quality.ranking import (
     Lines,
     Verdict,
@@ -108,7 +108,7 @@ def page(records: Iterable[Record], lines: Lines) -> str:
             parts += comparison(lines, world, title)
         for title, found in older.get(world, {}).items():
             parts += [f"**{title}**", "", found.source, "", *figures(found.rows, found.rows[0])]
-    parts.append(packages.section(records))
+    parts += [schedule.section(records), packages.section(records)]
     return "\n".join(parts).rstrip() + "\n"
 
 

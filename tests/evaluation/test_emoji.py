@@ -1,0 +1,60 @@
+"""The emoji world: pictures with captions in words, and a training that draws from them."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+emoji = pytest.importorskip("benchmarks.worlds.emoji")
+flow_training = pytest.importorskip("flow_training")
+train_emoji = pytest.importorskip("train_emoji")
+
+from loraq.errors import LoraqError  # noqa: E402
+
+if not (emoji.ASSETS / "captions.json").is_file():
+    pytest.skip("only in a clone of the repository", allow_module_level=True)
+
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "cross_attention_dim": 16,
+}
+
+
+def test_every_picture_has_a_caption_of_its_own_and_is_on_white():
+    captions, pictures = emoji.captions(), emoji.pictures()
+    assert len(set(captions)) == len(captions) == len(pictures) > 250
+    assert pictures.shape[1:] == (3, emoji.SIZE, emoji.SIZE)
+    assert pictures.min() >= -1
+    assert (pictures[..., 0, 0] > 0.9).float().mean() > 0.9  # corners
+    # A red apple is redder than a green one: pictures and captions have one order.
+    red, green = (pictures[captions.index(f"{color} apple")] for color in ("red", "green"))
+    assert (red[0] - red[1]).mean() > (green[0] - green[1]).mean() + 0.3
+
+
+def test_a_caption_is_the_vectors_of_its_words():
+    tokens = emoji.encode(["red apple", "apple", ""])
+    assert tokens.shape == (3, emoji.N_TOKENS, 100)
+    assert torch.equal(tokens[0, 1], tokens[1, 0])
+    assert tokens[1, 1:].any() == tokens[2].any() == torch.tensor(False)
+    assert tokens[0, 0].square().mean() == pytest.approx(1, abs=1e-4)
+    everything = emoji.class_tokens(torch.arange(len(emoji.captions()) + 1))
+    assert torch.equal(everything[emoji.captions().index("red apple")], tokens[0])
+    assert not everything[-1].any()
+
+
+@pytest.mark.parametrize("caption", ["red spaceship", "red red red red red red"])
+def test_a_caption_that_cannot_be_encoded_is_refused(caption):
+    with pytest.raises(LoraqError, match="cannot be encoded"):
+        emoji.encode([caption])
+
+
+def test_a_small_transformer_learns_and_draws_the_pictures(tmp_path):
+    draw = flow_training.Draw(emoji.draw_pictures, emoji.class_tokens, len(emoji.captions()))
+    settings = {"seed": 0, "steps": 3, "batch": 2, "learning_rate": 1e-3}
+    training = flow_training.Training(train_emoji.TRANSFORMER | SMALL, settings, draw)
+    training.run(3, tmp_path / "checkpoint.safetensors")
+    drawn = emoji.sample(training.average, torch.tensor([0, 7]), seed=1, steps=2)
+    assert drawn.shape == (2, 3, emoji.SIZE, emoji.SIZE)
+    assert torch.equal(drawn, emoji.sample(training.average, torch.tensor([0, 7]), seed=1, steps=2))
