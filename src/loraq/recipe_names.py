@@ -23,17 +23,18 @@ SIDE    side of the Hadamard blocks that rotate the layer's input at run time an
 
 _GRAMMAR_HINT = f"A name is {GRAMMAR.splitlines()[0]}; `loraq formats` explains each part."
 
-#: Names beyond the grammar. Of the recipes with 8-bit activations that store and multiply nothing
-#: in 16 bits, block scales included (which leaves out int4, whose scales are bf16), the default has
-#: the least velocity error on both trained transformers, from weights alone (docs/quality.md).
-NAMED = {"default": "mxfp4-a8+w8a8"}
+#: Names beyond the grammar. The default is all INT8 and INT4, which today's CPUs multiply (back ends
+#: int8_row and openvino); and with 16-bit activations, as it runs elsewhere, nothing leaves less
+#: velocity error from weights alone (docs/log.md, 2026-11-29).
+NAMED = {"default": "int4-a8+int8"}
 
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
     "default": (
-        f"{NAMED['default']}: the best 8-bit-activation recipe without any 16-bit part "
-        "(docs/quality.md)"
+        f"{NAMED['default']}: INT4 with an INT8 branch; runs in integers where a CPU has a product "
+        "of them, else with 16-bit activations"
     ),
+    "mxfp4-a8+w8a8": "MX formats throughout, block scales of 8 bits: nothing in it has 16",
     "mxfp4+w8a8": (
         "W4A4 with an 8-bit branch; mxfp4-a8+w8a8 and mxfp4-a16+w8a8 for wider activations"
     ),

@@ -75,6 +75,12 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("SVDQuant ×100, W4A8 branch", "mxfp4-a8+w4a8", "svdquant", HELPED),
         Contender("LoRaQ, W4A8 branch", "mxfp4-a8+w4a8"),
     ),
+    "INT4 weights, INT8 activations": (
+        Contender("round to nearest", "int4-a8", "rtn"),
+        Contender("SVDQuant, 16-bit branch", "int4-a8+bf16", "svdquant", DIRECT),
+        Contender("SVDQuant ×100, INT8 branch", "int4-a8+int8", "svdquant", HELPED),
+        Contender("LoRaQ, INT8 branch", "int4-a8+int8"),
+    ),
     "4-bit weights, 4-bit activations": (
         Contender("round to nearest", "mxfp4-a4", "rtn"),
         Contender("SVDQuant, 16-bit branch", "mxfp4-a4+bf16", "svdquant", DIRECT),
