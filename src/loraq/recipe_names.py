@@ -23,9 +23,9 @@ SIDE    side of the Hadamard blocks that rotate the layer's input at run time an
 
 _GRAMMAR_HINT = f"A name is {GRAMMAR.splitlines()[0]}; `loraq formats` explains each part."
 
-#: Names beyond the grammar. The default is all INT8 and INT4, which today's CPUs multiply (back ends
-#: int8_row and openvino); and with 16-bit activations, as it runs elsewhere, nothing leaves less
-#: velocity error from weights alone (docs/log.md, 2026-11-29).
+#: Names beyond the grammar. The default is INT4 and INT8, which today's CPUs multiply (back ends
+#: int8_row and openvino), and runs with 16-bit activations elsewhere, where INT4 leaves less
+#: velocity error from weights alone than MX formats do (docs/decisions/0032-default-recipe.md).
 NAMED = {"default": "int4-a8+int8"}
 
 #: Names worth knowing, with a line for `loraq formats`.
