@@ -152,8 +152,8 @@ def result() -> DemoResult:
         patch.setattr(demo, "velocity_probe", partial(demo.velocity_probe, count=32))
         result = run(every=True, n_images=10, steps=4, effort="fast", progress=lines.append)
     assert lines[0] == "statistics of the model's own samples"
-    assert len(lines[1:]) == 2 * len(CONTENDERS) == 8
-    assert lines[1].startswith("[1 of 8] weight-only: ")
+    assert len(lines[1:]) == 2 * len(CONTENDERS) == 10
+    assert lines[1].startswith("[1 of 10] weight-only: ")
     return result
 
 
@@ -180,7 +180,7 @@ def test_rows_are_plausible(result):
         assert row.seconds > 0
     for plain, branched in zip(rows[::2], rows[1::2], strict=True):
         assert branched.weight_error < plain.weight_error
-    assert [row.label.endswith(" ★") for row in rows] == [False, True] + 6 * [False]
+    assert [row.label.endswith(" ★") for row in rows] == [False, True] + 8 * [False]
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_what_the_default_recipe_made_is_exported_or_refused_with_a_way_that_wor
         assert to not in ("sdnq", "dense")
         follow(str(error), build("flux"), to, tmp_path)
     else:
-        assert to in ("sdnq", "dense", "openvino")
+        assert to in ("sdnq", "gguf", "onnx", "openvino", "dense")
         assert to == "dense" or done.dense_share == 0.0
 
 

@@ -445,6 +445,7 @@ def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_do
 ):
     class Failing:
         use_of_stats = "ignored"
+        passes = 1
 
         def check(self, scheme: Scheme) -> None:
             pass
