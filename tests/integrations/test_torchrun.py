@@ -158,7 +158,7 @@ def test_kill_9_and_the_same_command_again(place, tmp_path, victim):
             if victim == "all" or (rank == "agent") == (victim == "agent"):
                 os.kill(pid, signal.SIGKILL)
         add_passes(tmp_path / "passes", 3)  # for what was not killed, which finds out by itself
-        assert cluster.wait_for_end(30)
+        assert cluster.wait_for_end(120)
         done = finished(target)
     assert 0 < len(done) < len(names)
     add_passes(tmp_path / "passes", 8)
