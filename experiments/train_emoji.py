@@ -11,23 +11,14 @@ bytes.
 
 from pathlib import Path
 
+import train_patches
 from benchmarks.worlds import emoji
 from flow_training import Draw, train
 
-TRANSFORMER = {
-    "num_attention_heads": 6,
-    "attention_head_dim": 64,
-    "num_layers": 8,
+TRANSFORMER = train_patches.TRANSFORMER | {
     "patch_size": 8,
     "sample_size": emoji.SIZE,
-    "in_channels": 3,
-    "out_channels": 3,
-    "cross_attention_dim": 384,
     "caption_channels": 100,
-    "norm_type": "ada_norm_single",
-    "num_embeds_ada_norm": 1000,
-    "use_additional_conditions": False,
-    "interpolation_scale": 1,
 }
 
 

