@@ -2,7 +2,7 @@
 
 The factors of a LoRA are stacked on those of the branch, `U' = [U, s B]` and `D' = [D; A]`, in the
 branch's formats. The main weight and the old codes keep their bytes, so that each LoRA can be taken
-away again. The branch sees the layer's rotated input, so A is rotated as W was.
+away again. The branch sees the layer's smoothed and rotated input, so A is transformed as W was.
 
 A LoRA begins at a block of the rank, because blocks of U, and of the intermediate x Dᵀ, share
 scales along it; and it takes a multiple of `STEP` ranks, which the matrix units of GPUs want. What
@@ -36,7 +36,7 @@ from loraq.formats.stacking import (
 from loraq.linalg import relative_error, spreading_rotation, svd_of_product
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
-from loraq.transforms import rotate
+from loraq.transforms import rotate, unsmooth
 
 #: Key of a layer's record under which a `BranchStack` stands.
 KEY = "appended"
@@ -196,7 +196,9 @@ def append(
     base = stack.base_of(packed.scheme)
     new = replace(stack, loras=(*stack.loras, part)).arranged(branch)
     part = new.loras[-1]
-    up, down = _balance(factors, base, part.rank)
+    # What the branch is to hold: it sees the layer's input smoothed and rotated.
+    factors = factors[0], rotate(unsmooth(factors[1], packed.smooth_factor), base.rotation)
+    up, down = _balance(factors, part.rank)
     up, down = _fit(packed.branch, stack.rank, up, down)
     if not (up.isfinite().all() and down.isfinite().all()):
         raise LayerError("the LoRA times its scale is beyond fp32. Use a smaller scale.")
@@ -210,13 +212,13 @@ def append(
         stacked = LowRankBranch(
             add_columns(packed.branch.proj_up, up, at), add_rows(packed.branch.proj_down, down, at)
         )
-    result = PackedWeight(new.scheme_of(base, branch), packed.main, stacked)
+    result = replace(packed, scheme=new.scheme_of(base, branch), branch=stacked)
     if not _same_bytes(remove(result, new, part.name)[0], packed):
         raise LayerError(
             "its branch has scales of nothing but zeros, which could not be restored. Quantize it "
             "again, or load the LoRA on top."
         )
-    exact = factors[0] @ rotate(factors[1], base.rotation)
+    exact = factors[0] @ factors[1]
     stored_up, stored_down = stacked.proj_up.dequantize(), stacked.proj_down.dequantize()
     error = relative_error(exact, stored_up[:, at:] @ stored_down[at:])
     if not error < _MOST_ERROR and exact.any():
@@ -237,7 +239,7 @@ def remove(packed: PackedWeight, stack: BranchStack, name: str) -> tuple[PackedW
     new = replace(stack, loras=tuple(left)).arranged(branch)
     scheme = new.scheme_of(stack.base_of(packed.scheme), branch)
     if scheme.branch is None:
-        return PackedWeight(scheme, packed.main), new
+        return replace(packed, scheme=scheme, branch=None), new
     moves = [Move(0, stack.rank, 0)] if stack.rank else []
     moves += [
         Move(old.start, old.end, part.start) for old, part in zip(left, new.loras, strict=True)
@@ -246,19 +248,19 @@ def remove(packed: PackedWeight, stack: BranchStack, name: str) -> tuple[PackedW
     kept = LowRankBranch(
         move_columns(factors.proj_up, moves, rank), move_rows(factors.proj_down, moves, rank)
     )
-    return PackedWeight(scheme, packed.main, kept), new
+    return replace(packed, scheme=scheme, branch=kept), new
 
 
 def _balance(
-    factors: tuple[Tensor, Tensor], scheme: Scheme, rank: int
+    factors: tuple[Tensor, Tensor], rank: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """Return factors of the same product that round best, for the rotated input.
+    """Return factors of the same product that round best.
 
     They share the singular values equally and are spread over the rank, so that no column stands
     out in the blocks of U, nor in the intermediate.
     """
     up, down = factors
-    svd = svd_of_product(up.double(), rotate(down, scheme.rotation).double())
+    svd = svd_of_product(up.double(), down.double())
     up, down = svd.to_balanced()
     rotation = spreading_rotation(rank, seed=0).to(up)
     return (up[:, :rank] @ rotation).float(), (rotation.mT @ down[:rank]).float()

@@ -83,7 +83,7 @@ def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_B
     if branch is None or branch.rank:
         return scheme
     main_bytes = scheme.weight_format.nbytes(shape)
-    allowed = budget.branch_bytes(shape, main_bytes)
+    allowed = budget.branch_bytes(shape, main_bytes) - scheme.smoothing * shape[1]
     low, high = 0, min(shape)
     while low < high:
         middle = (low + high + 1) // 2

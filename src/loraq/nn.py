@@ -28,7 +28,7 @@ from loraq.packed import PackedWeight
 from loraq.precision import require_precision, schemes_at
 from loraq.scheme import Scheme
 from loraq.state import mark_packed
-from loraq.transforms import rotate
+from loraq.transforms import rotate, smooth
 
 
 class QuantizedLayer(nn.Module):
@@ -36,12 +36,15 @@ class QuantizedLayer(nn.Module):
 
     Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
     numbers alone: `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`,
-    `proj_up_packed`, `proj_up_scale`, and a `…_global_scale` for each NVFP4 tensor. They are
-    parameters, not buffers, because FSDP2 shards only those.
+    `proj_up_packed`, `proj_up_scale`, a `…_global_scale` for each NVFP4 tensor, and
+    `smooth_factor` where inputs are smoothed. They are parameters, not buffers, because FSDP2
+    shards only those.
     """
 
     #: Codes of the main weight; the other packed tensors stand beside it.
     weight_packed: nn.Parameter
+    #: Only where the scheme smooths inputs.
+    smooth_factor: nn.Parameter
     bias: nn.Parameter | None
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
@@ -296,7 +299,12 @@ class QuantizedLayer(nn.Module):
         with without_autocast(x.device):  # inside, every product has the dtype it needs
             if not backend.keeps_operands:
                 operands = backend.prepare(self.packed, scheme, x.dtype)
-            return backend.linear(rotate(x, scheme.rotation), operands, scheme, self.bias)
+            x = rotate(self.smooth(x), scheme.rotation)
+            return backend.linear(x, operands, scheme, self.bias)
+
+    def smooth(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead in"]:
+        """Return an input as the stored weight takes it, but for the rotation."""
+        return smooth(x, self.smooth_factor) if self._scheme.smoothing else x
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
@@ -306,6 +314,8 @@ class QuantizedLayer(nn.Module):
         text += f"activation={scheme.activation}, "
         if scheme.rotation:
             text += f"rotation={scheme.rotation}, "
+        if scheme.smoothing:
+            text += "smoothed, "
         if branch is not None:
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         try:

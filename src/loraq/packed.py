@@ -15,7 +15,7 @@ from loraq.autocast import without_autocast
 from loraq.errors import FormatError
 from loraq.formats import Format, QTensor
 from loraq.scheme import Scheme
-from loraq.transforms import unrotate
+from loraq.transforms import smooth, unrotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,9 @@ class PackedWeight:
     main: QTensor
     #: The low-rank branch, or `None` if the scheme has none.
     branch: LowRankBranch | None = None
+    #: Codes of the factors that smooth the input, (in) `uint8`, or `None` if the scheme does not;
+    #: see `loraq.transforms.smooth`.
+    smooth_factor: Tensor | None = None
 
     @classmethod
     def from_tensors(
@@ -70,8 +73,10 @@ class PackedWeight:
             part: _read(tensors, part, fmt, matrix)
             for part, (fmt, matrix) in scheme.parts(shape).items()
         }
-        main = parts.pop("weight")
-        return cls(scheme, main, LowRankBranch(**parts) if parts else None)
+        main, codes, name = parts.pop("weight"), None, "smooth_factor"
+        if scheme.smoothing:
+            codes = _require_bytes(tensors.get(name), name, shape[1:])
+        return cls(scheme, main, LowRankBranch(**parts) if parts else None, codes)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -79,11 +84,13 @@ class PackedWeight:
         matrices = {"weight": self.main}
         if self.branch is not None:
             matrices |= {"proj_down": self.branch.proj_down, "proj_up": self.branch.proj_up}
-        return {
+        tensors = {
             f"{part}_{name}": tensor
             for part, matrix in matrices.items()
             for name, tensor in matrix.tensors.items()
         }
+        codes = self.smooth_factor
+        return tensors if codes is None else tensors | {"smooth_factor": codes}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,12 +119,12 @@ class PackedWeight:
         return 8 * self.nbytes / math.prod(self.shape)
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
-        """Return the effective dense weight Ŵ = main + U D, rotated back, in fp32."""
+        """Return the effective dense weight Ŵ = main + U D, for x as it comes, in fp32."""
         dense = self.main.dequantize()
         with without_autocast(self.device):
             if self.branch is not None:
                 dense += self.branch.reconstruct()
-            return unrotate(dense, self.scheme.rotation)
+            return smooth(unrotate(dense, self.scheme.rotation), self.smooth_factor)
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """Return the same bytes on a device."""

@@ -119,6 +119,9 @@ class LoraqRowwise(ParallelStyle):
                 stored = getattr(layer, f"{part}_{name}", None)
                 if stored is not None and not (name == "scale" and _has_row_scale(fmt)):
                     _put(layer, f"{part}_{name}", stored.detach().chunk(n_ranks, -1)[rank])
+        if layer.scheme.smoothing:
+            codes = layer.get_parameter("smooth_factor").detach()
+            _put(layer, "smooth_factor", codes.chunk(n_ranks)[rank])
         layer.in_features //= n_ranks
         if rank:
             layer.bias = None  # it is added once, by the first rank
@@ -140,7 +143,7 @@ class LoraqRowwise(ParallelStyle):
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x = cast_input(args[0])
             with without_autocast(x.device):
-                x, rounds = rotate(x, layer.scheme.rotation), layer.simulate
+                x, rounds = rotate(layer.smooth(x), layer.scheme.rotation), layer.simulate
                 inner = _sum_over_ranks(side.down(x, rounds=rounds), group)
                 branch = side.up(inner, rounds=rounds)
                 return (_sum_over_ranks(y.float(), group) + branch).to(y.dtype)

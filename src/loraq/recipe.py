@@ -250,6 +250,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal recipe."""
         plain = {key: value for key, value in asdict(self).items() if key != "target" or value}
+        plain["scheme"] = self.scheme.to_dict()
         plain["rules"] = [
             {key: value for key, value in asdict(rule).items() if value not in (None, {})}
             for rule in self.rules

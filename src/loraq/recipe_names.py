@@ -7,7 +7,7 @@ from loraq.errors import LoraqError, RecipeError, unknown
 from loraq.formats import FORMATS, CastFormat, Format, get_format, is_format
 from loraq.scheme import Branch, Scheme
 
-GRAMMAR = """MAIN[-aBITS][+BRANCH[-rRANK]][-hSIDE]
+GRAMMAR = """MAIN[-aBITS][+BRANCH[-rRANK]][-s][-hSIDE]
 
 MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
 BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 4 for a 4-bit MAIN,
@@ -17,6 +17,7 @@ BRANCH  low-rank branch, its weights and activations: w8a8 (mxint8), w6a6 (mxfp6
         in int8, one scale a token; or one format for all, such as bf16
 RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all
         scales counted
+-s      smooth the input channels: x / s and W s, with s from statistics, which are required
 SIDE    side of the Hadamard blocks that rotate the layer's input at run time and its weight
         beforehand, a power of two, or 0 for none; left out: 32 for 4-bit MX and INT activations
         beside a quantized branch, else none"""
@@ -62,7 +63,8 @@ BRANCHES = {
 
 _NAME = re.compile(
     r"(?P<main>[a-z0-9_]+)(?:-a(?P<bits>[a-z0-9_]+))?"
-    r"(?:\+(?P<branch>[a-z0-9_]+)(?:-r(?P<rank>[0-9]{1,9}))?)?(?:-h(?P<rotation>[0-9]{1,9}))?"
+    r"(?:\+(?P<branch>[a-z0-9_]+)(?:-r(?P<rank>[0-9]{1,9}))?)?(?P<smoothing>-s)?"
+    r"(?:-h(?P<rotation>[0-9]{1,9}))?"
 )
 #: The grammar before this one, in which a name looked like that of a layer with the branch's
 #: precision.
@@ -105,7 +107,7 @@ def parse_scheme(name: str) -> Scheme:
         rotation = 0
     else:
         rotation = get_format(activation).rotation
-    return Scheme(main.name, activation, branch, rotation)
+    return Scheme(main.name, activation, branch, rotation, parts["smoothing"] is not None)
 
 
 def _parse_activation(name: str, main: Format, bits: str | None) -> str:

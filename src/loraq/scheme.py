@@ -5,7 +5,8 @@ travels through TOML, JSON and a checkpoint's manifest as it is.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from loraq.errors import SchemeError
 from loraq.formats import CastFormat, Format, get_format
@@ -66,7 +67,7 @@ class Branch:
 class Scheme:
     """What is asked of one layer: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ`.
 
-    x and W are rotated first.
+    x and W are smoothed and rotated first.
     """
 
     #: Format of the main weight.
@@ -79,6 +80,10 @@ class Scheme:
     #: nothing. Costs `rotation` multiplications for each input value at run time, and no bytes; see
     #: `loraq.transforms`.
     rotation: int = 0
+    #: Whether each input channel of x is first divided by a factor, and that of W multiplied by it.
+    #: The factors come from statistics of the layer's inputs, which are required, and take a byte
+    #: for each channel; see `loraq.transforms`.
+    smoothing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, SchemeError, "the scheme")
@@ -115,6 +120,10 @@ class Scheme:
             formats += [branch.activation_format, branch.intermediate_format]
         return all(isinstance(fmt, CastFormat) for fmt in formats)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data; without `smoothing` unless it is asked for."""
+        return {key: value for key, value in asdict(self).items() if key != "smoothing" or value}
+
     def parts(self, shape: tuple[int, int]) -> dict[str, tuple[Format, tuple[int, int]]]:
         """Return format and shape of each matrix that stores a weight (out, in), by disk name."""
         n_out, n_in = shape
@@ -130,11 +139,12 @@ class Scheme:
         Those of stacked experts, (experts, out, in), are the same with that axis in front.
         """
         *experts, n_out, n_in = shape
-        return {
-            f"{part}_{name}": (*experts, *stored)
+        stored = {
+            f"{part}_{name}": (*experts, *size)
             for part, (fmt, matrix) in self.parts((n_out, n_in)).items()
-            for name, stored in fmt.storage(matrix).items()
+            for name, size in fmt.storage(matrix).items()
         }
+        return stored | ({"smooth_factor": (*experts, n_in)} if self.smoothing else {})
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes that a weight takes, scales counted, bias not.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraq.errors import CalibrationError
 from loraq.options import check_fields
-from loraq.transforms import block_side, rotate
+from loraq.transforms import block_side, rotate, smooth
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,16 @@ class ActivationStats:
     def to(self, device: torch.device) -> "ActivationStats":
         """Return the same statistics on a device, in fp32 whatever they were computed in."""
         return ActivationStats(self.tokens, self.second_moment.to(device, torch.float32))
+
+    def smooth(self, codes: Tensor | None) -> "ActivationStats":
+        """Return the statistics of smoothed inputs x / s.
+
+        Args:
+            codes: of s, as `loraq.transforms.smooth` takes them.
+        """
+        moment = smooth(self.second_moment, codes)
+        moment = smooth(moment.mT.contiguous(), codes) if self.is_full else smooth(moment, codes)
+        return ActivationStats(self.tokens, moment)
 
     def rotate(self, side: int) -> "ActivationStats":
         """Return the statistics of rotated inputs, as the rotated main weight sees them.

@@ -175,6 +175,8 @@ class TargetRecipe:
             return f"its main weight is {scheme.weight}, and not {' or '.join(self.weights)}"
         if scheme.rotation:
             return f"its layers are rotated by blocks of {scheme.rotation}, and not by 0"
+        if scheme.smoothing:
+            return "its inputs are smoothed, which it has no factors for"
         if branch is None:
             return "it has no branch" if limits.one_rank else ""
         if limits.branch and branch.weight != limits.branch:

@@ -1,4 +1,9 @@
-"""An exact rewrite of a layer's input and weight: a block-Hadamard rotation of the input axis.
+"""Exact rewrites of a layer's input and weight: smoothing of channels, then a Hadamard rotation.
+
+Smoothing divides each input channel by a factor that the weight's column is multiplied by:
+`x Wᵀ = (x / s) (W s)ᵀ` (SmoothQuant, arXiv 2211.10438; SVDQuant, arXiv 2411.05007, section 4.2). It
+moves what is hard to round from the one to the other. Factors are stored, a byte for each channel;
+they need not be exact, because both sides take what is stored.
 
 `x Wᵀ = (x R) (W R)ᵀ` for every orthogonal R. A Hadamard matrix spreads a channel that stands out
 over its whole block, which is what 4-bit activations need: a block's scale follows its largest
@@ -16,8 +21,35 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, library
+
+#: Codes of smoothing factors in an octave, and the code of the factor 1: factors are from 2^−8 to
+#: 2^7.9, in steps of 4 %.
+STEPS, ONE = 16, 128
+
+
+def smooth(
+    x: Float[Tensor, "*lead n"], codes: UInt8[Tensor, " n"] | None
+) -> Float[Tensor, "*lead n"]:
+    """Return x / s in the dtype of x: an input as the smoothed weight takes it.
+
+    Args:
+        x: any float dtype; the product is taken in fp32.
+        codes: of s, each 2^((code − 128) / 16); `None` changes nothing.
+    """
+    if codes is None:
+        return x
+    return (x.float() * torch.exp2((ONE - codes.float()) / STEPS)).to(x.dtype)
+
+
+def unsmooth(
+    x: Float[Tensor, "*lead n"], codes: UInt8[Tensor, " n"] | None
+) -> Float[Tensor, "*lead n"]:
+    """Return x s: a weight as it is stored, and the inverse of `smooth` up to fp32 rounding."""
+    if codes is None:
+        return x
+    return (x.float() * torch.exp2((codes.float() - ONE) / STEPS)).to(x.dtype)
 
 
 def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:

@@ -5,7 +5,7 @@ The format is described in docs/checkpoint-format.md.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -244,7 +244,7 @@ def _parse(content: dict[str, Any]) -> tuple[Manifest, dict[str, tuple[int, str]
 
 
 def _describe_layer(layer: StoredLayer) -> dict[str, Any]:
-    entry = {"shape": list(layer.shape), "scheme": asdict(layer.scheme), **layer.record}
+    entry = {"shape": list(layer.shape), "scheme": layer.scheme.to_dict(), **layer.record}
     return entry | {"transposed": layer.transposed} if layer.is_stack else entry
 
 
@@ -260,7 +260,10 @@ def _parse_layer(name: str, entry: Any, n_recipes: int) -> StoredLayer:
     branch = _take(scheme, "branch", dict | None, f"the scheme of {of}")
     built = Scheme(
         **_take_fields(
-            scheme | {"branch": branch and Branch(**_take_fields(branch, Branch, of))}, Scheme, of
+            {"smoothing": False, **scheme}
+            | {"branch": branch and Branch(**_take_fields(branch, Branch, of))},
+            Scheme,
+            of,
         )
     )
     own = {"shape", "scheme", *(["transposed"] if len(shape) == 3 else [])}

@@ -76,4 +76,5 @@ def show_size(parameters: int, nbytes: int) -> None:
 
 def activation_of(scheme: "Scheme") -> str:
     """Return the format of a layer's input, and the rotation before it as recipe names write it."""
-    return scheme.activation + (f" h{scheme.rotation}" if scheme.rotation else "")
+    shown = scheme.activation + (" s" if scheme.smoothing else "")
+    return shown + (f" h{scheme.rotation}" if scheme.rotation else "")

@@ -5,12 +5,12 @@ from loraq.exports.target import LOAD_FOLDER, About, Target
 
 
 class Dense(Target):
-    """Effective weights, main plus branch, rotated back, in the source's own layout."""
+    """Effective weights, main plus branch, transformed back, in the source's own layout."""
 
     about = About(
         name="dense",
         loaded_by="diffusers, and whatever reads float weights",
-        holds="every format, rank and rotation; 1×1 convolutions, stacked experts",
+        holds="every format, rank, rotation and smoothing; 1×1 convolutions, stacked experts",
         exact="rounded once to bf16 or fp16, as any checkpoint is; `--dtype float32` is not",
         activations="16 or 32 bits, nothing is rounded",
         verified="whole models by diffusers, against the exact weight-only forward",
@@ -21,7 +21,7 @@ class Dense(Target):
             "programs that read nothing else.",
         ),
     )
-    takes_rotation = True
+    takes_transforms = True
     is_dense = True
 
     def refuses(self, head: Head) -> str:

@@ -136,13 +136,14 @@ def _plan(
 ) -> tuple[Target, ExportReport]:
     about = kind.about
     advice = recommend(about.name, source.heads, type(source.model))
-    rotated = [head.name for head in source.heads if head.scheme.rotation]
-    if rotated and not kind.takes_rotation:
-        raise ExportError(
-            f"{len(rotated)} layers are rotated (first '{rotated[0]}'), and target "
-            f"'{about.name}' has no rotation: its codes would stand for another weight. {advice} "
-            "Or export `--to dense`."
-        )
+    for what, done in (("rotation", "rotated"), ("smoothing", "smoothed")):
+        found = [head.name for head in source.heads if getattr(head.scheme, what)]
+        if found and not kind.takes_transforms:
+            raise ExportError(
+                f"{len(found)} layers are {done} (first '{found[0]}'), and target '{about.name}' "
+                f"has no {what}: its codes would stand for another weight. {advice} Or export "
+                "`--to dense`."
+            )
     job = Job(
         heads=tuple(head for head in source.heads if not head.n_experts),
         model=source.model,

@@ -135,8 +135,8 @@ class Target:
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     #: Name of the one weight file; "" for shards in diffusers' names.
     one_file: ClassVar[str] = ""
-    #: Whether it holds layers in a rotated basis.
-    takes_rotation: ClassVar[bool] = False
+    #: Whether it holds layers whose inputs are rotated or smoothed first.
+    takes_transforms: ClassVar[bool] = False
     #: Whether every layer becomes dense on purpose.
     is_dense: ClassVar[bool] = False
 

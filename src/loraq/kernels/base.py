@@ -12,7 +12,7 @@ from loraq.autocast import without_autocast
 from loraq.formats import CastFormat, Format, QTensor, get_format
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Scheme
-from loraq.transforms import unrotate
+from loraq.transforms import smooth, unrotate
 
 _LARGEST_FP16 = torch.finfo(torch.float16).max
 #: The largest bound that a back end states.
@@ -33,7 +33,7 @@ class LayerSpec(NamedTuple):
 
 
 class Backend(ABC):
-    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`, for x that is rotated already.
+    """Runs `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`, x transformed already.
 
     Only the back end looks inside what its `prepare` returns.
     """
@@ -146,7 +146,7 @@ def reconstruct(packed: PackedWeight) -> Tensor:
     with without_autocast(packed.device):
         if up is not None and down is not None:
             dense = dense + up @ down
-        return unrotate(dense, packed.scheme.rotation)
+        return smooth(unrotate(dense, packed.scheme.rotation), packed.smooth_factor)
 
 
 def decode_factors(branch: LowRankBranch | None) -> tuple[Tensor, Tensor] | None:

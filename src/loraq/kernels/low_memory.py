@@ -13,6 +13,7 @@ is added to the weight, for few it runs beside it, whichever takes fewer multipl
 
 import math
 import threading
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -66,6 +67,7 @@ class LowMemory(Backend):
     ) -> Tensor:
         """Return y (…, out) in the dtype of x (…, in)."""
         if scheme.is_weight_only:
+            operands = replace(operands, smooth_factor=None)  # x is smoothed already
             tensors, stored = list(operands.tensors.values()), operands.scheme
             rotation = stored.rotation if scheme.rotation == 0 else 0
             return _packed_linear(x, tensors, write_scheme(stored, rotation), bias)

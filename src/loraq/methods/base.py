@@ -10,7 +10,7 @@ registry.
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -21,7 +21,14 @@ from loraq.autocast import without_autocast
 from loraq.errors import CalibrationError, FormatError, SchemeError, unknown
 from loraq.formats import BlockFormat
 from loraq.linalg import frobenius
-from loraq.methods.fits import Fit, Prepared, Stored, prepare_weight, round_plainly
+from loraq.methods.fits import (
+    Fit,
+    Prepared,
+    Stored,
+    prepare_weight,
+    require_width,
+    round_plainly,
+)
 from loraq.methods.prediction import Prediction, tail_energies
 from loraq.options import check_fields
 from loraq.packed import LayerSolution, PackedWeight
@@ -128,8 +135,9 @@ class Method(ABC):
         """
         begin = time.perf_counter()
         self.check(scheme)
-        prepared = weight if isinstance(weight, Prepared) else prepare_weight(weight, scheme)
-        stats = self._prepare_stats(stats, prepared.weight, scheme)
+        if not isinstance(weight, Prepared):
+            weight = prepare_weight(weight, scheme, stats)
+        prepared, stats = weight, self._prepare_stats(stats, weight, scheme)
         with without_autocast(prepared.weight.device):
             fit = self._fit(prepared.weight, scheme, seed, stats)
             if (fit.branch is None) is not (scheme.branch is None):
@@ -139,7 +147,8 @@ class Method(ABC):
                     "`_fit`."
                 )
             best = self._choose(prepared, scheme, fit, stats)
-        packed, seconds = PackedWeight(scheme, best.main, best.branch), time.perf_counter() - begin
+        packed = PackedWeight(scheme, best.main, best.branch, prepared.smooth_factor)
+        seconds = time.perf_counter() - begin
         return LayerSolution(packed, best.relative_error, seconds, dict(best.metrics))
 
     def _choose(
@@ -171,9 +180,9 @@ class Method(ABC):
         seed: int,
         stats: ActivationStats | None,
     ) -> Fit:
-        """Return main weight and branch for a weight that is checked, rotated and in fp32.
+        """Return main weight and branch for a weight that is checked, transformed and in fp32.
 
-        Statistics are `None` unless the method uses them, and rotated as the weight is.
+        Statistics are `None` unless the method uses them, and transformed as the weight is.
         """
 
     def predict(self, weight: Tensor | Prepared, scheme: Scheme, most: int) -> Prediction:
@@ -189,8 +198,8 @@ class Method(ABC):
             SchemeError: the scheme does not fit the weight.
         """
         if not isinstance(weight, Prepared):
-            weight = prepare_weight(weight, scheme)
-        prepared, exponent = weight
+            weight = prepare_weight(weight, replace(scheme, smoothing=False))
+        prepared, exponent = weight.weight, weight.exponent
         self._require_branch(scheme)
         size = frobenius(prepared).item()  # before there is an error as large as the weight
         with without_autocast(prepared.device):
@@ -238,9 +247,9 @@ class Method(ABC):
         return scheme.branch
 
     def _prepare_stats(
-        self, stats: ActivationStats | None, weight: Tensor, scheme: Scheme
+        self, stats: ActivationStats | None, prepared: Prepared, scheme: Scheme
     ) -> ActivationStats | None:
-        """Return statistics as the prepared weight sees its inputs: rotated, on its device."""
+        """Return statistics as the prepared weight sees its inputs, on its device."""
         if stats is None and self.use_of_stats == "required":
             raise CalibrationError(
                 f"Method '{self.name}' needs activation statistics. Collect them with "
@@ -249,18 +258,15 @@ class Method(ABC):
             )
         if stats is None or self.use_of_stats == "ignored":
             return None
-        if stats.width != weight.shape[1]:
-            raise CalibrationError(
-                f"The statistics are of {stats.width} input channels, the weight has "
-                f"{weight.shape[1]}. Those of the same layer are required."
-            )
+        require_width(stats, prepared.weight.shape[1])
         if self.needs_full_moment and not stats.is_full:
             raise CalibrationError(
                 f"Method '{self.name}' needs full second moments, and the statistics have mean "
                 "squares only. Collect them with `second_moment=True` (`loraq stats` without "
                 "`--mean-squares`)."
             )
-        return stats.to(weight.device).rotate(scheme.rotation)
+        stats = stats.to(prepared.weight.device).smooth(prepared.smooth_factor)
+        return stats.rotate(scheme.rotation)
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from loraq.autocast import without_autocast
-from loraq.errors import FormatError
+from loraq.errors import CalibrationError, FormatError
 from loraq.formats import QTensor
 from loraq.formats.faults import find_fault
 from loraq.formats.powers import times_power_of_two
@@ -21,11 +21,14 @@ from loraq.linalg import as_doubles, frobenius
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from loraq.transforms import rotate
+from loraq.transforms import ONE, STEPS, rotate, smooth, unrotate, unsmooth
 
 #: Weights whose largest magnitude is within 2^±40 are solved as they are: sums of their squares
 #: stay far inside fp32.
 _USUAL_EXPONENTS = 40
+#: Least mean square of a channel that smoothing takes as it is, as a share of their mean: what the
+#: samples hardly have may come, and its column is not to be rounded to nothing.
+_HARDLY_THERE = 1e-4
 
 
 class Fit(NamedTuple):
@@ -43,16 +46,33 @@ class Fit(NamedTuple):
 class Prepared(NamedTuple):
     """A weight as methods see it."""
 
-    #: Rotated as the scheme says and divided by 2^exponent, contiguous fp32.
+    #: Smoothed and rotated as the scheme says and divided by 2^exponent, contiguous fp32.
     weight: Float[Tensor, "out in"]
     #: 0 unless squares of the weight would leave fp32.
     exponent: int
+    #: Codes of the smoothing factors, if the scheme asks for any.
+    smooth_factor: UInt8[Tensor, " in"] | None = None
+
+    def norm(self, matrix: Float[Tensor, "out in"], rotation: int) -> float:
+        """Return ‖M‖ of a matrix in the channels that the weight came with."""
+        if self.smooth_factor is not None:
+            matrix = smooth(unrotate(matrix, rotation), self.smooth_factor)
+        return frobenius(matrix).item()
 
 
-def prepare_weight(weight: Tensor, scheme: Scheme) -> Prepared:
+def prepare_weight(
+    weight: Tensor, scheme: Scheme, stats: ActivationStats | None = None
+) -> Prepared:
     """Return a weight as methods see it.
 
+    Args:
+        weight: (out, in).
+        scheme: what is asked of it.
+        stats: of its inputs, for a scheme that smooths them.
+
     Raises:
+        CalibrationError: the scheme smooths the input, and there are no statistics, or they are of
+            another width.
         FormatError: it is not a float weight of 16 bits or more, is not loaded, or fp32 does not
             hold it.
         SchemeError: the scheme does not fit its shape.
@@ -74,7 +94,45 @@ def prepare_weight(weight: Tensor, scheme: Scheme) -> Prepared:
     else:  # a power of two changes no digit
         weight = weight.double() * 2.0**-exponent
     with without_autocast(weight.device):
-        return Prepared(rotate(weight.float(), scheme.rotation).contiguous(), exponent)
+        codes = choose_factors(weight, stats) if scheme.smoothing else None
+        smoothed = unsmooth(weight.float(), codes)
+        return Prepared(rotate(smoothed, scheme.rotation).contiguous(), exponent, codes)
+
+
+def choose_factors(
+    weight: Float[Tensor, "out in"], stats: ActivationStats | None
+) -> UInt8[Tensor, " in"]:
+    """Return the codes of √(rms of an input channel / rms of the weight's column), 1 in the mean.
+
+    That is SVDQuant's equation 4 with α = ½, which gives both sides the same spread; a search for α
+    gains nothing beyond it (docs/log.md). The mean is geometric.
+
+    Raises:
+        CalibrationError: there are no statistics, or they are of another width.
+    """
+    if stats is None:
+        raise CalibrationError(
+            "Smoothing needs activation statistics. Collect them with `loraq.collect_stats` and "
+            "give them as `stats` (`--stats`), or leave '-s' out of the recipe."
+        )
+    require_width(stats, weight.shape[1])
+    octaves = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+    mean_squares = stats.mean_square.to(weight.device), weight.double().square().mean(0)
+    for sign, mean_square in zip((1, -1), mean_squares, strict=True):
+        # Channels that are hardly there must not set the scale of the others.
+        least = max(_HARDLY_THERE * mean_square.mean().item(), torch.finfo(torch.float64).tiny)
+        octaves += sign / 4 * mean_square.double().clamp(min=least).log2()
+    codes = (octaves - octaves.mean()) * STEPS + ONE
+    return codes.round().clamp(0, 255).to(torch.uint8)
+
+
+def require_width(stats: ActivationStats, width: int) -> None:
+    """Raise `CalibrationError` unless statistics are of so many input channels."""
+    if stats.width != width:
+        raise CalibrationError(
+            f"The statistics are of {stats.width} input channels, the weight has {width}. Those of "
+            "the same layer are required."
+        )
 
 
 def round_plainly(weight: Float[Tensor, "out in"], scheme: Scheme, rule: str | None) -> Fit:
@@ -111,9 +169,10 @@ class Stored(NamedTuple):
         Raises:
             FormatError: the formats do not hold the result.
         """
-        weight, exponent = prepared
+        weight, exponent = prepared.weight, prepared.exponent
         main, branch = fit.main, fit.branch
-        norm = frobenius(weight).item() or 1.0  # before there is an error as large as the weight
+        # Before there is an error as large as the weight.
+        norm = prepared.norm(weight, scheme.rotation) or 1.0
         error = as_doubles(
             (len(weight), weight.shape[1]),
             weight.device,
@@ -129,7 +188,7 @@ class Stored(NamedTuple):
                 )
             fitted, error = error.float(), (weight - _divide(main, branch, exponent)).float()
             is_exact = torch.allclose(error, fitted, rtol=0, atol=1e-6)
-        relative_error = frobenius(error).item() / norm
+        relative_error = prepared.norm(error, scheme.rotation) / norm
         if stats is None:
             return cls(main, branch, relative_error, relative_error, fit.metrics, is_exact)
         # With mean squares alone it is that of uncorrelated channels.

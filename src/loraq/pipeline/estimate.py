@@ -106,7 +106,7 @@ def _solve(job: LayerJob, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(job.matrix, generator=generator, device="cpu").to(device)
     stats = None
-    if job.method.use_of_stats == "required":
+    if job.needs_stats:
         n = job.matrix[1]
         white = torch.eye(n) if job.method.needs_full_moment else torch.ones(n)
         stats = ActivationStats(1, white)

@@ -64,6 +64,16 @@ class LayerJob:
         return len(self.shape) == 3
 
     @property
+    def uses_stats(self) -> bool:
+        """Whether statistics of its inputs change what it becomes, where there are any."""
+        return self.needs_stats or self.method.use_of_stats == "optional"
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether it cannot be solved without statistics of its inputs."""
+        return self.scheme.smoothing or self.method.use_of_stats == "required"
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(out, in) of the layer, or of each expert."""
         return self.shape[-2], self.shape[-1]

@@ -86,7 +86,7 @@ def quantize_layer(
     for part, matrix, stored in matrices_of(job, weight):
         home = matrix.device
         try:
-            prepared = prepare_layer(part, matrix.to(device or home))
+            prepared = prepare_layer(part, matrix.to(device or home), stats)
             digest.update(tensor_bytes(stored))
             dtype, kind = DTYPE_NAMES[stored.dtype], kind_of(device or home)
             del matrix, stored  # what was read for this layer alone is freed before it is solved
@@ -168,10 +168,10 @@ def solve_layer(
         return job.method.solve(weight, job.scheme, seed=job.seed, stats=stats)
 
 
-def prepare_layer(job: LayerJob, weight: Tensor) -> Prepared:
+def prepare_layer(job: LayerJob, weight: Tensor, stats: ActivationStats | None = None) -> Prepared:
     """Return a weight as `solve_layer` takes it, which needs the weight itself no longer."""
     with torch.no_grad(), fixed_arithmetic(weight.device):
-        return prepare_weight(weight, job.scheme)
+        return prepare_weight(weight, job.scheme, stats)
 
 
 def require_usable(job: LayerJob, weight: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Part:
                 for name, header in source.files.files.items()
             },
             "layout": f"{len(self.layout.files)} files, headers {self.layout.sha256[:16]}",
-            "schemes": {job.name: asdict(job.scheme) for job in source.plan.quantized},
+            "schemes": {job.name: job.scheme.to_dict() for job in source.plan.quantized},
             "configuration": source.config,
             "statistics": {name: digest[:16] for name, digest in stats_hashes.items()},
         }

@@ -289,6 +289,8 @@ def _plan_layer(
     if scheme is None or requested is None:
         why = "" if requested is None else "; eight bits would store no less"
         return KeptLayer(name, shape, reason + why)
+    if len(shape) > 2:  # nobody counts the inputs of stacked experts
+        scheme = replace(scheme, smoothing=False)
     sized = requested.branch is not None and requested.branch.rank == 0
     is_kept = recipe.keeps(name, model_class, within)
     return LayerJob.of(name, shape, scheme, recipe, reason=reason, sized=sized, is_kept=is_kept)

@@ -62,13 +62,12 @@ def only_stats(stats: Stats | StatsByComponent | None) -> Stats | None:
 
 
 def find_users(plan: Plan, recipe: Recipe) -> list[LayerJob]:
-    """Return the layers of a plan whose method uses statistics.
+    """Return the layers of a plan that use statistics.
 
     Raises:
         CalibrationError: there is none; the message says why.
     """
-    using = [job for job in plan.quantized if job.method.use_of_stats != "ignored"]
-    if using := [job for job in using if not job.is_stack]:
+    if using := [job for job in plan.quantized if job.uses_stats and not job.is_stack]:
         return using
     able = [method for method in METHODS.values() if method.use_of_stats != "ignored"]
     if not plan.quantized:
@@ -102,10 +101,10 @@ def require_enough(jobs: Iterable[LayerJob], recipe: Recipe) -> None:
 def hash_used_stats(
     stats: Mapping[str, ActivationStats] | None, plan: Plan, recipe: Recipe
 ) -> dict[str, str]:
-    """Return the hash of the statistics of every layer whose method uses them.
+    """Return the hash of the statistics of every layer that uses them.
 
     Raises:
-        CalibrationError: a layer's method needs statistics that are missing or say too little,
+        CalibrationError: a layer needs statistics that are missing or say too little,
             those given are not of this layer, or no layer uses them.
     """
     _require_none_of_stacks(plan, recipe)
@@ -147,9 +146,12 @@ def _require_none_of_stacks(plan: Plan, recipe: Recipe) -> None:
 
 
 def _require_none_needed(plan: Plan, recipe: Recipe) -> None:
-    if needy := [job for job in plan.quantized if job.method.use_of_stats == "required"]:
+    if needy := [job for job in plan.quantized if job.needs_stats]:
+        what, instead = f"Method '{recipe.method}'", "use a method without data, such as 'loraq'"
+        if all(job.scheme.smoothing for job in needy):
+            what, instead = "Smoothing", "leave '-s' out of the recipe"
         raise CalibrationError(
-            f"Method '{recipe.method}' needs activation statistics, and none are given for "
-            f"{len(needy)} layers. Collect them with `loraq stats` or `loraq.collect_stats` and "
-            "give them as `stats` (`--stats`), or use a method without data, such as 'loraq'."
+            f"{what} needs activation statistics, and none are given for {len(needy)} layers. "
+            "Collect them with `loraq stats` or `loraq.collect_stats` and give them as `stats` "
+            f"(`--stats`), or {instead}."
         )

@@ -94,7 +94,9 @@ def predict_layer(job: LayerJob, weight: Tensor | Iterable[Tensor]) -> tuple[str
     predictions = []
     for part, matrix, _ in matrices_of(job, weight):
         try:
-            prepared = prepare_layer(part, matrix)
+            # What a rank is worth does not depend on the statistics that smoothing needs.
+            plain = replace(part, scheme=replace(part.scheme, smoothing=False))
+            prepared = prepare_layer(plain, matrix)
             del matrix, _  # what was read for this layer alone is freed
             with torch.no_grad(), fixed_arithmetic(prepared.weight.device):
                 predictions.append(job.method.predict(prepared, job.scheme, most))
