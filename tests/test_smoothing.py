@@ -180,7 +180,8 @@ def smoothed_model(recipe: str = "int4-a16+int8-r8-s") -> nn.Sequential:
 def test_a_folder_has_the_factors_and_nothing_else_changes(tmp_path: Path):
     model = smoothed_model()
     loraq.save(model, tmp_path / "out")
-    again = loraq.load_into(model_of(), tmp_path / "out")
+    again = model_of()
+    loraq.load_into(again, tmp_path / "out")
     x = outlying(8, 4)
     assert torch.equal(again(x), model(x))
     assert again[0].scheme.smoothing

@@ -5,7 +5,8 @@ these recipes is then given to every method, LoRaQ being one of them. So a rival
 construction, every precision of the branch, every rotation of the input, the same bytes, the same
 statistics and the same scale search that a LoRaQ row has. What LoRaQ does inside, rivals are given
 as options: alternation, rotation in rank space, and with statistics rounding with error feedback
-through the filter of activation noise. SVDQuant also gets its own smoothing.
+through the filter of activation noise. SVDQuant also gets its own smoothing, whose factors are not
+counted as bytes; those of a LoRaQ row with "-s" are.
 """
 
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)
+    yield Entrant("LoRaQ", recipe.replace("-h", "-s-h"))
 
 
 def is_quantized(recipe: str) -> bool:
