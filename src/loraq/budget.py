@@ -82,8 +82,8 @@ def with_rank(scheme: Scheme, shape: tuple[int, int], budget: Budget = DEFAULT_B
     branch = scheme.branch
     if branch is None or branch.rank:
         return scheme
-    main_bytes = scheme.weight_format.nbytes(shape)
-    allowed = budget.branch_bytes(shape, main_bytes) - scheme.smoothing * shape[1]
+    main_bytes = replace(scheme, branch=None).nbytes(shape)
+    allowed = budget.branch_bytes(shape, main_bytes)
     low, high = 0, min(shape)
     while low < high:
         middle = (low + high + 1) // 2
