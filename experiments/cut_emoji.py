@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.worlds.emoji import ASSETS, COLUMNS, SIZE
+from benchmarks.worlds.emoji import ASSETS
+from loraq.evaluation.emoji import COLUMNS, SIZE
 
 #: Code points of food and plants, animals, and what Unicode added to both later.
 RANGES = (

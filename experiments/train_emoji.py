@@ -12,21 +12,22 @@ bytes.
 from pathlib import Path
 
 import train_patches
-from benchmarks.worlds import emoji
+from benchmarks.worlds.emoji import ASSETS, EMOJI
 from flow_training import Draw, train
+from loraq.evaluation.emoji import SIZE
 
 TRANSFORMER = train_patches.TRANSFORMER | {
     "patch_size": 8,
-    "sample_size": emoji.SIZE,
+    "sample_size": SIZE,
     "caption_channels": 100,
 }
 
 
 def main() -> None:
     """Train, and write the assets."""
-    draw = Draw(emoji.draw_pictures, emoji.class_tokens, len(emoji.captions()))
+    draw = Draw(EMOJI.draw_pictures, EMOJI.class_tokens, len(EMOJI.captions))
     out = Path("studies/emoji")
-    train(TRANSFORMER, draw, steps=4500, batch=64, out=out, assets=emoji.ASSETS)
+    train(TRANSFORMER, draw, steps=4500, batch=32, out=out, assets=ASSETS)
 
 
 if __name__ == "__main__":

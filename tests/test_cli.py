@@ -751,10 +751,10 @@ def small_demo(monkeypatch):
     )
     seen = {}
 
-    def invented(*, progress, **options):
-        seen.update(options)
+    def invented(subject, *, progress, **options):
+        seen.update(options, about=subject.about)
         progress("[1 of 2] weight-only")
-        return DemoResult(rows, (pictures, pictures, pictures), options["effort"])
+        return DemoResult(subject, rows, (pictures, pictures, pictures), options["effort"])
 
     monkeypatch.setattr(demo, "run", invented)
     return seen
@@ -769,6 +769,7 @@ def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
         "n_images": 12,
         "device": "auto",
         "workers": 1,
+        "about": "of 5 million parameters that draws handwritten digits",
     }
     assert "[1 of 2]" in result.stderr
     assert "[1 of 2]" not in result.stdout
@@ -777,6 +778,16 @@ def test_demo_prints_its_table_and_writes_the_report(small_demo, tmp_path):
     assert "Best weight error: LoRaQ, velocity error: SVDQuant" in result.stdout
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_demo_of_the_emoji_model(small_demo, tmp_path):
+    assets = Path(__file__).parents[1] / "benchmarks" / "assets" / "emoji"
+    if not assets.is_dir():
+        pytest.skip("only in a clone of the repository")
+    document("demo", "--emoji", assets, "--out", tmp_path)
+    assert "emoji" in small_demo["about"]
+    assert small_demo["n_images"] is None  # as many as suit the model
+    assert "has no 'captions.json'" in fails("demo", "--emoji", tmp_path, "--out", tmp_path)
 
 
 def test_demo_gives_one_document(small_demo, tmp_path):
@@ -792,8 +803,8 @@ def test_a_demo_row_without_any_difference_is_still_json(small_demo, tmp_path, m
 
     real = demo.run
 
-    def exact(**options):
-        result = real(**options)
+    def exact(subject, **options):
+        result = real(subject, **options)
         return replace(
             result, rows=(replace(result.rows[0], psnr_db=float("inf")), *result.rows[1:])
         )

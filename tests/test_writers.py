@@ -4,7 +4,7 @@ A new one that writes needs rows here, and one that does not a place in the list
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import isfunction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,8 @@ import loraq
 from loraq.checkpoint.pretrained import attach_methods
 from loraq.cli import main
 from loraq.errors import CheckpointError, LoraqError
+from loraq.evaluation import digits
+from loraq.evaluation.demo import DemoResult
 from loraq.evaluation.page import write_page
 from loraq.evaluation.picture import draw
 from loraq.stats import ActivationStats
@@ -216,8 +218,9 @@ WRITERS = [
     Writer("save_pretrained: model", lambda a, b, c: quantized(a).save_pretrained(b),
            "transformer", OF_MEMORY),
     Writer("demo: assets", lambda a, b, c: cli("demo", "--out", b), kinds=OF_PICTURE),
-    Writer("draw: assets", lambda a, b, c: draw(None, b), kinds=(SAME, CHILD, ALIAS)),  # type: ignore[arg-type]
-    Writer("write_page: assets", lambda a, b, c: write_page(None, b), kinds=(SAME, CHILD, ALIAS)),  # type: ignore[arg-type]
+    Writer("draw: assets", lambda a, b, c: draw(result_of(a), b), kinds=(SAME, CHILD, ALIAS)),
+    Writer("write_page: assets", lambda a, b, c: write_page(result_of(a), b),
+           kinds=(SAME, CHILD, ALIAS)),
 ]  # fmt: skip
 
 OVERLAPS = [
@@ -231,11 +234,17 @@ OVERLAPS = [
 def tree(tmp_path, monkeypatch) -> Path:
     fill(tmp_path / "models" / "read")
     fill(tmp_path / "apart")
-    for part in ("picture", "page"):
-        monkeypatch.setattr(
-            f"loraq.evaluation.{part}.assets_folder", lambda: tmp_path / "models/read"
-        )
+    subject = digits.subject()._replace(folder=tmp_path / "models/read")
+    monkeypatch.setattr(digits, "subject", lambda: subject)
     return tmp_path
+
+
+def result_of(assets: Path) -> DemoResult:
+    """Return what a demo found that read these files."""
+    from tests.evaluation.test_demo import invented
+
+    result = invented()
+    return replace(result, subject=result.subject._replace(folder=assets))
 
 
 def target_of(kind: str, read: Path, tree: Path) -> Path:

@@ -11,6 +11,7 @@ import sys
 import time
 
 from benchmarks.record import options, report
+from benchmarks.worlds.emoji import EMOJI
 from loraq.cli.demo import print_demo
 from loraq.evaluation.demo import run
 
@@ -19,13 +20,12 @@ def main() -> None:
     """Print the tables and the JSON line."""
     chosen = options(
         __doc__,
-        images=(20, "samples for each row (default: 20)"),
         workers=(2, "layers solved at a time (default: 2)"),
     )
     begin = time.monotonic()
     result = run(
+        EMOJI.subject(),
         effort="fast",
-        n_images=chosen.images,
         workers=chosen.workers,
         progress=lambda line: print(line, file=sys.stderr),
     )

@@ -6,12 +6,9 @@ scikit-learn and need no download. The left four fifths of every photograph are 
 right-most fifth for the velocity probe.
 """
 
-import json
-import lzma
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,24 +116,9 @@ def load_transformer(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     Raises:
         LoraqError: diffusers is not installed, or the trained weights are not there.
     """
-    try:
-        from diffusers import PixArtTransformer2DModel
-    except ImportError as error:
-        raise LoraqError(
-            'The patches model needs diffusers. Run: pip install "loraq[diffusers]"'
-        ) from error
-    file = ASSETS / "transformer.safetensors.xz"
-    if not file.exists():
-        raise LoraqError(
-            f"The trained weights '{file}' are missing. Make them with "
-            "`experiments/train_patches.py`."
-        )
-    model = PixArtTransformer2DModel(**json.loads((ASSETS / "config.json").read_text()))
-    model.load_state_dict(load(lzma.decompress(file.read_bytes())))
-    return nn.Module.to(model.eval(), dtype)
+    return flow.load_compressed(ASSETS, dtype)
 
 
-@torch.no_grad()
 def velocity_probe(transformer: nn.Module, *, count: int = 128, seed: int = 0) -> Tensor:
     """Return the velocities (count, 3, SIZE, SIZE) of one forward pass on noised patches.
 
@@ -149,11 +131,7 @@ def velocity_probe(transformer: nn.Module, *, count: int = 128, seed: int = 0) -
     """
     generator = torch.Generator().manual_seed(seed)
     images, labels = cut_patches(photographs(heldout=True), count, generator)
-    times = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    noised = flow.interpolate(images, torch.randn(images.shape, generator=generator), times)
-    device = flow.first_weight(transformer).device
-    captions = class_tokens(labels).to(device)
-    return flow.predict_velocity(transformer, noised.to(device), times.to(device), captions)
+    return flow.probe(transformer, images, class_tokens(labels), generator)
 
 
 def sample(
@@ -170,11 +148,10 @@ def sample(
         steps: number of equal Euler steps.
         guidance: classifier-free guidance scale.
     """
-    device = flow.first_weight(transformer).device
-    noise = torch.randn(
-        len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)
-    ).to(device)
+    noise = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     captions, empty = (
-        class_tokens(which).to(device) for which in (labels, torch.full_like(labels, NULL_LABEL))
+        class_tokens(which) for which in (labels, torch.full_like(labels, NULL_LABEL))
     )
-    return flow.sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)
+    return flow.sample_on_its_device(
+        transformer, noise, captions, empty, steps=steps, guidance=guidance
+    )

@@ -143,7 +143,7 @@ class Limits:
             found.append(
                 f"modulations in {apart.weight} without a branch, in multiples of {apart.sizes}"
             )
-        return (*found, "no rotation", "no stacked experts")
+        return (*found, "no rotation or smoothing", "no stacked experts")
 
 
 @dataclass(frozen=True)

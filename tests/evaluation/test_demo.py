@@ -10,7 +10,7 @@ import torch
 
 from loraq.budget import Budget
 from loraq.errors import LoraqError
-from loraq.evaluation import demo
+from loraq.evaluation import demo, digits
 from loraq.evaluation.demo import CONTENDERS, DemoResult, DemoRow, run
 from loraq.evaluation.page import draw_page
 from loraq.evaluation.picture import draw, require_drawable, strips_of
@@ -21,13 +21,15 @@ from loraq.recipe_names import NAMED
 #: The shapes of the layers that are quantized in the shipped transformer.
 SHAPES = [(192, 192), (768, 192), (192, 768)]
 
+SUBJECT = digits.subject()
+
 each_group = pytest.mark.parametrize("group", CONTENDERS)
 
 
 @each_group
 def test_every_contender_is_a_recipe_that_can_be_planned(group):
     for contender in CONTENDERS[group]:
-        recipe = contender.to_recipe(budget=demo.BUDGET, effort="fast")
+        recipe = contender.to_recipe(budget=SUBJECT.budget, effort="fast")
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         assert recipe.method == contender.method
         for shape in SHAPES:
@@ -38,11 +40,11 @@ def test_every_contender_is_a_recipe_that_can_be_planned(group):
 @each_group
 def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
     def nbytes(contender: demo.Contender) -> list[int]:
-        recipe = contender.to_recipe(budget=demo.BUDGET, effort="fast")
+        recipe = contender.to_recipe(budget=SUBJECT.budget, effort="fast")
         return [recipe.scheme_for("layer", shape).nbytes(shape) for shape in SHAPES]
 
     limit = nbytes(next(c for c in CONTENDERS[group] if "+bf16" in c.recipe))
-    rank = Budget.parse(demo.BUDGET).rank_16bit
+    rank = Budget.parse(SUBJECT.budget).rank_16bit
     for contender in CONTENDERS[group]:
         if "more bytes" in contender.label:
             assert nbytes(contender) > limit
@@ -51,7 +53,7 @@ def test_no_contender_stores_more_bytes_than_the_16_bit_branch(group):
         assert all(size <= most for size, most in zip(sizes, limit, strict=True)), contender
         if "+" in contender.recipe:  # and it uses what it is given, up to one more rank
             branch = (
-                contender.to_recipe(budget=demo.BUDGET, effort="fast")
+                contender.to_recipe(budget=SUBJECT.budget, effort="fast")
                 .scheme_for("layer", SHAPES[0])
                 .branch
             )
@@ -63,7 +65,7 @@ def test_activations_are_not_mixed_in_a_group(group):
     assert (
         len(
             {
-                c.to_recipe(budget=demo.BUDGET, effort="fast").scheme.activation
+                c.to_recipe(budget=SUBJECT.budget, effort="fast").scheme.activation
                 for c in CONTENDERS[group]
             }
         )
@@ -148,9 +150,8 @@ def result() -> DemoResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONTENDERS", few)
         patch.setitem(EFFORTS, "fast", (6, 3))
-        patch.setattr(demo, "N_OWN_SAMPLES", 4)
-        patch.setattr(demo, "velocity_probe", partial(demo.velocity_probe, count=32))
-        result = run(every=True, n_images=10, steps=4, effort="fast", progress=lines.append)
+        small = SUBJECT._replace(n_own=4, probe=partial(digits.velocity_probe, count=32))
+        result = run(small, every=True, n_images=10, steps=4, effort="fast", progress=lines.append)
     assert lines[0] == "statistics of the model's own samples"
     assert len(lines[1:]) == 2 * len(CONTENDERS) == 10
     assert lines[1].startswith("[1 of 10] weight-only: ")
@@ -225,7 +226,7 @@ def invented() -> DemoResult:
     trained = replace(row, group="as trained", label="16 bits", recipe="", method="", nbytes=4096)
     rival = replace(row, label="SVDQuant", method="svdquant", velocity_error=0.01)
     pictures = tuple(torch.linspace(-1, 1, 768).view(12, 1, 8, 8) * scale for scale in (1, 0.9, 0))
-    return DemoResult((trained, row, rival), pictures, "fast")
+    return DemoResult(SUBJECT, (trained, row, rival), pictures, "fast")
 
 
 def test_every_row_has_a_bar(tmp_path, monkeypatch):
@@ -253,6 +254,15 @@ def test_differences_are_shown_ten_times():
     assert {*strips_of(trained, trained)[1][:, 0]} == {0}
 
 
+def test_colours_are_shown():
+    red = torch.full((12, 3, 8, 8), -1.0)
+    red[:, 0] = 1
+    samples, difference = strips_of(red, red)
+    assert samples.shape == difference.shape == (8, 10 * 9 - 1, 3)
+    assert samples[0, 0].tolist() == [255, 0, 0]
+    assert samples[0, 8].tolist() == [89, 89, 89]  # between two pictures
+
+
 def test_the_page_shows_every_row_and_who_is_better():
     page = draw_page(invented())
     assert page.count("<img ") == 2 * 3
@@ -260,6 +270,7 @@ def test_the_page_shows_every_row_and_who_is_better():
     assert "strongest rival 0.0100" in page  # also when LoRaQ does not win
     assert "LoRaQ ★" in page
     assert "every format" in page
+    assert "What was asked for: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in page
     assert "4-bit weights (INT4)" in draw_page(
         replace(
             invented(),
@@ -273,12 +284,12 @@ def test_a_report_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "report.png", tmp_path):
         with pytest.raises(LoraqError, match="Cannot write"):
-            require_drawable(path)
+            require_drawable(path, SUBJECT.folder)
         with pytest.raises(LoraqError, match="Cannot write"):
             draw(invented(), path)
 
 
 def test_looking_whether_a_report_can_be_written_writes_none(tmp_path):
     pytest.importorskip("matplotlib")
-    require_drawable(Path(tmp_path / "a" / "report.png"))
+    require_drawable(Path(tmp_path / "a" / "report.png"), SUBJECT.folder)
     assert list((tmp_path / "a").iterdir()) == []

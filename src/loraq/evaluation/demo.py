@@ -1,4 +1,4 @@
-"""The main job on the digits transformer: quantize in every way at equal bytes, and measure."""
+"""The main job on a small trained model: quantize in every way at equal bytes, and measure."""
 
 import copy
 import math
@@ -15,8 +15,8 @@ from loraq.checkpoint.inspect import FLOAT, measure_memory
 from loraq.checkpoint.model import save
 from loraq.devices import AUTO, find_devices
 from loraq.evaluation.contender import Contender, Row, simulate
-from loraq.evaluation.digits import Judge, load_transformer, real_digits, sample, velocity_probe
-from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error
+from loraq.evaluation.metrics import psnr_db, relative_error
+from loraq.evaluation.subject import Subject
 from loraq.kernels import DEFAULT_BACKEND
 from loraq.options import Range, Workers, checked
 from loraq.pipeline.collect import collect_stats
@@ -25,11 +25,6 @@ from loraq.pipeline.report import Report
 from loraq.recipe_names import NAMED
 from loraq.stats import ActivationStats
 
-#: 16-bit rank 5 of width 192 is the share of the weights that rank 32 is of width 1152: the
-#: equal-bytes budget.
-BUDGET = "r16=5"
-#: Samples that statistics are collected on.
-N_OWN_SAMPLES = 64
 #: Statistics of what the layers see while the float model draws samples from noise.
 OWN_SAMPLES = "own samples"
 #: SVDQuant as published: scales of the largest value, no search.
@@ -127,16 +122,17 @@ class DemoRow(Row):
     velocity_error: float
     #: Median over the samples, against the sample of the model as trained from the same noise.
     psnr_db: float
-    #: Share of samples that the judge reads as their class. Cannot see differences at 4 bits.
-    accuracy: float
-    #: Fréchet distance of the judge's features to real digits. Cannot see differences at 4 bits.
-    frechet: float
+    #: Of digits: share of samples that the judge reads as their class, and the Fréchet distance of
+    #: its features to real ones. Neither can see differences at 4 bits.
+    accuracy: float | None = None
+    frechet: float | None = None
 
 
 @dataclass(frozen=True)
 class DemoResult:
     """All rows, and what the report draws."""
 
+    subject: Subject
     rows: tuple[DemoRow, ...]
     #: Samples of every row, from the same noise; the first are those of the model as trained.
     images: tuple[Tensor, ...]
@@ -146,9 +142,10 @@ class DemoResult:
 
 @checked
 def run(  # noqa: PLR0913 - each is an option of the command too
+    subject: Subject,
     *,
     every: bool = False,
-    n_images: Annotated[int, Range(2, 100_000)] = 100,
+    n_images: Annotated[int, Range(2, 100_000)] | None = None,
     steps: Annotated[int, Range(1, 100_000)] = 10,
     effort: Literal["fast", "default", "best"] = "default",
     device: str | torch.device = AUTO,
@@ -158,8 +155,9 @@ def run(  # noqa: PLR0913 - each is an option of the command too
     """Quantize, generate and measure contenders.
 
     Args:
+        subject: what is quantized.
         every: whether all are measured, in every format; else those of `choose_short`.
-        n_images: samples for each contender, from the same noise.
+        n_images: samples for each contender, from the same noise; `None`: as many as suit it.
         steps: Euler steps of the sampler.
         effort: of method "loraq".
         device: where layers are solved, as for `quantize_`; images are drawn on the CPU.
@@ -167,22 +165,19 @@ def run(  # noqa: PLR0913 - each is an option of the command too
         progress: called with a line before each contender.
     """
     find_devices(device)  # what is not there is refused before long work
-    trained = load_transformer(torch.float32)
-    judge = Judge.from_assets()
-    labels = torch.arange(n_images, device="cpu") % 10
-    real = judge.features(real_digits()[0])
-    velocity = velocity_probe(trained)
-    reference = sample(trained, labels, seed=0, steps=steps)
+    trained = subject.load(torch.float32)
+    labels = subject.labels(n_images or subject.n_images)
+    velocity = subject.probe(trained)
+    reference = subject.sample(trained, labels, seed=0, steps=steps)
     progress("statistics of the model's own samples")
-    own = own_statistics(trained)
+    own = own_statistics(subject, trained)
 
     def measure(model: torch.nn.Module, images: Tensor) -> dict[str, Any]:
         psnr = psnr_db(reference, images, data_range=2.0)
         return {
-            "velocity_error": relative_error(velocity, velocity_probe(model)),
+            "velocity_error": relative_error(velocity, subject.probe(model)),
             "psnr_db": psnr.median().item(),
-            "accuracy": judge.accuracy(images, labels),
-            "frechet": frechet_distance(judge.features(images), real),
+            **(subject.judge(images, labels) if subject.judge else {}),
         }
 
     groups = CONTENDERS if every else choose_short()
@@ -197,13 +192,13 @@ def run(  # noqa: PLR0913 - each is an option of the command too
             )
             model = copy.deepcopy(trained)
             stats = own if contender.statistics else None
-            recipe = contender.to_recipe(budget=BUDGET, effort=effort)
+            recipe = contender.to_recipe(budget=subject.budget, effort=effort)
             report = quantize_(
                 model, recipe, stats=stats, device=device, workers=workers, progress=False
             )
             float_memory, memory = measure_loaded(model)
             simulate(model)
-            pictures.append(sample(model, labels, seed=0, steps=steps))
+            pictures.append(subject.sample(model, labels, seed=0, steps=steps))
             measured = measure(model, pictures[-1]) | {"memory": memory}
             rows.append(_row(group, contender, report, measured))
             n_weights = sum(math.prod(layer.shape) for layer in report.layers)
@@ -218,7 +213,7 @@ def run(  # noqa: PLR0913 - each is an option of the command too
         seconds=0.0,
         **measure(trained, reference),
     )
-    return DemoResult((trained_row, *rows), tuple(pictures), effort)
+    return DemoResult(subject, (trained_row, *rows), tuple(pictures), effort)
 
 
 def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
@@ -234,17 +229,17 @@ def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
     return found[FLOAT], found[DEFAULT_BACKEND]
 
 
-def own_statistics(trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
+def own_statistics(subject: Subject, trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
     """Return statistics of the layers' inputs while the model draws samples.
 
     No row is judged by samples from the same noise.
     """
     recipe = Contender("", next(iter(SHORT_RECIPES.values()))).to_recipe(
-        budget=BUDGET, effort="fast"
+        budget=subject.budget, effort="fast"
     )
     names = [layer.name for layer in plan_model(trained, recipe).quantized if not layer.is_kept]
-    labels = torch.arange(N_OWN_SAMPLES, device="cpu") % 10
-    return collect_stats(trained, lambda: sample(trained, labels, seed=1), names)
+    labels = subject.labels(subject.n_own)
+    return collect_stats(trained, lambda: subject.sample(trained, labels, seed=1), names)
 
 
 def _row(group: str, contender: Contender, report: Report, measured: dict[str, Any]) -> DemoRow:

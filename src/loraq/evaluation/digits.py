@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from loraq.errors import LoraqError
 from loraq.evaluation import flow
+from loraq.evaluation.metrics import frechet_distance
+from loraq.evaluation.subject import Subject
 from loraq.integrations.diffusers import load_float
 from loraq.safetensors.reader import ShardReader
 
@@ -148,6 +150,29 @@ def velocity_probe(
     device = flow.first_weight(transformer).device
     return predict_velocity(
         transformer, noised.to(device), times.to(device), labels[chosen].to(device)
+    )
+
+
+def subject() -> Subject:
+    """Return what the demo quantizes."""
+    judge = Judge.from_assets()
+    real = judge.features(real_digits()[0])
+
+    def look(images: Tensor, labels: Tensor) -> dict[str, float]:
+        distance = frechet_distance(judge.features(images), real)
+        return {"accuracy": judge.accuracy(images, labels), "frechet": distance}
+
+    return Subject(
+        about="of 5 million parameters that draws handwritten digits",
+        folder=assets_folder(),
+        budget="r16=5",  # of width 192
+        load=load_transformer,
+        probe=lambda model: velocity_probe(model),
+        sample=sample,
+        labels=lambda count: torch.arange(count, device="cpu") % 10,
+        n_images=20,
+        n_own=64,
+        judge=look,
     )
 
 

@@ -5,11 +5,18 @@ the PixArt family without a mask on its captions, predicts the velocity `noise â
 2022, arXiv 2209.03003).
 """
 
+import json
+import lzma
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load
 from torch import Tensor, nn
+
+from loraq.errors import LoraqError
 
 #: Steps of the time embedding per unit of flow time, as in PixArt.
 TIME_SCALE = 1000.0
@@ -81,6 +88,71 @@ def sample(
             velocity = torch.lerp(uncaptioned, captioned, guidance)
         images = images + (later - now) * velocity
     return images.clamp(-1, 1)
+
+
+def sample_on_its_device(
+    transformer: nn.Module,
+    noise: Float[Tensor, "batch channels height width"],
+    captions: Float[Tensor, "batch tokens width"],
+    empty: Float[Tensor, "batch tokens width"],
+    *,
+    steps: int,
+    guidance: float,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return what `sample` draws, for tensors that may be elsewhere than the transformer is."""
+    device = first_weight(transformer).device
+    noise, captions, empty = (each.to(device) for each in (noise, captions, empty))
+    return sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)
+
+
+@torch.no_grad()
+def probe(
+    transformer: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    captions: Float[Tensor, "batch tokens width"],
+    generator: torch.Generator,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the velocities of one forward pass on noised images.
+
+    Args:
+        transformer: of the PixArt family, quantized or not.
+        images: to be noised; times are stratified, one in each of as many equal intervals.
+        captions: of the images.
+        generator: of the times and the noise.
+    """
+    count, device = len(images), first_weight(transformer).device
+    times = torch.arange(count, device="cpu") + torch.rand(count, generator=generator, device="cpu")
+    times /= count
+    noise = torch.randn(images.shape, generator=generator, device="cpu")
+    noised = interpolate(images, noise, times)
+    return predict_velocity(transformer, *(each.to(device) for each in (noised, times, captions)))
+
+
+def load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a trained transformer, in evaluation mode, from a file that xz makes a third smaller.
+
+    Args:
+        folder: has "config.json" and "transformer.safetensors.xz".
+        dtype: of the loaded weights; they are stored as bfloat16.
+
+    Raises:
+        LoraqError: diffusers is not installed, or the weights are not there.
+    """
+    try:
+        from diffusers import PixArtTransformer2DModel
+    except ImportError as error:
+        raise LoraqError(
+            'The trained model needs diffusers. Run: pip install "loraq[diffusers]"'
+        ) from error
+    file = folder / "transformer.safetensors.xz"
+    if not file.is_file():
+        raise LoraqError(
+            f"The trained weights '{file}' are missing. They are in a checkout of loraq, and "
+            "`experiments/` has the script that trains them."
+        )
+    model: Any = PixArtTransformer2DModel(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(load(lzma.decompress(file.read_bytes())))
+    return nn.Module.to(model.eval(), dtype)
 
 
 def first_weight(module: nn.Module) -> Tensor:

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from loraq.evaluation.demo import BUDGET, N_OWN_SAMPLES, SHORT_RECIPES, DemoResult, DemoRow
-from loraq.evaluation.digits import assets_folder
-from loraq.evaluation.picture import AMPLIFIED, strips_of
+from loraq.evaluation.demo import SHORT_RECIPES, DemoResult, DemoRow
+from loraq.evaluation.picture import AMPLIFIED, SHOWN, strips_of
 from loraq.figures import number, size_of
 from loraq.pages.files import require_place, write_whole
 from loraq.pages.frame import Bar, bars, document, footer, table, tiles
 from loraq.pages.markup import Content, Markup, join, tag
 
 
-def require_page(path: Path) -> None:
-    """See that a page can be written; raises as `require_place`."""
-    require_place(path, assets_folder())
+def require_page(path: Path, assets: Path) -> None:
+    """See that a page can be written, not among the demo's files; raises as `require_place`."""
+    require_place(path, assets)
 
 
 def write_page(result: DemoResult, path: Path) -> None:
@@ -29,7 +28,7 @@ def write_page(result: DemoResult, path: Path) -> None:
         LoraqError: the file cannot be written.
         CheckpointError: the file would be among those that the demo reads.
     """
-    require_page(path)
+    require_page(path, result.subject.folder)
     write_whole(path, draw_page(result).encode())
 
 
@@ -47,8 +46,8 @@ def draw_page(result: DemoResult) -> str:
         tag("h1", "A small transformer in 4 bits, without any data"),
         tag(
             "p",
-            "A trained diffusion transformer of 5 million parameters that draws handwritten "
-            f"digits, quantized in {len(rows) - 1} ways: {what}.",
+            f"A trained diffusion transformer {result.subject.about}, quantized in "
+            f"{len(rows) - 1} ways: {what}.",
             class_="lead",
         ),
         _summary(trained, groups),
@@ -64,7 +63,7 @@ def draw_page(result: DemoResult) -> str:
         tag(
             "p",
             f"All from the same noise; beside them |difference| × {AMPLIFIED} to the samples of "
-            "the model as trained.",
+            f"the model as trained. {_name_samples(result)}",
             class_="note",
         ),
         tag(
@@ -78,12 +77,12 @@ def draw_page(result: DemoResult) -> str:
         tag("h2", "Numbers"),
         tag("div", _numbers(rows), class_="panel"),
         tag("h2", "How to read it"),
-        *_explain(result.effort),
+        *_explain(result),
         footer(
             f"torch {torch.__version__} on {platform.machine()}, one seed. Again: ",
             tag("code", "loraq demo"),
-            ", every row: ",
-            tag("code", "loraq demo --all"),
+            ", every row: with ",
+            tag("code", "--all"),
             ".",
         ),
     )
@@ -174,14 +173,23 @@ def _numbers(rows: tuple[DemoRow, ...]) -> Markup:
     return table(headings, cells, ours)
 
 
-def _explain(effort: str) -> list[Markup]:
+def _name_samples(result: DemoResult) -> str:
+    shown = result.subject.labels(len(result.images[0]))[:SHOWN].tolist()
+    return f"What was asked for: {', '.join(map(result.subject.name, shown))}."
+
+
+def _explain(result: DemoResult) -> list[Markup]:
+    subject, effort = result.subject, result.effort
+    judged = (
+        " At 4 bits a judge reads every sample of every row correctly, so pictures alone cannot "
+        "tell the rows apart."
+    )
     texts = (
-        "Velocity error is the figure to read: ‖v − v̂‖ / ‖v‖. At 4 bits a judge reads every "
-        "sample of every row correctly, so pictures alone cannot tell the rows apart.",
+        "Velocity error is the figure to read: ‖v − v̂‖ / ‖v‖." + (judged if subject.judge else ""),
         "The rival gets all that LoRaQ gets: the same formats, the same bytes for its branch "
-        f"({BUDGET}), 100 alternations of SVDQuant, searched scales, factors rotated in rank "
-        f"space, and with own samples GPTQ on the same statistics of {N_OWN_SAMPLES} samples that "
-        "the model itself has drawn.",
+        f"({subject.budget}), 100 alternations of SVDQuant, searched scales, factors rotated in "
+        "rank space, and with own samples GPTQ on the same statistics of "
+        f"{subject.n_own} samples that the model itself has drawn.",
         "Weights are the bytes of the quantized layers, memory those of the whole model once it is "
         "loaded, as loraq inspect --memory measures them: packed weights are what runs, and no "
         "decoded copy is kept. Time is that of the solver, all layers one after the other; LoRaQ "

@@ -4,11 +4,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraq.errors import LoraqError
 from loraq.evaluation.demo import DemoResult, DemoRow
-from loraq.evaluation.digits import assets_folder
 from loraq.pages.files import require_place, write_whole
 
 #: Samples of a row that are shown.
@@ -20,10 +19,14 @@ _SOFTWARE = "loraq demo"
 _OURS, _OTHERS = "#1f5fd0", "#a9b1bd"
 
 
-def require_drawable(path: Path) -> None:
+def require_drawable(path: Path, assets: Path) -> None:
     """Make the folder of a picture.
 
     What is wrong is then known before the minutes of measuring and not after.
+
+    Args:
+        path: of the picture.
+        assets: folder of what the demo reads.
 
     Raises:
         LoraqError: matplotlib is not installed, or the file cannot be written.
@@ -33,7 +36,7 @@ def require_drawable(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise LoraqError('The picture needs matplotlib. Run: pip install "loraq[demo]"') from error
-    require_place(path, assets_folder(), mark=_SOFTWARE.encode())
+    require_place(path, assets, mark=_SOFTWARE.encode())
 
 
 def draw(result: DemoResult, path: Path) -> None:
@@ -43,7 +46,7 @@ def draw(result: DemoResult, path: Path) -> None:
         LoraqError: matplotlib is not installed, or the file cannot be written.
         CheckpointError: the file would be among those that the demo reads.
     """
-    require_drawable(path)
+    require_drawable(path, result.subject.folder)
     from matplotlib.figure import Figure
 
     n_rows = len(result.rows)
@@ -57,8 +60,9 @@ def draw(result: DemoResult, path: Path) -> None:
         for axis, strip in zip((left, right), strips_of(images, result.images[0]), strict=True):
             axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set_axis_off()
-        left.text(-2, 4, row.label, ha="right", va="bottom", fontsize=9, fontweight="bold")
-        left.text(-2, 4.5, _describe(row), ha="right", va="top", fontsize=8)
+        beside = {"ha": "right", "transform": left.transAxes}
+        left.text(-0.02, 0.52, row.label, va="bottom", fontsize=9, fontweight="bold", **beside)
+        left.text(-0.02, 0.48, _describe(row), va="top", fontsize=8, **beside)
     _draw_bars(bottom.subplots(1, 1), result.rows[1:])
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=110, metadata={"Software": _SOFTWARE})
@@ -86,7 +90,7 @@ def _draw_bars(axis: Any, rows: tuple[DemoRow, ...]) -> None:
 def strips_of(images: Tensor, trained: Tensor) -> tuple[Any, Any]:
     """Return the first samples of a row, and how far they are from those of the model as trained.
 
-    Both are strips of bytes (h, n·(w + 1) - 1), black to white.
+    Both are strips of bytes, black to white: (h, n·(w + 1) - 1), of colour pictures (…, 3).
     """
     shown = images[:SHOWN]
     difference = (shown - trained[:SHOWN]).abs() * (AMPLIFIED / 2)
@@ -94,7 +98,7 @@ def strips_of(images: Tensor, trained: Tensor) -> tuple[Any, Any]:
 
 
 def _strip(images: Tensor) -> Any:
-    """(n, 1, h, w) in [0, 1] to one strip, with a dark line between images."""
-    padded = images.new_full((len(images), images.shape[2], images.shape[3] + 1), 0.35)
-    padded[:, :, :-1] = images[:, 0].clamp(0, 1)
-    return padded.transpose(0, 1).flatten(1)[:, :-1].mul(255).round().byte().numpy()
+    """(n, c, h, w) in [0, 1] to one strip, with a dark line between images."""
+    padded = nn.functional.pad(images.clamp(0, 1), (0, 1), value=0.35)
+    strip = padded.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]
+    return strip.squeeze(-1).mul(255).round().byte().numpy()
