@@ -22,6 +22,7 @@ from loraq.parallel import LoraqColwise, LoraqRowwise
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
+from loraq.stats import ActivationStats
 
 N_IN, N_HIDDEN = 128, 384
 NAMES = (
@@ -30,6 +31,7 @@ NAMES = (
     "int4-a4+w6a6-r32",
     "int8-a8+int8-r32",
     "int5-a16",
+    "mxfp4-a8+w8a8-r32-s",
 )
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +40,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def layer_of(name: str, n_out: int, n_in: int, *, bias: bool = True) -> QuantizedLinear:
-    solved = quantize_weight(dit_like(n_out, n_in), name, method="svdquant")
+    stats = ActivationStats(9, torch.logspace(-1, 1, n_in)) if "-s" in name else None
+    solved = quantize_weight(dit_like(n_out, n_in), name, method="svdquant", stats=stats)
     layer = QuantizedLinear.from_packed(solved.packed, gaussian(1, n_out, 5)[0] if bias else None)
     layer.backend = "resident"
     layer.ask_activations("stored", simulate=True)

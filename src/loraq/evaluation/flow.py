@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from loraq.errors import LoraqError
@@ -140,6 +139,7 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
     """
     try:
         from diffusers import PixArtTransformer2DModel
+        from safetensors.torch import load  # which diffusers requires
     except ImportError as error:
         raise LoraqError(
             'The trained model needs diffusers. Run: pip install "loraq[diffusers]"'
