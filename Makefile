@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 demo: .venv/demo.stamp
 	@echo "demo: quantizing a small trained transformer (1 to 2 minutes on two cores); report in demo/report.html"
-	@$(BIN)/loraq demo --out demo
+	@$(BIN)/loraq demo --emoji benchmarks/assets/emoji --out demo
 
 test: .venv/dev.stamp lint
 	@echo "test: the whole suite, one process for each core"

@@ -90,7 +90,9 @@ COMPARISONS: dict[str, Comparison] = {
         withdrawn="int4-a4+w4a8-h32",
         others=(_CONVROT,),
     ),
-    f"W4A4, {WITH}": Comparison(_A4, True, "int4-a4+w4a8-h32", bar=1.10),
+    f"W4A4, {WITH}": Comparison(
+        _A4, True, "int4-a4+w4a8-s-h32", bar=1.10, withdrawn="int4-a4+w4a8-h32"
+    ),
 }
 CONTENDERS: dict[str, Table] = {
     title: comparison.entrants for title, comparison in COMPARISONS.items()
