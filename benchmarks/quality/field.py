@@ -103,7 +103,8 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)
-    yield Entrant("LoRaQ", recipe.replace("-h", "-s-h"))
+    if is_rounded(recipe):  # with 16-bit activations it gains nothing (docs/log.md, 2026-11-29)
+        yield Entrant("LoRaQ", recipe.replace("-h", "-s-h"))
 
 
 def is_quantized(recipe: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loraq.evaluation.demo import SHORT_RECIPES, DemoResult, DemoRow
+from loraq.evaluation.demo import SHORT_RECIPES, SHORT_ROUNDS, DemoResult, DemoRow
 from loraq.evaluation.picture import AMPLIFIED, SHOWN, strips_of
 from loraq.figures import number, size_of
 from loraq.pages.files import require_place, write_whole
@@ -187,7 +187,7 @@ def _explain(result: DemoResult) -> list[Markup]:
     texts = (
         "Velocity error is the figure to read: ‖v − v̂‖ / ‖v‖." + (judged if subject.judge else ""),
         "The rival gets all that LoRaQ gets: the same formats, the same bytes for its branch "
-        f"({subject.budget}), 100 alternations of SVDQuant, searched scales, factors rotated in "
+        f"({subject.budget}), {SHORT_ROUNDS} alternations of SVDQuant (100 with --all), searched scales, factors rotated in "
         "rank space, and with own samples GPTQ on the same statistics of "
         f"{subject.n_own} samples that the model itself has drawn.",
         "Weights are the bytes of the quantized layers, memory those of the whole model once it is "
