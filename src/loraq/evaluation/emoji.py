@@ -106,7 +106,7 @@ class Emoji:
         return flow.load_compressed(self.folder, dtype)
 
     def velocity_probe(
-        self, transformer: nn.Module, *, count: int = 64, seed: int = 0
+        self, transformer: nn.Module, *, count: int = 32, seed: int = 0
     ) -> Float[Tensor, "count 3 64 64"]:
         """Return the velocities of one forward pass on noised pictures.
 
@@ -177,7 +177,7 @@ class Emoji:
             sample=self.sample,
             labels=self.first_labels,
             n_images=10,
-            n_own=24,
+            n_own=12,
             name=self.captions.__getitem__,
         )
 

@@ -187,9 +187,9 @@ def _explain(result: DemoResult) -> list[Markup]:
     texts = (
         "Velocity error is the figure to read: ‖v − v̂‖ / ‖v‖." + (judged if subject.judge else ""),
         "The rival gets all that LoRaQ gets: the same formats, the same bytes for its branch "
-        f"({subject.budget}), {SHORT_ROUNDS} alternations of SVDQuant (100 with --all), searched scales, factors rotated in "
-        "rank space, and with own samples GPTQ on the same statistics of "
-        f"{subject.n_own} samples that the model itself has drawn.",
+        f"({subject.budget}), {SHORT_ROUNDS} alternations of SVDQuant (100 with --all), searched "
+        "scales, factors rotated in rank space, and with own samples GPTQ on the same statistics "
+        f"of {subject.n_own} samples that the model itself has drawn.",
         "Weights are the bytes of the quantized layers, memory those of the whole model once it is "
         "loaded, as loraq inspect --memory measures them: packed weights are what runs, and no "
         "decoded copy is kept. Time is that of the solver, all layers one after the other; LoRaQ "
