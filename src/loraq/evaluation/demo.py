@@ -181,7 +181,7 @@ def run(  # noqa: PLR0913 - each is an option of the command too
     velocity = subject.probe(trained)
     reference = subject.sample(trained, labels, seed=0, steps=steps)
     progress("statistics of the model's own samples")
-    own = own_statistics(subject, trained)
+    own = own_statistics(subject, trained, steps)
 
     def measure(model: torch.nn.Module, images: Tensor) -> dict[str, Any]:
         psnr = psnr_db(reference, images, data_range=2.0)
@@ -240,7 +240,9 @@ def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
     return found[FLOAT], found[DEFAULT_BACKEND]
 
 
-def own_statistics(subject: Subject, trained: torch.nn.Module) -> Mapping[str, ActivationStats]:
+def own_statistics(
+    subject: Subject, trained: torch.nn.Module, steps: int
+) -> Mapping[str, ActivationStats]:
     """Return statistics of the layers' inputs while the model draws samples.
 
     No row is judged by samples from the same noise.
@@ -250,7 +252,9 @@ def own_statistics(subject: Subject, trained: torch.nn.Module) -> Mapping[str, A
     )
     names = [layer.name for layer in plan_model(trained, recipe).quantized if not layer.is_kept]
     labels = subject.labels(subject.n_own)
-    return collect_stats(trained, lambda: subject.sample(trained, labels, seed=1), names)
+    return collect_stats(
+        trained, lambda: subject.sample(trained, labels, seed=1, steps=steps), names
+    )
 
 
 def _row(group: str, contender: Contender, report: Report, measured: dict[str, Any]) -> DemoRow:

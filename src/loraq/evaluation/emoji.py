@@ -177,7 +177,7 @@ class Emoji:
             sample=self.sample,
             labels=self.first_labels,
             n_images=10,
-            n_own=12,
+            n_own=24,
             name=self.captions.__getitem__,
         )
 
