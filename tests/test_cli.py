@@ -690,7 +690,7 @@ def test_formats_lists_formats_grammar_and_recipes():
         "int4",
         "e8m0",
         "4.25",
-        "MAIN[-aBITS][+BRANCH[-rRANK]][-hSIDE]",
+        "MAIN[-aBITS][+BRANCH[-rRANK]][-s][-hSIDE]",
         "default",
         "mxfp4+w8a8",
     ):

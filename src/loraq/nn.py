@@ -36,15 +36,13 @@ class QuantizedLayer(nn.Module):
 
     Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
     numbers alone: `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`,
-    `proj_up_packed`, `proj_up_scale`, a `…_global_scale` for each NVFP4 tensor, and
-    `smooth_factor` where inputs are smoothed. They are parameters, not buffers, because FSDP2
-    shards only those.
+    `proj_up_packed`, `proj_up_scale`, a `…_global_scale` for each NVFP4 tensor, `smooth_factor` if
+    inputs are smoothed. They are parameters, not buffers, because FSDP2 shards only those.
     """
 
     #: Codes of the main weight; the other packed tensors stand beside it.
     weight_packed: nn.Parameter
-    #: Only where the scheme smooths inputs.
-    smooth_factor: nn.Parameter
+    smooth_factor: nn.Parameter | None
     bias: nn.Parameter | None
     #: Dtype of `weight` where there is no bias.
     weight_dtype: torch.dtype
@@ -91,6 +89,7 @@ class QuantizedLayer(nn.Module):
         # The bias first: models ask `next(module.parameters()).dtype` what floats a part takes.
         empty = torch.empty(out_features, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(empty) if bias else None)
+        self.register_parameter("smooth_factor", None)
         for name, stored in scheme.storage(self.packed_shape).items():
             empty = torch.empty(stored, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -299,23 +298,17 @@ class QuantizedLayer(nn.Module):
         with without_autocast(x.device):  # inside, every product has the dtype it needs
             if not backend.keeps_operands:
                 operands = backend.prepare(self.packed, scheme, x.dtype)
-            x = rotate(self.smooth(x), scheme.rotation)
+            x = rotate(smooth(x, self.smooth_factor), scheme.rotation)
             return backend.linear(x, operands, scheme, self.bias)
-
-    def smooth(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead in"]:
-        """Return an input as the stored weight takes it, but for the rotation."""
-        return smooth(x, self.smooth_factor) if self._scheme.smoothing else x
 
     def extra_repr(self) -> str:
         """Formats, rank and bits per weight, for `repr`."""
         scheme, branch = self.scheme, self.scheme.branch
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
         text += f"bias={self.bias is not None}, weight={scheme.weight}, "
-        text += f"activation={scheme.activation}, "
+        text += f"activation={scheme.activation}, " + ("smoothed, " if scheme.smoothing else "")
         if scheme.rotation:
             text += f"rotation={scheme.rotation}, "
-        if scheme.smoothing:
-            text += "smoothed, "
         if branch is not None:
             text += f"branch=r{branch.rank} {branch.weight}/{branch.activation}, "
         try:

@@ -31,7 +31,7 @@ from loraq.kernels.base import decode_one, round_activation
 from loraq.nn import QuantizedLayer
 from loraq.options import Size, checked
 from loraq.scheme import Branch
-from loraq.transforms import block_side, rotate
+from loraq.transforms import block_side, rotate, smooth
 
 
 class LoraqColwise(ParallelStyle):
@@ -119,9 +119,8 @@ class LoraqRowwise(ParallelStyle):
                 stored = getattr(layer, f"{part}_{name}", None)
                 if stored is not None and not (name == "scale" and _has_row_scale(fmt)):
                     _put(layer, f"{part}_{name}", stored.detach().chunk(n_ranks, -1)[rank])
-        if layer.scheme.smoothing:
-            codes = layer.get_parameter("smooth_factor").detach()
-            _put(layer, "smooth_factor", codes.chunk(n_ranks)[rank])
+        if layer.smooth_factor is not None:
+            _put(layer, "smooth_factor", layer.smooth_factor.detach().chunk(n_ranks)[rank])
         layer.in_features //= n_ranks
         if rank:
             layer.bias = None  # it is added once, by the first rank
@@ -143,7 +142,8 @@ class LoraqRowwise(ParallelStyle):
         def add_branch(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x = cast_input(args[0])
             with without_autocast(x.device):
-                x, rounds = rotate(layer.smooth(x), layer.scheme.rotation), layer.simulate
+                x, rounds = smooth(x, layer.smooth_factor), layer.simulate
+                x = rotate(x, layer.scheme.rotation)
                 inner = _sum_over_ranks(side.down(x, rounds=rounds), group)
                 branch = side.up(inner, rounds=rounds)
                 return (_sum_over_ranks(y.float(), group) + branch).to(y.dtype)

@@ -9,6 +9,7 @@ import json
 import lzma
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraq.errors import LoraqError
+from loraq.safetensors.reader import ShardReader
 
 #: Steps of the time embedding per unit of flow time, as in PixArt.
 TIME_SCALE = 1000.0
@@ -139,7 +141,6 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
     """
     try:
         from diffusers import PixArtTransformer2DModel
-        from safetensors.torch import load  # which diffusers requires
     except ImportError as error:
         raise LoraqError(
             'The trained model needs diffusers. Run: pip install "loraq[diffusers]"'
@@ -151,7 +152,11 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
             "`experiments/` has the script that trains them."
         )
     model: Any = PixArtTransformer2DModel(**json.loads((folder / "config.json").read_text()))
-    model.load_state_dict(load(lzma.decompress(file.read_bytes())))
+    with TemporaryDirectory() as place:
+        plain = Path(place) / "transformer.safetensors"
+        plain.write_bytes(lzma.decompress(file.read_bytes()))
+        reader = ShardReader(plain)
+        model.load_state_dict({name: reader.read(name) for name in reader.names})
     return nn.Module.to(model.eval(), dtype)
 
 
