@@ -36,7 +36,7 @@ class QuantizedLayer(nn.Module):
 
     Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
     numbers alone: `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`,
-    `proj_up_packed`, `proj_up_scale`, `smooth_factor`, and a `…_global_scale` for each NVFP4 tensor.
+    `proj_up_packed`, `proj_up_scale`, `smooth_factor`, a `…_global_scale` for each NVFP4 tensor.
     They are parameters, not buffers, because FSDP2 shards only those.
     """
 
