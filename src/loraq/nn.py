@@ -35,9 +35,8 @@ class QuantizedLayer(nn.Module):
     """What all quantized layers are: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
 
     Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
-    numbers alone: `weight_packed`, `weight_scale`, `proj_down_packed`, `proj_down_scale`,
-    `proj_up_packed`, `proj_up_scale`, `smooth_factor`, a `…_global_scale` for each NVFP4 tensor.
-    They are parameters, not buffers, because FSDP2 shards only those.
+    numbers alone: `weight_packed`, `proj_up_scale` and so on, which `Scheme.storage` lists. They are
+    parameters, not buffers, because FSDP2 shards only those.
     """
 
     #: Codes of the main weight; the other packed tensors stand beside it.
