@@ -35,7 +35,7 @@ class QuantizedLayer(nn.Module):
     """What all quantized layers are: `y = Qa(x) Qw(W - UD)ᵀ + Qp(Qb(x) Dᵀ) Uᵀ + b`.
 
     Every tensor but the bias is a raw `uint8` parameter, so casts, moves and loaders leave the
-    numbers alone: `weight_packed`, `proj_up_scale` and so on, which `Scheme.storage` lists. They are
+    numbers alone: `weight_packed`, `proj_up_scale` …: `Scheme.storage` lists them. They are
     parameters, not buffers, because FSDP2 shards only those.
     """
 
