@@ -121,6 +121,14 @@ def test_every_back_end_runs_the_smoothed_weight(name, backend, dtype):
     )
 
 
+def test_a_scheme_without_smoothing_reads_the_same_bytes_without_it():
+    layer = QuantizedLinear.from_packed(solve("int4-a16+w8a8-r8-s-h0"))
+    smoothed, x = layer.reconstruct(), outlying(4, 2)
+    layer.scheme = replace(layer.scheme, smoothing=False)
+    assert relative_error(smoothed, layer.reconstruct()) > 0.1
+    assert relative_error(x @ layer.reconstruct().mT, layer(x).detach()) < 1e-5
+
+
 def test_a_compiled_layer_and_its_gradient():
     layer = QuantizedLinear.from_packed(solve("int4-a16+w8a8-r8-s-h0"))
     x = outlying(4, 2).requires_grad_()

@@ -297,7 +297,7 @@ class QuantizedLayer(nn.Module):
         with without_autocast(x.device):  # inside, every product has the dtype it needs
             if not backend.keeps_operands:
                 operands = backend.prepare(self.packed, scheme, x.dtype)
-            x = rotate(smooth(x, self.smooth_factor), scheme.rotation)
+            x = rotate(smooth(x, self.smooth_factor if scheme.smoothing else None), scheme.rotation)
             return backend.linear(x, operands, scheme, self.bias)
 
     def extra_repr(self) -> str:
