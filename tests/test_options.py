@@ -162,7 +162,7 @@ FUNCTIONS = {
     },
     demo.run: {
         "every": FLAG,
-        "n_images": set(),
+        "n_images": {"None"},
         "steps": STEPS,
         "effort": set(),
         "device": TEXT,

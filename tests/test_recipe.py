@@ -223,7 +223,7 @@ def test_the_scheme_may_be_a_name(name):
         ),
         (
             {"scheme": {"weight": "mxfp4", "rank": 3}},
-            r"key in scheme 'rank'.*Known: activation, branch, rotation, weight",
+            r"key in scheme 'rank'.*Known: activation, branch, rotation, smoothing, weight",
         ),
         (
             {"scheme": {"weight": "mxfp4", "branch": {"rnk": 3}}},
