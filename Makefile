@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: demo test check-fast test-bare test-exports test-evaluate fuzz crash lint fmt bench gpu gpu-rehearsal docs site clean
 
 demo: .venv/demo.stamp
-	@echo "demo: quantizing a small trained transformer (1 to 2 minutes on two cores); report in demo/report.html"
+	@echo "demo: quantizing a small trained transformer (about 2 minutes on two cores); report in demo/report.html"
 	@$(BIN)/loraq demo --emoji benchmarks/assets/emoji --out demo
 
 test: .venv/dev.stamp lint

@@ -122,7 +122,9 @@ def test_the_strongest_rivals_of_the_qualification_go_on_and_no_row_of_ours(tmp_
         lines[i]["velocity_error"] = 0.01
     heavy = next(i for i, row in enumerate(rows) if row.method == "qera" and i not in strong)
     lines[heavy] |= {"velocity_error": 0.001, "bits_per_weight": 5.1}
-    going = finalists(ledger_of(tmp_path, *lines), "digits", TITLE)
+    found = ledger_of(tmp_path, *lines)
+    going = finalists(found, "digits", TITLE)
+    assert finalists(found, "patches", TITLE) == going  # nobody qualified there
     assert set(strong) <= going
     assert heavy not in going
     assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == {DECLARED}

@@ -160,6 +160,9 @@ def test_without_statistics_it_is_refused_before_work():
         CalibrationError, match=r"Smoothing needs .* none are given for 1 layers.*'-s'"
     ):
         loraq.quantize_(model, "int4-a8+int8-r8-s", progress=False)
+    recipe = replace(loraq.Recipe.named("int4-a8+int8-r8-s"), method="gptq")
+    with pytest.raises(CalibrationError, match="Method 'gptq' needs activation statistics"):
+        loraq.quantize_(model, recipe, progress=False)  # which leaving out '-s' would not help
     with pytest.raises(CalibrationError, match="Smoothing needs activation statistics"):
         quantize_weight(weight(), "int4-a8+int8-r8-s")
     stats = stats_of(torch.randn(32, 8))

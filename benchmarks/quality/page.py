@@ -45,7 +45,8 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
 * **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits), every rotation of the input, rotation
   in rank space where the branch is quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own
   samples it is SVDQuant + GPTQ with those, the noise filter where activations are rounded, and smoothing as well (its
-  factors are not counted as bytes; those of a LoRaQ row, `-s`, are). The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
+  factors are not counted as bytes; those of a LoRaQ row, `-s`, are). The rows are a product
+  (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured
   on the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; one that was named and withdrawn afterwards stays in the table below. Rows are chosen and
   rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then the declared row, the rivals as

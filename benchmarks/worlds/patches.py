@@ -152,6 +152,4 @@ def sample(
     captions, empty = (
         class_tokens(which) for which in (labels, torch.full_like(labels, NULL_LABEL))
     )
-    return flow.sample_on_its_device(
-        transformer, noise, captions, empty, steps=steps, guidance=guidance
-    )
+    return flow.sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)

@@ -89,9 +89,11 @@ class ActivationStats:
         Args:
             codes: of s, as `loraq.transforms.smooth` takes them.
         """
+        if codes is None:
+            return self
         moment = smooth(self.second_moment, codes)
-        moment = smooth(moment.mT.contiguous(), codes) if self.is_full else smooth(moment, codes)
-        return ActivationStats(self.tokens, moment)
+        other = moment.mT.contiguous() if self.is_full else moment
+        return ActivationStats(self.tokens, smooth(other, codes))
 
     def rotate(self, side: int) -> "ActivationStats":
         """Return the statistics of rotated inputs, as the rotated main weight sees them.

@@ -276,6 +276,7 @@ def test_the_page_shows_every_row_and_who_is_better():
     assert "strongest rival 0.0100" in page  # also when LoRaQ does not win
     assert "LoRaQ ★" in page
     assert "every format" in page
+    assert "<code>loraq demo --all</code>" in page
     assert "What was asked for: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in page
     assert "4-bit weights (INT4)" in draw_page(
         replace(

@@ -10,7 +10,7 @@ flow_training = pytest.importorskip("flow_training")
 train_emoji = pytest.importorskip("train_emoji")
 
 from loraq.errors import LoraqError  # noqa: E402
-from loraq.evaluation.emoji import N_TOKENS, SHOWN, SIZE  # noqa: E402
+from loraq.evaluation.emoji import N_TOKENS, SHOWN, SIZE, Emoji  # noqa: E402
 
 emoji = world.EMOJI
 if not (world.ASSETS / "captions.json").is_file():
@@ -59,6 +59,13 @@ def test_the_model_draws_what_it_is_asked_for():
     drawn = emoji.sample(model, labels, seed=0, steps=10)
     distances = torch.cdist(drawn.flatten(1), emoji.pictures.flatten(1))
     assert (distances.argmin(1) == labels).float().mean() >= 0.8
+
+
+def test_damaged_weights_are_refused_by_their_name(tmp_path):
+    for name in ("config.json", "transformer.safetensors.xz"):
+        (tmp_path / name).write_bytes((world.ASSETS / name).read_bytes()[:2000])
+    with pytest.raises(LoraqError, match=r"transformer\.safetensors\.xz' is damaged"):
+        Emoji(tmp_path).load_transformer()
 
 
 def test_the_probe_sees_other_pictures_with_another_seed():

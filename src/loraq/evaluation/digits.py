@@ -115,10 +115,8 @@ def sample(
     Returns:
         Images on the transformer's device, clamped to [-1, 1].
     """
-    device = flow.first_weight(transformer).device
-    labels = labels.to(device)
     captions, empty = class_tokens(labels), class_tokens(torch.full_like(labels, NULL_LABEL))
-    noise = _noise(len(labels), seed).to(device)
+    noise = _noise(len(labels), seed)
     return flow.sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)
 
 
@@ -164,6 +162,7 @@ def subject() -> Subject:
 
     return Subject(
         about="of 5 million parameters that draws handwritten digits",
+        command="loraq demo",
         folder=assets_folder(),
         budget="r16=5",  # of width 192
         load=load_transformer,

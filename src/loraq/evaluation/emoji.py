@@ -140,7 +140,7 @@ class Emoji:
         empty = torch.full_like(labels, len(self.captions))
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(labels), 3, SIZE, SIZE, generator=generator, device="cpu")
-        return flow.sample_on_its_device(
+        return flow.sample(
             transformer,
             noise,
             self.class_tokens(labels),
@@ -170,6 +170,7 @@ class Emoji:
                 )
         return Subject(
             about="of 20 million parameters that draws emoji from their names",
+            command="loraq demo --emoji benchmarks/assets/emoji",
             folder=self.folder,
             budget="r16=11",
             load=self.load_transformer,

@@ -71,14 +71,16 @@ def sample(
 
     Args:
         transformer: of the PixArt family, quantized or not.
-        noise: where the samples start, on the transformer's device.
+        noise: where the samples start; like the captions it is moved to the transformer's device.
         captions: token embeddings of what is wanted.
         empty: those of the empty caption.
         steps: number of equal Euler steps.
         guidance: classifier-free guidance scale; 1 runs the captioned half only.
     """
-    images, both = noise, torch.cat([captions, empty])
-    for now, later in pairwise(torch.linspace(1, 0, steps + 1, device=noise.device)):
+    device = first_weight(transformer).device
+    images, captions, empty = (each.to(device) for each in (noise, captions, empty))
+    both = torch.cat([captions, empty])
+    for now, later in pairwise(torch.linspace(1, 0, steps + 1, device=device)):
         if guidance == 1:
             velocity = predict_velocity(transformer, images, now.expand(len(images)), captions)
         else:
@@ -89,21 +91,6 @@ def sample(
             velocity = torch.lerp(uncaptioned, captioned, guidance)
         images = images + (later - now) * velocity
     return images.clamp(-1, 1)
-
-
-def sample_on_its_device(
-    transformer: nn.Module,
-    noise: Float[Tensor, "batch channels height width"],
-    captions: Float[Tensor, "batch tokens width"],
-    empty: Float[Tensor, "batch tokens width"],
-    *,
-    steps: int,
-    guidance: float,
-) -> Float[Tensor, "batch channels height width"]:
-    """Return what `sample` draws, for tensors that may be elsewhere than the transformer is."""
-    device = first_weight(transformer).device
-    noise, captions, empty = (each.to(device) for each in (noise, captions, empty))
-    return sample(transformer, noise, captions, empty, steps=steps, guidance=guidance)
 
 
 @torch.no_grad()
@@ -152,9 +139,13 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
             "`experiments/` has the script that trains them."
         )
     model: Any = PixArtTransformer2DModel(**json.loads((folder / "config.json").read_text()))
+    try:
+        raw = lzma.decompress(file.read_bytes())
+    except lzma.LZMAError as error:
+        raise LoraqError(f"'{file}' is damaged ({error}). Check it out again.") from error
     with TemporaryDirectory() as place:
         plain = Path(place) / "transformer.safetensors"
-        plain.write_bytes(lzma.decompress(file.read_bytes()))
+        plain.write_bytes(raw)
         reader = ShardReader(plain)
         model.load_state_dict({name: reader.read(name) for name in reader.names})
     return nn.Module.to(model.eval(), dtype)

@@ -80,9 +80,9 @@ def draw_page(result: DemoResult) -> str:
         *_explain(result),
         footer(
             f"torch {torch.__version__} on {platform.machine()}, one seed. Again: ",
-            tag("code", "loraq demo"),
-            ", every row: with ",
-            tag("code", "--all"),
+            tag("code", result.subject.command),
+            ", every row: ",
+            tag("code", f"{result.subject.command} --all"),
             ".",
         ),
     )

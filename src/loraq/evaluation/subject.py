@@ -13,6 +13,8 @@ class Subject(NamedTuple):
 
     #: What it is, in words: "of 5 million parameters that draws …".
     about: str
+    #: What quantizes it.
+    command: str
     #: Of its files; nothing is written among them.
     folder: Path
     #: Budget whose share of the weights is that of a 16-bit branch of rank 32 of width 1152.

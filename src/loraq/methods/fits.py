@@ -104,8 +104,8 @@ def choose_factors(
 ) -> UInt8[Tensor, " in"]:
     """Return the codes of √(rms of an input channel / rms of the weight's column), 1 in the mean.
 
-    That is SVDQuant's equation 4 with α = ½, which gives both sides the same spread; a search for α
-    gains nothing beyond it (docs/log.md). The mean is geometric.
+    That is SVDQuant's equation 4 with α = ½, which gives both sides the same spread. The mean is
+    geometric.
 
     Raises:
         CalibrationError: there are no statistics, or they are of another width.

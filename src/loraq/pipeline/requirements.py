@@ -147,9 +147,9 @@ def _require_none_of_stacks(plan: Plan, recipe: Recipe) -> None:
 
 def _require_none_needed(plan: Plan, recipe: Recipe) -> None:
     if needy := [job for job in plan.quantized if job.needs_stats]:
-        what, instead = f"Method '{recipe.method}'", "use a method without data, such as 'loraq'"
-        if all(job.scheme.smoothing for job in needy):
-            what, instead = "Smoothing", "leave '-s' out of the recipe"
+        what, instead = "Smoothing", "leave '-s' out of the recipe"
+        if METHODS[recipe.method].use_of_stats == "required":
+            what, instead = f"Method '{recipe.method}'", "use one without data, such as 'loraq'"
         raise CalibrationError(
             f"{what} needs activation statistics, and none are given for {len(needy)} layers. "
             "Collect them with `loraq stats` or `loraq.collect_stats` and give them as `stats` "
