@@ -13,7 +13,7 @@ from loraq.budget import Budget, with_rank
 from loraq.errors import CalibrationError, FormatError
 from loraq.linalg import relative_error
 from loraq.methods import METHODS
-from loraq.methods.fits import choose_factors
+from loraq.methods.fits import choose_factors, prepare_weight
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
@@ -56,15 +56,26 @@ def test_smoothing_and_its_inverse():
     assert smooth(x.bfloat16(), codes).dtype == torch.bfloat16
 
 
-def test_the_factors_are_those_of_svdquant():
-    """Equation 4 of arXiv 2411.05007 with α = ½, of geometric mean 1, to half a step."""
+@pytest.mark.parametrize("alpha", [0.5, 0.3])
+def test_the_factors_are_those_of_svdquant(alpha):
+    """Equation 4 of arXiv 2411.05007, of geometric mean 1, to half a step."""
     x, w = outlying(512, 1), weight()
-    codes = choose_factors(w, stats_of(x))
+    codes = choose_factors(w, stats_of(x), alpha)
     octaves = (codes.float() - ONE) / STEPS
-    expected = (x.square().mean(0).sqrt() / w.square().mean(0).sqrt()).sqrt().log2()
+    sizes = (each.square().mean(0).sqrt() for each in (x, w))
+    expected = (next(sizes) ** alpha / next(sizes) ** (1 - alpha)).log2()
     expected -= expected.mean()
     assert (octaves - expected).abs().max() <= 0.51 / STEPS
-    assert torch.equal(codes, choose_factors(1e-25 * w, stats_of(x)))
+    assert torch.equal(codes, choose_factors(1e-25 * w, stats_of(x), alpha))
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("int4-a4", 0.5), ("nvfp4-a4", 0.5), ("int4-a8", 0.3), ("int5-a16", 0.3)]
+)
+def test_four_bit_activations_are_relieved_of_more(name, alpha):
+    scheme = parse_scheme(f"{name}-s-h0")
+    codes = prepare_weight(weight(), scheme, stats := stats_of(outlying(512, 1))).smooth_factor
+    assert torch.equal(codes, choose_factors(weight(), stats, alpha))
 
 
 @pytest.mark.parametrize("kind", ["dead channels", "no inputs", "a weight of zeros"])

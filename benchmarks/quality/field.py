@@ -21,7 +21,7 @@ DIRECT = {"scale_rule": None}
 #: Alternations of SVDQuant that are tried.
 ROUNDS = (1, 20, 100)
 #: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
-SMOOTHINGS = ("0.5", "grid")
+SMOOTHINGS = ("0.3", "0.5", "grid")
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)
-    if is_rounded(recipe):  # with 16-bit activations it gains nothing (docs/log.md, 2026-11-29)
-        yield Entrant("LoRaQ", recipe.replace("-h", "-s-h"))
+    yield Entrant("LoRaQ", recipe.replace("-h", "-s-h"))
 
 
 def is_quantized(recipe: str) -> bool:

@@ -29,6 +29,9 @@ _USUAL_EXPONENTS = 40
 #: Least mean square of a channel that smoothing takes as it is, as a share of their mean: what the
 #: samples hardly have may come, and its column is not to be rounded to nothing.
 _HARDLY_THERE = 1e-4
+#: SVDQuant's α beside 4-bit activations, and beside others, which are rounded finely enough to take
+#: more of what is hard for the weight (docs/log.md, 2026-11-29).
+_ALPHA_OF_FOUR_BITS, _ALPHA = 0.5, 0.3
 
 
 class Fit(NamedTuple):
@@ -94,18 +97,22 @@ def prepare_weight(
     else:  # a power of two changes no digit
         weight = weight.double() * 2.0**-exponent
     with without_autocast(weight.device):
-        codes = choose_factors(weight, stats) if scheme.smoothing else None
+        codes = choose_factors(weight, stats, smoothing_of(scheme)) if scheme.smoothing else None
         smoothed = unsmooth(weight.float(), codes)
         return Prepared(rotate(smoothed, scheme.rotation).contiguous(), exponent, codes)
 
 
-def choose_factors(
-    weight: Float[Tensor, "out in"], stats: ActivationStats | None
-) -> UInt8[Tensor, " in"]:
-    """Return the codes of √(rms of an input channel / rms of the weight's column), 1 in the mean.
+def smoothing_of(scheme: Scheme) -> float:
+    """Return the α by which a scheme's inputs are smoothed."""
+    return _ALPHA_OF_FOUR_BITS if scheme.activation_format.bits <= 4 else _ALPHA
 
-    That is SVDQuant's equation 4 with α = ½, which gives both sides the same spread. The mean is
-    geometric.
+
+def choose_factors(
+    weight: Float[Tensor, "out in"], stats: ActivationStats | None, alpha: float
+) -> UInt8[Tensor, " in"]:
+    """Return the codes of rms(input channel)^α / rms(weight's column)^(1 − α), 1 in the mean.
+
+    That is SVDQuant's equation 4. The mean is geometric.
 
     Raises:
         CalibrationError: there are no statistics, or they are of another width.
@@ -118,10 +125,10 @@ def choose_factors(
     require_width(stats, weight.shape[1])
     octaves = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     mean_squares = stats.mean_square.to(weight.device), weight.double().square().mean(0)
-    for sign, mean_square in zip((1, -1), mean_squares, strict=True):
+    for power, mean_square in zip((alpha, alpha - 1), mean_squares, strict=True):
         # Channels that are hardly there must not set the scale of the others.
         least = max(_HARDLY_THERE * mean_square.mean().item(), torch.finfo(torch.float64).tiny)
-        octaves += sign / 4 * mean_square.double().clamp(min=least).log2()
+        octaves += power / 2 * mean_square.double().clamp(min=least).log2()
     codes = (octaves - octaves.mean()) * STEPS + ONE
     return codes.round().clamp(0, 255).to(torch.uint8)
 
