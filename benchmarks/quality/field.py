@@ -50,6 +50,8 @@ class Main(NamedTuple):
     rotations: tuple[int, ...] = (0,)
     #: Instead of the world's.
     budget: str | None = None
+    #: Branches that fill the budget: no byte is left for the smoothing factor of a channel.
+    full: tuple[str, ...] = ()
 
 
 def entrants(mains: tuple[Main, ...], *, statistics: bool) -> tuple[Entrant, ...]:
@@ -61,7 +63,9 @@ def entrants(mains: tuple[Main, ...], *, statistics: bool) -> tuple[Entrant, ...
             rows += _without_branch(plain, statistics)
             for branch in main.branches:
                 recipe = f"{main.recipe}+{branch}-h{side}"
-                with_branch = (_sampled if statistics else _unsampled)(recipe)
+                with_branch = [*(_sampled if statistics else _unsampled)(recipe)]
+                if statistics and branch not in main.full:
+                    with_branch.append(Entrant("LoRaQ", recipe.replace("-h", "-s-h")))
                 rows += [replace(row, budget=main.budget) for row in with_branch]
     source = OWN_SAMPLES if statistics else ""
     known = {row.key: replace(row, statistics=source) for row in rows}
@@ -103,7 +107,6 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)
-    yield Entrant("LoRaQ", recipe.replace("-h", "-s-h"))
 
 
 def is_quantized(recipe: str) -> bool:

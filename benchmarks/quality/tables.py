@@ -61,7 +61,7 @@ _A16 = (Main("int4-a16", _WEIGHT_ONLY), Main("mxfp4-a16", _WEIGHT_ONLY))
 _WIDE = (
     Main("int5-a16", ()),
     Main("int4-a16", _WEIGHT_ONLY, budget="5.25"),
-    Main("int5_b256-a16", _WEIGHT_ONLY, budget="5.25"),
+    Main("int5_b256-a16", _WEIGHT_ONLY, budget="5.25", full=("bf16", "w8a8")),
 )
 _A8 = (Main("mxfp4-a8", _FOUR), Main("int4-aint8", _INT))
 #: INT4 and NVFP4 without rotation are SVDQuant's own formats. NVFP4 takes a quarter bit
@@ -77,11 +77,13 @@ _A4 = (
 _CONVROT = Entrant("ConvRot", "int4_b4096-aint4_b4096-h256", "rtn", DIRECT, as_published=True)
 COMPARISONS: dict[str, Comparison] = {
     f"W4A16, {WITHOUT}": Comparison(_A16, False, "int4-a16+w8a8-h0"),
-    f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w6a6-h0"),
+    f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w4a8-s-h0", withdrawn="int4-a16+w6a6-h0"),
     f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0", "5.25"),
-    f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0", "5.25"),
+    f"W4A16 at 5.25 bits, {WITH}": Comparison(
+        _WIDE, True, "int5_b256-a16+w4a8-s-h0", "5.25", withdrawn="int5_b256-a16+w4a8-h0"
+    ),
     f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0", withdrawn="mxfp4-a8+w8a8-h0"),
-    f"W4A8, {WITH}": Comparison(_A8, True, "int4-aint8+bf16-h0"),
+    f"W4A8, {WITH}": Comparison(_A8, True, "int4-aint8+bf16-s-h0", withdrawn="int4-aint8+bf16-h0"),
     f"W4A4, {WITHOUT}": Comparison(
         _A4,
         False,
