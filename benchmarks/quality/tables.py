@@ -79,9 +79,7 @@ COMPARISONS: dict[str, Comparison] = {
     f"W4A16, {WITHOUT}": Comparison(_A16, False, "int4-a16+w8a8-h0"),
     f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w4a8-s-h0", withdrawn="int4-a16+w6a6-h0"),
     f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0", "5.25"),
-    f"W4A16 at 5.25 bits, {WITH}": Comparison(
-        _WIDE, True, "int5_b256-a16+w4a8-s-h0", "5.25", withdrawn="int5_b256-a16+w4a8-h0"
-    ),
+    f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0", "5.25"),
     f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0", withdrawn="mxfp4-a8+w8a8-h0"),
     f"W4A8, {WITH}": Comparison(_A8, True, "int4-aint8+bf16-s-h0", withdrawn="int4-aint8+bf16-h0"),
     f"W4A4, {WITHOUT}": Comparison(
