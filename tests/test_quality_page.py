@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
@@ -140,6 +141,18 @@ def test_a_fingerprint_is_of_what_a_method_makes_and_what_is_done_besides():
     assert seen() == seen(label="b")
     different = [seen(), seen(options={"rounds": 5}), seen(smoothing="grid"), seen(method="loraq")]
     assert len(set(different)) == 4
+
+
+def test_a_fingerprint_does_not_depend_on_the_number_of_threads():
+    row, before = Entrant("a", "int4-a8+int8-h0", statistics="own samples"), torch.get_num_threads()
+    found = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        ledger.fixed_matrix.cache_clear()
+        found.add(ledger.fingerprint(row, "r16=5", "fast"))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert len(found) == 1
 
 
 def test_the_picture_is_the_same_for_the_same_numbers(tmp_path):

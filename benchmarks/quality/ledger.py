@@ -7,7 +7,8 @@ fixed matrix. The newest line of a row and seed counts.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,24 @@ def fixed_matrix() -> tuple[torch.Tensor, ActivationStats]:
     return dit_like(192, 256), ActivationStats(512, inputs.mT @ inputs / 512)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread, as the rows are measured: more of them sum otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
-    weight, stats = fixed_matrix()
     recipe = contender.to_recipe(budget=budget, effort=effort)
-    packed = quantize_weight(weight, recipe, stats=stats if contender.statistics else None).packed
+    with one_thread():
+        weight, stats = fixed_matrix()
+        given = stats if contender.statistics else None
+        packed = quantize_weight(weight, recipe, stats=given).packed
     digest = hashlib.sha256()
     for name, tensor in sorted(packed.tensors.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
