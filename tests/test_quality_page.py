@@ -64,10 +64,10 @@ def test_the_page_is_what_the_result_files_give():
 @pytest.mark.parametrize(
     ("errors", "expected"),
     [
-        ([0.020, 0.022, 0.021], "won, bar 1.05 met"),
-        ([0.01030, 0.01133, 0.01081], "won, bar 1.05 **missed**"),
-        ([0.0101, 0.0109, 0.0106], "**tied**, bar 1.05 **missed**"),
-        ([0.005, 0.0055, 0.00525], "**lost**, bar 1.05 **missed**"),
+        ([0.020, 0.022, 0.021], "won, bar 1.05 met; 3 seeds"),
+        ([0.01030, 0.01133, 0.01081], "won, bar 1.05 **missed**; 3 seeds"),
+        ([0.0101, 0.0109, 0.0106], "**tied**, bar 1.05 **missed**; 3 seeds"),
+        ([0.005, 0.0055, 0.00525], "**lost**, bar 1.05 **missed**; 3 seeds"),
         ([0.020], "not judged: one seed"),
     ],
 )
@@ -90,6 +90,14 @@ def test_the_declared_row_meets_the_strongest_rival_that_stores_no_more(tmp_path
 def test_ratios_are_run_by_run_on_the_seeds_that_both_have(tmp_path):
     rival = [line("QERA", "r", 1, 0.022), line("QERA", "r", 2, 0.021), line("QERA", "r", 4, 9.0)]
     assert judged(ledger_of(tmp_path, *OURS, *rival))[6].strip() == "2.00 ± 0.00"
+
+
+def test_seeds_that_a_rival_has_not_met_yet_count_for_nobody(tmp_path):
+    weak = with_errors("SVDQuant ×1 + GPTQ", [0.03, 0.03, 0.03])
+    strong = with_errors("QERA", [0.02, 0.022])
+    cells = judged(ledger_of(tmp_path, *OURS, *weak, *strong))
+    assert cells[2].strip().startswith("QERA")
+    assert cells[-2].strip() == "won, bar 1.05 met; 2 seeds"
 
 
 def test_what_is_not_measured_is_said_and_nothing_is_judged(tmp_path):

@@ -1,6 +1,6 @@
 """Who is judged by what: the declared LoRaQ row, the strongest rival, and what their ratio says."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from math import sqrt
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -91,11 +91,12 @@ class Verdict(NamedTuple):
         if len(self.ratios) < 2:
             return "not judged: one seed"
         won = "won" if mean - half > 1 else "**lost**" if mean + half < 1 else "**tied**"
-        return f"{won}, bar {self.bar:.2f} {'met' if mean >= self.bar else '**missed**'}"
+        few = "" if len(self.ratios) == len(SEEDS) else f"; {len(self.ratios)} seeds"
+        return f"{won}, bar {self.bar:.2f} {'met' if mean >= self.bar else '**missed**'}{few}"
 
 
 def verdict(rows: Sequence[ModelRow], group: str, ours: ModelRow | None = None) -> Verdict | None:
-    """Return the verdict on a table, if a row of ours and a rival are measured on one seed.
+    """Return the verdict on a table, by the seeds that a row of ours and all its rivals have.
 
     Args:
         rows: of the table.
@@ -105,22 +106,27 @@ def verdict(rows: Sequence[ModelRow], group: str, ours: ModelRow | None = None) 
     ours = ours or declared(rows, group)
     if ours is None:
         return None
-    pairs = [(ratios(rival, ours), rival) for rival in rivals(rows, ours)]
-    most = max((len(found) for found, _ in pairs), default=0)
-    if not most:
+    field = rivals(rows, ours)
+    # On other seeds a run has not met them all yet, and the strongest take longest.
+    shared = set(ours.seeds).intersection(*(rival.seeds for rival in field))
+    if not field or not shared:
         return None
-    found, rival = min(
-        ((found, rival) for found, rival in pairs if len(found) == most),
-        key=lambda pair: fmean(pair[0]),
-    )
-    return Verdict(rival, ours, found, COMPARISONS[group].bar)
+    rival = min(field, key=lambda rival: fmean(ratios(rival, ours, shared)))
+    return Verdict(rival, ours, ratios(rival, ours, shared), COMPARISONS[group].bar)
 
 
-def ratios(row: ModelRow, reference: ModelRow) -> list[float]:
-    """Return the ratio of two rows' velocity errors, run by run, on the seeds that both have."""
+def ratios(row: ModelRow, reference: ModelRow, seeds: Set[int] | None = None) -> list[float]:
+    """Return the ratio of two rows' velocity errors, run by run.
+
+    Args:
+        row: above.
+        reference: below.
+        seeds: of the runs; by default those that both have.
+    """
     theirs = dict(zip(reference.seeds, reference.velocity_errors, strict=True))
     pairs = zip(row.seeds, row.velocity_errors, strict=True)
-    return [error / theirs[seed] for seed, error in pairs if seed in theirs]
+    wanted = theirs.keys() if seeds is None else seeds & theirs.keys()
+    return [error / theirs[seed] for seed, error in pairs if seed in wanted]
 
 
 def half_width(values: Sequence[float]) -> float:
