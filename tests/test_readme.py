@@ -1,6 +1,7 @@
 """Every figure of the README is what a committed result file gives, or what the code computes."""
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ pytest.importorskip("diffusers")
 
 from benchmarks.pages import table  # noqa: E402
 from benchmarks.quality import ledger  # noqa: E402
-from benchmarks.quality.ranking import final_rows, interval, verdict, withdrawn  # noqa: E402
+from benchmarks.quality.ranking import Verdict, final_rows, verdict, withdrawn  # noqa: E402
 from benchmarks.quality.tables import COMPARISONS  # noqa: E402
 from benchmarks.results import read  # noqa: E402
 from loraq.evaluation.demo import DemoRow  # noqa: E402
@@ -56,11 +57,19 @@ def stray_figures(page: str) -> list[str]:
 
 
 @cache
-def verdicts() -> dict[str, Any]:
+def verdicts(world: str = "digits") -> dict[str, Any]:
     """Return those of the tables that are measured."""
     lines = ledger.read()
-    found = {title: verdict(final_rows(lines, "digits", title), title) for title in COMPARISONS}
+    found = {title: verdict(final_rows(lines, world, title), title) for title in COMPARISONS}
     return {title: one for title, one in found.items() if one is not None}
+
+
+def counts(found: Iterable[Verdict]) -> list[int]:
+    """Return how many are won, tied and lost."""
+    said = [one.said for one in found]
+    count = [sum(each.startswith(w) for each in said) for w in ("won", "**tied**", "**lost**")]
+    assert sum(count) == len(said)
+    return count
 
 
 def demo() -> tuple[DemoRow, ...]:
@@ -83,10 +92,8 @@ def against_the_published() -> str:
 
 
 def against_the_strongest() -> str:
-    found = list(verdicts().values())
-    words = ("won", "**tied**", "**lost**")
-    won, tied, lost = (sum(one.said.startswith(word) for one in found) for word in words)
-    assert won + tied + lost == len(found)
+    found = verdicts().values()
+    won, tied, lost = counts(found)
     least, most = (pick(fmean(one.ratios) for one in found) for pick in (min, max))
     return (
         f"of the {len(found)} tables measured on digits LoRaQ wins {won}, ties in {tied} and loses "
@@ -94,20 +101,26 @@ def against_the_strongest() -> str:
     )
 
 
+def on_photographs() -> str:
+    found = verdicts("patches").values()
+    won, tied, lost = counts(found)
+    least, most = (pick(fmean(one.ratios) for one in found) for pick in (min, max))
+    (seeds,) = {len(one.ratios) for one in found}
+    return (
+        f"On a model of photographs it wins {won}, ties in {tied} and loses {lost} of {len(found)} "
+        f"({least:.2f} to {most:.2f}; {seeds} seeds)"
+    )
+
+
 def what_was_withdrawn() -> str:
     lines = ledger.read()
     tables = {title: final_rows(lines, "digits", title) for title in COMPARISONS}
-    found = [
-        (title, verdict(rows, title, row))
-        for title, rows in tables.items()
-        if (row := withdrawn(rows, title)) is not None
-    ]
-    said = (
-        f"{title.replace(',', '')} ({one.said.partition(',')[0].strip('*')}, "
-        f"{interval(one.ratios, 2)})"
-        for title, one in found
+    rows = {title: row for title, each in tables.items() if (row := withdrawn(each, title))}
+    won, tied, lost = counts(verdict(tables[title], title, row) for title, row in rows.items())
+    return (
+        f"{len(rows)} of them were judged by another row before, which won {won}, tied {tied} and "
+        f"lost {lost}"
     )
-    return f"{len(found)} rows were declared before and withdrawn: {' and '.join(said)}"
 
 
 def bytes_of_a_branch() -> str:
@@ -145,6 +158,7 @@ def size_of_the_emoji_model() -> str:
 SENTENCES = (
     against_the_published,
     against_the_strongest,
+    on_photographs,
     what_was_withdrawn,
     bytes_of_a_branch,
     bits_of_a_whole_model,
