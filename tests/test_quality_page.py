@@ -136,7 +136,7 @@ def test_the_strongest_rivals_of_the_qualification_go_on_and_no_row_of_ours(tmp_
     assert finalists(found, "patches", TITLE) == going  # nobody qualified there
     assert set(strong) <= going
     assert heavy not in going
-    named = {DECLARED, COMPARISONS[TITLE].withdrawn}
+    named = {DECLARED, *COMPARISONS[TITLE].withdrawn}
     assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == named
     assert all(i in going for i, row in enumerate(rows) if row.as_published)
 

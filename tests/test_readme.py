@@ -115,10 +115,14 @@ def on_photographs() -> str:
 def what_was_withdrawn() -> str:
     lines = ledger.read()
     tables = {title: final_rows(lines, "digits", title) for title in COMPARISONS}
-    rows = {title: row for title, each in tables.items() if (row := withdrawn(each, title))}
-    won, tied, lost = counts(verdict(tables[title], title, row) for title, row in rows.items())
+    before = [
+        verdict(rows, title, row)
+        for title, rows in tables.items()
+        for row in withdrawn(rows, title)
+    ]
+    won, tied, lost = counts(before)
     return (
-        f"{len(rows)} of them were judged by another row before, which won {won}, tied {tied} and "
+        f"{len(before)} rows were declared before and withdrawn, which won {won}, tied {tied} and "
         f"lost {lost}"
     )
 

@@ -127,8 +127,9 @@ def bars(lines: Lines) -> list[str]:
                 body.append([place, "", "", f"`{recipe}`", "", "", "not measured yet"])
             else:
                 body.append([place, *_figures_of(found)])
-            if (before := withdrawn(rows, title)) and (found := verdict(rows, title, before)):
-                body.append([f"{place}: declared before, and withdrawn", *_figures_of(found)])
+            for before in withdrawn(rows, title):
+                if found := verdict(rows, title, before):
+                    body.append([f"{place}: declared before, and withdrawn", *_figures_of(found)])
     headings = ("", "strongest rival", "bits", "declared LoRaQ row", "bits", "rival / LoRaQ", "")
     return [
         "## The bar\n",

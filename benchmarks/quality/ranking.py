@@ -56,7 +56,7 @@ def is_declared(row: Contender | ModelRow, group: str) -> bool:
 def is_withdrawn(row: Contender | ModelRow, group: str) -> bool:
     """Whether a table was judged by a row before."""
     comparison = COMPARISONS.get(group)
-    return comparison is not None and (row.label, row.recipe) == ("LoRaQ", comparison.withdrawn)
+    return comparison is not None and row.label == "LoRaQ" and row.recipe in comparison.withdrawn
 
 
 def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
@@ -64,9 +64,9 @@ def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
     return next((row for row in rows if is_declared(row, group)), None)
 
 
-def withdrawn(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
-    """Return the row that a table was judged by before, if there was one."""
-    return next((row for row in rows if is_withdrawn(row, group)), None)
+def withdrawn(rows: Sequence[ModelRow], group: str) -> list[ModelRow]:
+    """Return the rows that a table was judged by before."""
+    return [row for row in rows if is_withdrawn(row, group)]
 
 
 def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:

@@ -30,8 +30,8 @@ class Comparison(NamedTuple):
     budget: str = ""
     #: The strongest rival is to have at least so many times its error.
     bar: float = 1.05
-    #: A row that was declared before this one and measured on `SEEDS`: its verdict stays.
-    withdrawn: str = ""
+    #: Rows that were declared before this one and measured on `SEEDS`: their verdicts stay.
+    withdrawn: tuple[str, ...] = ()
     #: Rivals in formats that LoRaQ has no row in.
     others: tuple[Entrant, ...] = ()
 
@@ -77,21 +77,28 @@ _A4 = (
 _CONVROT = Entrant("ConvRot", "int4_b4096-aint4_b4096-h256", "rtn", DIRECT, as_published=True)
 COMPARISONS: dict[str, Comparison] = {
     f"W4A16, {WITHOUT}": Comparison(_A16, False, "int4-a16+w8a8-h0"),
-    f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w4a8-s-h0", withdrawn="int4-a16+w6a6-h0"),
+    f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w4a8-s-h0", withdrawn=("int4-a16+w6a6-h0",)),
     f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0", "5.25"),
     f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0", "5.25"),
-    f"W4A8, {WITHOUT}": Comparison(_A8, False, "int4-aint8+w4a8-h0", withdrawn="mxfp4-a8+w8a8-h0"),
-    f"W4A8, {WITH}": Comparison(_A8, True, "int4-aint8+bf16-s-h0", withdrawn="int4-aint8+bf16-h0"),
+    f"W4A8, {WITHOUT}": Comparison(
+        _A8,
+        False,
+        "int4-aint8+w6a8-h0",
+        withdrawn=("mxfp4-a8+w8a8-h0", "int4-aint8+w4a8-h0"),
+    ),
+    f"W4A8, {WITH}": Comparison(
+        _A8, True, "int4-aint8+bf16-s-h0", withdrawn=("int4-aint8+bf16-h0",)
+    ),
     f"W4A4, {WITHOUT}": Comparison(
         _A4,
         False,
         "nvfp4-a4+w4a8-h0",
         bar=1.10,
-        withdrawn="int4-a4+w4a8-h32",
+        withdrawn=("int4-a4+w4a8-h32",),
         others=(_CONVROT,),
     ),
     f"W4A4, {WITH}": Comparison(
-        _A4, True, "int4-a4+w4a8-s-h32", bar=1.10, withdrawn="int4-a4+w4a8-h32"
+        _A4, True, "int4-a4+w4a8-s-h32", bar=1.10, withdrawn=("int4-a4+w4a8-h32",)
     ),
 }
 CONTENDERS: dict[str, Table] = {
