@@ -23,7 +23,7 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
     """Return the rows of a table that are measured on the page's seeds, by their index.
 
     They are the declared one, one that was declared before, those as published, and the strongest
-    rivals in the qualification that store no more than the declared row. LoRaQ's own row is never
+    rivals in the qualification that store no more than one of these. LoRaQ's own row is never
     chosen by its result here. Of a world without a qualification of its own they are those of
     `FIRST`.
     """
@@ -38,11 +38,11 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
     qualified = ledger.rows(lines, world, group, QUALIFYING) or ledger.rows(
         lines, FIRST, group, QUALIFYING
     )
-    ours = declared(qualified, group)
-    strongest = sorted(rivals(qualified, ours), key=lambda row: fmean(row.velocity_errors))
-    for row in strongest[:FINALISTS]:
-        if (key := (row.label, row.recipe, row.budget)) in index:
-            chosen.add(index[key])
+    for ours in (declared(qualified, group), *withdrawn(qualified, group)):
+        strongest = sorted(rivals(qualified, ours), key=lambda row: fmean(row.velocity_errors))
+        for row in strongest[:FINALISTS]:
+            if (key := (row.label, row.recipe, row.budget)) in index:
+                chosen.add(index[key])
     return chosen
 
 

@@ -107,8 +107,8 @@ def test_the_short_demo_is_the_same_rows_under_shorter_labels():
         ("round to nearest", "int4-a16", "rtn", False),
         ("SVDQuant ×20", "int4-a16+w8a8", "svdquant", False),
         ("LoRaQ", "int4-a16+w8a8", "loraq", False),
-        ("SVDQuant ×20 + GPTQ", "int4-a16+w6a6", "gptq", True),
-        ("LoRaQ", "int4-a16+w6a6", "loraq", True),
+        ("SVDQuant ×20 + GPTQ", "int4-a16+w4a8-s", "gptq", True),
+        ("LoRaQ", "int4-a16+w4a8-s", "loraq", True),
     ]
 
 

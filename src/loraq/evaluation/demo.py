@@ -56,13 +56,13 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
             "SVDQuant + GPTQ, 16-bit branch", "int4-a16+bf16", "gptq", statistics=OWN_SAMPLES
         ),
         Contender(
-            "SVDQuant ×100 + GPTQ, 6-bit branch",
-            "int4-a16+w6a6",
+            "SVDQuant ×100 + GPTQ, smoothed, 4-bit branch",
+            "int4-a16+w4a8-s",
             "gptq",
             HELPED,
             statistics=OWN_SAMPLES,
         ),
-        Contender("LoRaQ, 6-bit branch", "int4-a16+w6a6", statistics=OWN_SAMPLES),
+        Contender("LoRaQ, smoothed, 4-bit branch", "int4-a16+w4a8-s", statistics=OWN_SAMPLES),
     ),
     "4-bit weights, 8-bit activations": (
         Contender("round to nearest", "mxfp4-a8", "rtn"),
@@ -91,7 +91,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
 
 #: The recipes of the short demo, by group: weight-only, because that is what runs unless somebody
 #: asks for rounded activations, and of these the ones that docs/quality.md is judged by.
-SHORT_RECIPES = dict(zip(list(CONTENDERS)[:2], ("int4-a16+w8a8", "int4-a16+w6a6"), strict=True))
+SHORT_RECIPES = dict(zip(list(CONTENDERS)[:2], ("int4-a16+w8a8", "int4-a16+w4a8-s"), strict=True))
 
 
 def choose_short() -> dict[str, tuple[Contender, ...]]:
