@@ -154,12 +154,14 @@ def test_a_fingerprint_is_of_what_a_method_makes_and_what_is_done_besides():
 def test_a_fingerprint_does_not_depend_on_the_number_of_threads():
     row, before = Entrant("a", "int4-a8+int8-h0", statistics="own samples"), torch.get_num_threads()
     found = set()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        ledger.fixed_matrix.cache_clear()
-        found.add(ledger.fingerprint(row, "r16=5", "fast"))
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ledger.fixed_matrix.cache_clear()
+            found.add(ledger.fingerprint(row, "r16=5", "fast"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
     assert len(found) == 1
 
 

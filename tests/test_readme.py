@@ -30,7 +30,7 @@ from loraq.evaluation.demo import DemoRow  # noqa: E402
 MODELS = {"pixart-sigma": "PixArt-Σ XL", "sana-1.6b": "SANA", "flux.1": "FLUX.1"}
 #: What no run measures: numbers of bits, of rounds, of versions and papers.
 NO_FIGURES = (
-    r"\b\d+(-bit\b| bits?\b)|\balternated 100 times\b"
+    r"\b\d+(-bit\b| bits?\b)|\balternated up to 100 times and smoothed up to 20\b"
     r"|\bPython 3\.11\b|\b2604\.18117\b|\bApache-2\.0\b"
 )
 #: What a run measures: decimals, intervals, and numbers of what is counted.
@@ -122,8 +122,8 @@ def what_was_withdrawn() -> str:
     ]
     won, tied, lost = counts(before)
     return (
-        f"{len(before)} rows were declared before and withdrawn, which won {won}, tied {tied} and "
-        f"lost {lost}"
+        f"On digits {len(before)} rows were declared before and withdrawn, which won {won}, "
+        f"tied {tied} and lost {lost}"
     )
 
 

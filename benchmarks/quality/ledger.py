@@ -64,14 +64,6 @@ def rows(
     return found
 
 
-@lru_cache(maxsize=1)
-def fixed_matrix() -> tuple[torch.Tensor, ActivationStats]:
-    """Return a weight, and statistics of inputs, that tell what a method does."""
-    # Large enough for the smallest budget of any table to leave a branch of rank 1.
-    inputs = gaussian(512, 256, 1) @ gaussian(256, 256, 2) / 16
-    return dit_like(192, 256), ActivationStats(512, inputs.mT @ inputs / 512)
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute on one thread, as the rows are measured: more of them sum otherwise."""
@@ -83,12 +75,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@lru_cache(maxsize=1)
+def fixed_matrix() -> tuple[torch.Tensor, ActivationStats]:
+    """Return a weight, and statistics of inputs, that tell what a method does."""
+    # Large enough for the smallest budget of any table to leave a branch of rank 1.
+    with one_thread():
+        inputs = gaussian(512, 256, 1) @ gaussian(256, 256, 2) / 16
+        return dit_like(192, 256), ActivationStats(512, inputs.mT @ inputs / 512)
+
+
 def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
     recipe = contender.to_recipe(budget=budget, effort=effort)
+    weight, stats = fixed_matrix()
+    given = stats if contender.statistics else None
     with one_thread():
-        weight, stats = fixed_matrix()
-        given = stats if contender.statistics else None
         packed = quantize_weight(weight, recipe, stats=given).packed
     digest = hashlib.sha256()
     for name, tensor in sorted(packed.tensors.items()):

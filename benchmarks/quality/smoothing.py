@@ -1,10 +1,10 @@
 """SVDQuant's smoothing of the input channels, as a rival may use it.
 
 SVDQuant, arXiv 2411.05007, equation 4: channel j of the input is divided by s_j and the weight's
-column is multiplied by it, s_j = size(x_j)^α / size(w_j)^(1 − α). With α = 0.5 sizes are root mean
-squares, of the inputs by statistics. "grid" takes the α of each layer that leaves least output
-error on tokens of the samples after one-shot SVDQuant, its activations rounded. The division is
-free where a layer norm comes before, and is not counted as bytes.
+column is multiplied by it, s_j = size(x_j)^α / size(w_j)^(1 − α). Sizes are root mean squares, of
+the inputs by statistics. "grid" takes the α of each layer that leaves least output error on tokens
+of the samples after one-shot SVDQuant, its activations rounded. The division is free where a layer
+norm comes before, and is not counted as bytes.
 """
 
 from collections.abc import Mapping

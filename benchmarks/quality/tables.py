@@ -47,7 +47,7 @@ def with_statistics(*contenders: Contender) -> Table:
 
 
 WITHOUT, WITH = "from weights alone", "own samples"
-#: Seeds of the page. Nothing is chosen by them.
+#: Seeds of the page. No row is chosen by its result on them, but one may be because another lost.
 SEEDS = (0, 1, 2, 3, 4)
 #: Seeds that rows are declared and rivals qualified by.
 QUALIFYING = (101, 102)
