@@ -1,6 +1,7 @@
 """Rivals get what LoRaQ gets: the property that makes the page of quality fair."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -54,7 +55,21 @@ def test_for_each_row_of_ours_every_rival_has_a_row_with_the_same_help(title):
         assert {r.options.get("rounds", 1) for r in helped if not r.smoothing} == set(ROUNDS)
         assert any(r.method == ("qera" if statistics else "lqer") for r in alike)
         if statistics:
-            assert {r.smoothing for r in helped} == {"", *SMOOTHINGS}
+            smoothed = {(r.options["rounds"], r.smoothing) for r in helped if r.smoothing}
+            assert smoothed == set(product(ROUNDS[:-1], SMOOTHINGS))
+
+
+@tables
+def test_a_smoothed_row_of_ours_stands_beside_every_branch_that_leaves_room(title):
+    comparison, ours = COMPARISONS[title], {(row.recipe, row.budget) for row in rows_of(title)[0]}
+    expected = {
+        (f"{main.recipe}+{branch}-s-h{side}", main.budget)
+        for main in comparison.mains
+        for branch in set(main.branches) - set(main.full)
+        for side in main.rotations
+    }
+    found = {row for row in ours if "-s-h" in row[0]}
+    assert found == (expected if comparison.statistics else set())
 
 
 @tables
