@@ -103,7 +103,7 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
     for rounds in ROUNDS:
         options = {"rounds": rounds, **helped}
         yield Entrant(f"SVDQuant ×{rounds} + GPTQ", recipe, "gptq", options)
-        for smoothing in SMOOTHINGS if rounds < max(ROUNDS) else ():
+        for smoothing in SMOOTHINGS:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)

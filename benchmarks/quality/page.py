@@ -44,12 +44,12 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
 
 * **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits), every rotation of the input, rotation
   in rank space where the branch is quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own
-  samples it is SVDQuant + GPTQ with those, the noise filter where activations are rounded, and at one and 20 alternations smoothing as well (its
-  factors are not counted as bytes; those of a LoRaQ row, `-s`, are, and make it 0.02 to 0.04 bits larger). The rows are a product
+  samples it is SVDQuant + GPTQ with those, the noise filter where activations are rounded, and smoothing as well (its factors
+  are not counted as bytes; those of a LoRaQ row, `-s`, are). A qualification of fewer than all rows lacks ×100 with smoothing. The rows are a product
   (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured
-  on the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; those that were named and withdrawn afterwards, because they had not won, stay in the
-  table below. W4A8 from weights alone is judged by a row that seed {QUALIFYING[0]} of both worlds chose (docs/log.md, 2026-11-29). Rows are chosen and
+  on the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; those that were named and withdrawn afterwards, because they had not won on a model, stay
+  in the table below. W4A8 from weights alone is judged by a row that seed {QUALIFYING[0]} of both worlds chose (docs/log.md, 2026-11-29). Rows are chosen and
   rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then the declared row, the rivals as
   published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row takes minutes on
   patches: where no qualification is shown for it, the rivals are those that qualified on {FIRST}.

@@ -97,12 +97,12 @@ def prepare_weight(
     else:  # a power of two changes no digit
         weight = weight.double() * 2.0**-exponent
     with without_autocast(weight.device):
-        codes = choose_factors(weight, stats, smoothing_of(scheme)) if scheme.smoothing else None
+        codes = choose_factors(weight, stats, choose_alpha(scheme)) if scheme.smoothing else None
         smoothed = unsmooth(weight.float(), codes)
         return Prepared(rotate(smoothed, scheme.rotation).contiguous(), exponent, codes)
 
 
-def smoothing_of(scheme: Scheme) -> float:
+def choose_alpha(scheme: Scheme) -> float:
     """Return the α by which a scheme's inputs are smoothed."""
     return _ALPHA_OF_FOUR_BITS if scheme.activation_format.bits <= 4 else _ALPHA
 
