@@ -1,5 +1,6 @@
 """The page of quality says what the newest result files say, and judges beyond noise only."""
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,15 @@ if not (ROOT / "docs").is_dir():
 quality_page = pytest.importorskip("benchmarks.quality.page")
 from benchmarks.quality import ledger  # noqa: E402
 from benchmarks.quality.field import Entrant  # noqa: E402
-from benchmarks.quality.ranking import finalists  # noqa: E402
+from benchmarks.quality.ranking import (  # noqa: E402
+    final_rows,
+    finalists,
+    judged_too,
+    unmeasured,
+    verdict,
+)
 from benchmarks.quality.row import ModelRow  # noqa: E402
-from benchmarks.quality.tables import COMPARISONS, QUALIFYING  # noqa: E402
+from benchmarks.quality.tables import COMPARISONS, QUALIFYING, SEEDS  # noqa: E402
 from benchmarks.results import RENAMED, read, rename  # noqa: E402
 from benchmarks.rivals import page as rivals_section  # noqa: E402
 
@@ -61,6 +68,11 @@ def test_the_page_is_what_the_result_files_give():
     assert (ROOT / "docs" / "quality.md").read_text() == quality_page.page(read(), ledger.read())
 
 
+def said(lines):
+    """Return what is said of the table, without how many finalists nobody met."""
+    return re.sub(r"; \d+ of the finalists not measured", "", judged(lines)[-2]).strip()
+
+
 @pytest.mark.parametrize(
     ("errors", "expected"),
     [
@@ -73,7 +85,7 @@ def test_the_page_is_what_the_result_files_give():
 )
 def test_a_table_is_won_or_lost_only_beyond_the_confidence_interval(tmp_path, errors, expected):
     rival = with_errors("SVDQuant ×20 + GPTQ", errors)
-    assert judged(ledger_of(tmp_path, *OURS, *rival))[-2].strip() == expected
+    assert said(ledger_of(tmp_path, *OURS, *rival)) == expected
 
 
 def test_the_declared_row_meets_the_strongest_rival_that_stores_no_more(tmp_path):
@@ -84,25 +96,25 @@ def test_the_declared_row_meets_the_strongest_rival_that_stores_no_more(tmp_path
     cells = judged(ledger_of(tmp_path, *OURS, *better, *larger, *weak, *strong))
     assert cells[2].strip().startswith("QERA")
     assert cells[4].strip() == f"`{DECLARED}`"
-    assert cells[6].strip() == "2.00 ± 0.00"
+    assert cells[7].strip() == "2.00 ± 0.00"
 
 
 def test_ratios_are_run_by_run_on_the_seeds_that_both_have(tmp_path):
     rival = [line("QERA", "r", 1, 0.022), line("QERA", "r", 2, 0.021), line("QERA", "r", 4, 9.0)]
-    assert judged(ledger_of(tmp_path, *OURS, *rival))[6].strip() == "2.00 ± 0.00"
+    assert judged(ledger_of(tmp_path, *OURS, *rival))[7].strip() == "2.00 ± 0.00"
 
 
 def test_seeds_that_a_rival_has_not_met_yet_count_for_nobody(tmp_path):
     weak = with_errors("SVDQuant ×1 + GPTQ", [0.03, 0.03, 0.03])
     strong = with_errors("QERA", [0.02, 0.022])
-    cells = judged(ledger_of(tmp_path, *OURS, *weak, *strong))
-    assert cells[2].strip().startswith("QERA")
-    assert cells[-2].strip() == "won, bar 1.05 met; 2 seeds"
+    found = ledger_of(tmp_path, *OURS, *weak, *strong)
+    assert judged(found)[2].strip().startswith("QERA")
+    assert said(found) == "won, bar 1.05 met; 2 seeds"
 
 
 def test_what_is_not_measured_is_said_and_nothing_is_judged(tmp_path):
-    assert judged(ledger_of(tmp_path))[-2].strip() == "not measured yet"
-    assert judged(ledger_of(tmp_path, line("QERA", "r")))[-2].strip() == "not measured yet"
+    assert said(ledger_of(tmp_path)) == "not measured yet"
+    assert said(ledger_of(tmp_path, line("QERA", "r"))) == "not measured yet"
     unfair = {"benchmark": "quality.run", "date": "2026", "rows": [{"same_bytes": True}]}
     unfair["rows"][0] |= {**line(), "velocity_errors": [1.0], "peak_bytes": 1}
     assert quality_page.studies([unfair]) == {}
@@ -136,9 +148,47 @@ def test_the_strongest_rivals_of_the_qualification_go_on_and_no_row_of_ours(tmp_
     assert finalists(found, "patches", TITLE) == going  # nobody qualified there
     assert set(strong) <= going
     assert heavy not in going
-    named = {DECLARED, *COMPARISONS[TITLE].withdrawn}
+    named = {DECLARED, *COMPARISONS[TITLE].withdrawn, *dict(COMPARISONS[TITLE].beside)}
     assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == named
     assert all(i in going for i, row in enumerate(rows) if row.as_published)
+
+
+def test_what_was_measured_on_a_seed_of_the_page_goes_on_to_the_others(tmp_path):
+    rows = COMPARISONS[TITLE].entrants
+    weak = next(i for i, row in enumerate(rows) if row.method == "qera" and not row.as_published)
+    once = line(rows[weak].label, rows[weak].recipe, SEEDS[0], 9.0, method="qera")
+    assert weak not in finalists(ledger_of(tmp_path), "digits", TITLE)
+    assert weak in finalists(ledger_of(tmp_path, once), "digits", TITLE)
+
+
+def test_a_finalist_that_nobody_met_is_told(tmp_path):
+    rival = COMPARISONS[TITLE].entrants[0]
+    met = [line(rival.label, rival.recipe, seed, 1.5, method=rival.method) for seed in (0, 1)]
+    qualified = line("QERA", "mxfp4-a8+w8a8-h0", QUALIFYING[0], 0.1, method="qera")
+    ours = with_errors("LoRaQ", [1.0, 1.0], DECLARED)
+    found = ledger_of(tmp_path, *ours, *met, qualified)
+    assert unmeasured(found, "digits", TITLE) > 0
+    assert "of the finalists not measured" in judged(found)[-2]
+
+
+def test_rows_beside_the_declared_one_have_a_verdict_of_their_own(tmp_path):
+    title = "W4A4, own samples"
+    ((recipe, what),) = COMPARISONS[title].beside
+    wide = [
+        {**line("SVDQuant", "nvfp4-a4+w4a8-h0", seed, 0.9, method="svdquant"), "group": title}
+        | {"bits_per_weight": 5.1}
+        for seed in (0, 1)
+    ]
+    ours = [
+        {**line("LoRaQ", name, seed, 1.0), "group": title} | {"bits_per_weight": bits}
+        for name, bits in ((COMPARISONS[title].declared, 4.9), (recipe, 5.1))
+        for seed in (0, 1)
+    ]
+    rows = final_rows(ledger_of(tmp_path, *wide, *ours), "digits", title)
+    assert verdict(rows, title) is None  # nobody stores so little
+    ((said, row),) = judged_too(rows, title)
+    assert (said, row.recipe) == (what, recipe)
+    assert verdict(rows, title, row).said.startswith("**lost**")
 
 
 def test_a_fingerprint_is_of_what_a_method_makes_and_what_is_done_besides():

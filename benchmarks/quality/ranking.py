@@ -22,41 +22,65 @@ Lines = dict[ledger.RowKey, dict[int, ledger.Line]]
 def finalists(lines: Lines, world: str, group: str) -> set[int]:
     """Return the rows of a table that are measured on the page's seeds, by their index.
 
-    They are the declared one, one that was declared before, those as published, and the strongest
-    rivals in the qualification that store no more than one of these. LoRaQ's own row is never
-    chosen by its result here. Of a world without a qualification of its own they are those of
-    `FIRST`.
+    They are the declared one, those that are judged beside it or were declared before, those as
+    published, and the strongest rivals in the qualification that store no more than one of these.
+    LoRaQ's own row is never chosen by its result here. Of a world without a qualification of its
+    own they are those of `FIRST`. Who has met one of the page's seeds meets the others too.
     """
     comparison = COMPARISONS[group]
     rows = comparison.entrants
-    index = {(row.label, row.recipe, row.budget or ""): i for i, row in enumerate(rows)}
+    index = {name_of(row): i for i, row in enumerate(rows)}
     chosen = {
         i
         for i, row in enumerate(rows)
-        if row.as_published or is_declared(row, group) or is_withdrawn(row, group)
+        if row.as_published or is_declared(row, group) or is_judged_too(row, group)
     }
+    measured = final_rows(lines, world, group)
+    chosen |= {index[name] for name in map(name_of, measured) if name in index}
     qualified = ledger.rows(lines, world, group, QUALIFYING) or ledger.rows(
         lines, FIRST, group, QUALIFYING
     )
-    for ours in (declared(qualified, group), *withdrawn(qualified, group)):
+    for ours in (declared(qualified, group), *(row for _, row in judged_too(qualified, group))):
         strongest = sorted(rivals(qualified, ours), key=lambda row: fmean(row.velocity_errors))
-        for row in strongest[:FINALISTS]:
-            if (key := (row.label, row.recipe, row.budget)) in index:
-                chosen.add(index[key])
+        chosen |= {index[name] for name in map(name_of, strongest[:FINALISTS]) if name in index}
     return chosen
+
+
+def unmeasured(lines: Lines, world: str, group: str) -> int:
+    """Return how many finalists of a table have no line on the page's seeds: nobody met them."""
+    met = set(map(name_of, final_rows(lines, world, group)))
+    entrants = COMPARISONS[group].entrants
+    return sum(name_of(entrants[i]) not in met for i in finalists(lines, world, group))
+
+
+def name_of(row: Contender | ModelRow) -> tuple[str, str, str]:
+    """Return what tells a row of a table apart."""
+    return row.label, row.recipe, row.budget or ""
 
 
 def is_declared(row: Contender | ModelRow, group: str) -> bool:
     """Whether a row is the one that its table is judged by."""
     comparison = COMPARISONS.get(group)
-    ours = comparison and ("LoRaQ", comparison.declared, comparison.budget)
-    return (row.label, row.recipe, row.budget or "") == ours
+    return comparison is not None and name_of(row) == (
+        "LoRaQ",
+        comparison.declared,
+        comparison.budget,
+    )
 
 
 def is_withdrawn(row: Contender | ModelRow, group: str) -> bool:
     """Whether a table was judged by a row before."""
     comparison = COMPARISONS.get(group)
     return comparison is not None and row.label == "LoRaQ" and row.recipe in comparison.withdrawn
+
+
+def is_judged_too(row: Contender | ModelRow, group: str) -> bool:
+    """Whether a row has a verdict of its own, and is not the declared one."""
+    comparison = COMPARISONS.get(group)
+    if comparison is None or is_withdrawn(row, group):
+        return comparison is not None
+    names = {("LoRaQ", recipe, comparison.budget) for recipe, _ in comparison.beside}
+    return name_of(row) in names
 
 
 def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
@@ -67,6 +91,16 @@ def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
 def withdrawn(rows: Sequence[ModelRow], group: str) -> list[ModelRow]:
     """Return the rows that a table was judged by before."""
     return [row for row in rows if is_withdrawn(row, group)]
+
+
+def judged_too(rows: Sequence[ModelRow], group: str) -> list[tuple[str, ModelRow]]:
+    """Return the other rows that have a verdict, each with what it is."""
+    why = dict(COMPARISONS[group].beside)
+    return [
+        (why.get(row.recipe, "declared before, and withdrawn"), row)
+        for row in rows
+        if is_judged_too(row, group)
+    ]
 
 
 def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import loraq
 from benchmarks.quality import ledger
 from benchmarks.quality.field import Entrant
-from benchmarks.quality.ranking import finalists
+from benchmarks.quality.ranking import finalists, name_of
 from benchmarks.quality.smoothing import divide_inputs, smooth
 from benchmarks.quality.tables import CONTENDERS, QUALIFYING, SEEDS, TEXT_SIDE, all_tables
 from benchmarks.record import environment, options
@@ -129,7 +129,7 @@ def main() -> None:
                 going = finalists(lines, name, group)
             for seed in seeds:
                 for index in sorted(going):
-                    done = lines.get((name, group, *key_of(rows[index])), {}).get(seed, {})
+                    done = lines.get((name, group, *name_of(rows[index])), {}).get(seed, {})
                     pictures = chosen.pictures and seed == SEEDS[0]
                     known_as = "" if pictures and "psnr_db" not in done else done.get("fingerprint")
                     jobs.append(
@@ -139,11 +139,6 @@ def main() -> None:
         # met the strongest.
         jobs.sort(key=lambda job: (job.seed, job.rounds > 0, -job.rounds))
         run(name, jobs, chosen.workers)
-
-
-def key_of(row: Contender) -> tuple[str, str, str]:
-    """Return what tells a row of a table apart."""
-    return row.label, row.recipe, row.budget or ""
 
 
 def run(name: str, jobs: list[Job], workers: int) -> None:

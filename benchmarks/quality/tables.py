@@ -32,6 +32,9 @@ class Comparison(NamedTuple):
     bar: float = 1.05
     #: Rows that were declared before this one and measured on `SEEDS`: their verdicts stay.
     withdrawn: tuple[str, ...] = ()
+    #: Rows that are judged beside it, by what they are to a user: one that the declared row's bytes
+    #: would hide from its strongest rivals, or that people run.
+    beside: tuple[tuple[str, str], ...] = ()
     #: Rivals in formats that LoRaQ has no row in.
     others: tuple[Entrant, ...] = ()
 
@@ -85,9 +88,17 @@ COMPARISONS: dict[str, Comparison] = {
         False,
         "int4-aint8+w6a8-h0",
         withdrawn=("mxfp4-a8+w8a8-h0", "int4-aint8+w4a8-h0"),
+        beside=(("int4-aint8+int8-h0", "default recipe"),),
     ),
     f"W4A8, {WITH}": Comparison(
-        _A8, True, "int4-aint8+bf16-s-h0", withdrawn=("int4-aint8+bf16-h0",)
+        _A8,
+        True,
+        "int4-aint8+bf16-s-h0",
+        withdrawn=("int4-aint8+bf16-h0",),
+        beside=(
+            ("int4-aint8+int8-h0", "default recipe"),
+            ("int4-aint8+int8-s-h0", "default recipe, smoothed"),
+        ),
     ),
     f"W4A4, {WITHOUT}": Comparison(
         _A4,
@@ -98,7 +109,12 @@ COMPARISONS: dict[str, Comparison] = {
         others=(_CONVROT,),
     ),
     f"W4A4, {WITH}": Comparison(
-        _A4, True, "int4-a4+w4a8-s-h32", bar=1.10, withdrawn=("int4-a4+w4a8-h32",)
+        _A4,
+        True,
+        "int4-a4+w4a8-s-h32",
+        bar=1.10,
+        withdrawn=("int4-a4+w4a8-h32",),
+        beside=(("nvfp4-a4+w4a8-s-h0", "NVFP4, a quarter bit more"),),
     ),
 }
 CONTENDERS: dict[str, Table] = {
