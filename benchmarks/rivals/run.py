@@ -51,9 +51,14 @@ RUNNERS = Path(__file__).parent / "packages"
 ACTIVATIONS = {
     "int4": {"A16": "bf16", "A8": "int8", "A4": "int4"},
     "mxfp4": {"A16": "bf16", "A8": "mxint8", "A4": "mxfp4"},
+    "nvfp4": {"A16": "bf16", "A8": "mxint8", "A4": "nvfp4"},
 }
 #: Main formats of LoRaQ beside a rival of a family: the first that leaves bytes for a branch.
-MAINS = {"int4": ("int4", "int4_b128"), "mxfp4": ("mxfp4", "int4_b128")}
+MAINS = {
+    "int4": ("int4", "int4_b128"),
+    "mxfp4": ("mxfp4", "int4_b128"),
+    "nvfp4": ("nvfp4", "int4_b128"),
+}
 
 
 @dataclass(frozen=True, eq=False)
