@@ -1,6 +1,7 @@
-"""What the generated pages share: tables, and the sentence that says where one comes from."""
+"""What the generated pages share: tables, folds, and the sentence that says where one is from."""
 
 from collections.abc import Iterable
+from html import escape
 
 from benchmarks.results import Record
 
@@ -22,6 +23,19 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]], align: str = "
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def folded(summary: str, lines: Iterable[str]) -> list[str]:
+    """Return lines that a page shows when somebody opens them.
+
+    The attribute lets mkdocs read what is inside as Markdown (`md_in_html`); others ignore it.
+
+    Args:
+        summary: what stands there instead; plain text.
+        lines: Markdown.
+    """
+    opening = ['<details markdown="1">', f"<summary>{escape(summary, quote=False)}</summary>", ""]
+    return [*opening, *lines, "</details>", ""]
 
 
 def source(record: Record) -> str:

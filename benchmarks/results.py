@@ -38,6 +38,13 @@ RENAMED_FIGURES = {
         "cpu_seconds": "seconds",
     },
 }
+#: Recipe of `speed.stream` by commit, for records whose rows do not name it: the default of then,
+#: in the names of today.
+STREAMED_RECIPES = {
+    "f339d65": "mxfp4-a8+w6a8",
+    "ce4749b": "mxfp4-a8+w8a8",
+    "ab5d27f": "int4-a8+int8",
+}
 
 
 def read(folder: Path = RESULTS) -> list[Record]:
@@ -51,11 +58,13 @@ def read(folder: Path = RESULTS) -> list[Record]:
 
 def rename(record: Record) -> Record:
     """Return a record with the names of today."""
-    benchmark = RENAMED.get(record["benchmark"])
-    if benchmark is None:
-        return record
-    figures = RENAMED_FIGURES.get(benchmark, {})
-    rows = [_rename_figures(row, figures) for row in record["rows"]]
+    benchmark = RENAMED.get(record["benchmark"], record["benchmark"])
+    rows = record["rows"]
+    if benchmark != record["benchmark"]:
+        figures = RENAMED_FIGURES.get(benchmark, {})
+        rows = [_rename_figures(row, figures) for row in rows]
+    if benchmark == "speed.stream" and (recipe := STREAMED_RECIPES.get(record["commit"])):
+        rows = [{"recipe": recipe, **row} for row in rows]
     return {**record, "benchmark": benchmark, "rows": rows}
 
 

@@ -290,6 +290,15 @@ def test_the_lab_book_has_a_verdict_for_every_question():
     assert re.findall(r"^\| (\d\S+) \| (.*) \| .+ \|$", text, re.MULTILINE) == entries
 
 
+@on_every_page
+def test_what_a_page_folds_is_markdown_on_the_site_too(page):
+    assert "md_in_html" in text_of(Path("mkdocs.yml"))
+    text = text_of(page)
+    opened = re.findall(r"^<details.*>$", text, re.MULTILINE)
+    plain = [line for line in opened if line != '<details markdown="1">']
+    return plain or len(opened) != len(re.findall(r"^</details>$", text, re.MULTILINE))
+
+
 def test_every_page_can_be_reached_on_the_site():
     listed = set(re.findall(r"^ +- .*: (\S+\.md)$", text_of(Path("mkdocs.yml")), re.MULTILINE))
     pages = {page.name for page in (ROOT / "docs").glob("*.md")}

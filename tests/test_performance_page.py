@@ -1,5 +1,6 @@
 """The page of timings says what the result files say; bars are judged by the worst value."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 performance = pytest.importorskip("benchmarks.speed.page")
-from benchmarks.results import read  # noqa: E402
+from benchmarks.results import read, rename  # noqa: E402
 
 MET = {"int8_row": 1.6, "resident a16": 0.9, "int8 product": 3.0, "branch": 0.1}
 
@@ -50,10 +51,30 @@ def layer(tokens=1024, n_in=1152, model="pixart", **ratios):
     ]
 
 
+def bar_rows(page: str) -> dict[str, list[str]]:
+    """Cells of the table of bars, by promise and place."""
+    section = page.split("## The bars")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    return {f"{cells[0]} ({cells[1]})": cells[1:] for cells in lines[1:]}
+
+
 def verdicts(page: str) -> list[str]:
-    return [
-        line.split("|")[-2].strip() for line in page.splitlines() if "≥ 1.5" in line or "≤" in line
-    ]
+    """What is said of three bars of a CPU."""
+    mine = ("`int8_row` with branch ≥ 1.5", "the branch adds ≤", "`resident`, 16-bit")
+    return [cells[-1] for promise, cells in bar_rows(page).items() if promise.startswith(mine)]
+
+
+def stream(layers=285, of=285, minutes=9.0, peak_mb=200, model="pixart-sigma", **changes):
+    row = {"model": model, "recipe": "int4-a16+w6a6", "effort": "default", "workers": 2}
+    row |= {"layers": layers, "layers_of_the_model": of, "seconds": 60 * minutes}
+    row |= {"hours_for_all_layers": 2.5, "peak_anonymous_bytes": peak_mb * 10**6}
+    return row | {"largest_tensor_fp32_bytes": 50 * 10**6} | changes
+
+
+def engines(openvino=115.0, low_memory=100.0, what="step"):
+    plain = {"what": what, "tokens": 1024, "ms": 12.0, "times_bf16": 0.7, "load": 0.5}
+    mib = {"torch openvino": openvino, "torch low_memory": low_memory, "torch bf16": 300.0}
+    return [{**plain, "contender": name, "mib": value} for name, value in mib.items()]
 
 
 def test_the_page_is_what_the_result_files_give():
@@ -63,7 +84,8 @@ def test_the_page_is_what_the_result_files_give():
 
 def test_without_files_every_table_says_so():
     page = performance.page([])
-    assert page.count("No result file yet") == 4
+    assert page.count("No result file yet") == 5
+    assert {cells[-1] for cells in bar_rows(page).values()} == {performance.NO_FILE}
     assert "Not measured yet: nothing is claimed for a GPU" in page
     assert "MISSED" not in page
     assert verdicts(page) == []
@@ -89,6 +111,143 @@ def test_the_bar_of_openvino_is_about_the_median(ratios, verdict):
     line = next(line for line in page.splitlines() if line.startswith("| `openvino`"))
     assert line.split("|")[-2].strip() == verdict
     assert f"| {ratios[1]:.2f} × | 3 |" in line
+
+
+@pytest.mark.parametrize(
+    ("ratio", "changes", "verdict"),
+    [
+        (0.75, {}, "met"),
+        (0.749, {}, "**MISSED**"),
+        (0.5, {"cpu_capability": "AVX512 + AMX"}, None),
+        (0.5, {"cpu_capability": "AVX512 + AMX", "onednn_limit": "AVX512"}, "**MISSED**"),
+    ],
+)
+def test_the_bar_of_low_memory_is_about_cpus_without_matrix_units(ratio, changes, verdict):
+    others = {"low_memory a16": 0.1}  # of other sizes and numbers of tokens, which it is not about
+    rows = [
+        *layer(**{"low_memory a16": ratio}),
+        *layer(4096, **others),
+        *layer(n_in=576, **others),
+    ]
+    found = bar_rows(performance.page([record(rows=rows, **changes)]))
+    said = [cells[-1] for promise, cells in found.items() if promise.startswith("`low_memory`")]
+    assert said == ([verdict] if verdict else [])
+
+
+@pytest.mark.parametrize(("openvino", "verdict"), [(115.0, "met"), (116.0, "**MISSED**")])
+def test_the_bar_of_openvino_s_memory_is_about_the_peak_of_low_memory(openvino, verdict):
+    rows = [*engines(100.0, what="block"), *engines(openvino)]
+    page = performance.page([record("speed.engines", rows)])
+    (cells,) = [c for name, c in bar_rows(page).items() if "packed bytes" in name]
+    assert cells[-1] == verdict
+    assert cells[1] == f"{openvino / 100:.2f} × (step, {openvino:.0f} of 100 MiB)"
+
+
+def test_whole_models_stand_in_a_table_and_an_extrapolated_time_says_so():
+    rows = [
+        stream(mean_relative_error=0.0512),
+        stream(40, minutes=1.0, effort="fast", model="flux.1", peak_mb=2458),
+    ]
+    page = performance.page([record("speed.stream", rows)])
+    run = "2026-01-02, abc1234"
+    assert (
+        f"| PixArt-Σ XL | `int4-a16+w6a6` | default | 285 of 285 | 2 | 9.0 min | 200 | 2.0 | "
+        f"0.0512 | {run} |"
+    ) in page
+    assert (
+        f"| FLUX.1 | `int4-a16+w6a6` | fast | 40 of 285 | 2 | 2.5 h, extrapolated | 2458 | 24.6 | "
+        f"– | {run} |"
+    ) in page
+
+
+@pytest.mark.parametrize(
+    ("minutes", "layers", "recipe", "verdict", "is_like"),
+    [
+        (10.0, 224, "int4-a16+w6a6", "met", True),
+        (10.1, 224, "int4-a16+w6a6", "**MISSED**", True),
+        (9.0, 285, "int4-a16+w6a6", "met", False),
+        (15.2, 285, "int4-a8+int8", "**MISSED**", False),
+    ],
+)
+def test_the_bar_of_minutes_says_whether_the_run_is_like_the_one_it_was_set_for(
+    minutes, layers, recipe, verdict, is_like
+):
+    rows = [stream(layers, layers, minutes, recipe=recipe)]
+    page = performance.page([record("speed.stream", rows)])
+    (cells,) = [c for name, c in bar_rows(page).items() if "≤ 10 minutes" in name]
+    assert cells[1] == f"{minutes:.1f} min ({layers} layers, `{recipe}`)"
+    assert cells[-1] == verdict
+    assert ("Not like for like" in page) != is_like
+
+
+def test_the_bar_of_minutes_takes_the_recipe_that_it_was_set_for_before_a_newer_run():
+    like = stream(224, 224, 9.0)
+    newer = stream(285, 285, 20.0, recipe="int4-a8+int8")
+    part = stream(8, 285, 1.0)
+    page = performance.page(
+        [record("speed.stream", [like]), record("speed.stream", [newer]), record(rows=layer())]
+    )
+    assert "9.0 min (224 layers" in page
+    assert "20.0 min |" in page
+    found = bar_rows(performance.page([record("speed.stream", [part])]))
+    assert [c[-1] for name, c in found.items() if "10 minutes" in name] == [performance.NO_FILE]
+
+
+@pytest.mark.parametrize(("peak_mb", "verdict"), [(400, "met"), (401, "**MISSED**")])
+def test_the_bar_of_memory_is_four_copies_a_worker(peak_mb, verdict):
+    rows = [stream(), stream(40, model="flux.1", effort="fast", peak_mb=peak_mb)]
+    page = performance.page([record("speed.stream", rows)])
+    (cells,) = [c for name, c in bar_rows(page).items() if "fp32 copies" in name]
+    assert (cells[1][:3], cells[-1]) == ("4.0", verdict)
+    over = "FLUX.1 at effort fast 0.40 GB where 0.40 are allowed"
+    assert (over in page) == (verdict != "met")
+
+
+def test_rows_of_stream_that_named_no_recipe_have_the_default_of_then():
+    row = stream()
+    del row["recipe"]
+    (found,) = rename(record("stream_models", [row], commit="ce4749b"))["rows"]
+    assert found["recipe"] == "mxfp4-a8+w8a8"
+    (found,) = rename(record("speed.stream", [stream()], commit="ce4749b"))["rows"]
+    assert found["recipe"] == "int4-a16+w6a6"
+    assert all(
+        "recipe" in row
+        for one in read()
+        if one["benchmark"] == "speed.stream"
+        for row in one["rows"]
+    )
+
+
+def test_the_summary_is_short_and_counted_from_the_files():
+    page = performance.page(
+        [
+            record(rows=[*layer(openvino=1.1), *layer(4096, openvino=1.3)]),
+            record("speed.stream", [stream(minutes=15.0)]),
+            record("speed.engines", engines()),
+        ]
+    )
+    lines = page.split("## In short\n\n")[1].split("\n\n")[0].splitlines()
+    bars = list(bar_rows(page).values())
+    met = sum(cells[-1] == "met" for cells in bars)
+    missed = sum(cells[-1] == "**MISSED**" for cells in bars)
+    assert lines[0] == (
+        f"* **Bars**: {met} met, {missed} missed, {len(bars) - met - missed} without a result "
+        "file; the table is below."
+    )
+    assert missed == 1
+    assert any("`resident` 0.90, `int8_row` 1.60, `openvino` 1.20." in line for line in lines)
+    assert any("PixArt-Σ XL at effort default 15.0 min" in line for line in lines)
+    assert lines[-1] == "* **GPUs**: not measured, and nothing is claimed for them."
+
+
+def test_what_is_visible_of_the_page_is_short():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    folded = re.findall(r"^<details.*?^</details>$", text, re.MULTILINE | re.DOTALL)
+    assert text.count("<details") == len(folded)
+    visible = len(text.splitlines()) - sum(len(part.splitlines()) for part in folded)
+    assert visible <= 160
+    assert len(text.split("## In short\n\n")[1].split("\n\n")[0].splitlines()) <= 12
+    assert text.index("## In short") < text.index("## The bars") < text.index("<details")
 
 
 def test_engines_stand_beside_bf16_with_the_load_of_the_machine():
@@ -123,7 +282,7 @@ def test_a_contender_that_was_not_measured_is_no_met_bar():
 def test_bars_wait_for_their_number_of_threads():
     page = performance.page([record(rows=layer(), threads=1)])
     assert verdicts(page) == []
-    assert "this run had 1" in page
+    assert "CPU, AVX2, 1 thread: not judged" in page
 
 
 def test_the_newest_record_of_each_machine_and_model_counts(tmp_path):
@@ -153,7 +312,7 @@ def test_records_are_read_from_lines_by_date(tmp_path):
 
 def test_a_gpu_has_a_section_and_no_bars_of_a_cpu():
     page = performance.page([record(rows=layer(), device="cuda", gpu="Some GPU")])
-    assert "### Some GPU" in page
+    assert "PixArt-Σ, Some GPU</summary>" in page
     assert verdicts(page) == []
     assert "Not measured yet" not in page
 

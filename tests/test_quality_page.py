@@ -125,6 +125,64 @@ def test_rows_that_store_other_branches_say_so(tmp_path):
     assert "| 48 of 64 |" in quality_page.page([], ledger_of(tmp_path, ours))
 
 
+def summary_of(lines, records=()):
+    page = quality_page.page(records, lines)
+    return page.split("## In short\n\n")[1].split("\n\n")[0].splitlines()
+
+
+def test_the_summary_counts_what_the_tables_say(tmp_path):
+    title = "W4A4, own samples"
+    ours = with_errors("LoRaQ", [0.02] * 3, COMPARISONS[title].declared, group=title)
+    lost = with_errors("QERA", [0.019, 0.0191, 0.019], group=title)
+    before = with_errors("LoRaQ", [0.03] * 3, COMPARISONS[title].withdrawn[0], group=title)
+    rival = with_errors("SVDQuant ×20 + GPTQ", [0.020, 0.022, 0.021])
+    published = with_errors("SVDQuant + GPTQ as published", [0.030, 0.033, 0.0315])
+    alone = "W4A8, from weights alone"
+    weights = with_errors("LoRaQ", [0.020, 0.022, 0.021], COMPARISONS[alone].declared, group=alone)
+    third = with_errors("QERA", [0.020, 0.023, 0.020], group=alone)
+    lines = summary_of(
+        ledger_of(tmp_path, *OURS, *rival, *published, *ours, *lost, *before, *weights, *third)
+    )
+    assert lines[0] == (
+        "* **digits**: of 3 tables 1 won, 1 tied, 1 lost. The strongest rival has 0.95 to 2.00 "
+        "times the error of the declared row; the bar on that is met in 1 and missed in 2."
+    )
+    assert "8-bit 1 won, 1 tied, 0 lost; 4-bit 0 won, 0 tied, 1 lost" in lines[1]
+    assert "1 verdicts on rows that were declared before these, 0 won, 0 tied, 1 lost" in lines[2]
+    assert "is QERA in 2, SVDQuant ×20 + GPTQ in 1; in 0 of 3 tables" in lines[3]
+    assert "SVDQuant + GPTQ as published 3.00 times (median 3.00)" in lines[4]
+    assert "0.50 times the error that they have from weights alone" in lines[5]
+    assert "digits has 3 of 5 seeds, 0 of" in lines[6]
+
+
+def test_one_seed_is_no_verdict_in_the_summary_either(tmp_path):
+    lines = ledger_of(tmp_path, line(), line("QERA", "r", error=0.02))
+    assert "of 1 tables 0 won, 0 tied, 0 lost, 1 not judged" in summary_of(lines)[0]
+    assert "met in 0 and missed in 0" in summary_of(lines)[0]
+
+
+def test_a_summary_of_nothing_says_so(tmp_path):
+    assert summary_of(ledger_of(tmp_path)) == ["* Not measured yet."]
+
+
+def test_packages_are_counted_in_the_summary(tmp_path):
+    rows = [rival("near", 0.11, 0.1), rival("far", 0.2, 0.1)]
+    changes = {"benchmark": "against_rivals", "command": "against_rivals.py --save"}
+    lines = summary_of(ledger_of(tmp_path), [rename(record(*rows) | changes)])
+    assert "1 of 2 comparisons of weight error keep the bar of 1.176" in lines[0]
+
+
+def test_what_is_visible_of_the_page_is_short():
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    folded = re.findall(r"^<details.*?^</details>$", text, re.MULTILINE | re.DOTALL)
+    assert text.count("<details") == len(folded)
+    visible = len(text.splitlines()) - sum(len(part.splitlines()) for part in folded)
+    assert visible <= 180
+    assert len(text.split("## In short\n\n")[1].split("\n\n")[0].splitlines()) <= 12
+    assert text.index("## In short") < text.index("## The bar") < text.index("<details")
+    assert not [line for line in folded if "## " in line]
+
+
 def test_the_newest_line_of_a_row_and_seed_counts(tmp_path):
     new = line(error=0.5, date="2027-01-01")
     found = ledger_of(tmp_path, new, line(error=0.1))

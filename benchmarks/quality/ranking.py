@@ -119,14 +119,26 @@ class Verdict(NamedTuple):
     bar: float
 
     @property
-    def said(self) -> str:
-        """Won, tied or lost by the confidence interval, and whether the bar is met."""
+    def outcome(self) -> str:
+        """Won, tied or lost by the confidence interval, or not judged."""
         mean, half = fmean(self.ratios), half_width(self.ratios)
         if len(self.ratios) < 2:
+            return "not judged"
+        return "won" if mean - half > 1 else "lost" if mean + half < 1 else "tied"
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bar is met: by the mean, of several seeds."""
+        return len(self.ratios) > 1 and fmean(self.ratios) >= self.bar
+
+    @property
+    def said(self) -> str:
+        """The outcome, and whether the bar is met."""
+        if len(self.ratios) < 2:
             return "not judged: one seed"
-        won = "won" if mean - half > 1 else "**lost**" if mean + half < 1 else "**tied**"
+        won = "won" if self.outcome == "won" else f"**{self.outcome}**"
         few = "" if len(self.ratios) == len(SEEDS) else f"; {len(self.ratios)} seeds"
-        return f"{won}, bar {self.bar:.2f} {'met' if mean >= self.bar else '**missed**'}{few}"
+        return f"{won}, bar {self.bar:.2f} {'met' if self.is_met else '**missed**'}{few}"
 
 
 def verdict(rows: Sequence[ModelRow], group: str, ours: ModelRow | None = None) -> Verdict | None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.pages import source, table
+from benchmarks.pages import folded, source, table
 from benchmarks.quality.ranking import interval
 from benchmarks.record import options, report
 from benchmarks.results import Record
@@ -116,7 +116,8 @@ def section(records: Iterable[Record]) -> str:
         for row in found[-1]["rows"]
     ]
     headings = ("", "steps between", "first + last in a16", "error", "/ 16 bits")
-    return "\n".join([INTRO, source(found[-1]), "", *table(headings, body, "lllrr")])
+    raw = folded(f"All {len(body)} schedules", table(headings, body, "lllrr"))
+    return "\n".join([INTRO, source(found[-1]), "", *raw])
 
 
 def draw(model: nn.Module, schedule: tuple[str, int, int], labels: Tensor, seed: int) -> Tensor:

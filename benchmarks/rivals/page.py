@@ -5,7 +5,7 @@ Every number is read from a result file of `benchmarks.rivals.run`.
 
 from collections.abc import Callable, Iterable
 
-from benchmarks.pages import source, table
+from benchmarks.pages import folded, source, table
 from benchmarks.results import Record
 from benchmarks.rivals.row import RivalRow
 
@@ -36,13 +36,19 @@ def newest(records: Iterable[Record]) -> Record | None:
     return found[-1] if found else None
 
 
+def rival_rows(record: Record | None) -> list[RivalRow]:
+    """Return the rows of packages that a record has, each with LoRaQ's in the same bytes."""
+    lines = [] if record is None else record["rows"]
+    found = [RivalRow.from_record(row) for row in lines if "failure" not in row]
+    return [row for row in found if row.package != "loraq"]
+
+
 def section(records: Iterable[Record]) -> str:
     """Return the section for these records, which are sorted by date; empty without one."""
     record = newest(records)
     if record is None:
         return ""
-    found = [RivalRow.from_record(row) for row in record["rows"] if "failure" not in row]
-    rows = [row for row in found if row.package != "loraq"]
+    rows = rival_rows(record)
     titles = tuple(dict.fromkeys(row.group for row in rows))
     rivals: dict[str, dict[str, RivalRow]] = {}
     for row in rows:
@@ -67,8 +73,8 @@ def section(records: Iterable[Record]) -> str:
         "ratio, weight",
         "ratio, output with 4-bit activations",
     )
-    lines = [intro, f"{source(record)}\n", *table(headings, body, "lrrll"), *verdict(rows)]
-    return "\n".join(lines)
+    raw = folded(f"All {len(rivals)} rows of packages", table(headings, body, "lrrll"))
+    return "\n".join([intro, f"{source(record)}\n", *verdict(rows), *raw])
 
 
 def verdict(rows: list[RivalRow]) -> list[str]:

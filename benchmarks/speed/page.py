@@ -3,17 +3,15 @@
 Every number on it is read from the result files; nothing is measured or remembered here.
 """
 
-from collections.abc import Callable, Iterable
-from statistics import median
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
-from benchmarks.pages import source, table
+from benchmarks.pages import folded, source, table
 from benchmarks.results import Record
+from benchmarks.speed import bars, models, summary
+from benchmarks.speed.bars import NO_FILE, Timing, percent
 from benchmarks.speed.engines import SCHEME
 from benchmarks.speed.layer import CONTENDERS
-
-#: A line of a result file: timings of one contender.
-Timing = dict[str, Any]
+from benchmarks.speed.machines import Machine, named, newest
 
 #: What makes a missing result file, by benchmark. The page shows them, so that a table can be made
 #: again.
@@ -31,20 +29,19 @@ COMMANDS = {
         "python -m benchmarks.speed.engines --threads 2 --save",
         "python -m benchmarks.speed.engines --threads 2 --step --save",
     ),
+    "speed.stream": (
+        "python -m benchmarks.speed.stream --layers 40 --save",
+        "python -m benchmarks.speed.stream --models pixart-sigma --layers 0 --effort default "
+        "--save",
+    ),
     "speed.solver": (
         "python -m benchmarks.speed.solver --label after --save",
         "git worktree add old 52424a7",
         "PYTHONPATH=old/src python -m benchmarks.speed.solver --label before --save",
     ),
 }
-NO_FILE = "no result file yet"
 #: Models of `benchmarks/worlds/shapes.csv`, in the order of the page.
 MODELS = {"pixart": "PixArt-Σ", "sana": "SANA", "flux": "FLUX"}
-#: Token counts that the bars are about, and the least size of in and out.
-LARGE_TOKENS, LARGE_SIZE = 1024, 1152
-#: The bars were set for this many threads of a CPU.
-BAR_THREADS = 2
-BAR_SPEED, BAR_BRANCH, BAR_RESIDENT, BAR_OPENVINO = 1.5, 0.15, 1.25, 0.9
 
 INTRO = """# Performance
 
@@ -95,47 +92,14 @@ SOLVER_HEADINGS = (
 )
 
 
-class Machine(NamedTuple):
-    """What two runs must share to stand in one table."""
-
-    device: str
-    #: What its CPU can do; the name of a GPU.
-    kind: str
-    limit: str
-    threads: int
-
-
-class Bar(NamedTuple):
-    """One promise, and what the file says of it."""
-
-    promise: str
-    #: Values with the place they were measured at, as (value, place).
-    measured: list[tuple[float, str]]
-    limit: float
-    #: Whether values must not be smaller than the limit; else not larger.
-    is_least: bool
-    show: Callable[[float], str]
-    #: What to say of a miss, if the file shows why.
-    reason: str = ""
-    #: Whether the promise is about the median; else about every value.
-    is_of_median: bool = False
-
-    def met(self) -> bool:
-        """Whether the promise is kept."""
-        worst, middle = self.worst()[0], median(value for value, _ in self.measured)
-        value = middle if self.is_of_median else worst
-        return value >= self.limit if self.is_least else value <= self.limit
-
-    def worst(self) -> tuple[float, str]:
-        """Return the value that is furthest from the promise, and its place."""
-        return (min if self.is_least else max)(self.measured)
-
-
 def page(records: Iterable[Record]) -> str:
     """Return the page for these records, which are sorted by date."""
     records = list(records)
     parts = [
         INTRO,
+        *summary.section(records),
+        *bars.section(records),
+        *models.section(records),
         *layers(records),
         *blocks(records),
         *engines(records),
@@ -144,55 +108,6 @@ def page(records: Iterable[Record]) -> str:
         *commands(),
     ]
     return "\n".join(parts).rstrip() + "\n"
-
-
-def newest(records: list[Record], benchmark: str, part: str) -> dict[Machine, dict[str, Record]]:
-    """Return the newest record of a benchmark for each machine and each value of `part`.
-
-    Args:
-        records: by date.
-        benchmark: its name.
-        part: what splits the rows of a record, by its key in a row.
-    """
-    found: dict[Machine, dict[str, Record]] = {}
-    for record in records:
-        if record["benchmark"] == benchmark:
-            kind = record.get("cpu_capability") if record["device"] == "cpu" else record.get("gpu")
-            limit = record.get("onednn_limit") or ""
-            machine = Machine(record["device"], kind or record["machine"], limit, record["threads"])
-            for value in {row[part]: None for row in record["rows"]}:
-                rows = [row for row in record["rows"] if row[part] == value]
-                of_machine = found.setdefault(machine, {})
-                of_machine[value] = joined(of_machine.get(value), {**record, "rows": rows})
-    return {
-        machine: found[machine]
-        for machine in sorted(found, key=lambda m: (m.device, m.kind, -m.threads, m.limit))
-    }
-
-
-def joined(before: Record | None, record: Record) -> Record:
-    """Return a record with what another one at the same commit measured of other contenders.
-
-    `make gpu` measures them in processes of their own.
-    """
-    if before is None or before["commit"] != record["commit"]:
-        return record
-    contenders = {row.get("contender") for row in record["rows"]}
-    others = [row for row in before["rows"] if row.get("contender") not in contenders]
-    if not others:
-        return record
-    commands = f"{before['command']}`, `{record['command']}"
-    return {**record, "command": commands, "rows": [*others, *record["rows"]]}
-
-
-def named(machine: Machine) -> str:
-    """Return what a machine is called: in general terms, without its name."""
-    if machine.device != "cpu":
-        return machine.kind
-    limit = f", torch kept to {machine.limit}" if machine.limit else ""
-    return (
-        f"CPU, {machine.kind}{limit}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
-    )
 
 
 def on_gpu(records: list[Record]) -> list[str]:
@@ -207,7 +122,6 @@ def on_gpu(records: list[Record]) -> list[str]:
             "",
         ]
     for machine, by_what in found.items():
-        lines += [f"### {named(machine)}", "", GRAPHS]
         body = []
         for record in by_what.values():
             for row in record["rows"]:
@@ -218,8 +132,9 @@ def on_gpu(records: list[Record]) -> list[str]:
                     body.append([place, *times, error, row["failure"] or ""])
                 else:
                     body.append([place, "–", "–", "–", row["failure"]])
-        lines += [source(next(iter(by_what.values()))), ""]
-        lines += table(("", "eager ms", "replay ms", "error", "failure"), body, "lrrrl")
+        raw = [source(next(iter(by_what.values()))), ""]
+        raw += table(("", "eager ms", "replay ms", "error", "failure"), body, "lrrrl")
+        lines += [GRAPHS, *folded(f"CUDA graphs, {named(machine)}", raw)]
     for record in runs[-1:]:
         failed = [f"{row['step']} ({row['failure']})" for row in record["rows"] if row["failure"]]
         done = len(record["rows"]) - len(failed)
@@ -238,16 +153,9 @@ def layers(records: list[Record]) -> list[str]:
     found = newest(records, "speed.layer", "model")
     lines = ["## One layer", "", LEGEND, legend(), "", *missing(found)]
     for machine, by_model in found.items():
-        lines += [f"### {named(machine)}", ""]
-        rows = []
         for model in (model for model in MODELS if model in by_model):
-            rows += by_model[model]["rows"]
-            lines += [
-                f"**{MODELS[model]}.** {source(by_model[model])}",
-                "",
-                *speeds(by_model[model]["rows"]),
-            ]
-        lines += judged(machine, rows)
+            raw = [source(by_model[model]), "", *speeds(by_model[model]["rows"])]
+            lines += folded(f"{MODELS[model]}, {named(machine)}", raw)
     return lines
 
 
@@ -283,104 +191,6 @@ def shape_of(row: Timing) -> str:
     return f"{row['layer']}, {row['n_in']} → {row['n_out']}"
 
 
-def judged(machine: Machine, rows: list[Timing]) -> list[str]:
-    """Return the table of bars with what the rows say of them."""
-    if machine.device != "cpu":
-        return []
-    if machine.threads != BAR_THREADS:
-        return [f"The bars are for {BAR_THREADS} threads; this run had {machine.threads}.", ""]
-    body, reasons = [], []
-    for bar in bars(rows):
-        if not bar.measured:
-            body.append([bar.promise, "–", "–", "0", NO_FILE])
-            continue
-        worst, place = bar.worst()
-        middle = median(value for value, _ in bar.measured)
-        verdict = "met" if bar.met() else "**MISSED**"
-        body.append(
-            [
-                bar.promise,
-                f"{bar.show(worst)} ({place})",
-                bar.show(middle),
-                str(len(bar.measured)),
-                verdict,
-            ]
-        )
-        reasons += [bar.reason, ""] if bar.reason and not bar.met() else []
-    return [*table(["bar", "worst", "median", "measured", ""], body), *reasons]
-
-
-def bars(rows: list[Timing]) -> list[Bar]:
-    """Return the bars of a CPU."""
-
-    def of(
-        contender: str, value: Callable[[Timing], float], among: list[Timing]
-    ) -> list[tuple[float, str]]:
-        mine = (row for row in among if row["contender"] == contender)
-        return [
-            (value(row), f"{row['n_in']} → {row['n_out']}, {row['tokens']} tokens") for row in mine
-        ]
-
-    large = [row for row in rows if is_large(row)]
-    return [
-        Bar(
-            f"`int8_row` with branch ≥ {BAR_SPEED} × bf16, from {LARGE_TOKENS} tokens, in and out "
-            f"from {LARGE_SIZE}",
-            of("int8_row", lambda row: row["times_bf16"], large),
-            BAR_SPEED,
-            True,
-            "{:.2f} ×".format,
-            slow_product(large),
-        ),
-        Bar(
-            f"the branch adds ≤ {100 * BAR_BRANCH:.0f} % to `int8_row`",
-            of("int8_row", lambda row: row["branch_cost"], rows),
-            BAR_BRANCH,
-            False,
-            percent,
-        ),
-        Bar(
-            f"`openvino` with branch ≥ {BAR_OPENVINO} × bf16 in the median, from {LARGE_TOKENS} "
-            "tokens",
-            of("openvino", lambda row: row["times_bf16"], large),
-            BAR_OPENVINO,
-            True,
-            "{:.2f} ×".format,
-            is_of_median=True,
-        ),
-        Bar(
-            f"`resident`, 16-bit activations, takes ≤ {BAR_RESIDENT} × the time of bf16",
-            of("resident a16", lambda row: 1 / row["times_bf16"], rows),
-            BAR_RESIDENT,
-            False,
-            "{:.2f} ×".format,
-        ),
-    ]
-
-
-def is_large(row: Timing) -> bool:
-    """Whether the bar of speed is about this row."""
-    return row["tokens"] >= LARGE_TOKENS and min(int(row["n_in"]), int(row["n_out"])) >= LARGE_SIZE
-
-
-def slow_product(rows: list[Timing]) -> str:
-    """Return what explains a miss of `int8_row`, if so: the bare product is too slow."""
-    product = [row["times_bf16"] for row in rows if row["contender"] == "int8 product"]
-    slow = sum(ratio < BAR_SPEED for ratio in product)
-    if not slow:
-        return ""
-    return (
-        f"The bare INT8 product is itself below {BAR_SPEED} × bf16 in {slow} of these "
-        f"{len(product)} measurements ({min(product):.2f} to {max(product):.2f} ×): there no INT8 "
-        f"layer can be at {BAR_SPEED}."
-    )
-
-
-def percent(share: float) -> str:
-    """Return a share as signed percents."""
-    return f"{100 * share:+.0f} %"
-
-
 # --- blocks and steps -----------------------------------------------------------------------------
 
 
@@ -389,11 +199,10 @@ def blocks(records: list[Record]) -> list[str]:
     found = newest(records, "speed.block", "what")
     lines = ["## A transformer block and a denoising step", "", BLOCKS, *missing(found)]
     for machine, by_what in found.items():
-        lines += [f"### {named(machine)}", ""]
-        said = ""
+        said, raw = "", []
         for what, record in by_what.items():
             if said != (said := source(record)):
-                lines += [said, ""]
+                raw += [said, ""]
             rows = record["rows"]
             has_peak = any(row.get("peak_mib") is not None for row in rows)
             body = [
@@ -407,7 +216,8 @@ def blocks(records: list[Record]) -> list[str]:
                 for r in rows
             ]
             headings = [f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB"]
-            lines += table([*headings, *(["+ forward MiB"] if has_peak else [])], body)
+            raw += table([*headings, *(["+ forward MiB"] if has_peak else [])], body)
+        lines += folded(f"{' and '.join(by_what)}, {named(machine)}", raw)
     return lines
 
 
@@ -419,7 +229,7 @@ def engines(records: list[Record]) -> list[str]:
     found = newest(records, "speed.engines", "what")
     lines = ["## Engines for CPUs", "", ENGINES, *missing(found)]
     for machine, by_what in found.items():
-        lines += [f"### {named(machine)}", ""]
+        raw = []
         for what, record in by_what.items():
             rows = record["rows"]
             body = [
@@ -433,7 +243,8 @@ def engines(records: list[Record]) -> list[str]:
                 for r in rows
             ]
             headings = [f"{what}, {rows[0]['tokens']} tokens", "ms", "× bf16", "MiB", "load"]
-            lines += [source(record), "", *table(headings, body)]
+            raw += [source(record), "", *table(headings, body)]
+        lines += folded(f"{' and '.join(by_what)}, {named(machine)}", raw)
     return lines
 
 
@@ -445,15 +256,14 @@ def solver(records: list[Record]) -> list[str]:
     found = newest(records, "speed.solver", "label")
     lines = ["## The solver", "", SOLVER, *missing(found)]
     for machine, by_label in found.items():
-        lines += [f"### {named(machine)}", ""]
-        body = []
+        body, raw = [], []
         for label in ("before", "after"):
             if label not in by_label:
-                lines += [f"{label.capitalize()}: {NO_FILE}.", ""]
+                raw += [f"{label.capitalize()}: {NO_FILE}.", ""]
                 continue
             record = by_label[label]
             package = record["rows"][0]["package_commit"]
-            lines += [f"{label.capitalize()}: package of commit {package}. {source(record)}", ""]
+            raw += [f"{label.capitalize()}: package of commit {package}. {source(record)}", ""]
         rows = {
             (tuple(r["shape"]), r["scheme"], r["label"]): r
             for record in by_label.values()
@@ -462,7 +272,8 @@ def solver(records: list[Record]) -> list[str]:
         for shape, scheme in {(shape, scheme): None for shape, scheme, _ in rows}:
             pair = [rows.get((shape, scheme, label)) for label in ("before", "after")]
             body.append([f"{shape[0]}×{shape[1]}, `{scheme}`", *solver_cells(*pair)])
-        lines += table(SOLVER_HEADINGS, body)
+        raw += table(SOLVER_HEADINGS, body)
+        lines += folded(f"Seconds a layer, {named(machine)}", raw)
     return lines
 
 

@@ -11,8 +11,8 @@ largest, and keeps the others in 16 bits: every byte of the checkpoint is still 
 written, and "hours" tells what all layers would take on as many workers at the measured seconds per
 weight.
 
-    python -m benchmarks.speed.stream --layers 8                        all three, a subset
-    python -m benchmarks.speed.stream --models pixart-sigma --layers 0  all layers of one
+    python -m benchmarks.speed.stream --layers 40 --save                  all three, a subset
+    python -m benchmarks.speed.stream --models pixart-sigma --layers 0 --effort default --save
 """
 
 import json
@@ -31,6 +31,7 @@ from loraq import Recipe, Rule, plan_model
 from loraq.integrations.diffusers import model_of
 from loraq.json_files import write_json
 from loraq.pipeline.plan import Plan
+from loraq.recipe_names import NAMED
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 from loraq.safetensors.layout import ShardLayout
 
@@ -170,6 +171,7 @@ def main() -> None:
         layers=(8, "layers to quantize in each, spread evenly; 0 for all (default: 8)"),
         workers=(2, "worker processes (default: 2)"),
         effort=("fast", "effort of the solver (default: fast)"),
+        recipe=("default", "recipe by its name (default: the default)"),
         folder=("", "where to write; 30 GB for FLUX.1 (default: a temporary folder)"),
     )
     columns = (
@@ -189,7 +191,7 @@ def main() -> None:
         for name in chosen.models:
             source, target = Path(place, name, "source"), Path(place, name, "target")
             model = write_checkpoint(CONFIGS[name], source)
-            recipe = replace(Recipe.named("default"), effort=chosen.effort)
+            recipe = replace(Recipe.named(chosen.recipe), effort=chosen.effort)
             plan = plan_model(model, recipe)
             write_json(Path(place, "recipe.json"), subset(plan, recipe, chosen.layers).to_dict())
             found, seconds, peak = measure(
@@ -208,6 +210,7 @@ def main() -> None:
                 "layers_of_the_model": n_all,
                 "workers": chosen.workers,
                 "effort": chosen.effort,
+                "recipe": NAMED.get(chosen.recipe, chosen.recipe),
                 "shards": len(list(source.glob("*.safetensors"))),
                 "bytes_in": folder_bytes(source),
                 "bytes_out": folder_bytes(target),
@@ -217,6 +220,7 @@ def main() -> None:
                 "peak_anonymous_bytes": peak,
                 "share_of_the_weights": share,
                 "hours_for_all_layers": hours,
+                "mean_relative_error": found["mean_relative_error"],
             }
             rows.append(row)
             gb_in = folder_bytes(source) / 1e9

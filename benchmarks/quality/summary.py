@@ -1,0 +1,187 @@
+"""The page of quality in ten lines, each counted from the same rows as its tables."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median
+
+from benchmarks.quality import ledger
+from benchmarks.quality.ranking import Lines, Verdict, declared, final_rows, ratios, verdict
+from benchmarks.quality.ranking import withdrawn as rows_before
+from benchmarks.quality.tables import COMPARISONS, QUALIFYING, SEEDS, WITH, WITHOUT
+from benchmarks.results import Record
+from benchmarks.rivals import page as packages
+from benchmarks.worlds.world import WORLDS
+
+#: Widths of activations, by how the titles of their tables begin.
+WIDTHS = {"W4A16": "16-bit activations", "W4A8": "8-bit", "W4A4": "4-bit"}
+#: Labels of rows that are what others publish.
+OTHERS = ("SVDQuant as published", "SVDQuant + GPTQ as published", "ConvRot")
+#: A table: its world and its title.
+Place = tuple[str, str]
+
+
+def section(lines: Lines, records: list[Record]) -> list[str]:
+    """Return the section for the lines of the ledger and for records sorted by date."""
+    verdicts = {
+        (world, title): found
+        for world in WORLDS
+        for title in COMPARISONS
+        if (found := verdict(final_rows(lines, world, title), title))
+    }
+    said = [
+        *of_worlds(verdicts),
+        *of_widths(verdicts),
+        *of_withdrawn(lines),
+        *of_strongest(verdicts),
+        *of_others(lines),
+        *of_samples(verdicts),
+        *of_packages(records),
+        *of_limits(lines, verdicts),
+    ]
+    return ["## In short", "", *(f"* {line}" for line in said or ["Not measured yet."]), ""]
+
+
+def counted(verdicts: Iterable[Verdict]) -> str:
+    """Return how many tables were won, tied and lost."""
+    found = Counter(each.outcome for each in verdicts)
+    unclear = found.total() - sum(found[name] for name in ("won", "tied", "lost"))
+    tail = f", {unclear} not judged" if unclear else ""
+    return f"{found['won']} won, {found['tied']} tied, {found['lost']} lost{tail}"
+
+
+def of_worlds(verdicts: dict[Place, Verdict]) -> list[str]:
+    """Return a line for each transformer."""
+    said = []
+    for world in WORLDS:
+        mine = [found for (there, _), found in verdicts.items() if there == world]
+        if mine:
+            met = sum(found.is_met for found in mine)
+            missed = sum(found.outcome != "not judged" for found in mine) - met
+            means = [fmean(found.ratios) for found in mine]
+            said.append(
+                f"**{world}**: of {len(mine)} tables {counted(mine)}. The strongest rival has "
+                f"{spread(means)} times the error of the declared row; the bar on that is met in "
+                f"{met} and missed in {missed}."
+            )
+    return said
+
+
+def of_widths(verdicts: dict[Place, Verdict]) -> list[str]:
+    """Return the line that counts tables by their activations."""
+    said = [
+        f"{name} {counted(mine)}"
+        for width, name in WIDTHS.items()
+        if (mine := [found for (_, title), found in verdicts.items() if title.startswith(width)])
+    ]
+    return [f"**By activations**, both together: {'; '.join(said)}."] if said else []
+
+
+def of_withdrawn(lines: Lines) -> list[str]:
+    """Return the line of the rows that were declared before."""
+    found = [
+        judged
+        for world in WORLDS
+        for title in COMPARISONS
+        for rows in [final_rows(lines, world, title)]
+        for before in rows_before(rows, title)
+        if (judged := verdict(rows, title, before))
+    ]
+    return (
+        [
+            f"**Withdrawn**: {len(found)} verdicts on rows that were declared before these, "
+            f"{counted(found)}; they stay in the table."
+        ]
+        if found
+        else []
+    )
+
+
+def of_strongest(verdicts: dict[Place, Verdict]) -> list[str]:
+    """Return the line that says who the strongest rivals are."""
+    if not verdicts:
+        return []
+    found = Counter(each.rival.label.split(",")[0] for each in verdicts.values())
+    same = sum(each.rival.recipe == each.ours.recipe for each in verdicts.values())
+    said = [f"{label} in {n}" for label, n in found.most_common()]
+    return [
+        f"**The strongest rival** is {', '.join(said)}; in {same} of {len(verdicts)} tables in the "
+        "very formats of the declared row."
+    ]
+
+
+def of_others(lines: Lines) -> list[str]:
+    """Return the line of what others leave as they were published."""
+    found: dict[str, list[float]] = {}
+    for world in WORLDS:
+        for title in COMPARISONS:
+            rows = final_rows(lines, world, title)
+            ours = declared(rows, title)
+            for row in rows if ours else []:
+                if row.label in OTHERS and ours and (shared := ratios(row, ours)):
+                    found.setdefault(row.label, []).append(fmean(shared))
+    said = [
+        f"{name} {spread(values)} times (median {median(values):.2f})"
+        for name, values in found.items()
+    ]
+    return [f"**As published**, the error over the declared row's: {', '.join(said)}."] * bool(said)
+
+
+def of_samples(verdicts: dict[Place, Verdict]) -> list[str]:
+    """Return the line of what the model's own samples buy."""
+    found = []
+    for (world, title), with_samples in verdicts.items():
+        alone = verdicts.get((world, title.replace(WITH, WITHOUT)))
+        if title.endswith(WITH) and alone:
+            found.append(velocity(with_samples) / velocity(alone))
+    return (
+        [
+            f"**Own samples** leave the declared rows {spread(found)} times the error that they "
+            "have from weights alone."
+        ]
+        if found
+        else []
+    )
+
+
+def velocity(found: Verdict) -> float:
+    """Return the velocity error of a declared row."""
+    return fmean(found.ours.velocity_errors)
+
+
+def of_packages(records: list[Record]) -> list[str]:
+    """Return the line of installable packages."""
+    rows = packages.rival_rows(packages.newest(records))
+    found = [ratio for row in rows if (ratio := packages.weight(row)) is not None]
+    if not found:
+        return []
+    kept = sum(ratio >= packages.BAR for ratio in found)
+    return [
+        f"**Installable packages**, without data: {kept} of {len(found)} comparisons of weight "
+        f"error keep the bar of {packages.BAR:.3f} times LoRaQ's; {spread(found)} times."
+    ]
+
+
+def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
+    """Return the line of what was not measured."""
+    said = []
+    for world in WORLDS:
+        mine = [len(found.ratios) for (there, _), found in verdicts.items() if there == world]
+        rows = [ledger.rows(lines, world, title, QUALIFYING) for title in COMPARISONS]
+        total = sum(len(comparison.entrants) for comparison in COMPARISONS.values())
+        seeds = f"{world} has {spread(mine, 0)} of {len(SEEDS)} seeds" if mine else ""
+        qualified = f"{sum(map(len, rows))} of {total} rows in the qualification"
+        said += [f"{seeds}, {qualified}"] if mine else []
+    return (
+        [
+            f"**What is missing**: {'; '.join(said)}. Both transformers are small; nothing here is "
+            "measured on a published model."
+        ]
+        if said
+        else []
+    )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return the lowest and the highest value, or one if they look alike."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
