@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 quality_page = pytest.importorskip("benchmarks.quality.page")
-from benchmarks.quality import ledger  # noqa: E402
+from benchmarks.quality import ledger, same_branch  # noqa: E402
 from benchmarks.quality.field import Entrant  # noqa: E402
 from benchmarks.quality.ranking import (  # noqa: E402
     final_rows,
@@ -322,6 +322,21 @@ def test_packages_are_compared_where_a_branch_fits_and_the_worst_of_them_is_name
     assert "| 1.100 (near, 1152x1152) | 2 | **MISSED** by 1 |" in text
     assert "| 2 | met |" in text
     assert rivals_section.section([]) == ""
+
+
+def test_the_same_branch_on_matrices_is_the_mean_over_shapes_against_its_bar():
+    rows = [
+        {"table": "synthetic", "shape": [1152, 1152]},
+        {"table": "synthetic", "shape": [1152, 4608]},
+        {"table": "same branch", "main": "int4", "branch": "w8a8", "ratios": [1.3, 1.2]},
+        {"table": "same branch", "main": "int4", "branch": "w6a6", "ratios": [1.2, 1.1]},
+    ]
+    older = record({"table": "synthetic"}) | {"benchmark": "quality.methods"}
+    text = same_branch.section([record(*rows) | {"benchmark": "quality.methods"}, older])
+    assert "| main weight | branch | 1152×1152 | 1152×4608 | mean | bar |" in text
+    assert "| `int4` | w8a8 | 1.30 | 1.20 | 1.25 | met |" in text
+    assert "| `int4` | w6a6 | 1.20 | 1.10 | 1.15 | **missed** |" in text
+    assert same_branch.section([older]) == ""
 
 
 def test_every_saved_record_is_known_and_can_be_read():

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks.pages import folded, source, table
-from benchmarks.quality import ledger, schedule, summary
+from benchmarks.quality import ledger, same_branch, schedule, summary
 from benchmarks.quality.ranking import (
     FIRST,
     SAME_BITS,
@@ -118,7 +118,7 @@ def page(records: Iterable[Record], lines: Lines) -> str:
             parts += comparison(lines, world, title)
         for title, found in older.get(world, {}).items():
             parts += folded(title, [found.source, "", *figures(found.rows, found.rows[0])])
-    parts += [schedule.section(records), packages.section(records)]
+    parts += [schedule.section(records), same_branch.section(records), packages.section(records)]
     return "\n".join(parts).rstrip() + "\n"
 
 
