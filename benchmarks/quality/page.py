@@ -118,7 +118,8 @@ def page(records: Iterable[Record], lines: Lines) -> str:
             parts += comparison(lines, world, title)
         for title, found in older.get(world, {}).items():
             parts += folded(title, [found.source, "", *figures(found.rows, found.rows[0])])
-    parts += [schedule.section(records), same_branch.section(records), packages.section(records)]
+    sections = (schedule.section, same_branch.section, packages.section)
+    parts += [text for section in sections if (text := section(records))]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -12,9 +12,9 @@ from benchmarks.results import Record
 
 INTRO = f"""## The same branch on matrices
 
-Relative weight error of SVDQuant with 100 alternations, scale search and the same quantized branch, over LoRaQ's at
-effort default, on matrices with the statistics of large transformers: the mean over seeds, and over shapes. The bar is
-{RIVAL_BAR:.2f}.
+Relative weight error of SVDQuant with 100 alternations, scale search and the same quantized branch,
+over LoRaQ's at effort default, on matrices with the statistics of large transformers: the mean over
+seeds, and over shapes. The bar is {RIVAL_BAR:.2f}.
 """
 
 
