@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--emoji",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the emoji model, benchmarks/assets/emoji of a checkout, which draws in colour; "
-    "else the digits model that ships with loraq.",
+    "else the digits model of a clone.",
 )
 @click.option(
     "--images",
