@@ -220,7 +220,7 @@ def test_the_report_is_a_picture(result, tmp_path):
     assert len(content) > 20_000
 
 
-def invented() -> DemoResult:
+def invented(shape: tuple[int, int, int] = (1, 8, 8)) -> DemoResult:
     row = DemoRow(
         group="weight-only",
         label="LoRaQ ★",
@@ -237,7 +237,8 @@ def invented() -> DemoResult:
     )
     trained = replace(row, group="as trained", label="16 bits", recipe="", method="", nbytes=4096)
     rival = replace(row, label="SVDQuant", method="svdquant", velocity_error=0.01)
-    pictures = tuple(torch.linspace(-1, 1, 768).view(12, 1, 8, 8) * scale for scale in (1, 0.9, 0))
+    ramp = torch.linspace(-1, 1, 12 * math.prod(shape)).view(12, *shape)
+    pictures = tuple(ramp * scale for scale in (1, 0.9, 0))
     return DemoResult(SUBJECT, (trained, row, rival), pictures, "fast")
 
 
