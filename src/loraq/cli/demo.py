@@ -57,7 +57,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     times with --all.
 
     \b
-    Example: loraq demo
+    Example: loraq demo --emoji benchmarks/assets/emoji
     """
     from loraq.evaluation import digits
     from loraq.evaluation.demo import run
