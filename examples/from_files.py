@@ -1,6 +1,6 @@
 """Quantize files without ever building the float model, load what was written, draw with it.
 
-python examples/from_files.py            the trained digits that ship with loraq
+python examples/from_files.py            the trained digits of this repository
 python examples/from_files.py SOURCE     a whole pipeline: a folder, or a name on the hub
 """
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 import loraq
 import loraq.diffusers  # from here on diffusers' own `from_pretrained` knows such folders
-from loraq.evaluation.digits import assets_folder, sample
+from loraq.evaluation.digits import sample, transformer_folder
 
 
 def draw(folder: Path, prompt: str, call: dict) -> Image.Image:
@@ -31,7 +31,7 @@ def draw(folder: Path, prompt: str, call: dict) -> Image.Image:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Quantize files, load them, draw with them.")
-    parser.add_argument("source", nargs="?", default=assets_folder() / "transformer")
+    parser.add_argument("source", nargs="?", help="folder or name on the hub")
     parser.add_argument("--out", type=Path, default=Path("quantized"), help="folder to make")
     parser.add_argument("--recipe", default="int4-a16+w8a8", help="`loraq formats` lists names")
     parser.add_argument("--budget", default="5", help="bits for each weight, branch included")
@@ -40,7 +40,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     recipe = loraq.Recipe.of(asked.recipe).adjusted(budget=asked.budget, effort="fast")
     # One tensor is in memory at a time. Killed? The same call goes on, and ends in the same bytes.
-    report = loraq.quantize_checkpoint(asked.source, asked.out, recipe)
+    source = asked.source or transformer_folder()
+    report = loraq.quantize_checkpoint(source, asked.out, recipe)
     print(f"{report.plan.bits_per_weight:.2f} bits for each weight of {len(report.layers)} layers")
     picture = asked.out.with_name(f"{asked.out.name}.png")
     draw(asked.out, asked.prompt, asked.call).save(picture)

@@ -1,6 +1,6 @@
 """Quantize a model that is in memory, run it, and compare it with the float model.
 
-python examples/in_memory.py              the trained digits that ship with loraq
+python examples/in_memory.py              the trained digits of this repository
 python examples/in_memory.py PIPELINE     a pipeline of diffusers: a folder, or a name on the hub
 """
 

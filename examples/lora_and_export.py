@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import loraq
-from loraq.evaluation.digits import assets_folder
+from loraq.evaluation.digits import transformer_folder
 
 
 def quantize_digits(folder: Path) -> Path:
@@ -19,7 +19,7 @@ def quantize_digits(folder: Path) -> Path:
     recipe = loraq.Recipe.of("sdnq").adjusted(
         budget=5, effort="fast"
     )  # the limits of the target are in it
-    loraq.quantize_checkpoint(assets_folder() / "transformer", folder, recipe)
+    loraq.quantize_checkpoint(transformer_folder(), folder, recipe)
     return folder
 
 

@@ -13,7 +13,8 @@ images that are there. Published setting: 20 steps of the DPM solver, guidance 4
 Expected. LoRaQ (arXiv 2604.18117) reports better scores than SVDQuant at equal memory overhead on
 this model, with the branches W8A8, W6A6 and W4A8; the cells of its tables are not known to us, so
 there is no figure of its own to meet. SVDQuant's rows use 128 calibration prompts and smoothing; the
-`svdquant` of this package is data-free and without smoothing, so it can be worse. The same
+`svdquant` of this package is data-free and without smoothing, so it can be worse. `svdquant-x100` has
+100 alternations, and a row for each branch of LoRaQ's. No row has statistics of samples. The same
 configuration differs by 1 dB between the harnesses of others: compare inside one run only.
 """
 
@@ -24,6 +25,7 @@ STUDY = Study(
     name="pixart-sigma",
     hub_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     call={"num_inference_steps": 20, "guidance_scale": 4.5, "clean_caption": False},
+    dtype="float16",
     tiny=tiny_pixart_sigma,
     tiny_call={
         "num_inference_steps": 4,

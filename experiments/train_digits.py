@@ -1,4 +1,4 @@
-"""Train the digits world that ships with the package, in minutes on a CPU.
+"""Train the digits world of the repository, in minutes on a CPU.
 
     python experiments/train_digits.py
 

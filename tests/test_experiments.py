@@ -58,6 +58,36 @@ def test_a_study_quantizes_loads_and_draws(name, tmp_path, capsys):
     assert again[0].psnr_db == ours.psnr_db
 
 
+def test_every_row_of_ours_has_a_rival_with_its_branch():
+    from paper_study import CONTENDERS, HELPED, _contender
+
+    rows = {(row.recipe, row.method, bool(row.options)) for row in CONTENDERS}
+    ours = {recipe for recipe, method, _ in rows if method == "loraq"}
+    assert all((recipe, "svdquant", True) in rows for recipe in ours)
+    assert len(rows) == len(CONTENDERS) == len({row.label for row in CONTENDERS})
+    helped = _contender(f"{HELPED}:mxfp4+w8a8-h0")
+    assert helped in CONTENDERS
+    assert helped.options == {"rounds": 100, "rotate": True}
+
+
+def test_the_declared_rows_from_weights_alone_take_part():
+    tables = pytest.importorskip("benchmarks.quality.tables")
+    from paper_study import CONTENDERS
+
+    declared = {c.declared for c in tables.COMPARISONS.values() if not (c.statistics or c.budget)}
+    assert declared <= {row.recipe for row in CONTENDERS if row.method == "loraq"}
+
+
+def test_a_study_draws_in_the_published_dtype():
+    from paper_study import _options
+
+    dtypes = {
+        name: _options(importlib.import_module(name).STUDY, []).dtype
+        for name in ("pixart_sigma", "sana")
+    }
+    assert dtypes == {"pixart_sigma": "float16", "sana": "bfloat16"}
+
+
 def test_prompts_are_those_of_the_published_protocol(tmp_path):
     from loraq.evaluation.prompts import read_named_prompts
     from paper_study import _prompts

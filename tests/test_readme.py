@@ -24,7 +24,7 @@ from benchmarks.quality import ledger  # noqa: E402
 from benchmarks.quality.ranking import Verdict, final_rows, verdict, withdrawn  # noqa: E402
 from benchmarks.quality.tables import COMPARISONS  # noqa: E402
 from benchmarks.results import read  # noqa: E402
-from loraq.evaluation.demo import DemoRow  # noqa: E402
+from loraq.evaluation.demo import HELPED, SHORT_ROUNDS, DemoRow  # noqa: E402
 
 #: What hours are shown of, and under which name.
 MODELS = {"pixart-sigma": "PixArt-Σ XL", "sana-1.6b": "SANA", "flux.1": "FLUX.1"}
@@ -140,12 +140,47 @@ def bits_of_a_whole_model() -> str:
     return f"PixArt-Σ XL comes to {float(bits):.1f} bits a parameter"
 
 
+def newest_hours() -> dict[str, dict[str, Any]]:
+    """Return the newest row of each model of the table of hours."""
+    return {
+        row["model"]: row | {"date": record["date"][:10]}
+        for record in read()
+        if record["benchmark"] == "speed.stream"
+        for row in record["rows"]
+        if row["workers"] == 2 and row["effort"] == "fast"
+    }
+
+
+def hours_in_words() -> str:
+    found = {round(row["parameters"] / 1e8) / 10: row for row in newest_hours().values()}
+    small, large = min(found), max(found)
+    assert found[small]["hours_for_all_layers"] < 0.5
+    assert 1 <= found[large]["hours_for_all_layers"] < 2
+    return f"minutes for {small:.1f} B parameters, an hour or two for {large:.0f} B"
+
+
+def how_hours_are_counted() -> str:
+    (layers,) = {row["layers"] for row in newest_hours().values()}
+    return f"extrapolated from {layers} layers with random weights of the real shapes"
+
+
+def rounds_of_the_demo() -> str:
+    assert f"SVDQuant ×{SHORT_ROUNDS}" in text()
+    return (
+        f"SVDQuant ×{SHORT_ROUNDS}, which takes the SVD and rounds {SHORT_ROUNDS} times in turn "
+        f"(`loraq demo --all`: {HELPED['rounds']})"
+    )
+
+
 def a_whole_run() -> str:
+    record = newest("speed.stream")
     (row,) = (
         row
-        for row in newest("speed.stream")["rows"]
+        for row in record["rows"]
         if (row["model"], row["effort"]) == ("pixart-sigma", "default")
     )
+    command = re.sub(r" --(?:save|folder \S+)", "", record["command"])
+    assert f"(`{command}`)" in text()
     assert row["layers"] == row["layers_of_the_model"]
     minutes, peak = round(row["seconds"] / 60), row["peak_anonymous_bytes"] / 1e9
     return (
@@ -166,6 +201,9 @@ SENTENCES = (
     what_was_withdrawn,
     bytes_of_a_branch,
     bits_of_a_whole_model,
+    hours_in_words,
+    how_hours_are_counted,
+    rounds_of_the_demo,
     a_whole_run,
     size_of_the_emoji_model,
 )
@@ -192,13 +230,7 @@ def test_own_samples_more_than_halve_the_error():
 
 
 def test_the_hours_are_those_of_the_newest_run_of_each_model():
-    found = {
-        row["model"]: row | {"date": record["date"][:10]}
-        for record in read()
-        if record["benchmark"] == "speed.stream"
-        for row in record["rows"]
-        if row["workers"] == 2 and row["effort"] == "fast"
-    }
+    found = newest_hours()
     dates = ", ".join(sorted({row["date"] for row in found.values()}))
     (layers,) = {row["layers"] for row in found.values()}
     assert f"(`python -m benchmarks.speed.stream --layers {layers}`, {dates})" in text()

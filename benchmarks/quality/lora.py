@@ -174,7 +174,7 @@ def main() -> None:
         share = relative(change, exact)
         print(f"The LoRA changes the float model's velocity by {share:.3f} of its norm.\n")
         print("recipe           way      output error change error    product  bytes  s  forward")
-        source = digits.assets_folder() / "transformer"
+        source = digits.transformer_folder()
         rows = [
             row | {"change": share}
             for name in chosen.recipes

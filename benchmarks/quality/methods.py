@@ -10,7 +10,7 @@ simpler.
 
 1. Synthetic transformer weights (`matrices.dit_like`), with the bars that the solver must keep.
 2. What the three effort levels buy.
-3. The linear layers of the digits transformer that ships with the package: trained weights. A
+3. The linear layers of the digits transformer of the repository: trained weights. A
    16-bit rank-5 branch takes the share of bytes there that rank 32 takes at width 1152.
 4. Relative error of the layer's output when activations are rounded as well, on synthetic
    heavy-tailed activations. Weight error alone does not decide that: a large 4-bit part and a large
@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.record import options, report
 from benchmarks.worlds.matrices import dit_like, heavy_tailed
 from loraq.budget import Budget, with_rank
-from loraq.evaluation.digits import assets_folder
+from loraq.evaluation.digits import transformer_folder
 from loraq.methods import EFFORTS, LQER, RTN, LoRaQ, Method, SVDQuant
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
@@ -246,7 +246,7 @@ def effort_levels(mains: list[str], seeds: range) -> list[Row]:
 def trained_layers(main: str, every: int) -> dict[str, Tensor]:
     """Return every n-th weight of the digits transformer that a recipe quantizes."""
     recipe = Recipe.of(Scheme(main))
-    tensors = load_file(assets_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(transformer_folder() / "diffusion_pytorch_model.safetensors")
     layers = {
         name.removesuffix(".weight"): t
         for name, t in tensors.items()

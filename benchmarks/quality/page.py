@@ -43,7 +43,7 @@ Which method leaves a trained transformer nearest to itself, at the same stored 
 
 INTRO = f"""## How it is measured
 
-The *digits* transformer ships with the package; *patches* (`benchmarks/worlds/patches.py`) has 20 million parameters, is
+The *digits* transformer lies in `src/loraq/assets`; *patches* (`benchmarks/worlds/patches.py`) has 20 million parameters, is
 trained on photographs, and has heavier activation outliers. Every branch gets at most the bytes of a 16-bit one of rank
 32/1152 of the width, unless the table says otherwise. Activations are never mixed in one table.
 

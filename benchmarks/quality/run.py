@@ -1,6 +1,6 @@
 """Which method leaves a trained transformer nearest to itself, at the same stored bytes?
 
-Two test-beds: the digits transformer that ships with the package, and the patches transformer
+Two test-beds: the digits transformer of the repository, and the patches transformer
 (`benchmarks/worlds/patches.py`: 20 million parameters, trained on photographs, heavier activation
 outliers). Every branch gets at most the bytes of a 16-bit one of rank 32/1152 of the width, unless
 the table says otherwise; a branch-free format has fewer. Activations are never mixed in one table.

@@ -35,9 +35,11 @@ def main() -> None:
         run = [sys.executable, "-m", "loraq"]
         for words in (["formats"], ["methods"], ["doctor"], ["inspect", "out"], ["--help"]):
             subprocess.run([*run, *words], cwd=place, check=True, stdout=subprocess.DEVNULL)
-        told = subprocess.run([*run, "demo"], cwd=place, capture_output=True, text=True)
-    if told.returncode == 0 or 'pip install "loraq[demo]"' not in told.stderr:
-        raise SystemExit(f"`loraq demo` without its packages must name the extra: {told.stderr}")
+        emoji = ["--emoji", str(README.parent / "benchmarks" / "assets" / "emoji")]
+        for words, wanted in ([], "make demo"), (emoji, 'pip install "loraq[demo]"'):
+            told = subprocess.run([*run, "demo", *words], cwd=place, capture_output=True, text=True)
+            if told.returncode == 0 or wanted not in told.stderr:
+                raise SystemExit(f"`loraq demo {words}` must say {wanted!r}: {told.stderr}")
     print(f"bare: {len(plain)} examples and the commands ran with torch {torch.__version__}.")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import loraq
-from loraq.evaluation.digits import assets_folder
+from loraq.evaluation.digits import transformer_folder
 from loraq.integrations.diffusers import _quiet_diffusers, load_float
 from loraq.layers import linear_layers, matrix_of, quantized_layers
 from loraq.recipe import Recipe
@@ -98,7 +98,7 @@ MODELS = {
     ),
     "pixart": Model(
         "PixArtTransformer2DModel",
-        lambda: nn.Module.to(load_float(assets_folder() / "transformer"), torch.float32),
+        lambda: nn.Module.to(load_float(transformer_folder()), torch.float32),
         lambda: {
             "hidden_states": _rand(2, 1, 8, 8),
             "encoder_hidden_states": _rand(2, 1, 64, seed=1),

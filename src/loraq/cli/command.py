@@ -21,7 +21,7 @@ def main() -> None:
     loraq plan SOURCE                 what would happen, layer by layer
     loraq quantize SOURCE TARGET      do it
     loraq report TARGET               see what became of it, on one page
-    loraq demo                        see it on a small trained transformer
+    loraq demo                        see it on a small trained transformer, in a clone
     """
 
 

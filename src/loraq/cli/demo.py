@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--emoji",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the emoji model, benchmarks/assets/emoji of a checkout, which draws in colour; "
-    "else the digits model that ships with loraq.",
+    "else the digits model of a clone.",
 )
 @click.option(
     "--images",
@@ -53,10 +53,11 @@ def demo(  # noqa: PLR0913 - one argument for each option
     """Quantize a small trained transformer by LoRaQ and its rivals at equal bytes, and measure.
 
     Weights have 4 bits and activations 16, which is what runs unless somebody asks for less. The
-    rival has LoRaQ's formats, bytes and statistics.
+    rival is SVDQuant with LoRaQ's formats, bytes and statistics; it alternates 20 times, and 100
+    times with --all.
 
     \b
-    Example: loraq demo
+    Example: loraq demo --emoji benchmarks/assets/emoji
     """
     from loraq.evaluation import digits
     from loraq.evaluation.demo import run

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraq.checkpoint.inspect import FLOAT, measure_memory
 from loraq.checkpoint.model import save
+from loraq.checkpoint.summary import Summary
 from loraq.devices import AUTO, find_devices
 from loraq.evaluation.contender import Contender, Row, simulate
 from loraq.evaluation.metrics import psnr_db, relative_error
@@ -95,10 +96,10 @@ SHORT_RECIPES = dict(zip(list(CONTENDERS)[:2], ("int4-a16+w8a8", "int4-a16+w4a8-
 
 
 def choose_short() -> dict[str, tuple[Contender, ...]]:
-    """Return the rows of the short demo: a recipe by LoRaQ, and by its strongest rival.
+    """Return the rows of the short demo: a recipe by LoRaQ, and by SVDQuant at the same bytes.
 
-    Before the first stands its main format alone, rounded to nearest. The rival alternates less
-    often than among all rows.
+    Before the first stands its main format alone, rounded to nearest. SVDQuant alternates less
+    often than among all rows. Stronger rivals are in docs/quality.md.
     """
     return {
         group: tuple(
@@ -125,8 +126,9 @@ class DemoRow(Row):
 
     #: Bytes of the quantized layers.
     nbytes: int
-    #: Bytes of the whole loaded model, as `loraq inspect --memory` measures them on the back end
-    #: that runs unless another is asked for; activations are not counted.
+    #: Bytes of the whole model when it runs, on the back end that runs unless another is asked for:
+    #: those that `loraq inspect --memory` measures, and of a quantized model one decoded layer.
+    #: Activations are not counted.
     memory: int
     #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The
     #: discriminating figure.
@@ -230,14 +232,16 @@ def run(  # noqa: PLR0913 - each is an option of the command too
 def measure_loaded(model: torch.nn.Module) -> tuple[int, int]:
     """Return the bytes of a quantized model before it was quantized and as it runs, in bf16.
 
-    It is saved for that, and what is measured is what a user would load.
+    It is saved for that, and what is measured is what a user would load. It runs with its largest
+    layer decoded beside the packed ones, as `loraq report` and the model card count it.
     """
     with TemporaryDirectory() as folder:
         place = Path(folder) / "model"
         # The method of nn.Module: that of diffusers has something to say of every cast.
         save(torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16), place)
         found = {memory.backend: memory.total for memory in measure_memory(place)}
-    return found[FLOAT], found[DEFAULT_BACKEND]
+        scratch = Summary.read(place).scratch
+    return found[FLOAT], found[DEFAULT_BACKEND] + scratch
 
 
 def own_statistics(

@@ -96,7 +96,7 @@ def _group(rows: tuple[DemoRow, ...]) -> list[tuple[str, list[DemoRow]]]:
 
 
 def _summary(trained: DemoRow, groups: list[tuple[str, list[DemoRow]]]) -> Markup:
-    """Return the figures of LoRaQ, and beside its error that of the strongest rival, who may win.
+    """Return the figures of LoRaQ, and beside its error that of the best rival here, who may win.
 
     A rival stores no more bytes.
     """
@@ -111,10 +111,10 @@ def _summary(trained: DemoRow, groups: list[tuple[str, list[DemoRow]]]) -> Marku
             continue
         rivals = [row for row in rows if row.method != "loraq" and row.nbytes <= ours.nbytes]
         best = min(rivals, key=lambda row: row.velocity_error, default=None)
-        against = f"; strongest rival {number(best.velocity_error)}" if best else ""
+        against = f"; {best.label} at no more bytes {number(best.velocity_error)}" if best else ""
         figures.append((number(ours.velocity_error), f"LoRaQ, {name}{against}"))
         if len(figures) == 1:
-            size = f"of {size_of(trained.memory)} in 16 bits: the whole loaded model"
+            size = f"of {size_of(trained.memory)} in 16 bits: the whole model when it runs"
             figures.append((size_of(ours.memory), size))
     return tiles(*figures)
 
@@ -186,14 +186,15 @@ def _explain(result: DemoResult) -> list[Markup]:
     )
     texts = (
         "Velocity error is the figure to read: ‖v − v̂‖ / ‖v‖." + (judged if subject.judge else ""),
-        "The rival gets all that LoRaQ gets: the same formats, the same bytes for its branch "
-        f"({subject.budget}), {SHORT_ROUNDS} alternations of SVDQuant (100 with --all), searched "
+        "The rival is SVDQuant with all that LoRaQ gets: the same formats, the same bytes for its "
+        f"branch ({subject.budget}), {SHORT_ROUNDS} alternations (100 with --all), searched "
         "scales, factors rotated in rank space, and with own samples GPTQ on the same statistics "
-        f"of {subject.n_own} samples that the model itself has drawn.",
-        "Weights are the bytes of the quantized layers, memory those of the whole model once it is "
-        "loaded, as loraq inspect --memory measures them: packed weights are what runs, and no "
-        "decoded copy is kept. Time is that of the solver, all layers one after the other; LoRaQ "
-        f"is at effort {effort}.",
+        f"of {subject.n_own} samples that the model itself has drawn. It is not the strongest "
+        "that is known: the quality page has others.",
+        "Weights are the bytes of the quantized layers, memory those of the whole model when it "
+        "runs: the packed bytes, as loraq inspect --memory measures them, and one decoded layer at "
+        "a time. Activations are not counted. Time is that of the solver, all layers one after the "
+        f"other; LoRaQ is at effort {effort}.",
         "One seed: differences of a few percent are within its spread. Several seeds, with "
         "intervals, are on the quality page of the documentation.",
     )
