@@ -105,6 +105,8 @@ def test_there_are_decisions():
     names = [page.name for page in pages if page.name != "index.md"]  # generated
     assert names
     assert all(re.match(r"\d{4}-[a-z0-9-]+\.md$", name) for name in names)
+    titles = {name: text_of(Path("docs", "decisions", name)) for name in names}
+    assert not [name for name, text in titles.items() if not text.startswith(f"# {name[:4]} ")]
 
 
 def test_the_changelog_has_this_version():

@@ -10,6 +10,7 @@ if not (ROOT / "docs").is_dir():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 performance = pytest.importorskip("benchmarks.speed.page")
 from benchmarks.results import read, rename  # noqa: E402
+from benchmarks.speed import machines  # noqa: E402
 
 MET = {"int8_row": 1.6, "resident a16": 0.9, "int8 product": 3.0, "branch": 0.1}
 
@@ -201,6 +202,18 @@ def test_the_bar_of_memory_is_four_copies_a_worker(peak_mb, verdict):
     assert (cells[1][:3], cells[-1]) == ("4.0", verdict)
     over = "FLUX.1 at effort fast 0.40 GB where 0.40 are allowed"
     assert (over in page) == (verdict != "met")
+
+
+def test_what_the_page_of_back_ends_says_of_openvino_holds_in_the_newest_files():
+    text = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    assert "In a model it takes more than `resident`, and is slower" in text
+    found = machines.newest(read(), "speed.engines", "what")
+    assert found
+    for record in (one for by_what in found.values() for one in by_what.values()):
+        rows = {row["contender"].removeprefix("torch "): row for row in record["rows"]}
+        assert rows["openvino"]["mib"] > rows["resident"]["mib"]
+        assert rows["openvino"]["times_bf16"] < rows["resident"]["times_bf16"]
+        assert rows["openvino bf16"]["times_bf16"] > 1
 
 
 def test_rows_of_stream_that_named_no_recipe_have_the_default_of_then():

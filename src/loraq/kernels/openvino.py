@@ -3,7 +3,11 @@
 For CPUs with AVX-512 VNNI or AMX. Main weight and branch are constants of integers, each block of
 which a scale multiplies. OpenVINO multiplies them with activations that it rounds to INT8, one
 scale for the values of a block, and keeps both in 4 and 8 bits. What it multiplies is a copy in its
-own order, beside the stored bytes: it takes less memory than `resident`, more than `low_memory`.
+own order, beside the stored bytes. A model of many layers took more memory than on `resident`, and
+more time than in bf16 (docs/backends.md); `loraq export --to openvino` makes one graph of it.
+
+Intel GPUs are refused: graphs share the memory of the host, and none was at hand to test another
+way.
 
 A graph is for one number of tokens, which saves the copy of the output that OpenVINO makes
 otherwise, and keeps. Another number of tokens compiles the layer again.
