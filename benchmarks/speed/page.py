@@ -33,6 +33,8 @@ COMMANDS = {
         "python -m benchmarks.speed.stream --layers 40 --save",
         "python -m benchmarks.speed.stream --models pixart-sigma --layers 0 --effort default "
         "--save",
+        "python -m benchmarks.speed.stream --models pixart-sigma --layers 0 --effort default "
+        "--recipe int4-a16+w6a6 --save",
     ),
     "speed.solver": (
         "python -m benchmarks.speed.solver --label after --save",
