@@ -178,7 +178,7 @@ class Emoji:
             sample=self.sample,
             labels=self.first_labels,
             n_images=10,
-            n_own=24,
+            n_own=16,
             name=self.captions.__getitem__,
         )
 
