@@ -23,6 +23,7 @@ from loraq.cli import main
 from loraq.cli.options import size_option_value
 from loraq.cli.output import print_json, print_table
 from loraq.errors import CheckpointError, LoraqError
+from loraq.figures import size_of
 from loraq.kernels import BACKENDS
 from loraq.pipeline.ranks import Ranks
 from loraq.pipeline.tickets import Place
@@ -405,7 +406,7 @@ def test_plan_shows_every_layer_and_why_it_is_kept(place):
     assert "Quantizing takes about" in lines[-1]
     assert "estimated_seconds" in document("plan", place / "float", *FAST)
     timed = succeeds("plan", place / "float", *FAST, "--time", "--device", "cpu")
-    assert "minutes on cpu with one worker" in timed.splitlines()[-1]
+    assert " s on cpu with one worker" in timed.splitlines()[-1]
     in_8_bits = succeeds("plan", place / "float", *FAST[:-2])
     assert "int8_b128 (kept)" in in_8_bits
     assert " bits per weight, 8 kept, 7 of them in 8 bits." in in_8_bits
@@ -425,6 +426,17 @@ def test_plan_gives_one_document_that_agrees_with_what_is_done(place):
     assert (size["name"], size["class_name"]) == ("transformer", "PixArt")
     assert size["nbytes"] < size["nbytes_bf16"]
     assert planned == of_pipeline | {"sizes": []}
+
+
+def test_plan_counts_the_time_and_memory_of_as_many_workers_as_are_asked_for(place):
+    text = succeeds("plan", place / "float", *FAST, "--time", "--workers", "3", "--device", "cpu")
+    assert text.count(" with 3 workers") == 2
+    one, three = (
+        document("plan", place / "float", *FAST, "--workers", n, "--device", "cpu") for n in (1, 3)
+    )
+    assert (one["workers"], three["workers"]) == (1, 3)
+    assert three["run_nbytes"] > one["run_nbytes"] > one["worker_nbytes"] == three["worker_nbytes"]
+    assert f"Quantizing takes about {size_of(three['run_nbytes'])} with 3 workers." in text
 
 
 def test_plan_for_a_device_takes_the_recipe_that_suits_it(place):

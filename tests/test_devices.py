@@ -5,7 +5,7 @@ import torch
 
 import loraq
 from loraq import devices
-from loraq.devices import find_device, find_devices, kind_of
+from loraq.devices import find_device, find_device_to_run, find_devices, kind_of
 from loraq.errors import DeviceError
 from loraq.integrations.config import LoraqConfig
 
@@ -76,6 +76,15 @@ def test_a_kind_without_double_precision_is_refused_and_not_chosen(monkeypatch):
     assert find_device("auto").type == "cpu"
     with pytest.raises(DeviceError, match=r"mps has no double precision.*no float64"):
         find_devices("mps")
+    assert find_device_to_run("auto").type == "mps"  # running is another matter
+
+
+def test_a_model_runs_on_more_kinds_than_layers_are_solved_on(two_gpus, monkeypatch):
+    assert str(find_device_to_run("auto")) == "cuda:0"
+    assert find_device_to_run("meta") == torch.device("meta")
+    monkeypatch.setattr(devices, "_count", lambda kind: 0)
+    with pytest.raises(DeviceError, match=r"'all', which cannot be used here.* is 'cpu' here"):
+        find_device_to_run("all")
 
 
 def test_one_device_is_not_all(two_gpus):

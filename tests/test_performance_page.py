@@ -391,6 +391,10 @@ def test_blocks_and_the_solver_show_their_rows():
     assert "| 1152×4608, `mxfp4-a8+w6a8` | – | 9.9 * | – | 140 + 56 | – | 10 / 20 | – |" in page
     page = performance.page([*records, record("speed.solver", [before])])
     assert "| 20.1 * | 9.9 * | 100 + 40 | 140 + 56 | 30 / 60 | 10 / 20 | 3.00 × |" in page
+    fast = after | {"effort": "fast", "seconds": 1.5, "default_steps": [25, 10]}
+    page = performance.page([record("speed.solver", [after | {"effort": "default"}, fast])])
+    assert "| 1152×4608, `mxfp4-a8+w6a8` | – | 9.9 * | – | 140 + 56 |" in page
+    assert "| 1152×4608, `mxfp4-a8+w6a8`, fast | – | 1.5 * | – | 25 + 10 |" in page
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_every_public_name_documents_its_own_members():
             [
                 *("model", "recipe", "*effort", "*budget", "*rank", "*keep"),
                 *("*modules_to_not_convert", "*stats", "*components", "*device", "*backend"),
-                *("*workers", "*progress"),
+                *("*dtype", "*workers", "*progress"),
             ],
         ),
         (

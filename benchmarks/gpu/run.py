@@ -58,7 +58,12 @@ class Step(NamedTuple):
 OF_TORCH = ("--backends", "resident", "low_memory", "int8_row", "fp8_row")
 TRITON = ("--backends", "triton")
 #: Those with tests that need a GPU.
-TESTS = ("tests/kernels", "tests/formats", "tests/checkpoint/test_roundtrip.py")
+TESTS = (
+    "tests/kernels",
+    "tests/formats",
+    "tests/checkpoint/test_roundtrip.py",
+    "tests/integrations/test_on_devices.py",
+)
 
 STEPS = (
     Step("tests", 240, ("pytest", "-m", "gpu", "-rs", *TESTS), saves=False),

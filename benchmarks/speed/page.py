@@ -267,16 +267,22 @@ def solver(records: list[Record]) -> list[str]:
             package = record["rows"][0]["package_commit"]
             raw += [f"{label.capitalize()}: package of commit {package}. {source(record)}", ""]
         rows = {
-            (tuple(r["shape"]), r["scheme"], r["label"]): r
+            (tuple(r["shape"]), at_effort(r), r["label"]): r
             for record in by_label.values()
             for r in record["rows"]
         }
         for shape, scheme in {(shape, scheme): None for shape, scheme, _ in rows}:
             pair = [rows.get((shape, scheme, label)) for label in ("before", "after")]
-            body.append([f"{shape[0]}×{shape[1]}, `{scheme}`", *solver_cells(*pair)])
+            body.append([f"{shape[0]}×{shape[1]}, {scheme}", *solver_cells(*pair)])
         raw += table(SOLVER_HEADINGS, body)
         lines += folded(f"Seconds a layer, {named(machine)}", raw)
     return lines
+
+
+def at_effort(row: Timing) -> str:
+    """Return the scheme of a row, and its effort unless it is the default."""
+    effort = row.get("effort", "default")
+    return f"`{row['scheme']}`" + ("" if effort == "default" else f", {effort}")
 
 
 def solver_cells(before: Timing | None, after: Timing | None) -> list[str]:

@@ -1,18 +1,20 @@
 """How many seconds does the solver take for a layer, and where do they go?
 
 Reading guide: process time (on a GPU wall time) of `LoRaQ` on synthetic transformer weights,
-"s/layer" with the steps that the installed version takes by default, "ms/step" of each phase (1:
+"s/layer" with the steps that the installed version takes at an effort, "ms/step" of each phase (1:
 full-precision factors, 2: rounded ones), "ends" for all before, between and after them (SVDs, the
 candidates that are stored). The largest shape takes a few steps only, and its s/layer is then ends
-+ default steps × ms/step, which the row says in "extrapolated". "rounding" is the share of
++ steps of the effort × ms/step, which the row says in "extrapolated". "rounding" is the share of
 `Format.round` in the steps, "products" that of dense matrix products, "other" the rest: norms,
 updates, inverses; on a GPU there are no shares.
 
-It takes 3 to 6 minutes. Only names that every version of the package has are used, so that an older
-one can be measured by the same script ("before" is the commit that precedes the first profile of
-the solver):
+It takes 3 to 6 minutes at the default effort, and three times as long at "best". What is to be
+compared is measured in one run: a table is made of the newest one. Only names that every version of
+the package has are used, so that an older one can be measured by the same script ("before" is the
+commit that precedes the first profile of the solver):
 
     python -m benchmarks.speed.solver --label after --save
+    python -m benchmarks.speed.solver --label after --effort fast default best --save
     git worktree add old 52424a7
     PYTHONPATH=old/src python -m benchmarks.speed.solver --label before --save
 """
@@ -23,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from loraq.formats import BlockFormat
 from loraq.methods import EFFORTS, LoRaQ
 from loraq.scheme import Branch, Scheme
 
-#: (out, in), and whether all default steps are taken.
+#: (out, in), and whether all steps are taken.
 SHAPES = {(1152, 1152): True, (1152, 4608): True, (3072, 12288): False}
 TINY = (96, 128)
 #: Main weight, its activations, weight and activations of the branch.
@@ -56,29 +59,33 @@ def main() -> None:
     chosen = options(
         __doc__,
         label=("after", "written in every row: before or after"),
+        effort=(("default",), f"of {', '.join(EFFORTS)}; several in turn (default: default)"),
         quick="without the largest",
         tiny="one small shape, to see that it runs",
         device=DEVICE,
     )
+    if unknown := {*chosen.effort} - {*EFFORTS}:
+        raise SystemExit(f"No such effort: {', '.join(unknown)}. Known: {', '.join(EFFORTS)}.")
     device = device_of(chosen.device)
     rows: list[dict[str, object]] = []
     print(
-        f"{'shape':12}{'scheme':15}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}{'ends s':>8}   "
-        "where"
+        f"{'shape':12}{'scheme':15}{'effort':8}{'s/layer':>9}{'ms/step 1':>11}{'ms/step 2':>11}"
+        f"{'ends s':>8}   where"
     )
     for shape, complete in ({TINY: False} if chosen.tiny else SHAPES).items():
         if chosen.quick and not complete:
             continue
         weight = dit_like(*shape).to(device)
-        for name in SCHEMES:
+        for name, effort in product(SCHEMES, chosen.effort):
             scheme = scheme_of(name, shape)
             row = {
                 "shape": list(shape),
                 "scheme": name,
                 "rank": scheme.branch.rank if scheme.branch else 0,
+                "effort": effort,
             }
             row |= {"label": chosen.label, "package_commit": commit_of_the_package()}
-            row |= seconds_of(weight, scheme, complete)
+            row |= seconds_of(weight, scheme, EFFORTS[effort], complete)
             if device.type == "cpu":  # what the host does while a GPU works tells nothing
                 row |= shares_of(weight, scheme)
             rows.append(row)
@@ -112,8 +119,10 @@ def watched(
     return Watched(steps=steps[0], refine_steps=steps[1])
 
 
-def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, object]:
-    """Return seconds for a layer and for each step of both phases."""
+def seconds_of(
+    weight: Tensor, scheme: Scheme, planned: tuple[int, int], complete: bool
+) -> dict[str, object]:
+    """Return seconds for a layer with planned steps, and for each step of both phases."""
     spent: dict[str, float] = {}
 
     @contextmanager
@@ -122,8 +131,7 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
         yield
         spent[name] = now(weight.device) - begin
 
-    default = EFFORTS["default"]
-    steps = default if complete else FEW
+    steps = planned if complete else FEW
     # What is done once in a process.
     LoRaQ(steps=2, refine_steps=2).solve(weight[:256, :512], scheme)
     with clock("layer"):
@@ -131,9 +139,9 @@ def seconds_of(weight: Tensor, scheme: Scheme, complete: bool) -> dict[str, obje
     each = [spent["anneal"] / steps[0], spent["refine"] / steps[1]]
     ends = spent["layer"] - spent["anneal"] - spent["refine"]
     return {
-        "seconds": ends + each[0] * default[0] + each[1] * default[1],
+        "seconds": ends + each[0] * planned[0] + each[1] * planned[1],
         "extrapolated": not complete,
-        "default_steps": list(default),
+        "default_steps": list(planned),
         "measured_steps": list(steps),
         "seconds_per_step": each,
         "seconds_of_ends": ends,
@@ -213,7 +221,7 @@ def show(row: dict) -> None:
     first, second = (1e3 * seconds for seconds in row["seconds_per_step"])
     shape = "×".join(map(str, row["shape"]))
     print(
-        f"{shape:12}{row['scheme']:15}{row['seconds']:8.2f}"
+        f"{shape:12}{row['scheme']:15}{row['effort']:8}{row['seconds']:8.2f}"
         f"{'*' if row['extrapolated'] else ' '}{first:11.1f}{second:11.1f}"
         f"{row['seconds_of_ends']:8.2f} "
         f"  {where}",

@@ -8,6 +8,7 @@ from loraq.layers import linear_layers, replace_layer
 from loraq.nn import QuantizedLinear
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Scheme
+from loraq.transforms import ONE, STEPS
 
 
 def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -> QuantizedLinear:
@@ -25,7 +26,10 @@ def random_layer(shape: tuple[int, int], scheme: Scheme, device: torch.device) -
             proj_up=stored(fmt, n_out, rank, 0.1), proj_down=stored(fmt, rank, n_in, 0.02)
         )
     main = stored(scheme.weight_format, n_out, n_in, n_in**-0.5)
-    packed = PackedWeight(scheme, main, branch).to(device)
+    codes = None
+    if scheme.smoothing:  # factors from ¼ to 4
+        codes = (ONE + torch.arange(n_in) % (4 * STEPS) - 2 * STEPS).to(torch.uint8)
+    packed = PackedWeight(scheme, main, branch, codes).to(device)
     return QuantizedLinear.from_packed(packed, bias_of(n_out, device))
 
 

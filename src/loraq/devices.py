@@ -1,4 +1,4 @@
-"""Where layers are solved: the names of devices, and the devices that they stand for here."""
+"""Where layers are solved, and run: names of devices, and the devices that they stand for here."""
 
 from typing import Any
 
@@ -63,6 +63,28 @@ def find_device(name: str | torch.device) -> torch.device:
             "as 'cuda:0', or use 'auto'."
         )
     return find_devices(name)[0]
+
+
+def find_device_to_run(name: str | torch.device) -> torch.device:
+    """Return the one device that a name stands for where a model runs, which takes less.
+
+    It may be of any kind that torch knows; "auto" takes MPS too, which solves no layers.
+
+    Raises:
+        DeviceError: it is not here, or stands for all.
+    """
+    if name == AUTO:
+        best = find_device(AUTO)
+        return torch.device("mps") if best.type == "cpu" and _count("mps") else best
+    try:
+        torch.empty(1, device=name)
+    # What a build without the device raises.
+    except (ImportError, RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            f"device is {str(name)!r}, which cannot be used here: {error}. Use 'auto', which is "
+            f"'{find_device_to_run(AUTO)}' here; `loraq doctor` lists the devices."
+        ) from error
+    return torch.device(name)
 
 
 def kind_of(device: torch.device) -> str:

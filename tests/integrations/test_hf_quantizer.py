@@ -155,6 +155,20 @@ def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder
     T5EncoderModel.from_pretrained(folder, quantization_config=LoraqConfig(RECIPE))
 
 
+def test_a_configuration_without_a_recipe_says_how_a_folder_runs_and_in_which_dtype(folder, source):
+    # Warnings are errors here.
+    config = LoraqConfig(backend="resident", dtype=torch.float16)
+    model = T5EncoderModel.from_pretrained(folder, quantization_config=config)
+    assert {layer.backend for layer in quantized_layers(model).values()} == {"resident"}
+    assert model.config.quantization_config.recipe == RECIPE
+    assert same(model, T5EncoderModel.from_pretrained(folder, dtype=torch.float16))
+    made, plain = LoraqConfig(RECIPE, dtype=torch.float16), LoraqConfig(RECIPE)
+    assert same(
+        T5EncoderModel.from_pretrained(source, quantization_config=made),
+        T5EncoderModel.from_pretrained(source, quantization_config=plain, dtype=torch.float16),
+    )
+
+
 def test_a_damaged_or_foreign_folder_is_refused(copied):
     weights = load_file(copied / "model.safetensors")
     save_file(

@@ -15,6 +15,7 @@ from test_quantizer import same
 from torch import nn
 
 import loraq
+from loraq.devices import find_device_to_run
 from loraq.errors import KernelError, LoraqError, RecipeError
 from loraq.layers import quantized_layers
 from loraq.recipe import Recipe
@@ -55,6 +56,24 @@ def test_the_back_end_is_asked_for_and_an_unknown_one_refused_before_work(source
     model = copy.deepcopy(source)
     with pytest.raises(KernelError, match="Unknown back end 'fast'"):
         loraq.quantize_(model, RECIPE, backend="fast", progress=False)
+    assert not quantized_layers(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_dtype_is_that_of_what_stays_float_once_all_is_quantized(source, made, dtype):
+    model = loraq.quantize(source, RECIPE, dtype=dtype, progress=False)
+    assert same(model, loraq.load(made[1], dtype=dtype))
+    assert velocity(model).dtype == dtype
+    layers = quantized_layers(model).values()
+    assert [layer.weight_dtype for layer in layers] == [
+        layer.weight_dtype for layer in quantized_layers(loraq.load(made[1], dtype=dtype)).values()
+    ]
+
+
+def test_a_dtype_of_no_floats_is_refused_before_work(source):
+    model = copy.deepcopy(source)
+    with pytest.raises(LoraqError, match=r"dtype is torch\.int8"):
+        loraq.quantize_(model, RECIPE, dtype=torch.int8, progress=False)
     assert not quantized_layers(model)
 
 
@@ -227,6 +246,12 @@ def test_the_dtype_of_what_stays_float(made, dtype):
     assert velocity(model).dtype == dtype
 
 
+def test_the_best_device_is_taken_for_auto(made):
+    best = find_device_to_run("auto")
+    model = loraq.load(made[1], device="auto")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {best.type}
+
+
 def test_a_repository_of_the_hub_is_loaded_by_its_name(made, monkeypatch):
     asked = []
 
@@ -246,6 +271,7 @@ def test_a_repository_of_the_hub_is_loaded_by_its_name(made, monkeypatch):
         ({"dtype": "bf16"}, "'dtype' of `load` is 'bf16'"),
         ({"device": "nowhere"}, "device is 'nowhere'"),
         ({"device": "hpu:99"}, "device is 'hpu:99'"),
+        ({"device": "all"}, "device is 'all'"),
     ],
 )
 def test_a_dtype_or_device_that_cannot_be(made, option, match):

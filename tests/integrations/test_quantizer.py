@@ -264,8 +264,8 @@ def test_what_is_stored_wins_over_what_is_passed_and_a_warning_names_both(folder
         loaded = PixArt.from_pretrained(folder, quantization_config=LoraqConfig(other), **BF16)
     assert [str(warning.message) for warning in caught] == [
         f"'{folder}' is quantized already and loads as it is stored: LoraqConfig with "
-        f"seed={RECIPE.seed}. The `quantization_config` that was passed is not used: LoraqConfig "
-        "with seed=5. To quantize with it, start from the float weights."
+        f"seed={RECIPE.seed}. The recipe of the `quantization_config` that was passed is not used: "
+        "LoraqConfig with seed=5. To quantize with it, start from the float weights."
     ]
     assert same(loaded, loraq.load(folder))
     assert loaded.config.quantization_config.recipe == RECIPE
@@ -500,13 +500,44 @@ def test_a_configuration_takes_what_adjusts_a_recipe(source):
 
 @pytest.mark.parametrize("which", ["source", "folder"])
 def test_a_configuration_names_the_back_end(which, request):
-    path = request.getfixturevalue(which)
+    path, folder = request.getfixturevalue(which), request.getfixturevalue("folder")
     config = LoraqConfig(RECIPE, backend="resident")
     loaded = PixArt.from_pretrained(path, quantization_config=config)
     assert {layer.backend for layer in quantized_layers(loaded).values()} == {"resident"}
     assert "backend" not in loaded.config.quantization_config.to_dict()
+    # It is no argument of diffusers, which says nothing of it and leaves layers to themselves.
+    plain = PixArt.from_pretrained(folder, backend="resident")
+    assert "resident" not in {layer.backend for layer in quantized_layers(plain).values()}
     with pytest.raises(KernelError, match="Unknown back end 'fast'"):
         LoraqConfig(RECIPE, backend="fast")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraqConfig(backend="resident"), {"quant_method": "loraq", "backend": "resident"}],
+    ids=["object", "table"],
+)
+def test_a_configuration_without_a_recipe_only_says_how_a_quantized_folder_runs(folder, config):
+    # Warnings are errors here: the stored recipe is no other than the one that was not named.
+    loaded = PixArt.from_pretrained(folder, quantization_config=config)
+    assert {layer.backend for layer in quantized_layers(loaded).values()} == {"resident"}
+    assert loaded.config.quantization_config.recipe == RECIPE
+
+
+@pytest.mark.parametrize("which", ["source", "folder"])
+def test_a_configuration_names_the_dtype_of_what_stays_float(which, request):
+    path = request.getfixturevalue(which)
+    recipe = RECIPE if which == "source" else None
+    config = LoraqConfig(recipe, dtype=torch.float16)
+    loaded = PixArt.from_pretrained(path, quantization_config=config)
+    plain = LoraqConfig(recipe)
+    assert same(loaded, PixArt.from_pretrained(path, quantization_config=plain, dtype=torch.half))
+    assert velocity(loaded).dtype == torch.float16
+    assert "dtype" not in loaded.config.quantization_config.to_dict()
+    # Said by both, it is that of the configuration.
+    assert PixArt.from_pretrained(path, quantization_config=config, **BF16).dtype == torch.float16
+    with pytest.raises(LoraqError, match=r"dtype is torch\.int8"):
+        LoraqConfig(recipe, dtype=torch.int8)
 
 
 def test_layers_are_solved_on_the_device_of_the_configuration(model, source):

@@ -1,7 +1,7 @@
 """Every back end and every layer keeps its tensors where its bytes are.
 
 There need be no GPU: tensors are fake ones on a fake CUDA device, where an operator raises for
-tensors of two devices; `tests/methods/test_devices.py` does the same for solvers. Operators that
+tensors of two devices; `tests/methods/test_fake_cuda.py` does the same for solvers. Operators that
 are opaque to compilers are opened, so that their insides are looked at; kernels of Triton look at
 what they are launched with, and compute nothing.
 """
@@ -49,6 +49,9 @@ CASES = [
     ("fp8_row", "fp8_e4m3-a8"),
     ("triton", "mxfp4-amxfp8_e4m3+mxfp8_e4m3-r16"),
     ("triton", "nvfp4-a16+w8a8-r16"),
+    ("auto", "int4-a8+w8a8-r16-s"),
+    ("resident", "int4-a4+w6a6-r16-s-h32"),
+    ("int8_row", "int8-a8+int8-r16-s"),
 ]
 
 
@@ -228,7 +231,9 @@ def test_another_precision_runs_on_the_device(precision):
         assert model(x).device == CUDA
 
 
-@pytest.mark.parametrize("name", ["int4-a4+w6a6-r16-h32", "nvfp4-a16+bf16-r16", "int5-a8"])
+@pytest.mark.parametrize(
+    "name", ["int4-a4+w6a6-r16-h32", "nvfp4-a16+bf16-r16", "int5-a8", "int4-a8+w8a8-r16-s"]
+)
 def test_what_is_decoded_stays_on_the_device(name):
     packed = packed_of(name)
     with on_device(packed) as there:

@@ -4,8 +4,11 @@ There need be no GPU: tensors are fake ones on a fake CUDA device, where an oper
 tensors of two devices.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from loraq.formats import get_format
 from loraq.methods import METHODS, LoRaQ
@@ -13,6 +16,7 @@ from loraq.methods.base import Method
 from loraq.methods.fits import Prepared
 from loraq.methods.noise import ActivationNoise
 from loraq.pipeline import layer
+from loraq.pipeline.collect import collect_stats
 from loraq.pipeline.jobs import LayerJob
 from loraq.pipeline.ranks import Place
 from loraq.pipeline.worker import LayerWork
@@ -30,6 +34,7 @@ SCHEMES = {
     "nvfp4": Scheme("nvfp4", "nvfp4", Branch(4, "nvfp4", "bf16")),
     "int8 rows": Scheme("int8", "int8", Branch(4, "int8", "int8")),
     "mxint5": Scheme("mxint6", "bf16", Branch(4, "bf16")),
+    "int4, smoothed": Scheme("int4", "mxint8", BRANCH, smoothing=True),
     "fp8": Scheme("fp8_e4m3", "fp8_e4m3", Branch(4, "fp8_e4m3", "fp8_e4m3")),
 }
 
@@ -41,7 +46,7 @@ def solve_on_fake_device(method: Method, scheme: Scheme) -> int:
     with fake_cuda() as reads:
         weight = torch.empty(SHAPE, dtype=torch.bfloat16, device=CUDA)
         stats = None
-        if method.use_of_stats != "ignored":
+        if scheme.smoothing or method.use_of_stats != "ignored":
             size = (SHAPE[1], SHAPE[1]) if method.needs_full_moment else (SHAPE[1],)
             stats = ActivationStats(64, torch.empty(size, device="cpu"))
         with torch.no_grad():
@@ -55,11 +60,12 @@ def solve_on_fake_device(method: Method, scheme: Scheme) -> int:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_stays_on_the_device_of_its_weight(name):
     method = METHODS[name]() if name != "loraq" else LoRaQ(steps=2, refine_steps=2)
-    # Each with three of the formats, LoRaQ with all; rounding alone is below.
-    schemes = list(SCHEMES.values())[: None if name == "loraq" else 3]
+    # Each with three of the formats and smoothed, LoRaQ with all; rounding alone is below.
+    few = [*list(SCHEMES.values())[:3], SCHEMES["int4, smoothed"]]
+    schemes = SCHEMES.values() if name == "loraq" else few
     for scheme in schemes:
         if method.branch == "none":
-            scheme = Scheme(scheme.weight, scheme.activation, None, scheme.rotation)
+            scheme = replace(scheme, branch=None)
         solve_on_fake_device(method, scheme)
 
 
@@ -131,3 +137,29 @@ def test_workers_of_a_machine_take_turns_on_its_devices():
     work = LayerWork({}, None, {}, devices)
     taken = [work.open(Place(10 + local, local)).args[0].index for local in range(4)]
     assert taken == [0, 1, 0, 1]
+
+
+def reads_of_counting(n_calls: int, *, full: bool) -> int:
+    """Count inputs of two layers, and return how many numbers the host has read."""
+    layers = [nn.Linear(16, 8, device="meta"), nn.Linear(8, 4, device="meta")]
+    with fake_cuda() as reads:
+        for layer in layers:
+            for name, parameter in list(layer.named_parameters()):
+                there = torch.empty(parameter.shape, device=CUDA)
+                setattr(layer, name, nn.Parameter(there))
+        model, x = nn.Sequential(*layers), torch.empty(2, 6, 16, device=CUDA)
+
+        def run() -> None:
+            for _ in range(n_calls):
+                model(x)
+
+        stats = collect_stats(model, run, ["0", "1"], second_moment=full, tokens_per_call=4)
+        assert {each.tokens for each in stats.values()} == {4 * n_calls}
+        assert {each.second_moment.device.type for each in stats.values()} == {"cpu"}
+        return reads.count
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_inputs_are_counted_where_they_are_and_a_call_of_a_layer_is_one_read(full):
+    few, many = (reads_of_counting(n_calls, full=full) for n_calls in (1, 4))
+    assert many - few == 2 * 3  # is it finite: before it is added, so that the layer can be named

@@ -81,6 +81,15 @@ devices_option = click.option(
 )
 
 
+workers_option = click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Layers solved at a time; several machines share them by torchrun.",
+)
+
+
 config_option = click.option(
     "--config",
     type=click.Path(path_type=Path),

@@ -18,6 +18,7 @@ from loraq.cli.options import (
     shard_size_option,
     stats_option_value,
     variant_option,
+    workers_option,
 )
 from loraq.cli.output import (
     activation_of,
@@ -65,13 +66,7 @@ def _warn_of_unknown_class(source: Path, config: Path | None) -> None:
     help="Activation statistics that `loraq stats` wrote; of a component NAME, one for each.",
 )
 @devices_option
-@click.option(
-    "--workers",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Layers solved at a time; several machines share them by torchrun.",
-)
+@workers_option
 @shard_size_option
 @overwrite_option
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has finished.")
@@ -191,6 +186,7 @@ def _report_document(report: "Report", target: Path, page: Path | None) -> dict[
     help="Estimate how long it takes, by a trial of the largest layer on --device.",
 )
 @devices_option
+@workers_option
 @recipe_options
 def plan(  # noqa: PLR0913 - each is an option
     source: Path,
@@ -200,6 +196,7 @@ def plan(  # noqa: PLR0913 - each is an option
     runs_on: str | None,
     takes_time: bool,
     device: str,
+    workers: int,
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -214,22 +211,26 @@ def plan(  # noqa: PLR0913 - each is an option
     """
     from dataclasses import asdict
 
-    from loraq.devices import find_devices
+    from loraq.devices import ALL, find_devices
     from loraq.integrations.checkpoints import plan_checkpoint
-    from loraq.pipeline.estimate import estimate_seconds, worker_nbytes
+    from loraq.pipeline import estimate
 
     devices = find_devices(device)
+    workers = max(workers, len(devices)) if device == ALL else workers
     _warn_of_unknown_class(source, config)
     advice = None if runs_on is None else _take_advice(runs_on, recipe)
     planned = plan_checkpoint(
         source, read_recipe(**recipe), components=components, config=config, variant=variant
     )
     show_notes(planned)
-    seconds = estimate_seconds(planned.quantized, devices[0]) if takes_time else None
-    memory = worker_nbytes(planned.quantized)
+    jobs, seconds = planned.quantized, None
+    if takes_time:
+        seconds = estimate.estimate_seconds(jobs, devices[0], workers=workers)
+    memory = estimate.run_nbytes(jobs, devices, workers, leads=workers > 1)
     if as_json:
-        document = _plan_document(planned) | {"advice": advice and asdict(advice)}
-        print_json(document | {"worker_nbytes": memory, "estimated_seconds": seconds})
+        costs = {"workers": workers, "run_nbytes": memory, "estimated_seconds": seconds}
+        costs["worker_nbytes"] = estimate.worker_nbytes(jobs)
+        print_json(_plan_document(planned) | {"advice": advice and asdict(advice)} | costs)
         return
     if advice is not None:
         click.echo(f"For {advice.sentence}\n")
@@ -241,15 +242,16 @@ def plan(  # noqa: PLR0913 - each is an option
         _print_totals(planned)
     else:
         _print_plan(planned)
+    at_a_time = "one worker" if workers == 1 else f"{workers} workers"
     click.echo(
         f"Loaded, the model takes {size_of(planned.model_nbytes)} and what decoding one layer "
         f"needs (`loraq inspect --memory` lists each back end). Quantizing takes about "
-        f"{size_of(memory)} beside the program, for each worker."
+        f"{size_of(memory)}{estimate.name_place(devices)} with {at_a_time}."
     )
     if seconds is not None:
         click.echo(
-            f"Quantizing takes about {seconds / 60:.1f} minutes on {devices[0]} with one worker, "
-            "by a trial of the largest layer."
+            f"Quantizing takes about {estimate.show_time(seconds)} on {devices[0].type} with "
+            f"{at_a_time}, by a trial of the largest layer."
         )
     if len(planned.sizes) > 1:
         click.echo()

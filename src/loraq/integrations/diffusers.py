@@ -17,6 +17,7 @@ from loraq.checkpoint.model import load_onto, write_model
 from loraq.checkpoint.model_index import INDEX, choose_model, is_pipeline
 from loraq.checkpoint.partial import atomic_folder
 from loraq.checkpoint.pretrained import attach_methods, note_memory
+from loraq.devices import find_device_to_run
 from loraq.errors import CheckpointError, LoraqError
 from loraq.integrations.card import attach_card
 from loraq.integrations.construction import (
@@ -24,13 +25,18 @@ from loraq.integrations.construction import (
     bounded_construction,
     require_plausible,
 )
-from loraq.integrations.dtypes import cast_saved, cast_unsaved, take_kept_dtypes, unify_dtypes
+from loraq.integrations.dtypes import (
+    cast_saved,
+    cast_unsaved,
+    require_float_dtype,
+    take_kept_dtypes,
+    unify_dtypes,
+)
 from loraq.integrations.hub import local_path
 from loraq.integrations.marking import mark_quantized, note_origin
 from loraq.integrations.transformers import is_config_of_transformers, transformers_model
 from loraq.json_files import read_json
 from loraq.kernels import DEFAULT_BACKEND
-from loraq.layer_input import INPUT_DTYPES
 from loraq.options import checked
 from loraq.safetensors.reader import ShardReader
 
@@ -194,7 +200,7 @@ def load(
             denoiser, or the only quantized component if no denoiser is.
         backend: back end of the quantized layers.
         verify: whether the files' hashes are checked.
-        device: where the model goes.
+        device: where the model goes; "auto" is the best device there is.
         dtype: of what stays float, but for what its class keeps in fp32; by default that of the
             file, the widest one if it mixes several.
 
@@ -207,7 +213,8 @@ def load(
         LoraqError: the library of the model is not installed (`loraq.load_into` works without it);
             or there is no such device, or the dtype is none of floats.
     """
-    _require_usable(device, dtype)
+    device = find_device_to_run(device)
+    require_float_dtype(dtype)
     home = model_folder(local_path(folder), component, quantized=True)
     if not (home / FILE_NAME).is_file():
         raise CheckpointError(
@@ -227,7 +234,7 @@ def load(
             "with diffusers; or copy the quantized folder again."
         )
     model = model_of(config, home / "config.json")
-    load_onto(model, home, torch.device(device), backend=backend, verify=verify)
+    load_onto(model, home, device, backend=backend, verify=verify)
     if dtype is None:
         unify_dtypes(model)
     else:
@@ -240,26 +247,6 @@ def load(
     mark_quantized(model)
     note_memory(model)
     return model.to(device).eval()
-
-
-def _require_usable(device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Raise `LoraqError` for a device that is not there, or a dtype of no floats."""
-    if dtype not in (None, *INPUT_DTYPES):
-        raise LoraqError(
-            f"dtype is {dtype}. What stays float can be of "
-            f"{', '.join(str(each) for each in INPUT_DTYPES)}."
-        )
-    try:
-        torch.empty(1, device=device)
-    except (
-        ImportError,
-        RuntimeError,
-        AssertionError,
-    ) as error:  # what a build without the device raises
-        raise LoraqError(
-            f"device is {str(device)!r}, which cannot be used here: {error}. `loraq doctor` lists "
-            "the devices."
-        ) from error
 
 
 def _holds_packed(folder: Path) -> bool:

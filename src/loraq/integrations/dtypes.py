@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraq.errors import LoraqError
+from loraq.layer_input import INPUT_DTYPES
 from loraq.layers import quantized_layers, take_dtype
+
+
+def require_float_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `LoraqError` for a dtype that what stays float cannot have; `None` is no wish."""
+    if dtype not in (None, *INPUT_DTYPES):
+        raise LoraqError(
+            f"dtype is {dtype}. What stays float can be of "
+            f"{', '.join(str(each) for each in INPUT_DTYPES)}."
+        )
 
 
 def cast_saved(model: nn.Module, dtype: torch.dtype) -> None:

@@ -56,6 +56,10 @@ class LoraqHfQuantizer(PackedLoading, HfQuantizer):
         require_supported("transformers", transformers.__version__, SUPPORTED)
         self._require_loadable(device_map)
 
+    def update_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of what stays float."""
+        return self._choose_dtype(dtype)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:

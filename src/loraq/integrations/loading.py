@@ -57,13 +57,21 @@ class PackedLoading:
                 "was made. Use `LoraqConfig(recipe)`."
             )
         self.recipe: Recipe = self.quantization_config.recipe
-        self._config: LoraqConfig = self.quantization_config
+        passed = getattr(self.quantization_config, "ignored_config", None)
+        #: Says all but the recipe, which is that of the folder if it is quantized.
+        self._config: LoraqConfig = (
+            passed if isinstance(passed, LoraqConfig) else self.quantization_config
+        )
         self._jobs: dict[str, LayerJob] = {}
         #: Names of a quantized folder that share the tensor of another name, which is stored.
         self._tied: dict[str, str] = {}
         self._folder: Path | None = None
         self._is_float = False
         self._files: list[str] = []
+
+    def _choose_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of what stays float: the configuration's, or the library's."""
+        return dtype if self._config.dtype is None else self._config.dtype
 
     def _require_loadable(self, device_map: Any) -> None:
         """Raise `LoraqError` for what would fail only after long work."""
@@ -91,11 +99,9 @@ class PackedLoading:
         self._files = [Path(file).name for file in files]
         has_packed = any(name.endswith(".weight_packed") for name in names)
         self._is_float = bool(self.pre_quantized) and not has_packed
-        passed = getattr(self.quantization_config, "ignored_config", None)
-        if isinstance(passed, LoraqConfig):
-            self._config = passed
-        if self._is_float and isinstance(passed, LoraqConfig) and passed.recipe is not None:
-            self.recipe, self.pre_quantized, self._is_float = passed.recipe, False, False
+        passed = self._config is not self.quantization_config
+        if self._is_float and passed and self._config.recipe is not None:
+            self.recipe, self.pre_quantized, self._is_float = self._config.recipe, False, False
 
     def _prepare(self, model: nn.Module, rename: Callable[[str], str | None] | None = None) -> None:
         """Put empty packed layers into a model, or plan which of its layers are to be packed.
@@ -153,14 +159,19 @@ class PackedLoading:
         except LoraqError:  # of another version; the layers say by themselves what they are
             config.recipe = None
         passed, config.ignored_config = config.ignored_config, None
-        if passed is not None and passed.to_dict() != config.to_dict():
-            warnings.warn(
-                f"'{self._folder}' is quantized already and loads as it is stored: "
-                f"{_describe_difference(config, passed)}. The `quantization_config` that was "
-                f"passed is not used: {_describe_difference(passed, config)}. To quantize with it, "
-                "start from the float weights.",
-                stacklevel=2,
-            )
+        if passed is None or passed.to_dict() == config.to_dict():
+            return
+        is_ours = isinstance(passed, LoraqConfig)
+        if is_ours and not passed.says_recipe:  # but how the layers run, which is used
+            return
+        warnings.warn(
+            f"'{self._folder}' is quantized already and loads as it is stored: "
+            f"{_describe_difference(config, passed)}. The {'recipe of the ' * is_ours}"
+            "`quantization_config` that was passed is not used: "
+            f"{_describe_difference(passed, config)}. To quantize with it, start from the float "
+            "weights.",
+            stacklevel=2,
+        )
 
     def _is_waiting(self, name: str) -> bool:
         """Return whether a tensor is the weight of a layer that is to be packed now."""
@@ -239,7 +250,8 @@ def merge_configs(stored: Any, passed: Any, merge: Any, library: str) -> Any:
     """
     if isinstance(stored, dict) and stored.get("quant_method") == LoraqMethod.LORAQ.value:
         config = LoraqConfig.from_dict(stored)
-        config.ignored_config = passed
+        is_ours = isinstance(passed, dict) and passed.get("quant_method") == stored["quant_method"]
+        config.ignored_config = LoraqConfig.from_dict(passed) if is_ours else passed
         return config
     if isinstance(stored, LoraqConfig):
         return stored

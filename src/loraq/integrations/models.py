@@ -12,6 +12,7 @@ from torch import nn
 from loraq.checkpoint.model_index import choose_names
 from loraq.errors import LoraqError
 from loraq.integrations.card import attach_card
+from loraq.integrations.dtypes import cast_saved, require_float_dtype, take_kept_dtypes
 from loraq.integrations.marking import mark_quantized
 from loraq.kernels import resolve_backend
 from loraq.layers import bare_model, set_backend
@@ -41,6 +42,7 @@ def quantize_(
     components: None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report: ...
@@ -60,6 +62,7 @@ def quantize_(
     components: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report | dict[str, Report]: ...
@@ -79,6 +82,7 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
     components: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> Report | dict[str, Report]:
@@ -107,6 +111,8 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
         device: where layers are solved, as for `quantize_checkpoint`; `None` solves each where its
             weight is. All that is kept stays where the weight was.
         backend: how the layers run, as for `loraq.load`; `None` leaves it to each layer.
+        dtype: of what stays float, cast once all layers are quantized, as for `loraq.load`; `None`
+            leaves it as it is.
         workers: layers solved at a time. On a CPU each uses one thread, which is the fastest way to
             use cores.
         progress: False for silence, True for a display on stderr, or a function to call after each
@@ -122,7 +128,7 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
         LayerError: the module itself is a linear layer, or carries adapters or wrapped parts; or a
             layer failed: the message names it, and the layers before it are quantized.
         LoraqError: it is neither a module nor a pipeline, or a pipeline without a denoiser or
-            without a component of this name.
+            without a component of this name; or the dtype is none of floats.
         RecipeError: the recipe cannot be read, contradicts an argument, or leaves nothing to
             quantize.
         SchemeError: a layer cannot be quantized as asked. Nothing was changed.
@@ -136,6 +142,7 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
     )
     if backend is not None:
         resolve_backend(backend)  # an unknown one is refused before long work
+    require_float_dtype(dtype)
     if isinstance(model, nn.Module):
         if components is not None:
             raise LoraqError(
@@ -153,6 +160,9 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
             )
             if backend is not None:
                 set_backend(model, backend)
+            if dtype is not None:
+                cast_saved(bare_model(model), dtype)
+                take_kept_dtypes(bare_model(model))
             return report
         finally:
             mark_quantized(model)
@@ -168,6 +178,7 @@ def quantize_(  # noqa: PLR0913 - the five that adjust the recipe are what peopl
             stats=of_each.get(name),
             device=device,
             backend=backend,
+            dtype=dtype,
             workers=workers,
             progress=progress,
         )
@@ -218,6 +229,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
     stats: Stats | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
     workers: Workers = 1,
     progress: ProgressCallback | bool = True,
 ) -> nn.Module:
@@ -237,6 +249,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
         stats: statistics by layer.
         device: where layers are solved.
         backend: how the layers run.
+        dtype: of what stays float.
         workers: layers solved at a time.
         progress: what is shown.
 
@@ -268,6 +281,7 @@ def quantize(  # noqa: PLR0913 - as `quantize_`
         stats=stats,
         device=device,
         backend=backend,
+        dtype=dtype,
         workers=workers,
         progress=progress,
     )

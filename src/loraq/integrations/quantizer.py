@@ -51,6 +51,10 @@ class LoraqQuantizer(PackedLoading, DiffusersQuantizer):
         require_supported("diffusers", diffusers.__version__, SUPPORTED)
         self._require_loadable(device_map)
 
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """Return the dtype of what stays float."""
+        return self._choose_dtype(torch_dtype)
+
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:

@@ -300,8 +300,8 @@ _round.register_autograd(_keep_gradient)
 def _storages(operands: Any) -> set[tuple[int, int]]:
     """Return address and bytes of every piece of memory in nested tuples and lists of tensors."""
     if isinstance(operands, Tensor):
-        if operands.is_mkldnn:  # opaque: it has no storage to look at
-            return {(id(operands), operands.numel() * operands.itemsize)}
+        if operands.is_mkldnn:  # opaque: codes in whole blocks, and sums of rows
+            return {(id(operands), int(torch.ops.mkldnn._nbytes(operands)))}
         storage = operands.untyped_storage()
         return {(storage.data_ptr(), storage.nbytes())}
     if isinstance(operands, tuple | list):

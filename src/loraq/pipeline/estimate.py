@@ -14,8 +14,12 @@ from loraq.stats import ActivationStats
 #: Matrices as large as a layer's that a worker holds at its peak, in fp32 and without statistics
 #: (`benchmarks.speed.memory`).
 _COPIES = 4
-#: Anonymous memory of a process that has imported torch and loraq.
-_PROGRAM_NBYTES = 150_000_000
+#: Anonymous memory of a process that builds the model by its library, and of a child that only
+#: solves, with their layers left out: the peaks of `loraq quantize` on x86-64 with torch 2.13 for
+#: the CPU, diffusers 0.42 and Python 3.11 were 376 to 388 MB and 170 to 173 MB where layers are
+#: tiny; of PixArt-Σ, 741 to 797 MB are left for one of the first and two of the second
+#: (`benchmarks.speed.stream`).
+_PROGRAM_NBYTES, _CHILD_NBYTES = 380_000_000, 200_000_000
 #: Steps of each phase in the two trials of method "loraq".
 _FEW, _MORE = 1, 4
 #: Most rows and columns of a trial before a run; the time of a layer follows its weights.
@@ -27,10 +31,33 @@ def worker_nbytes(jobs: Sequence[LayerJob]) -> int:
     return 4 * _COPIES * max((math.prod(job.matrix) for job in jobs), default=0)
 
 
+def run_nbytes(
+    jobs: Sequence[LayerJob], devices: Sequence[torch.device], workers: int, *, leads: bool
+) -> int:
+    """Return what a run holds at its peak: all its processes, or on another device than the CPU it.
+
+    Args:
+        jobs: of the layers.
+        devices: on which the workers take turns.
+        workers: how many layers are solved at a time.
+        leads: whether there is a process that starts them, and solves none.
+    """
+    workers, each = min(workers, len(jobs)), worker_nbytes(jobs)
+    if devices[0].type != "cpu":
+        return -(-workers // len(devices)) * each
+    if leads:
+        return _PROGRAM_NBYTES + workers * (each + _CHILD_NBYTES)
+    return max(1, workers) * (each + _PROGRAM_NBYTES)
+
+
 def estimate_seconds(
-    jobs: Sequence[LayerJob], device: torch.device, *, most_side: int | None = None
+    jobs: Sequence[LayerJob],
+    device: torch.device,
+    *,
+    workers: int = 1,
+    most_side: int | None = None,
 ) -> float:
-    """Return how long layers take one after the other; on a CPU on one thread.
+    """Return how long layers take; on a CPU each on one thread.
 
     Random weights as large as the largest layer are solved, and a layer is taken to need time as it
     has weights. Of method "loraq" a few steps are tried, because all take as long.
@@ -38,6 +65,7 @@ def estimate_seconds(
     Args:
         jobs: of the layers.
         device: where they are solved.
+        workers: how many are solved at a time; each takes as long as alone.
         most_side: most rows and columns of a trial, for one that must not take long.
     """
     largest: dict[object, LayerJob] = {}
@@ -48,7 +76,7 @@ def estimate_seconds(
         weights = sum(math.prod(each.shape) for each in jobs if each.method == method)
         trial = replace(job, shape=_shape_of_trial(job, most_side))
         seconds += _try(trial, device) / math.prod(trial.shape) * weights
-    return seconds
+    return seconds / max(1, min(workers, len(jobs)))
 
 
 def describe_run(
@@ -62,17 +90,18 @@ def describe_run(
         workers: how many layers are solved at a time.
         leads: whether there is a process that starts them, and solves none.
     """
-    seconds = estimate_seconds(jobs, devices[0], most_side=TRIAL_SIDE) / min(workers, len(jobs))
-    each = worker_nbytes(jobs)
-    if devices[0].type == "cpu":
-        memory = workers * (each + _PROGRAM_NBYTES) + leads * _PROGRAM_NBYTES
-        where = ""
-    else:
-        memory, where = -(-workers // len(devices)) * each, f" on each {devices[0].type} device"
-    return f"about {_show_time(seconds)}, {memory / 1e9:.1f} GB peak{where}"
+    seconds = estimate_seconds(jobs, devices[0], workers=workers, most_side=TRIAL_SIDE)
+    memory = run_nbytes(jobs, devices, workers, leads=leads)
+    return f"about {show_time(seconds)}, {memory / 1e9:.1f} GB peak{name_place(devices)}"
 
 
-def _show_time(seconds: float) -> str:
+def name_place(devices: Sequence[torch.device]) -> str:
+    """Return where the memory of a run is that `run_nbytes` tells; "" for the CPU's."""
+    return "" if devices[0].type == "cpu" else f" on each {devices[0].type} device"
+
+
+def show_time(seconds: float) -> str:
+    """Return a time for people, in seconds, minutes or hours."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -48,13 +48,13 @@ def small_sana(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
 
 
 def velocity(model: nn.Module) -> Tensor:
-    """Return what a small PixArt makes of its small inputs."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    """Return what a small PixArt makes of its small inputs, on its device."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
     with torch.no_grad():
         return model(
-            torch.linspace(-1, 1, 32).view(2, 1, 4, 4).to(dtype),
-            encoder_hidden_states=torch.linspace(-1, 1, 96).view(2, 3, 16).to(dtype),
-            timestep=torch.tensor([10.0, 500.0]),
+            torch.linspace(-1, 1, 32).view(2, 1, 4, 4).to(like),
+            encoder_hidden_states=torch.linspace(-1, 1, 96).view(2, 3, 16).to(like),
+            timestep=torch.tensor([10.0, 500.0]).to(like.device),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
