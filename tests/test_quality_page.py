@@ -316,7 +316,14 @@ def test_packages_are_compared_where_a_branch_fits_and_the_worst_of_them_is_name
         | changes
         | {"command": "against_rivals.py --quick --save"}
     )
-    text = rivals_section.section([rename(record(*rows) | changes), rename(partial)])
+    # Only "near" anew, later: in place of its older row.
+    later = record(rival("near", 0.12, 0.1), date="2026-01-10") | changes
+    later |= {"command": "against_rivals.py --only near --save"}
+    text = rivals_section.section([rename(r) for r in (record(*rows) | changes, partial)])
+    anew = rivals_section.section([rename(r) for r in (record(*rows) | changes, partial, later)])
+    assert "| near | 4.500 | 0.1200 | 1.20 / – | 2.00 / – |" in anew
+    assert "| far | 4.500 | 0.2000 | 2.00 / ∅ | 2.00 / ∅ |" in anew
+    assert "part" not in anew.partition("<summary>")[2]
     assert "| near | 4.500 | 0.1100 | 1.10 / – | 2.00 / – |" in text
     assert "| far | 4.500 | 0.2000 | 2.00 / ∅ | 2.00 / ∅ |" in text
     assert "| 1.100 (near, 1152x1152) | 2 | **MISSED** by 1 |" in text

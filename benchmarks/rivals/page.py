@@ -26,29 +26,40 @@ inputs are rounded to 4 bits; beside that our branch sees 8-bit inputs and their
 """
 
 
-def newest(records: Iterable[Record]) -> Record | None:
-    """Return the newest complete record, from records sorted by date."""
-    found = [
-        r
-        for r in records
-        if r["benchmark"] == "rivals.run" and "--" not in r["command"].replace("--save", "")
-    ]
-    return found[-1] if found else None
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Return the newest record of all packages, and later ones of some (`--only`), oldest first.
+
+    Args:
+        records: sorted by date.
+    """
+    found: list[Record] = []
+    for record in records:
+        if record["benchmark"] != "rivals.run" or "--quick" in record["command"]:
+            continue
+        if "--only" not in record["command"]:
+            found = [record]
+        elif found:
+            found.append(record)
+    return found
 
 
-def rival_rows(record: Record | None) -> list[RivalRow]:
-    """Return the rows of packages that a record has, each with LoRaQ's in the same bytes."""
-    lines = [] if record is None else record["rows"]
-    found = [RivalRow.from_record(row) for row in lines if "failure" not in row]
-    return [row for row in found if row.package != "loraq"]
+def rival_rows(records: Iterable[Record]) -> list[RivalRow]:
+    """Return the newest row of each package and table, each with LoRaQ's in the same bytes."""
+    found: dict[tuple[str, str], RivalRow] = {}
+    for record in records:
+        for line in record["rows"]:
+            if "failure" not in line:
+                row = RivalRow.from_record(line)
+                found[row.label, row.group] = row
+    return [row for row in found.values() if row.package != "loraq"]
 
 
 def section(records: Iterable[Record]) -> str:
     """Return the section for these records, which are sorted by date; empty without one."""
-    record = newest(records)
-    if record is None:
+    found = newest(records)
+    if not found:
         return ""
-    rows = rival_rows(record)
+    rows = rival_rows(found)
     titles = tuple(dict.fromkeys(row.group for row in rows))
     rivals: dict[str, dict[str, RivalRow]] = {}
     for row in rows:
@@ -74,7 +85,7 @@ def section(records: Iterable[Record]) -> str:
         "ratio, output with 4-bit activations",
     )
     raw = folded(f"All {len(rivals)} rows of packages", table(headings, body, "lrrll"))
-    return "\n".join([intro, f"{source(record)}\n", *verdict(rows), *raw])
+    return "\n".join([intro, *(f"{source(record)}\n" for record in found), *verdict(rows), *raw])
 
 
 def verdict(rows: list[RivalRow]) -> list[str]:
