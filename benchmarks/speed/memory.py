@@ -22,7 +22,16 @@ from loraq.pipeline.layer import quantize_layer
 from loraq.recipe import Recipe
 
 SHAPE = (1152, 4608)
-RECIPES = ("int4-a16+w6a6", "mxfp4-a8+w6a8", "int4-a4+w6a8-h32", "mxfp4-a16", "nvfp4-a16+w8a8")
+RECIPES = (
+    "default",
+    "int4-a16+w6a6",
+    "mxfp4-a8+w6a8",
+    "int4-a4+w6a8-h32",
+    "int4-a4+w4a8-h32",
+    "nvfp4-a4+w4a8",
+    "mxfp4-a16",
+    "nvfp4-a16+w8a8",
+)
 BAR = 4.0
 
 

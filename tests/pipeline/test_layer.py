@@ -72,7 +72,13 @@ def test_nor_does_a_prediction_hold_it(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["int4-a16+w6a6", "mxfp4-a8+w6a8", "mxfp4-a16"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("default", "int4-a16+w6a6", "mxfp4-a8+w6a8", "mxfp4-a16"),
+        *("int4-a4+w4a8-h32", "nvfp4-a4+w4a8"),  # whose ranks are the highest of a budget
+    ],
+)
 def test_a_worker_holds_no_more_than_four_copies_of_a_weight(recipe):
     if not (Path(__file__).parents[2] / "benchmarks").is_dir():
         pytest.skip("benchmarks are only in a clone of the repository")

@@ -152,8 +152,10 @@ class LoRaQ(Method):
             inputs.importance(self.importance_damping),
         )
         svd = truncated_svd(weight, branch.rank, seed=seed)
-        refined = self._anneal(problem, Factors.of(*svd.to_balanced()), pace)
-        refined = self._refine(problem, refined, pace, seed)
+        # Nobody else may hold what a phase begins with: factors of a high rank are large, too.
+        refined = self._refine(
+            problem, self._anneal(problem, Factors.of(*svd.to_balanced()), pace), pace, seed
+        )
         del problem  # and its buffers, as large as the weight
         start = self._prepare(svd, noise, seed)
         none = Factors(torch.zeros_like(start.up), torch.zeros_like(start.down))
@@ -194,6 +196,7 @@ class LoRaQ(Method):
             step = pace.last + (hot - pace.last) * left
             gradient = iterate.gradient(max(problem.noise.main, self.pull * left))
             factors = move(iterate, gradient, step, self.leverage_cap).shrink_(step * decay)
+            del iterate  # and its factors
             iterate = problem.evaluate(factors, rounded=False)
             best.take(iterate)
         return best.factors
@@ -210,6 +213,7 @@ class LoRaQ(Method):
             step = pace.last * (1 - t / self.refine_steps)
             gradient = iterate.gradient(problem.noise.main)
             factors = move(iterate, gradient, step, self.leverage_cap)
+            del iterate
             iterate = problem.evaluate(factors.shrink_(step * problem.noise.branch), rounded=True)
             best.take(iterate)
         return best.factors
