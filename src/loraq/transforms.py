@@ -27,6 +27,8 @@ from torch import Tensor, library
 #: Codes of smoothing factors in an octave, and the code of the factor 1: factors are from 2^−8 to
 #: 2^7.9, in steps of 4 %.
 STEPS, ONE = 16, 128
+#: Values that are rotated at a time on a CPU, so that their copies in fp32 stay in cache.
+_CHUNK_VALUES = 1 << 18
 
 
 def smooth(
@@ -40,7 +42,9 @@ def smooth(
     """
     if codes is None:
         return x
-    return (x.float() * torch.exp2((ONE - codes.float()) / STEPS)).to(x.dtype)
+    # One copy in fp32, not two: activations may be larger than the weight.
+    factor = torch.exp2((ONE - codes.float()) / STEPS)
+    return x.to(torch.float32, copy=True).mul_(factor).to(x.dtype)
 
 
 def unsmooth(
@@ -66,6 +70,12 @@ def rotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
 def unrotate(x: Float[Tensor, "*lead n"], side: int) -> Float[Tensor, "*lead n"]:
     """Return x Rᵀ: the inverse of `rotate` up to fp32 rounding."""
     return _rotate(x, side, True) if side else x
+
+
+def unrotate_(x: Float[Tensor, "*lead n"], side: int, at_once: int) -> None:
+    """Make x Rᵀ of a contiguous x in its own memory, about `at_once` values at a time."""
+    if side:
+        _turn(x, side, True, at_once, out=x)
 
 
 def block_side(n: int, side: int) -> int:
@@ -95,14 +105,28 @@ def _parity(bits: Tensor) -> Tensor:
 # Opaque to `torch.compile`, like the rounding that follows it.
 @library.custom_op("loraq::rotate", mutates_args=())
 def _rotate(x: Tensor, side: int, inverse: bool) -> Tensor:
-    matrix = signed_hadamard(block_side(x.shape[-1], side), x.device)
-    blocks = x.float().unflatten(-1, (-1, matrix.shape[0]))
-    return (blocks @ (matrix.mT if inverse else matrix)).flatten(-2).to(x.dtype)
+    at_once = _CHUNK_VALUES if x.device.type == "cpu" else x.numel()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _turn(x, side, inverse, at_once, out=out)
+    return out
 
 
 @_rotate.register_fake
 def _(x: Tensor, side: int, inverse: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _turn(x: Tensor, side: int, inverse: bool, at_once: int, *, out: Tensor) -> None:
+    """Write x R, or x Rᵀ, a few rows at a time; `out` may be x."""
+    n = x.shape[-1]
+    matrix = signed_hadamard(block_side(n, side), x.device)
+    matrix = matrix.mT if inverse else matrix
+    both = x.reshape(-1, n), out.view(-1, n)
+    # Parts of equal size: BLAS may add in another order where few rows are left over.
+    n_parts = max(1, min(len(both[0]), math.ceil(x.numel() / max(1, at_once))))
+    for rows, turned in zip(*(tensor.tensor_split(n_parts) for tensor in both), strict=True):
+        blocks = rows.float().unflatten(-1, (-1, len(matrix)))
+        turned.copy_((blocks @ matrix).flatten(-2))
 
 
 def _keep_direction(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:

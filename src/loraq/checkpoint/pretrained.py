@@ -53,7 +53,8 @@ def note_memory(model: nn.Module) -> None:
     """Log what a loaded model takes, at level INFO of the logger `loraq`."""
     stored = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     shapes = [layer.packed_shape for layer in quantized_layers(model).values()]
-    scratch = 2 * max((math.prod(shape[-2:]) for shape in shapes), default=0)
+    # Two bytes a value, and at most half as much on the way to them.
+    scratch = 3 * max((math.prod(shape[-2:]) for shape in shapes), default=0)
     _LOGGER.info(
         "%s takes %.1f MB, and up to %.1f MB while a layer is decoded to 16 bits. `loraq inspect "
         "--memory` lists what other back ends keep beside it, and `get_memory_footprint()` counts "

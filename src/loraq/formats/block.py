@@ -58,9 +58,9 @@ class QTensor:
         """Return the fp32 values."""
         return self.format.dequantize(self)
 
-    def decode_rows(self) -> Iterator[tuple[slice, Tensor]]:
+    def decode_rows(self, at_once: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield the fp32 values of a matrix a few rows at a time, and which rows they are."""
-        return self.format.decode_rows(self)
+        return self.format.decode_rows(self, at_once)
 
 
 @runtime_checkable
@@ -115,8 +115,11 @@ class Format(Protocol):
         """Return the fp32 values of a packed tensor of this format."""
         ...
 
-    def decode_rows(self, q: QTensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield them a few rows at a time, leading axes as one: (rows, n) of each slice."""
+    def decode_rows(self, q: QTensor, at_once: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield them a few rows at a time, leading axes as one: (rows, n) of each slice.
+
+        A slice has about `at_once` values; `None` is what suits the device.
+        """
         ...
 
     def for_rows(self) -> "Format":
@@ -284,8 +287,8 @@ class BlockFormat:
             rows[part] = values
         return out
 
-    def decode_rows(self, q: QTensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield them a few rows at a time, leading axes as one: (rows, n) of each slice."""
+    def decode_rows(self, q: QTensor, at_once: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield them a few rows at a time, leading axes as one; see `Format.decode_rows`."""
         n = q.shape[-1]
         rows = q.packed.reshape(-1, q.packed.shape[-1])
         scale = self.scales(q)
@@ -293,10 +296,14 @@ class BlockFormat:
         if self.of_columns:
             assert q.global_scale is not None, "the scales of columns stand there"
             above = view_bytes(q.global_scale, torch.float32)[-n:]
-        for part in _row_chunks(rows, n):
-            blocks = self._blocks(self.element.decode(unpack(rows[part], n, self.bits)))
-            values = blocks.mul_(scale[part]).flatten(-2)[..., :n]
-            yield part, values if above is None else values * above
+        for part in _row_chunks(rows, n, at_once):
+            yield part, self._values(rows[part], scale[part], n, above)
+
+    def _values(self, packed: Tensor, scale: Tensor, n: int, above: Tensor | None) -> Tensor:
+        """Return the fp32 values of some rows, and hold nothing that they were made of."""
+        blocks = self._blocks(self.element.decode(unpack(packed, n, self.bits)))
+        values = blocks.mul_(scale).flatten(-2)[..., :n]
+        return values if above is None else values.mul_(above)
 
     def code_scales(self, q: QTensor) -> Tensor:
         """Return what the codes of every block are multiplied by, for elements that are integers.
@@ -356,12 +363,12 @@ class BlockFormat:
         return choose_scales(blocks, rule, self.scale_format, self.element, global_scale)
 
 
-def _row_chunks(rows: Tensor, n: int) -> Iterator[slice]:
+def _row_chunks(rows: Tensor, n: int, at_once: int | None = None) -> Iterator[slice]:
     """Yield slices of rows that hold n values each."""
-    if rows.device.type != "cpu":
+    if at_once is None and rows.device.type != "cpu":
         yield slice(None)
         return
-    step = max(1, _CHUNK_VALUES // max(1, n))
+    step = max(1, (at_once or _CHUNK_VALUES) // max(1, n))
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)
 

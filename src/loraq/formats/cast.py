@@ -59,6 +59,6 @@ class CastFormat:
         """Return the fp32 values of a packed tensor of this format."""
         return view_bytes(q.packed, self.dtype).float()
 
-    def decode_rows(self, q: QTensor) -> Iterator[tuple[slice, Tensor]]:
+    def decode_rows(self, q: QTensor, at_once: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield them all at once: they have no main weight's size."""
         yield slice(None), self.dequantize(q).view(-1, q.shape[-1])

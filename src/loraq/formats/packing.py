@@ -55,8 +55,11 @@ def unpack(packed: Tensor, n: int, bits: int) -> Tensor:
         return packed
     group, n_bytes, pairs = _overlaps(bits)
     grouped = pad(packed, (0, -packed.shape[-1] % n_bytes)).unflatten(-1, (-1, n_bytes))
-    codes = torch.zeros((*grouped.shape[:-1], group), dtype=torch.uint8, device=packed.device)
+    codes = torch.empty((*grouped.shape[:-1], group), dtype=torch.uint8, device=packed.device)
     for code, byte, shift in pairs:
         column = grouped[..., byte]
-        codes[..., code] |= column >> shift if shift >= 0 else column << -shift
+        if shift >= 0:  # the byte that it begins in comes first
+            codes[..., code] = column >> shift
+        else:
+            codes[..., code] |= column << -shift
     return codes.flatten(-2)[..., :n].bitwise_and(2**bits - 1)

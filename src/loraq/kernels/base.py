@@ -115,7 +115,7 @@ def decode(
     packed: PackedWeight,
     dtype: torch.dtype,
     rotation: int | None = None,
-    one: Callable[[QTensor, torch.dtype], Tensor] | None = None,
+    one: Callable[[QTensor, torch.dtype, int], Tensor] | None = None,
 ) -> Operands:
     """Return the stored tensors as dense matrices of `dtype`.
 
@@ -124,20 +124,29 @@ def decode(
         dtype: of the result.
         rotation: of the inputs that will be multiplied; if it is 0, matrices that are stored
             rotated are rotated back. `None` is the stored one.
-        one: decodes one tensor.
+        one: decodes one tensor as `decode_one` does.
     """
     one, branch = one or decode_one, packed.branch
-    down = one(branch.proj_down, dtype) if branch else None
-    main, up = one(packed.main, dtype), one(branch.proj_up, dtype) if branch else None
-    if rotation == 0:
-        main = unrotate(main, packed.scheme.rotation)
-        down = None if down is None else unrotate(down, packed.scheme.rotation)
-    return Operands(main, up, down)
+    side = packed.scheme.rotation if rotation == 0 else 0
+    main = one(packed.main, dtype, side)
+    if branch is None:
+        return Operands(main, None, None)
+    return Operands(main, one(branch.proj_up, dtype, 0), one(branch.proj_down, dtype, side))
 
 
-def decode_one(q: QTensor, dtype: torch.dtype) -> Tensor:
-    """Return one stored tensor as a dense one of `dtype`."""
-    return _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+def decode_one(q: QTensor, dtype: torch.dtype, side: int = 0) -> Tensor:
+    """Return one stored tensor as a dense one of `dtype`, rotated back if it has a `side`."""
+    dense = _dequantize(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+    return unrotate(dense, side)
+
+
+def decode_into(q: QTensor, out: Tensor, at_once: int | None = None) -> Tensor:
+    """Decode a stored tensor into a dense one a few rows at a time, and return that."""
+    rows = out.view(-1, out.shape[-1])
+    for part, values in q.decode_rows(at_once):
+        rows[part] = values
+        del values  # or they are in memory beside the next ones
+    return out
 
 
 def reconstruct(packed: PackedWeight) -> Tensor:
@@ -251,8 +260,8 @@ def _dequantize(
     n: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    shape = (*packed.shape[:-1], n)
-    return QTensor(packed, scale, global_scale, shape, get_format(name)).dequantize().to(dtype)
+    out = packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
+    return decode_into(QTensor(packed, scale, global_scale, out.shape, get_format(name)), out)
 
 
 @_dequantize.register_fake

@@ -1,7 +1,8 @@
 """Matrix products on weights that are decoded at each call: nothing but the packed bytes is kept.
 
-One decoded weight is in memory while a layer runs, in memory that the layers of a model share. A
-training step decodes it once more for the gradient instead of keeping it.
+One decoded weight is in memory while a layer runs, in memory that the layers of a model share. It
+is decoded, and rotated back, a few rows at a time: what that takes beside it is less than half as
+much. A training step decodes it once more for the gradient instead of keeping it.
 
 On a GPU one kernel of Triton decodes, adds the branch and rotates back, where it was seen to be
 right. Elsewhere 4-bit codes are decoded two or four at a time through a table, several times faster
@@ -26,6 +27,7 @@ from loraq.kernels.base import (
     Backend,
     Operands,
     decode,
+    decode_into,
     decode_one,
     flatten_tokens,
     work_dtype,
@@ -35,9 +37,18 @@ from loraq.kernels.resident import Resident, merge
 from loraq.kernels.triton import fused
 from loraq.packed import PackedWeight
 from loraq.scheme import Branch, Scheme
+from loraq.transforms import unrotate, unrotate_
 
 #: Decoded values handled at a time by each thread, so that the passes over them stay in cache.
 _CHUNK_VALUES = 1 << 18
+#: The same on other devices, where each pass over them is a launch.
+_CHUNK_VALUES_ELSEWHERE = 1 << 22
+#: Fewer values at a time would take longer, and hardly less memory.
+_FEWEST_VALUES = 1 << 16
+#: Parts in which a matrix is decoded on a CPU, at least. A value takes up to 10 bytes on its way,
+#: so one of 12 parts takes less than half of a decoded bf16 matrix; it takes 2 where 4-bit codes
+#: are looked up straight into the result.
+_PARTS, _PARTS_IN_PLACE = 12, 4
 
 
 class LowMemory(Backend):
@@ -99,13 +110,28 @@ def _decode(
     if fused.takes(packed, work_dtype(dtype)):
         return fused.decode(packed, work_dtype(dtype), merged=merged)
 
-    def one(q: QTensor, dtype: torch.dtype) -> Tensor:
-        return _decode_pairs(q, dtype, share=q is packed.main)
+    def one(q: QTensor, dtype: torch.dtype, side: int) -> Tensor:
+        # On other devices torch's allocator gives the next layer what the last one has freed.
+        shares = q is packed.main and q.packed.device.type == "cpu"
+        out = _shared.take(q.shape, dtype) if shares else q.packed.new_empty(q.shape, dtype=dtype)
+        if _has_table(q):
+            _look_up(q, out)
+        else:
+            decode_into(q, out, _at_once(out, _PARTS))
+        unrotate_(out, side, _at_once(out, _PARTS))
+        return out
 
-    # On other devices torch's allocator gives the next layer what the last one has freed.
-    on_cpu = packed.main.packed.device.type == "cpu"
-    operands = decode(packed, work_dtype(dtype), 0, one if on_cpu else _decode_pairs)
+    operands = decode(packed, work_dtype(dtype), 0, one)
     return merge(operands) if merged else operands
+
+
+def _at_once(out: Tensor, n_parts: int) -> int:
+    """Return how many values of a decoded matrix to handle at a time, on a CPU in `n_parts`."""
+    if out.device.type != "cpu":
+        return _CHUNK_VALUES_ELSEWHERE
+    # Fewer and longer passes for more threads: at the end of each one all wait for the last.
+    fitting = _CHUNK_VALUES * torch.get_num_threads()
+    return min(fitting, max(_FEWEST_VALUES, out.numel() // n_parts))
 
 
 class _Shared(threading.local):
@@ -198,14 +224,18 @@ def decode_by_table(
     return decode(packed, dtype, rotation, _decode_pairs)
 
 
-def _decode_pairs(q: QTensor, dtype: torch.dtype, *, share: bool = False) -> Tensor:
-    """Return a stored tensor as a dense one, maybe in the memory that layers share."""
+def _decode_pairs(q: QTensor, dtype: torch.dtype, side: int) -> Tensor:
+    """Return what `decode_one` does, by operators that a compiler can trace."""
+    if not _has_table(q):
+        return decode_one(q, dtype, side)
+    stored = q.packed, q.scale, q.global_scale
+    return unrotate(_dequantize_pairs(*stored, q.format.name, q.shape[-1], dtype), side)
+
+
+def _has_table(q: QTensor) -> bool:
+    """Whether `_look_up` decodes a tensor."""
     fmt = q.format
-    if fmt.bits != 4 or (isinstance(fmt, BlockFormat) and (fmt.of_rows or fmt.of_columns)):
-        return decode_one(q, dtype)
-    if share:
-        return _look_up(q, _shared.take(q.shape, dtype))
-    return _dequantize_pairs(q.packed, q.scale, q.global_scale, q.format.name, q.shape[-1], dtype)
+    return fmt.bits == 4 and isinstance(fmt, BlockFormat) and not (fmt.of_rows or fmt.of_columns)
 
 
 # Opaque, as `loraq::dequantize` is, so that a compiled model keeps no decoded weight as a constant.
@@ -250,21 +280,19 @@ def _look_up(q: QTensor, out: Tensor) -> Tensor:
     size = fmt.block_size or n
     whole = n % size == 0 and n % 2 == 0
     direct = whole and dtype == work
-    # Fewer and longer passes for more threads: at the end of each one all wait for the last.
-    at_once = _CHUNK_VALUES * torch.get_num_threads()
-    step = max(1, at_once // n) if packed.device.type == "cpu" else len(packed)
+    step = max(1, _at_once(out, _PARTS_IN_PLACE if direct else _PARTS) // n)
+    # Rows of another dtype, or longer than those of the result, are made beside it.
+    beside = (0, 0) if direct else (min(step, len(packed)), 2 * packed.shape[-1])
+    buffer = out.new_empty(beside, dtype=work)
     for start in range(0, len(packed), step):
         part = slice(start, start + step)
         codes = packed[part]
-        values = out[part]
-        if not direct:
-            values = out.new_empty((len(codes), 2 * codes.shape[-1]), dtype=work)
-        places = _places_of(codes, work)
-        torch.index_select(table, 0, places, out=values.view(torch.int64).view(-1))
+        values = out[part] if direct else buffer[: len(codes)]
+        torch.index_select(table, 0, _places_of(codes, work), out=values.view(torch.int64).view(-1))
         if whole:
             values.view(len(values), -1, size).mul_(factor[part].unsqueeze(-1))
         else:
-            values = values[:, :n] * factor[part].repeat_interleave(size, -1)[:, :n]
+            values = values[:, :n].mul_(factor[part].repeat_interleave(size, -1)[:, :n])
         if not direct:
             out[part] = values
     return out
