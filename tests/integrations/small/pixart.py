@@ -49,12 +49,15 @@ def small_sana(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
 
 def velocity(model: nn.Module) -> Tensor:
     """Return what a small PixArt makes of its small inputs, on its device."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    # What is offloaded waits on the meta device, and comes to the CPU.
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(devices, torch.device("cpu"))
     with torch.no_grad():
         return model(
-            torch.linspace(-1, 1, 32).view(2, 1, 4, 4).to(like),
-            encoder_hidden_states=torch.linspace(-1, 1, 96).view(2, 3, 16).to(like),
-            timestep=torch.tensor([10.0, 500.0]).to(like.device),
+            torch.linspace(-1, 1, 32).view(2, 1, 4, 4).to(device, dtype),
+            encoder_hidden_states=torch.linspace(-1, 1, 96).view(2, 3, 16).to(device, dtype),
+            timestep=torch.tensor([10.0, 500.0]).to(device),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
