@@ -5,7 +5,15 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 
 from benchmarks.quality import ledger
-from benchmarks.quality.ranking import Lines, Verdict, declared, final_rows, ratios, verdict
+from benchmarks.quality.ranking import (
+    Lines,
+    Verdict,
+    declared,
+    final_rows,
+    judged_too,
+    ratios,
+    verdict,
+)
 from benchmarks.quality.ranking import withdrawn as rows_before
 from benchmarks.quality.tables import COMPARISONS, QUALIFYING, SEEDS, WITH, WITHOUT
 from benchmarks.results import Record
@@ -32,6 +40,7 @@ def section(lines: Lines, records: list[Record]) -> list[str]:
         *of_worlds(verdicts),
         *of_widths(verdicts),
         *of_withdrawn(lines),
+        *of_rows_beside(lines),
         *of_strongest(verdicts),
         *of_others(lines),
         *of_samples(verdicts),
@@ -94,6 +103,22 @@ def of_withdrawn(lines: Lines) -> list[str]:
         if found
         else []
     )
+
+
+def of_rows_beside(lines: Lines) -> list[str]:
+    """Return the line of the rows that are judged beside the declared ones."""
+    said = []
+    for title, comparison in COMPARISONS.items():
+        for recipe, what in comparison.beside:
+            found = []
+            for world in WORLDS:
+                rows = final_rows(lines, world, title)
+                mine = [row for _, row in judged_too(rows, title) if row.recipe == recipe]
+                if mine and (judged := verdict(rows, title, mine[0])):
+                    found.append(f"{world} {judged.outcome}, {fmean(judged.ratios):.2f}")
+            if found:
+                said.append(f"{what}, {title.partition(', ')[2]}: {', '.join(found)}")
+    return [f"**Beside the declared rows**, the same ratio: {'; '.join(said)}."] if said else []
 
 
 def of_strongest(verdicts: dict[Place, Verdict]) -> list[str]:
