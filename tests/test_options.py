@@ -44,6 +44,7 @@ QUANTIZE = {
     "stats": TEXT | {"None"},
     "device": TEXT | {"None"},
     "backend": TEXT | {"None"},
+    "dtype": {"None"},
     "workers": WORKERS,
     "progress": FLAG,
 }
