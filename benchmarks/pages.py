@@ -38,6 +38,13 @@ def folded(summary: str, lines: Iterable[str]) -> list[str]:
     return [*opening, *lines, "</details>", ""]
 
 
+def extent(values: Iterable[float], form: str = "{:.2f}") -> str:
+    """Return the lowest and the highest value in a form, or one of them if they look alike."""
+    ordered = sorted(values)
+    low, high = form.format(ordered[0]), form.format(ordered[-1])
+    return low if low == high else f"{low} to {high}"
+
+
 def source(record: Record) -> str:
     """Return the sentence that says where a table's numbers come from."""
     changed = ", **with changes that were not committed**" if record["changed"] else ""

@@ -265,6 +265,21 @@ def test_a_generated_page_can_be_made_alone(tmp_path, monkeypatch):
     assert "No such page: cli. Known: formats.md, cli.md" in generate.run(["cli"], check=True)
 
 
+@pytest.mark.parametrize(
+    ("page", "bars", "most"),
+    [("performance.md", "## The bars", 160), ("quality.md", "## The bar", 180)],
+)
+def test_what_is_visible_of_a_page_of_results_is_short(page, bars, most):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    folded = re.findall(r"^<details.*?^</details>$", text, re.MULTILINE | re.DOTALL)
+    assert text.count("<details") == len(folded)
+    visible = len(text.splitlines()) - sum(len(part.splitlines()) for part in folded)
+    assert visible <= most
+    assert len(text.split("## In short\n\n")[1].split("\n\n")[0].splitlines()) <= 12
+    assert text.index("## In short") < text.index(bars) < text.index("<details")
+    assert not [part for part in folded if "## " in part]
+
+
 @pytest.mark.slow
 def test_the_generated_pages_are_fresh():
     # In a process of its own: click remembers how help was asked for before.

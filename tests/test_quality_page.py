@@ -15,9 +15,9 @@ quality_page = pytest.importorskip("benchmarks.quality.page")
 from benchmarks.quality import ledger, same_branch  # noqa: E402
 from benchmarks.quality.field import Entrant  # noqa: E402
 from benchmarks.quality.ranking import (  # noqa: E402
+    beside,
     final_rows,
     finalists,
-    judged_too,
     unmeasured,
     verdict,
 )
@@ -172,17 +172,6 @@ def test_packages_are_counted_in_the_summary(tmp_path):
     assert "1 of 2 comparisons of weight error keep the bar of 1.176" in lines[0]
 
 
-def test_what_is_visible_of_the_page_is_short():
-    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
-    folded = re.findall(r"^<details.*?^</details>$", text, re.MULTILINE | re.DOTALL)
-    assert text.count("<details") == len(folded)
-    visible = len(text.splitlines()) - sum(len(part.splitlines()) for part in folded)
-    assert visible <= 180
-    assert len(text.split("## In short\n\n")[1].split("\n\n")[0].splitlines()) <= 12
-    assert text.index("## In short") < text.index("## The bar") < text.index("<details")
-    assert not [line for line in folded if "## " in line]
-
-
 def test_the_newest_line_of_a_row_and_seed_counts(tmp_path):
     new = line(error=0.5, date="2027-01-01")
     found = ledger_of(tmp_path, new, line(error=0.1))
@@ -244,7 +233,7 @@ def test_rows_beside_the_declared_one_have_a_verdict_of_their_own(tmp_path):
     ]
     rows = final_rows(ledger_of(tmp_path, *wide, *ours), "digits", title)
     assert verdict(rows, title) is None  # nobody stores so little
-    ((said, row),) = judged_too(rows, title)
+    ((said, row),) = beside(rows, title)
     assert (said, row.recipe) == (what, recipe)
     assert verdict(rows, title, row).said.startswith("**lost**")
 

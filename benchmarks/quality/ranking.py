@@ -33,7 +33,10 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
     chosen = {
         i
         for i, row in enumerate(rows)
-        if row.as_published or is_declared(row, group) or is_judged_too(row, group)
+        if row.as_published
+        or is_declared(row, group)
+        or is_withdrawn(row, group)
+        or is_beside(row, group)
     }
     measured = final_rows(lines, world, group)
     chosen |= {index[name] for name in map(name_of, measured) if name in index}
@@ -61,26 +64,22 @@ def name_of(row: Contender | ModelRow) -> tuple[str, str, str]:
 def is_declared(row: Contender | ModelRow, group: str) -> bool:
     """Whether a row is the one that its table is judged by."""
     comparison = COMPARISONS.get(group)
-    return comparison is not None and name_of(row) == (
-        "LoRaQ",
-        comparison.declared,
-        comparison.budget,
-    )
+    ours = comparison and ("LoRaQ", comparison.declared, comparison.budget)
+    return name_of(row) == ours
+
+
+def is_beside(row: Contender | ModelRow, group: str) -> bool:
+    """Whether a row is judged beside the declared one."""
+    comparison = COMPARISONS.get(group)
+    return comparison is not None and name_of(row) in {
+        ("LoRaQ", recipe, comparison.budget) for recipe, _ in comparison.beside
+    }
 
 
 def is_withdrawn(row: Contender | ModelRow, group: str) -> bool:
     """Whether a table was judged by a row before."""
     comparison = COMPARISONS.get(group)
     return comparison is not None and row.label == "LoRaQ" and row.recipe in comparison.withdrawn
-
-
-def is_judged_too(row: Contender | ModelRow, group: str) -> bool:
-    """Whether a row has a verdict of its own, and is not the declared one."""
-    comparison = COMPARISONS.get(group)
-    if comparison is None or is_withdrawn(row, group):
-        return comparison is not None
-    names = {("LoRaQ", recipe, comparison.budget) for recipe, _ in comparison.beside}
-    return name_of(row) in names
 
 
 def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:
@@ -93,14 +92,16 @@ def withdrawn(rows: Sequence[ModelRow], group: str) -> list[ModelRow]:
     return [row for row in rows if is_withdrawn(row, group)]
 
 
-def judged_too(rows: Sequence[ModelRow], group: str) -> list[tuple[str, ModelRow]]:
-    """Return the other rows that have a verdict, each with what it is."""
+def beside(rows: Sequence[ModelRow], group: str) -> list[tuple[str, ModelRow]]:
+    """Return the rows that are judged beside the declared one, each with what it is."""
     why = dict(COMPARISONS[group].beside)
-    return [
-        (why.get(row.recipe, "declared before, and withdrawn"), row)
-        for row in rows
-        if is_judged_too(row, group)
-    ]
+    return [(why[row.recipe], row) for row in rows if is_beside(row, group)]
+
+
+def judged_too(rows: Sequence[ModelRow], group: str) -> list[tuple[str, ModelRow]]:
+    """Return all other rows that have a verdict, each with what it is."""
+    before = [("declared before, and withdrawn", row) for row in withdrawn(rows, group)]
+    return before + beside(rows, group)
 
 
 def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:

@@ -1,20 +1,21 @@
 """The page of quality in ten lines, each counted from the same rows as its tables."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import fmean, median
 
+from benchmarks.pages import extent
 from benchmarks.quality import ledger
 from benchmarks.quality.ranking import (
     Lines,
     Verdict,
+    beside,
     declared,
     final_rows,
-    judged_too,
     ratios,
     verdict,
+    withdrawn,
 )
-from benchmarks.quality.ranking import withdrawn as rows_before
 from benchmarks.quality.tables import COMPARISONS, QUALIFYING, SEEDS, WITH, WITHOUT
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
@@ -69,7 +70,7 @@ def of_worlds(verdicts: dict[Place, Verdict]) -> list[str]:
             means = [fmean(found.ratios) for found in mine]
             said.append(
                 f"**{world}**: of {len(mine)} tables {counted(mine)}. The strongest rival has "
-                f"{spread(means)} times the error of the declared row; the bar on that is met in "
+                f"{extent(means)} times the error of the declared row; the bar on that is met in "
                 f"{met} and missed in {missed}."
             )
     return said
@@ -92,7 +93,7 @@ def of_withdrawn(lines: Lines) -> list[str]:
         for world in WORLDS
         for title in COMPARISONS
         for rows in [final_rows(lines, world, title)]
-        for before in rows_before(rows, title)
+        for before in withdrawn(rows, title)
         if (judged := verdict(rows, title, before))
     ]
     return (
@@ -107,18 +108,17 @@ def of_withdrawn(lines: Lines) -> list[str]:
 
 def of_rows_beside(lines: Lines) -> list[str]:
     """Return the line of the rows that are judged beside the declared ones."""
-    said = []
-    for title, comparison in COMPARISONS.items():
-        for recipe, what in comparison.beside:
-            found = []
-            for world in WORLDS:
-                rows = final_rows(lines, world, title)
-                mine = [row for _, row in judged_too(rows, title) if row.recipe == recipe]
-                if mine and (judged := verdict(rows, title, mine[0])):
-                    found.append(f"{world} {judged.outcome}, {fmean(judged.ratios):.2f}")
-            if found:
-                said.append(f"{what}, {title.partition(', ')[2]}: {', '.join(found)}")
-    return [f"**Beside the declared rows**, the same ratio: {'; '.join(said)}."] if said else []
+    found: dict[str, list[str]] = {}
+    for title in COMPARISONS:
+        for world in WORLDS:
+            rows = final_rows(lines, world, title)
+            for what, row in beside(rows, title):
+                if judged := verdict(rows, title, row):
+                    place = f"{what}, {title.partition(', ')[2]}"
+                    said = f"{world} {judged.outcome}, {fmean(judged.ratios):.2f}"
+                    found.setdefault(place, []).append(said)
+    places = [f"{place}: {', '.join(each)}" for place, each in found.items()]
+    return [f"**Beside the declared rows**, the same ratio: {'; '.join(places)}."] * bool(places)
 
 
 def of_strongest(verdicts: dict[Place, Verdict]) -> list[str]:
@@ -145,7 +145,7 @@ def of_others(lines: Lines) -> list[str]:
                 if row.label in OTHERS and ours and (shared := ratios(row, ours)):
                     found.setdefault(row.label, []).append(fmean(shared))
     said = [
-        f"{name} {spread(values)} times (median {median(values):.2f})"
+        f"{name} {extent(values)} times (median {median(values):.2f})"
         for name, values in found.items()
     ]
     return [f"**As published**, the error over the declared row's: {', '.join(said)}."] * bool(said)
@@ -160,7 +160,7 @@ def of_samples(verdicts: dict[Place, Verdict]) -> list[str]:
             found.append(velocity(with_samples) / velocity(alone))
     return (
         [
-            f"**Own samples** leave the declared rows {spread(found)} times the error that they "
+            f"**Own samples** leave the declared rows {extent(found)} times the error that they "
             "have from weights alone."
         ]
         if found
@@ -182,7 +182,7 @@ def of_packages(records: list[Record]) -> list[str]:
     kept = sum(ratio >= packages.BAR for ratio in found)
     return [
         f"**Installable packages**, without data: {kept} of {len(found)} comparisons of weight "
-        f"error keep the bar of {packages.BAR:.3f} times LoRaQ's; {spread(found)} times."
+        f"error keep the bar of {packages.BAR:.3f} times LoRaQ's; {extent(found)} times."
     ]
 
 
@@ -193,7 +193,7 @@ def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
         mine = [len(found.ratios) for (there, _), found in verdicts.items() if there == world]
         rows = [ledger.rows(lines, world, title, QUALIFYING) for title in COMPARISONS]
         total = sum(len(comparison.entrants) for comparison in COMPARISONS.values())
-        seeds = f"{world} has {spread(mine, 0)} of {len(SEEDS)} seeds" if mine else ""
+        seeds = f"{world} has {extent(mine, '{}')} of {len(SEEDS)} seeds" if mine else ""
         qualified = f"{sum(map(len, rows))} of {total} rows in the qualification"
         said += [f"{seeds}, {qualified}"] if mine else []
     return (
@@ -204,9 +204,3 @@ def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
         if said
         else []
     )
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the lowest and the highest value, or one if they look alike."""
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return low if low == high else f"{low} to {high}"

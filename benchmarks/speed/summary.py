@@ -1,10 +1,10 @@
 """The page of timings in ten lines, each counted from the newest result files."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
+from benchmarks.pages import extent
 from benchmarks.results import Record
 from benchmarks.speed import bars, models
 from benchmarks.speed.bars import LARGE_TOKENS, MET, MISSED, NO_FILE
@@ -76,10 +76,10 @@ def of_steps(records: list[Record]) -> list[str]:
     steps = of_what(records, "speed.block", "step")
     if not steps:
         return []
-    floats = spread((row["mib"] for row in steps if row["contender"] == "bf16"), "{:.0f}")
+    floats = extent((row["mib"] for row in steps if row["contender"] == "bf16"), "{:.0f}")
     said = [
-        f"{name} {spread((row['times_bf16'] for row in mine), '{:.2f}')} × bf16 in "
-        f"{spread((row['mib'] for row in mine), '{:.0f}')} MiB"
+        f"{name} {extent(row['times_bf16'] for row in mine)} × bf16 in "
+        f"{extent((row['mib'] for row in mine), '{:.0f}')} MiB"
         for contender, name in LAYERS.items()
         if (mine := [row for row in steps if row["contender"] == contender])
     ]
@@ -92,12 +92,12 @@ def of_engines(records: list[Record]) -> list[str]:
     if not steps:
         return []
     said = [
-        f"{name} {spread((row['times_bf16'] for row in mine), '{:.2f}')} × bf16, "
-        f"{spread((row['mib'] for row in mine), '{:.0f}')} MiB"
+        f"{name} {extent(row['times_bf16'] for row in mine)} × bf16, "
+        f"{extent((row['mib'] for row in mine), '{:.0f}')} MiB"
         for contender, name in ENGINES.items()
         if (mine := [row for row in steps if row["contender"] == contender])
     ]
-    floats = spread((row["mib"] for row in steps if row["contender"] == "torch bf16"), "{:.0f}")
+    floats = extent((row["mib"] for row in steps if row["contender"] == "torch bf16"), "{:.0f}")
     return [
         f"**Engines**, the same step with the peak of a forward ({floats} MiB in bf16): "
         f"{'; '.join(said)}."
@@ -105,12 +105,17 @@ def of_engines(records: list[Record]) -> list[str]:
 
 
 def of_solver(records: list[Record]) -> list[str]:
-    """Return the line of the solver: seconds of the newest run, before and after."""
+    """Return the line of the solver at effort default: seconds before and after."""
     runs = [record for record in records if record["benchmark"] == "speed.solver"]
     before, after = (
         {(tuple(row["shape"]), row["scheme"]): row for row in of_label}
         for of_label in (
-            [row for record in runs for row in record["rows"] if row["label"] == label]
+            [
+                row
+                for record in runs
+                for row in record["rows"]
+                if (row["label"], row.get("effort", "default")) == (label, "default")
+            ]
             for label in ("before", "after")
         )
     )
@@ -119,8 +124,8 @@ def of_solver(records: list[Record]) -> list[str]:
         new = [row for key, row in after.items() if key[0] == shape]
         old = [row["seconds"] for key, row in before.items() if key[0] == shape and key in after]
         how = ["extrapolated"] if any(row["extrapolated"] for row in new) else []
-        how += [f"before {spread(old, '{:.1f}')}"] if old else []
-        text = f"{shape[0]}×{shape[1]} {spread((row['seconds'] for row in new), '{:.1f}')}"
+        how += [f"before {extent(old, '{:.1f}')}"] if old else []
+        text = f"{shape[0]}×{shape[1]} {extent((row['seconds'] for row in new), '{:.1f}')}"
         said.append(text + (f" ({', '.join(how)})" if how else ""))
     return [f"**The solver**, seconds a layer: {', '.join(said)}."] if said else []
 
@@ -134,7 +139,7 @@ def of_models(records: list[Record]) -> list[str]:
     peaks: dict[str, list[float]] = {}
     for run in found:
         peaks.setdefault(run.title, []).append(run.peak_bytes / 1e9)
-    memory = [f"{title} {spread(values, '{:.2f}')}" for title, values in peaks.items()]
+    memory = [f"{title} {extent(values)}" for title, values in peaks.items()]
     return [
         f"**Whole models**, on two cores: {'; '.join(said)}.",
         f"**Memory while quantizing**, GB of all processes: {', '.join(memory)}.",
@@ -156,11 +161,3 @@ def of_what(records: list[Record], benchmark: str, what: str) -> list[dict[str, 
         if what in by_what
         for row in by_what[what]["rows"]
     ]
-
-
-def spread(values: Iterable[float], form: str) -> str:
-    """Return the lowest and the highest value, or one if they look alike."""
-    show: Callable[[float], str] = form.format
-    values = sorted(values)
-    low, high = show(values[0]), show(values[-1])
-    return low if low == high else f"{low} to {high}"

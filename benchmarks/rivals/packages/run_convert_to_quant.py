@@ -15,7 +15,7 @@ COUNTED = "factors as 16 bits"
 
 
 def nvfp4(weight: Tensor, rank: int, *, learned: bool, lora: bool) -> Quantized:
-    """Quantize one weight. Its scales are padded to whole tiles, which are not counted."""
+    """Quantize one weight; scales are counted without what pads them to whole tiles."""
     converter = LearnedNVFP4Converter(
         device="cpu",
         no_learned_rounding=not learned,

@@ -62,6 +62,14 @@ class QTensor:
         """Yield the fp32 values of a matrix a few rows at a time, and which rows they are."""
         return self.format.decode_rows(self, at_once)
 
+    def decode_into(self, out: Tensor, at_once: int | None = None) -> Tensor:
+        """Write the values into a contiguous tensor, a few rows at a time, and return that."""
+        rows = out.view(-1, out.shape[-1])
+        for part, values in self.decode_rows(at_once):
+            rows[part] = values
+            del values  # or they are in memory beside the next ones
+        return out
+
 
 @runtime_checkable
 class Format(Protocol):
@@ -281,11 +289,7 @@ class BlockFormat:
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the fp32 values of a packed tensor of this format."""
-        out = torch.empty(q.shape, dtype=torch.float32, device=q.packed.device)
-        rows = out.view(-1, q.shape[-1])
-        for part, values in self.decode_rows(q):
-            rows[part] = values
-        return out
+        return q.decode_into(q.packed.new_empty(q.shape, dtype=torch.float32))
 
     def decode_rows(self, q: QTensor, at_once: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield them a few rows at a time, leading axes as one; see `Format.decode_rows`."""

@@ -140,15 +140,6 @@ def decode_one(q: QTensor, dtype: torch.dtype, side: int = 0) -> Tensor:
     return unrotate(dense, side)
 
 
-def decode_into(q: QTensor, out: Tensor, at_once: int | None = None) -> Tensor:
-    """Decode a stored tensor into a dense one a few rows at a time, and return that."""
-    rows = out.view(-1, out.shape[-1])
-    for part, values in q.decode_rows(at_once):
-        rows[part] = values
-        del values  # or they are in memory beside the next ones
-    return out
-
-
 def reconstruct(packed: PackedWeight) -> Tensor:
     """Return what `PackedWeight.reconstruct` does, by operators that a compiler can trace."""
     dense, up, down = decode(packed, torch.float32)
@@ -261,7 +252,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     out = packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
-    return decode_into(QTensor(packed, scale, global_scale, out.shape, get_format(name)), out)
+    return QTensor(packed, scale, global_scale, out.shape, get_format(name)).decode_into(out)
 
 
 @_dequantize.register_fake

@@ -27,7 +27,6 @@ from loraq.kernels.base import (
     Backend,
     Operands,
     decode,
-    decode_into,
     decode_one,
     flatten_tokens,
     work_dtype,
@@ -117,7 +116,7 @@ def _decode(
         if _has_table(q):
             _look_up(q, out)
         else:
-            decode_into(q, out, _at_once(out, _PARTS))
+            q.decode_into(out, _at_once(out, _PARTS))
         unrotate_(out, side, _at_once(out, _PARTS))
         return out
 
