@@ -384,6 +384,7 @@ def test_blocks_and_the_solver_show_their_rows():
     page = performance.page([record("speed.solver", [after | {"effort": "default"}, fast])])
     assert "| 1152×4608, `mxfp4-a8+w6a8` | – | 9.9 * | – | 140 + 56 |" in page
     assert "| 1152×4608, `mxfp4-a8+w6a8`, fast | – | 1.5 * | – | 25 + 10 |" in page
+    assert "* **The solver**, seconds a layer: 1152×4608 9.9 (extrapolated)." in page
 
 
 @pytest.mark.parametrize(
