@@ -9,11 +9,12 @@ from functools import partial
 
 from contract import Quantized, Variant, nbytes_of, run
 from convert_to_quant.converters import LearnedNVFP4Converter
-from torch import Tensor, bfloat16, float32
+from torch import Tensor, bfloat16, enable_grad, float32
 
 COUNTED = "factors as 16 bits"
 
 
+@enable_grad()
 def nvfp4(weight: Tensor, rank: int, *, learned: bool, lora: bool) -> Quantized:
     """Quantize one weight; scales are counted without what pads them to whole tiles."""
     converter = LearnedNVFP4Converter(
@@ -28,7 +29,8 @@ def nvfp4(weight: Tensor, rank: int, *, learned: bool, lora: bool) -> Quantized:
     if not lora:
         return Quantized(main.to(float32), nbytes)
     up, down = extra["lora_up"].to(bfloat16), extra["lora_down"].to(bfloat16)
-    return Quantized(main.to(float32), nbytes + nbytes_of([up, down]), up.float() @ down.float())
+    branch = up.float() @ down.float()
+    return Quantized(main.to(float32), nbytes + nbytes_of([up, down]), branch)
 
 
 run(
