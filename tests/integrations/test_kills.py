@@ -5,6 +5,7 @@ run left alone.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,37 @@ def test_kill_9_while_two_transformers_are_quantized(two, tmp_path, workers):
     assert {name.partition("/")[0] for name in names} == {"transformer", "transformer_2"}
     assert files_of(target) == files_of(two / "expected")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_workers_are_an_error_with_the_name_of_its_layer(place, tmp_path):
+    gate = gate_of(place, tmp_path)
+    gated.add_passes(gate, 3)
+    with start(place, tmp_path / "out", 2, gate) as process:
+        until_a_layer_is_done(process)
+        for pid in workers_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode == 1
+    assert re.search(
+        r"Error: Layer 'blocks\.\d\.proj' failed: its worker was killed by signal 9.*"
+        r"\d of 10 layers are kept",
+        errors.replace("\n", " "),
+    ), errors
+    assert "Traceback" not in errors
+    done = finished(tmp_path / "out")
+    with start(place, tmp_path / "out", 2) as process:
+        output, errors = process.communicate(timeout=120)
+    assert f"{len(done)} of them were finished before the last run was interrupted" in output
+    assert files_of(tmp_path / "out") == files_of(place / "expected")
+
+
+def workers_of(parent: int) -> list[int]:
+    """Return the processes that do layers for another: not Python's own that watches over them."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

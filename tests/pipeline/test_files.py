@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 from dataclasses import replace
-from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from torch import nn
 import loraq
 from loraq.checkpoint.manifest import Manifest
 from loraq.checkpoint.partial import PartialFolder
-from loraq.errors import CheckpointError, LayerError
+from loraq.errors import CheckpointError
 from loraq.pipeline.source import Source
 from loraq.recipe import Recipe
 from loraq.safetensors.header import read_header
@@ -353,23 +352,7 @@ def test_a_source_that_vanishes(source, expected, tmp_path, how):
     assert files_of(tmp_path / "out") == expected
 
 
-# --- workers and disks ----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:A worker was killed")  # one may be seen before the other
-def test_killed_workers_are_an_error_with_the_name_of_its_layer(source, expected, tmp_path):
-    def kill() -> None:
-        for child in active_children():
-            child.kill()
-
-    with pytest.raises(
-        LayerError, match=r"Layer '\d' failed: its worker was killed by signal 9.*layers are kept"
-    ):
-        quantize(source, tmp_path / "out", workers=2, progress=At(1, kill))
-    assert active_children() == []
-    assert quantize(source, tmp_path / "out").kept >= 1
-    assert files_of(tmp_path / "out") == expected
+# --- disks --------------------------------------------------------------------------------------
 
 
 def test_a_limit_on_the_size_of_files_in_the_middle(source, expected, tmp_path):
