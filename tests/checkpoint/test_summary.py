@@ -32,7 +32,7 @@ def test_it_is_what_the_folder_holds(folder):
     assert summary.parameters == 2 * 64 * 32 + 64
     assert summary.effective_bits == 8 * summary.nbytes / summary.parameters
     assert summary.bits_per_weight == pytest.approx(4.25, abs=0.3)
-    assert summary.scratch == 2 * 64 * 32
+    assert summary.scratch == 3 * 64 * 32
     assert list(summary.made) == ["0", "1"]
     assert summary.mean_error == sum(summary.made_errors) / 2
     assert summary.class_name == ""

@@ -174,5 +174,5 @@ def test_experts_and_shared_weights_count_once(tmp_path):
     stored = model.manifest.layers["a"]
     stack = replace(stored, shape=(4, 64, 64), scheme=replace(stored.scheme, branch=None))
     stacked = replace(model, manifest=replace(model.manifest, layers={"a": stack}))
-    assert stacked.scratch == 2 * 64 * 64
+    assert stacked.scratch == 3 * 64 * 64
     assert dict(stacked.split_bytes())["packed weights"] == 4 * 64 * 64 * 4.25 / 8

@@ -5,7 +5,7 @@ What each layer is, how two folders differ, and how much memory a folder takes o
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -229,6 +229,15 @@ class Memory:
 
 #: What stands for the model before it was quantized, in a list of `Memory`.
 FLOAT = "float"
+
+
+def scratch_nbytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Return the most bytes beside the packed ones, for layers of shapes (…, out, in) that run.
+
+    One layer is decoded at a time: two bytes a value, and less than half as much on the way to them
+    (`loraq.kernels.low_memory`).
+    """
+    return 3 * max((prod(shape[-2:]) for shape in shapes), default=0)
 
 
 def measure_memory(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Memory]:

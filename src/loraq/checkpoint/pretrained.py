@@ -6,7 +6,6 @@ Nothing here knows diffusers: any module with methods of these names is served.
 """
 
 import logging
-import math
 import re
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from loraq.checkpoint.beside import replaced_model
 from loraq.checkpoint.floats import attach_float_methods
+from loraq.checkpoint.inspect import scratch_nbytes
 from loraq.checkpoint.model import require_quantized, write_model
 from loraq.checkpoint.origin import require_origin_kept
 from loraq.errors import CheckpointError
@@ -52,16 +52,14 @@ def attach_methods(model: nn.Module) -> None:
 def note_memory(model: nn.Module) -> None:
     """Log what a loaded model takes, at level INFO of the logger `loraq`."""
     stored = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    shapes = [layer.packed_shape for layer in quantized_layers(model).values()]
-    # Two bytes a value, and at most half as much on the way to them.
-    scratch = 3 * max((math.prod(shape[-2:]) for shape in shapes), default=0)
+    layers = quantized_layers(model).values()
     _LOGGER.info(
         "%s takes %.1f MB, and up to %.1f MB while a layer is decoded to 16 bits. `loraq inspect "
         "--memory` lists what other back ends keep beside it, and `get_memory_footprint()` counts "
         "what is kept now.",
         type(model).__name__,
         sum(stored.values()) / 1e6,
-        scratch / 1e6,
+        scratch_nbytes(layer.packed_shape for layer in layers) / 1e6,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraq.checkpoint.inspect import count_stored
+from loraq.checkpoint.inspect import count_stored, scratch_nbytes
 from loraq.checkpoint.manifest import Manifest, StoredLayer
 from loraq.json_files import read_json
 from loraq.scheme import Scheme
@@ -81,8 +81,8 @@ class Summary:
 
     @property
     def scratch(self) -> int:
-        """Bytes of the largest decoded layer, which runs beside the packed ones."""
-        return max(2 * math.prod(layer.shape[-2:]) for layer in self.manifest.layers.values())
+        """The most bytes that it takes beside its own when it runs, as one layer is decoded."""
+        return scratch_nbytes(layer.shape for layer in self.manifest.layers.values())
 
 
 def nbytes_of(layer: StoredLayer) -> int:

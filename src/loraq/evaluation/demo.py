@@ -127,8 +127,8 @@ class DemoRow(Row):
     #: Bytes of the quantized layers.
     nbytes: int
     #: Bytes of the whole model when it runs, on the back end that runs unless another is asked for:
-    #: those that `loraq inspect --memory` measures, and of a quantized model one decoded layer.
-    #: Activations are not counted.
+    #: those that `loraq inspect --memory` measures, and of a quantized model what decoding its
+    #: largest layer takes. Activations are not counted.
     memory: int
     #: ‖v − v̂‖ / ‖v‖ of one forward on noised real images, against the model as trained. The
     #: discriminating figure.

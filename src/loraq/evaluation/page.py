@@ -192,9 +192,9 @@ def _explain(result: DemoResult) -> list[Markup]:
         f"of {subject.n_own} samples that the model itself has drawn. It is not the strongest "
         "that is known: the quality page has others.",
         "Weights are the bytes of the quantized layers, memory those of the whole model when it "
-        "runs: the packed bytes, as loraq inspect --memory measures them, and one decoded layer at "
-        "a time. Activations are not counted. Time is that of the solver, all layers one after the "
-        f"other; LoRaQ is at effort {effort}.",
+        "runs: the packed bytes, as loraq inspect --memory measures them, and one layer at a time "
+        "decoded. Activations are not counted. Time is that of the solver, all layers one after "
+        f"the other; LoRaQ is at effort {effort}.",
         "One seed: differences of a few percent are within its spread. Several seeds, with "
         "intervals, are on the quality page of the documentation.",
     )

@@ -112,8 +112,8 @@ def _write_section(folder: Path, repository: str) -> str:
         ),
         (
             "memory when it runs",
-            f"{size_of(summary.nbytes + summary.scratch)}: packed, and one decoded layer at a "
-            "time; activations are not counted",
+            f"{size_of(summary.nbytes + summary.scratch)}: packed, and one layer at a time "
+            "decoded; activations are not counted",
         ),
     ]
     return "\n".join(

@@ -118,7 +118,7 @@ def _tiles(models: list[Model]) -> Markup:
     figures = [
         (size_of(nbytes), f"all tensors; {size_of(2 * parameters)} in 16 bits"),
         (f"{8 * nbytes / max(1, parameters):.2f} bits", "a parameter, everything counted"),
-        (size_of(nbytes + scratch), "when it runs: packed, and one decoded layer at a time"),
+        (size_of(nbytes + scratch), "when it runs: packed, and one layer at a time decoded"),
         (str(n_made), f"layers quantized, {n_kept} kept"),
     ]
     if errors:
