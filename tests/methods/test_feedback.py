@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.worlds.matrices import dit_like
 from loraq.formats import FixedScales, get_format
-from loraq.methods.feedback import Feedback
+from loraq.methods.feedback import Feedback, FewDirections
 
 
 def eliminate(weight: Tensor, hessian: Tensor, damping: float, name: str) -> Tensor:
@@ -43,3 +43,16 @@ def test_it_is_the_elimination_of_one_channel_after_the_other(name, width):
         torch.einsum("oi,ij,oj->", weight - q, moment, weight - q).item() for q in (ours, expected)
     )
     assert price == pytest.approx(least, rel=0.01)
+
+
+@pytest.mark.parametrize("width", [48, 200], ids=["one block", "four blocks"])
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4", "int8"])
+def test_few_directions_round_as_the_moment_that_they_make(name, width):
+    weight, generator = dit_like(32, width), torch.Generator().manual_seed(1)
+    directions = torch.randn((5, width), generator=generator)
+    diagonal = torch.rand(width, generator=generator).double() + 0.5
+    moment = diagonal.diag() + directions.double().mT @ directions.double()
+    fmt = get_format(name)
+    ours = FewDirections(diagonal, directions).round(weight, fmt).dequantize()
+    expected = Feedback(moment, damping=0.0).round(weight, fmt).dequantize()
+    assert torch.isclose(ours, expected, rtol=1e-4, atol=1e-7).float().mean().item() > 0.99

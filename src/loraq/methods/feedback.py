@@ -47,9 +47,7 @@ class Feedback:
         """
         if not isinstance(fmt, BlockFormat):
             return fmt.quantize(weight, rule)
-        scales = FixedScales(weight, fmt, rule)
-        of_values = scales.of_values.mT[self._order]  # (in, out): a channel is a row in memory
-        channels = weight.mT[self._order]
+        scales, of_values, channels = _in_order(weight, fmt, rule, self._order)
         for start in range(0, len(channels), _LAZY):
             stop = min(start + _LAZY, len(channels))
             errors = torch.empty_like(channels[start:stop])
@@ -62,6 +60,69 @@ class Feedback:
                 )
             channels[stop:].addmm_(self._factor[start:stop, stop:].mT, errors, alpha=-1)
         return scales.pack(channels[self._order.argsort()].mT.contiguous())
+
+
+class FewDirections:
+    """The same for a moment of which little is not diagonal, at a cost that grows with that.
+
+    Let H = diag(d) + ZᵀZ, and let s = Σ eᵢ zᵢ be what the errors of the channels so far add up to.
+    What is best for the rest, if it could be had without rounding, is eⱼ = −zⱼᵀ Aⱼ s / dⱼ with
+    Aⱼ = (I + Σ zₗ zₗᵀ / dₗ)⁻¹ over the channels from j on: what `Feedback` finds by the factors of
+    H. So only s is carried, and the Aⱼ zⱼ / dⱼ are settled from the last channel to the first.
+    """
+
+    def __init__(self, diagonal: Float[Tensor, " in"], directions: Float[Tensor, "k in"]) -> None:
+        """Settle the order of the channels, and what they make of earlier errors.
+
+        Args:
+            diagonal: d, positive, in double precision.
+            directions: Z.
+        """
+        powers = diagonal + directions.double().square().sum(0)
+        self._order = powers.argsort(descending=True, stable=True)
+        self._directions = directions.mT[self._order].contiguous()  # (in, k)
+        self._gains = _gains(diagonal[self._order], self._directions.double()).float()
+
+    def round(
+        self, weight: Float[Tensor, "out in"], fmt: Format, rule: str | None = "search"
+    ) -> QTensor:
+        """Return a rounded weight Q that lowers tr((W − Q) H (W − Q)ᵀ); as `Feedback.round`."""
+        if not isinstance(fmt, BlockFormat):
+            return fmt.quantize(weight, rule)
+        scales, of_values, channels = _in_order(weight, fmt, rule, self._order)
+        carried = channels.new_zeros((channels.shape[1], self._directions.shape[1]))  # (out, k)
+        for start in range(0, len(channels), _LAZY):
+            part = slice(start, start + _LAZY)
+            own, directions, gains = channels[part], self._directions[part], self._gains[part]
+            targets = torch.addmm(own, gains, carried.mT)
+            within = directions @ gains.mT  # what an error asks of later channels of the part
+            errors = torch.empty_like(own)
+            for j in range(len(own)):
+                rounded = scales.round(targets[j], of_values[start + j])
+                errors[j] = own[j] - rounded
+                own[j] = rounded
+                targets[j + 1 :].addr_(within[j, j + 1 :], errors[j])
+            carried.addmm_(errors.mT, directions)
+        return scales.pack(channels[self._order.argsort()].mT.contiguous())
+
+
+def _in_order(
+    weight: Tensor, fmt: BlockFormat, rule: str | None, order: Tensor
+) -> tuple[FixedScales, Tensor, Tensor]:
+    """Return the scales, those of all values and the values, (in, out): a channel is a row."""
+    scales = FixedScales(weight, fmt, rule)
+    return scales, scales.of_values.mT[order], weight.mT[order]
+
+
+def _gains(diagonal: Tensor, directions: Tensor) -> Tensor:
+    """Return the rows Aⱼ zⱼ / dⱼ, (in, k), of `FewDirections`."""
+    gains = torch.empty_like(directions)
+    inverse = torch.eye(directions.shape[1], dtype=directions.dtype, device=directions.device)
+    for j in range(len(directions) - 1, -1, -1):
+        seen = inverse @ directions[j]
+        gains[j] = seen / (diagonal[j] + directions[j] @ seen)
+        inverse.addr_(seen, gains[j], alpha=-1)
+    return gains
 
 
 def _unit_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -40,6 +40,7 @@ from loraq.formats.scale_rules import RuleName
 from loraq.linalg import TruncatedSVD, svd_of_product, truncated_svd
 from loraq.methods.base import Method, register
 from loraq.methods.descent import Best, Factors, Problem, move, spread
+from loraq.methods.expected import ExpectedInputs
 from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
 from loraq.methods.noise import ActivationNoise
@@ -120,6 +121,9 @@ class LoRaQ(Method):
     rotate: bool = True
     #: Scale rule of the last rounding; inside the loop it is always "fitted".
     scale_rule: RuleName | None = "search"
+    #: Without statistics: how much power inputs have in the directions that the weight reads most,
+    #: beside white ones; see `loraq.methods.expected`. 0 takes them as white.
+    input_prior: Annotated[float, Range(0, 1000)] = 0.0
     #: With statistics: added to each channel's mean square, as a share of their mean, before it
     #: weighs errors.
     importance_damping: Annotated[float, Range(0, 1e9)] = 0.3
@@ -143,7 +147,10 @@ class LoRaQ(Method):
         noise = ActivationNoise.of(scheme, branch) if self.activation_aware else ActivationNoise()
         pace = self._pace(noise)
         activation = scheme.activation_format if self.activation_aware else None
+        svd = truncated_svd(weight, branch.rank, seed=seed)
         inputs = Inputs(stats, self.feedback_damping, activation)
+        if self.input_prior and stats is None:
+            inputs = ExpectedInputs.of(weight, svd, self.input_prior, activation)
         problem = Problem(
             weight,
             scheme.weight_format,
@@ -151,7 +158,6 @@ class LoRaQ(Method):
             noise,
             inputs.importance(self.importance_damping),
         )
-        svd = truncated_svd(weight, branch.rank, seed=seed)
         # Nobody else may hold what a phase begins with: factors of a high rank are large, too.
         refined = self._refine(
             problem, self._anneal(problem, Factors.of(*svd.to_balanced()), pace), pace, seed
@@ -164,7 +170,7 @@ class LoRaQ(Method):
             (start, self.scale_rule),
             (none, "fitted"),
         ]
-        if inputs.rounds_with_feedback and noise.main > noise.branch:
+        if stats is not None and inputs.rounds_with_feedback and noise.main > noise.branch:
             # A branch that sees more than the main path is better than none, and this one best.
             answer = self._prepare(inputs.best_branch(weight, svd, seed), noise, seed)
             candidates[2] = (answer, self.scale_rule)

@@ -16,7 +16,9 @@ from loraq.formats.scale_rules import RuleName
 from loraq.linalg import as_doubles, frobenius, truncated_svd
 from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, spread
+from loraq.methods.expected import ExpectedInputs
 from loraq.methods.fits import Fit, quantize_branch
+from loraq.methods.inputs import Inputs
 from loraq.options import Range
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
@@ -42,6 +44,8 @@ class SVDQuant(Method):
     scale_rule: RuleName | None = "search"
     #: Whether the factors are rotated in rank space, as LoRaQ's are; see `spread`.
     rotate: bool = False
+    #: What inputs are expected to be when the rest is rounded, as `LoRaQ.input_prior`.
+    input_prior: Annotated[float, Range(0, 1000)] = 0.0
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         branch, main = self._require_branch(scheme), scheme.weight_format
@@ -49,7 +53,11 @@ class SVDQuant(Method):
             branch, self.rounds, self.patience, self.scale_rule, self.rotate
         ).run(weight, main, seed)
         fitted = quantize_branch(*factors, branch, self.scale_rule)
-        stored = main.quantize(fitted.subtract_from(weight), self.scale_rule)
+        inputs = Inputs()
+        if self.input_prior:
+            svd = truncated_svd(weight, branch.rank, seed=seed)
+            inputs = ExpectedInputs.of(weight, svd, self.input_prior, scheme.activation_format)
+        stored = inputs.round(fitted.subtract_from(weight), main, self.scale_rule)
         return Fit(stored, fitted, {"rounds": float(used)})
 
 
