@@ -125,6 +125,19 @@ def test_rows_that_store_other_branches_say_so(tmp_path):
     assert "| 48 of 64 |" in quality_page.page([], ledger_of(tmp_path, ours))
 
 
+def test_a_study_in_the_ledger_is_shown_in_place_of_an_older_one(tmp_path):
+    group = "Ablations, W4A16, from weights alone"
+    row = {**line("older"), "group": group, "same_bytes": True, "velocity_errors": [0.5]}
+    older = {"benchmark": "quality.run", "date": "2026-01-01", "rows": [row]}
+    older |= {"command": "c", "commit": "c", "torch": "2", "cpu_count": 2, "changed": False}
+    assert "| older |" in quality_page.page([older], ledger_of(tmp_path / "none"))
+    qualified = ledger_of(tmp_path / "qualified", line("newer", seed=QUALIFYING[0], group=group))
+    assert "| older |" in quality_page.page([older], qualified)
+    page = quality_page.page([older], ledger_of(tmp_path / "some", line("newer", group=group)))
+    assert "| newer |" in page
+    assert "| older |" not in page
+
+
 def summary_of(lines, records=()):
     page = quality_page.page(records, lines)
     return page.split("## In short\n\n")[1].split("\n\n")[0].splitlines()

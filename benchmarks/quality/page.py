@@ -116,11 +116,34 @@ def page(records: Iterable[Record], lines: Lines) -> str:
         parts.append(f"## The {world} transformer\n")
         for title in COMPARISONS:
             parts += comparison(lines, world, title)
+        newer = newer_studies(lines, world)
+        for title, rows in newer.items():
+            raw = [commits_of(lines, world, title), "", *figures(rows, rows[0])]
+            parts += folded(title, raw)
         for title, found in older.get(world, {}).items():
-            parts += folded(title, [found.source, "", *figures(found.rows, found.rows[0])])
+            if title not in newer:
+                parts += folded(title, [found.source, "", *figures(found.rows, found.rows[0])])
     sections = (schedule.section, same_branch.section, packages.section)
     parts += [text for section in sections if (text := section(records))]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def newer_studies(lines: Lines, world: str) -> dict[str, list[ModelRow]]:
+    """Return the tables of the ledger that are no comparisons, in the order of their titles."""
+    titles = sorted({key[1] for key in lines if key[0] == world} - COMPARISONS.keys())
+    found = {title: ledger.rows(lines, world, title, SEEDS) for title in titles}
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def commits_of(lines: Lines, world: str, title: str) -> str:
+    """Return at which commits the rows of a table were measured."""
+    found = {
+        line["commit"]
+        for key, by_seed in lines.items()
+        if key[:2] == (world, title)
+        for line in by_seed.values()
+    }
+    return f"Commits {', '.join(sorted(found))}."
 
 
 def bars(lines: Lines) -> list[str]:
@@ -180,15 +203,13 @@ def comparison(lines: Lines, world: str, title: str) -> list[str]:
     qualified = ledger.rows(lines, world, title, QUALIFYING)
     if not rows and not qualified:
         return [f"{title}: not measured yet.", ""]
-    commits = sorted({line["commit"] for row in lines.items() if row[0][:2] == (world, title)
-                      for line in row[1].values()})  # fmt: skip
     parts = []
     if rows:
         ordered = sorted(rows, key=lambda row: fmean(row.velocity_errors))
         raw = figures(ordered, declared(rows, title) or ordered[0])
         found = verdict(rows, title)
         said = found.said.replace("*", "") if found else "not judged"
-        parts += folded(f"{title}: {said}", [f"Commits {', '.join(commits)}.", "", *raw])
+        parts += folded(f"{title}: {said}", [commits_of(lines, world, title), "", *raw])
     if qualified:
         parts += qualification(qualified, title)
     return parts

@@ -146,15 +146,21 @@ ABLATIONS: dict[str, Table] = {
         Contender("no rotation of the input", "mxfp4-a4+w8a8-h0"),
         Contender("rotation of 128 channels' blocks", "mxfp4-a4+w8a8-h128"),
     ),
-    f"Ablations, expected inputs, {WITHOUT}": tuple(
-        Contender(label + suffix, recipe, method, options | given)
-        for recipe in ("int4-aint8+int8-h0", "int4-a16+w8a8-h0", "int4-a4+w4a8-h32")
-        for label, method, options in (
-            ("LoRaQ, fast", "loraq", {}),
-            ("SVDQuant ×20 + search", "svdquant", {"rounds": 20, "rotate": True}),
+    **{
+        f"Ablations, expected inputs, {bits}, {WITHOUT}": tuple(
+            Contender(label + suffix, recipe, method, options | given)
+            for label, method, options in (
+                ("LoRaQ, fast", "loraq", {}),
+                ("SVDQuant ×20 + search", "svdquant", {"rounds": 20, "rotate": True}),
+            )
+            for suffix, given in (("", {}), (", inputs expected", {"input_prior": 1.0}))
         )
-        for suffix, given in (("", {}), (", inputs expected", {"input_prior": 1.0}))
-    ),
+        for bits, recipe in (
+            ("W4A16", "int4-a16+w8a8-h0"),
+            ("W4A8", "int4-aint8+int8-h0"),
+            ("W4A4", "int4-a4+w4a8-h32"),
+        )
+    },
     f"Ablations, W4A16, {WITH}": with_statistics(
         Contender("LoRaQ, fast", "int4-a16+w6a6"),
         Contender("channels not weighed", "int4-a16+w6a6", options={"importance_damping": 1e6}),

@@ -177,6 +177,7 @@ def test_killed_workers_are_an_error_with_the_name_of_its_layer(place, tmp_path)
     done = finished(tmp_path / "out")
     with start(place, tmp_path / "out", 2) as process:
         output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     assert f"{len(done)} of them were finished before the last run was interrupted" in output
     assert files_of(tmp_path / "out") == files_of(place / "expected")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loraq.formats import get_format
-from loraq.methods import METHODS, LoRaQ
+from loraq.methods import METHODS, LoRaQ, SVDQuant
 from loraq.methods.base import Method
 from loraq.methods.fits import Prepared
 from loraq.methods.noise import ActivationNoise
@@ -67,6 +67,17 @@ def test_a_method_stays_on_the_device_of_its_weight(name):
         if method.branch == "none":
             scheme = replace(scheme, branch=None)
         solve_on_fake_device(method, scheme)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mxfp4", "int4, rotated", "nvfp4"])
+@pytest.mark.parametrize(
+    "method",
+    [LoRaQ(steps=2, refine_steps=2, input_prior=1.0), SVDQuant(input_prior=1.0)],
+    ids=["loraq", "svdquant"],
+)
+def test_expected_second_moments_stay_on_the_device_too(method, name):
+    solve_on_fake_device(method, SCHEMES[name])
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """What a weight tells of its inputs: second moments that need no data.
 
 Training adds to a weight outer products of its inputs with what its outputs lack, so what it reads
-most is what it has seen most. In trained transformers the leading 16 right singular directions of a
-layer hold mostly 3 to 30 times the input power of others (docs/log.md), and an error in them costs
-that much more. So inputs are expected to have the second moment
+most is what it has seen most: its leading right singular directions hold several times as much
+power of its inputs as others (docs/log.md, 2026-11-29), and an error in them costs as much more. So
+inputs are expected to have the second moment
 
     H = I + c · in · Σ σᵢ² vᵢ vᵢᵀ / ‖W‖²
 
@@ -48,6 +48,7 @@ class ExpectedInputs(Inputs):
         svd: TruncatedSVD,
         prior: float,
         activation: Format | None,
+        feedback_damping: float = Inputs.feedback_damping,
     ) -> "ExpectedInputs":
         """Return the inputs that a weight lets expect.
 
@@ -56,12 +57,14 @@ class ExpectedInputs(Inputs):
             svd: leading singular triplets of W.
             prior: c, how much power the directions of the weight have beside white inputs.
             activation: as in `Inputs`.
+            feedback_damping: as in `Inputs`.
         """
         total = energy(weight)
         shares = svd.values[:_MOST].double().square() / torch.where(total > 0, total, 1.0)
         white = 1 / (1 + prior * shares.sum())  # the mean power of a channel is 1
         scales = (white * prior * weight.shape[1] * shares).sqrt().float()
         return cls(
+            feedback_damping=feedback_damping,
             activation=activation,
             white=white.item(),
             directions=scales[:, None] * svd.right[:_MOST],
@@ -86,9 +89,10 @@ class ExpectedInputs(Inputs):
         if self.activation is not None and not isinstance(self.activation, CastFormat):
             diagonal += self._noise
             share = self._noise / diagonal
-            inner = self.directions.double() / diagonal @ self.directions.double().mT
+            divided = self.directions.double() / diagonal
+            inner = divided @ self.directions.double().mT
             inner.diagonal().add_(1)
-            left = torch.cholesky_solve(self.directions.double() / diagonal, _root(inner))
+            left = torch.cholesky_solve(divided, torch.linalg.cholesky_ex(inner).L)
             noisy = target * share.float()
             target = torch.sub(target, noisy).addmm_(noisy @ self.directions.mT, left.float())
         return FewDirections(diagonal, self.directions).round(target, fmt, rule)
@@ -123,7 +127,3 @@ class ExpectedInputs(Inputs):
 
 def _energy(matrix: Tensor, powers: Tensor) -> float:
     return (matrix.square().sum(0, dtype=torch.float64) @ powers).item()
-
-
-def _root(gram: Tensor) -> Tensor:
-    return torch.linalg.cholesky_ex(gram).L

@@ -87,7 +87,8 @@ class LoRaQ(Method):
 
     `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant,
     and "optimized", 1 if the refined factors are stored and 0 if another candidate was better;
-    with statistics ‖W‖ is the size of the output, and there is "output_error".
+    with statistics ‖W‖ is the size of the output, and there is "output_error"; with `input_prior` it
+    is the size that is expected.
     """
 
     name = "loraq"
@@ -127,7 +128,7 @@ class LoRaQ(Method):
     #: With statistics: added to each channel's mean square, as a share of their mean, before it
     #: weighs errors.
     importance_damping: Annotated[float, Range(0, 1e9)] = 0.3
-    #: With full second moments: `GPTQ.damping` of the last rounding.
+    #: With full second moments, or expected ones: `GPTQ.damping` of the last rounding.
     feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
 
     @property
@@ -150,7 +151,9 @@ class LoRaQ(Method):
         svd = truncated_svd(weight, branch.rank, seed=seed)
         inputs = Inputs(stats, self.feedback_damping, activation)
         if self.input_prior and stats is None:
-            inputs = ExpectedInputs.of(weight, svd, self.input_prior, activation)
+            inputs = ExpectedInputs.of(
+                weight, svd, self.input_prior, activation, self.feedback_damping
+            )
         problem = Problem(
             weight,
             scheme.weight_format,
