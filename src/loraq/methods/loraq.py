@@ -87,8 +87,8 @@ class LoRaQ(Method):
 
     `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant,
     and "optimized", 1 if the refined factors are stored and 0 if another candidate was better;
-    with statistics ‖W‖ is the size of the output, and there is "output_error"; with `input_prior` it
-    is the size that is expected.
+    with statistics ‖W‖ is the size of the output, and there is "output_error"; with `input_prior`
+    it is the size that is expected.
     """
 
     name = "loraq"
