@@ -14,6 +14,7 @@ CHECKED = [
     "loraq.linalg",
     "loraq.stats",
     "loraq.methods.base",
+    "loraq.methods.expected",
     "loraq.methods.feedback",
     "loraq.methods.fits",
     "loraq.methods.inputs",

@@ -22,7 +22,8 @@ from loraq.recipe_names import NAMED
 SHAPES = [(192, 192), (768, 192), (192, 768)]
 
 #: Bytes of the largest of them in 16 bits.
-LARGEST = 2 * max(map(math.prod, SHAPES))
+#: What decoding the largest layer takes: two bytes a value, and half as much on the way to them.
+LARGEST = 3 * max(map(math.prod, SHAPES))
 
 SUBJECT = digits.subject()
 
