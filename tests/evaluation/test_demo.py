@@ -21,7 +21,6 @@ from loraq.recipe_names import NAMED
 #: The shapes of the layers that are quantized in the shipped transformer.
 SHAPES = [(192, 192), (768, 192), (192, 768)]
 
-#: Bytes of the largest of them in 16 bits.
 #: What decoding the largest layer takes: two bytes a value, and half as much on the way to them.
 LARGEST = 3 * max(map(math.prod, SHAPES))
 
