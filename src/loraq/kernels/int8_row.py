@@ -53,8 +53,9 @@ from loraq.kernels.int8_matrix import (
 from loraq.packed import PackedWeight
 from loraq.scheme import Scheme
 
-#: Tokens multiplied at a time on a CPU: the passes over the sums find them in cache, and the
-#: product is efficient.
+#: Tokens encoded and multiplied at a time on a CPU: the passes over the sums find them in cache,
+#: the product is efficient, and a large batch takes no more memory beside its output than a small
+#: one.
 _CHUNK_TOKENS = 256
 _CHUNK_TOKENS_PACKED = 1024
 
@@ -172,18 +173,17 @@ def _packed_linear(
     enough for the dtype of the sums, and leaves one pass over y in place of three.
     """
     dtype = work_dtype(x.dtype)
-    tokens, scale = encode_rows(x, UNSIGNED)  # (tokens, in), (tokens)
     y = x.new_empty((len(x), len(weight.scale)), dtype=dtype)
     shift = x.new_zeros(1, dtype=dtype) if bias is None else bias.to(dtype)
-    scale = scale.to(dtype)[:, None]
     for part in parts_of(len(x), _CHUNK_TOKENS_PACKED):
+        tokens, scale = encode_rows(x[part], UNSIGNED)  # (tokens, in), (tokens)
         if down is None or up is None:
-            sums = packed_product(tokens[part], weight, dtype)
+            sums = packed_product(tokens, weight, dtype)
         else:
             # The branch comes first, so that oneDNN adds the main product to it as it writes.
-            latent = _round_latent(packed_product(tokens[part], down, torch.float32))
-            sums = packed_product(tokens[part], weight, dtype, added_to=latent.to(dtype) @ up.t())
-        torch.addcmul(shift, sums, scale[part], out=y[part])
+            latent = _round_latent(packed_product(tokens, down, torch.float32))
+            sums = packed_product(tokens, weight, dtype, added_to=latent.to(dtype) @ up.t())
+        torch.addcmul(shift, sums, scale.to(dtype)[:, None], out=y[part])
     return y
 
 
@@ -214,17 +214,17 @@ def _int8_linear(
     if x.is_cuda and n_tokens < 32:  # the CUDA product wants at least 17 rows
         padded = pad(x, (0, 0, 0, 32 - n_tokens))
         return _int8_linear(padded, codes, scales, up, bias)[:n_tokens].clone()
-    tokens, token_scale = encode_rows(x)  # (tokens, in), (tokens)
     y = x.new_empty((n_tokens, len(scales[0])), dtype=dtype)
     inner = y.new_empty((n_tokens, 0 if up is None else up.shape[1]))  # (tokens, rank)
     shift = torch.zeros(1, device=x.device) if bias is None else bias.float()
     # A part's int32 sums are scaled while they are in the cache; the up-projection is one product
     # for all tokens, added to y in place.
     for part in parts_of(n_tokens, _CHUNK_TOKENS if x.device.type == "cpu" else n_tokens):
-        scale = token_scale[part, None]
-        y[part] = (torch._int_mm(tokens[part], codes[0].t()) * scales[0]).mul_(scale).add_(shift)
+        tokens, token_scale = encode_rows(x[part])  # (tokens, in), (tokens)
+        scale = token_scale[:, None]
+        y[part] = (torch._int_mm(tokens, codes[0].t()) * scales[0]).mul_(scale).add_(shift)
         if up is not None:
-            latent = torch._int_mm(tokens[part], codes[1].t()) * scales[1]
+            latent = torch._int_mm(tokens, codes[1].t()) * scales[1]
             inner[part] = _round_latent(latent).mul_(scale)
     return y if up is None else y.addmm_(inner, up.t())
 
