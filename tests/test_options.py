@@ -277,6 +277,8 @@ OPTIONS = [
     ("loraq", "importance_damping", [-1, NAN, INF, None, True, "x", LARGE]),
     ("loraq", "feedback_damping", [-1, NAN, INF, None, True, "x", LARGE]),
     ("loraq", "input_prior", [-1, NAN, INF, None, True, "x", LARGE]),
+    ("loraq", "refits", [-1, 1.5, NAN, None, True, "x", LARGE]),
+    ("gptq", "refits", [-1, 1.5, NAN, None, True, "x", LARGE]),
     ("svdquant", "input_prior", [-1, NAN, INF, None, True, "x", LARGE]),
     ("gptq", "damping", [-1e-9, NAN, INF, None, True, "x", LARGE]),
     ("gptq", "scale_rule", ["nearest", 1]),

@@ -5,8 +5,9 @@ these recipes is then given to every method, LoRaQ being one of them. So a rival
 construction, every precision of the branch, every rotation of the input, the same bytes, the same
 statistics and the same scale search that a LoRaQ row has. What LoRaQ does inside, rivals are given
 as options: alternation, rotation in rank space, and with statistics rounding with error feedback
-through the filter of activation noise. SVDQuant also gets its own smoothing, whose factors are not
-counted as bytes; those of a LoRaQ row with "-s" are.
+through the filter of activation noise, and turns in which branch and main weight answer each other.
+SVDQuant also gets its own smoothing, whose factors are not counted as bytes; those of a LoRaQ row
+with "-s" are.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,16 @@ from typing import NamedTuple
 
 from benchmarks.worlds.world import OWN_SAMPLES
 from loraq.evaluation.contender import Contender
+from loraq.methods import LoRaQ
+from loraq.methods.refit import FEWEST_BITS
 from loraq.recipe_names import parse_scheme
 
 DIRECT = {"scale_rule": None}
 #: Alternations of SVDQuant that are tried.
 ROUNDS = (1, 20, 100)
+#: The same before branch and main weight answer each other (`loraq.methods.refit`), which finds the
+#: branch anew: what comes before hardly counts.
+ROUNDS_BEFORE_REFITS = (1, 20)
 #: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
 SMOOTHINGS = ("0.3", "0.5", "grid")
 
@@ -106,7 +112,20 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
         for smoothing in SMOOTHINGS:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
+    if is_refitted(recipe):
+        for rounds in ROUNDS_BEFORE_REFITS:
+            options = {"rounds": rounds, "refits": LoRaQ.refits, **helped}
+            for smoothing in ("", *SMOOTHINGS):
+                label = f"SVDQuant ×{rounds} + GPTQ, refitted"
+                label += f", smoothing {smoothing}" if smoothing else ""
+                yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)
+
+
+def is_refitted(recipe: str) -> bool:
+    """Whether a recipe's branch has the bits that a refit wants."""
+    branch = parse_scheme(recipe).branch
+    return branch is not None and branch.weight_format.bits >= FEWEST_BITS
 
 
 def is_quantized(recipe: str) -> bool:

@@ -90,7 +90,9 @@ def test_with_all_of_it_svdquant_is_the_candidate_that_loraq_compares_itself_wit
     stats = stats_of(correlated(1000, 96))
     scheme = Scheme("int4", "int4", Branch(16, "mxint8", "mxint8", "int8"))
     ours = LoRaQ(steps=0, refine_steps=0).solve(weight, scheme, stats=stats)
-    theirs = GPTQ(rotate=True, noise_filter=True).solve(weight, scheme, stats=stats)
+    theirs = GPTQ(rotate=True, noise_filter=True, refits=LoRaQ.refits).solve(
+        weight, scheme, stats=stats
+    )
     assert ours.metrics["optimized"] == 0
     for name, tensor in ours.packed.tensors.items():
         assert torch.equal(tensor, theirs.packed.tensors[name])

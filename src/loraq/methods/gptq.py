@@ -9,12 +9,15 @@ from typing import Annotated
 
 from torch import Tensor
 
+from loraq.formats import QTensor
 from loraq.formats.scale_rules import RuleName
 from loraq.methods.base import Method, register
 from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
+from loraq.methods.refit import Turns
 from loraq.methods.svdquant import Alternation
 from loraq.options import Range
+from loraq.packed import LowRankBranch
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -43,6 +46,8 @@ class GPTQ(Method):
     rotate: bool = False
     #: Whether noise of rounded activations is filtered, as LoRaQ does; see `Inputs.round`.
     noise_filter: bool = False
+    #: With a branch: as in `LoRaQ`; the best is kept.
+    refits: Annotated[int, Range(0, 1000)] = 0
 
     @property
     def needs_full_moment(self) -> bool:
@@ -51,13 +56,24 @@ class GPTQ(Method):
 
     def _fit(self, weight: Tensor, scheme: Scheme, seed: int, stats: ActivationStats | None) -> Fit:
         assert stats is not None
-        fitted, target = None, weight
-        if scheme.branch is not None:
-            factors, _ = Alternation(
-                scheme.branch, self.rounds, self.patience, self.scale_rule, self.rotate
-            ).run(weight, scheme.weight_format, seed)
-            fitted = quantize_branch(*factors, scheme.branch, self.scale_rule)
-            target = fitted.subtract_from(weight)
+        branch, main = scheme.branch, scheme.weight_format
         activation = scheme.activation_format if self.noise_filter else None
         inputs = Inputs(stats, self.damping, activation)
-        return Fit(inputs.round(target, scheme.weight_format, self.scale_rule), fitted)
+        if branch is None:
+            return Fit(inputs.round(weight, main, self.scale_rule))
+        factors, _ = Alternation(
+            branch, self.rounds, self.patience, self.scale_rule, self.rotate
+        ).run(weight, main, seed)
+        fitted = quantize_branch(*factors, branch, self.scale_rule)
+        best = fitted, inputs.round(fitted.subtract_from(weight), main, self.scale_rule)
+        if self.refits:
+            turns = Turns(branch, self.refits, self.scale_rule, self.rotate, seed)
+            refitted = turns.take(weight, best[1], inputs)
+            best = min((best, *refitted), key=lambda each: self._price(weight, inputs, *each))
+        return Fit(best[1], best[0])
+
+    def _price(self, weight: Tensor, inputs: Inputs, branch: LowRankBranch, main: QTensor) -> float:
+        """Return the output error, and what activation noise adds to it if that is filtered."""
+        rounded = main.dequantize()
+        noise = inputs.rounding_energy(rounded, 0.0) if inputs.activation is not None else 0.0
+        return noise + inputs.error_energy(branch.subtract_from(weight) - rounded)

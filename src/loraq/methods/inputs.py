@@ -19,6 +19,7 @@ the others H: a branch gains nothing where there is no signal.
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -80,8 +81,24 @@ class Inputs:
         """
         if not self.rounds_with_feedback:
             return fmt.quantize(target, rule)
-        noise_filter, feedback = self._answer
-        return feedback.round(target if noise_filter is None else target @ noise_filter, fmt, rule)
+        return self._answer.round(target, fmt, rule)
+
+    def round_for(
+        self,
+        moment: Float[Tensor, "in in"],
+        target: Float[Tensor, "out in"],
+        fmt: Format,
+        rule: str | None,
+    ) -> QTensor:
+        """Return the rounded matrix that answers inputs of another second moment, noisy as these.
+
+        Args:
+            moment: positive definite, in double precision, and overwritten.
+            target: T.
+            fmt: as in `round`.
+            rule: as in `round`.
+        """
+        return self._answer_to(moment).round(target, fmt, rule)
 
     def error_energy(self, error: Float[Tensor, "out in"]) -> float:
         """Return E‖x errorᵀ‖²."""
@@ -118,7 +135,7 @@ class Inputs:
             svd: the truncated SVD of W, which is near enough to begin with.
             seed: of the randomized SVD.
         """
-        noise_filter, _ = self._answer
+        noise_filter = self._answer.noise_filter
         assert noise_filter is not None
         metric = noise_filter.double() * self._noise
         metric = (metric + metric.mT) / metric.diagonal().mean()  # symmetric but for fp32
@@ -155,20 +172,39 @@ class Inputs:
         assert self.activation is not None
         return noise_powers(self.stats.mean_square.double() + self._ridge, self.activation)
 
-    @cached_property
-    def _answer(self) -> tuple[Float[Tensor, "in in"] | None, Feedback]:
-        """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ.
-
-        H is damped for what it has not seen.
-        """
+    @property
+    def moment(self) -> Float[Tensor, "in in"]:
+        """H in double precision, damped for what it has not seen."""
         assert self.stats is not None
         require_damping(self.feedback_damping)
-        moment = self.stats.second_moment
+        moment = self.stats.second_moment.to(torch.float64, copy=True)
+        moment.diagonal().add_(self._ridge)
+        return moment
+
+    @cached_property
+    def _answer(self) -> "_Answer":
+        """The answer to H, damped for what it has not seen."""
+        return self._answer_to(self.moment)
+
+    def _answer_to(self, moment: Tensor) -> "_Answer":
+        """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ, of any moment H."""
         if self.activation is None or isinstance(self.activation, CastFormat):
-            return None, Feedback(moment, damping=self.feedback_damping)
-        noise, noisy = self._noise, moment.to(torch.float64, copy=True)
-        noisy.diagonal().add_(self._ridge + noise)
+            return _Answer(None, Feedback(moment, damping=0.0))
+        noise = self._noise
+        moment.diagonal().add_(noise)
         # H (H + Σ)⁻¹ = I − Σ (H + Σ)⁻¹, in less than half of the time of a solution by LU.
-        noise_filter = torch.cholesky_inverse(damped_cholesky(noisy, 0.0)).mul_(-noise[:, None])
+        noise_filter = torch.cholesky_inverse(damped_cholesky(moment, 0.0)).mul_(-noise[:, None])
         noise_filter.diagonal().add_(1)
-        return noise_filter.float(), Feedback(noisy, damping=0.0)
+        return _Answer(noise_filter.float(), Feedback(moment, damping=0.0))
+
+
+class _Answer(NamedTuple):
+    """How a main weight is rounded that answers some inputs."""
+
+    noise_filter: Float[Tensor, "in in"] | None
+    feedback: Feedback
+
+    def round(self, target: Tensor, fmt: Format, rule: str | None) -> QTensor:
+        if self.noise_filter is not None:
+            target = target @ self.noise_filter
+        return self.feedback.round(target, fmt, rule)

@@ -24,7 +24,8 @@ channel counts by its mean square (`Inputs.importance`). And if all second momen
 last rounding of the main weight feeds its errors back (`Feedback`) and filters the noise of rounded
 activations (`Inputs.round`), and candidates are compared by the output error that they make. With
 noise to filter, one more of them is the branch that leaves the filter the least
-(`Inputs.best_branch`).
+(`Inputs.best_branch`). At the end the best branch and its main weight answer each other
+(`loraq.methods.refit`).
 """
 
 import math
@@ -35,7 +36,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from loraq.formats import Format
+from loraq.formats import Format, QTensor
 from loraq.formats.scale_rules import RuleName
 from loraq.linalg import TruncatedSVD, svd_of_product, truncated_svd
 from loraq.methods.base import Method, register
@@ -45,7 +46,9 @@ from loraq.methods.fits import Fit, quantize_branch
 from loraq.methods.inputs import Inputs
 from loraq.methods.noise import ActivationNoise
 from loraq.methods.prediction import tail_energies
+from loraq.methods.refit import Turns
 from loraq.options import Range
+from loraq.packed import LowRankBranch
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -75,6 +78,15 @@ _LOUD = 0.005
 _PACE, _LOUD_PACE = Pace(1.8, 1.5), Pace(0.5, 0.8)
 
 
+class _Price(NamedTuple):
+    """What a candidate costs; candidates are compared by the first."""
+
+    #: J, infinite if it is NaN.
+    objective: float
+    #: Its first term: what is left of the weight.
+    error: float
+
+
 @register
 @dataclass(frozen=True)
 class LoRaQ(Method):
@@ -86,7 +98,8 @@ class LoRaQ(Method):
     rounding to nearest: on a weight that the main format holds exactly, for example.
 
     `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant,
-    and "optimized", 1 if the refined factors are stored and 0 if another candidate was better;
+    and "optimized", 1 if the refined factors are stored, or were where `refits` began, and 0 if
+    another candidate was better;
     with statistics ‖W‖ is the size of the output, and there is "output_error"; with `input_prior`
     it is the size that is expected.
     """
@@ -130,6 +143,9 @@ class LoRaQ(Method):
     importance_damping: Annotated[float, Range(0, 1e9)] = 0.3
     #: With full second moments, or expected ones: `GPTQ.damping` of the last rounding.
     feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
+    #: With full second moments, beside factors of 8 bits or more: how often branch and main weight
+    #: answer each other at the end; see `loraq.methods.refit`.
+    refits: Annotated[int, Range(0, 1000)] = 2
 
     @property
     def passes(self) -> int:
@@ -177,7 +193,7 @@ class LoRaQ(Method):
             # A branch that sees more than the main path is better than none, and this one best.
             answer = self._prepare(inputs.best_branch(weight, svd, seed), noise, seed)
             candidates[2] = (answer, self.scale_rule)
-        return self._choose_best(weight, scheme, noise, inputs, candidates)
+        return self._choose_best(weight, scheme, noise, inputs, candidates, seed)
 
     def _prepare(self, svd: TruncatedSVD, noise: ActivationNoise, seed: int) -> Factors:
         """Return factors of a branch that was not annealed."""
@@ -234,6 +250,7 @@ class LoRaQ(Method):
         noise: ActivationNoise,
         inputs: Inputs,
         branches: Sequence[tuple[Factors, RuleName | None]],
+        seed: int,
     ) -> Fit:
         """Store the best in J of some factors, each with its scale rule, and of plain rounding.
 
@@ -250,35 +267,49 @@ class LoRaQ(Method):
             up, down = (torch.zeros_like(factor) for factor in branches[0][0])
             none = quantize_branch(up, down, branch, "fitted")
             candidates.append((none, main.quantize(weight, self.scale_rule)))
-        errors, objectives = [], []
-        for candidate, stored in candidates:
-            # One matrix as large as the weight at a time, beside the weight itself.
-            prices = []
-            if noise.main:
-                rounded = stored.dequantize()
-                prices.append(inputs.rounding_energy(rounded, noise.main))
-                del rounded
-            product = candidate.reconstruct()
-            if noise.branch:  # the intermediate is a sum of channels, as large as they are together
-                prices.append(noise.input * inputs.noise_energy(product))
-                prices.append(noise.intermediate * inputs.error_energy(product))
-            error = torch.sub(weight, product, out=product)
-            for part, rows in stored.decode_rows():
-                error[part] -= rows
-            errors.append(inputs.error_energy(error))
-            del product, error
-            objective = sum(prices, errors[-1])
-            objectives.append(math.inf if math.isnan(objective) else objective)
-        best = objectives.index(min(objectives))
+        prices = [self._price(weight, noise, inputs, *each) for each in candidates]
+        first = best = prices.index(min(prices))
+        rotate = bool(noise.intermediate) and self.rotate
+        turns = Turns(branch, self.refits, self.scale_rule, rotate, seed)
+        for refitted in turns.take(weight, candidates[best][1], inputs):
+            candidates.append(refitted)
+            prices.append(self._price(weight, noise, inputs, *refitted))
+        best = prices.index(min(prices))
         metrics = {
-            "objective": math.sqrt(objectives[best]) / norm,
-            "start_objective": math.sqrt(objectives[1]) / norm,
-            "optimized": float(best == 0),
+            "objective": math.sqrt(prices[best].objective) / norm,
+            "start_objective": math.sqrt(prices[1].objective) / norm,
+            "optimized": float(first == 0),
         }
         if inputs.stats is not None:
-            metrics["output_error"] = math.sqrt(errors[best]) / norm
+            metrics["output_error"] = math.sqrt(prices[best].error) / norm
         fitted, stored = candidates[best]
         return Fit(stored, fitted, metrics, is_final=True)
+
+    def _price(
+        self,
+        weight: Tensor,
+        noise: ActivationNoise,
+        inputs: Inputs,
+        branch: LowRankBranch,
+        main: QTensor,
+    ) -> "_Price":
+        """Return J, and its first term, of what is stored."""
+        # One matrix as large as the weight at a time, beside the weight itself.
+        prices = []
+        if noise.main:
+            rounded = main.dequantize()
+            prices.append(inputs.rounding_energy(rounded, noise.main))
+            del rounded
+        product = branch.reconstruct()
+        if noise.branch:  # the intermediate is a sum of channels, as large as they are together
+            prices.append(noise.input * inputs.noise_energy(product))
+            prices.append(noise.intermediate * inputs.error_energy(product))
+        error = torch.sub(weight, product, out=product)
+        for part, rows in main.decode_rows():
+            error[part] -= rows
+        own = inputs.error_energy(error)
+        objective = sum(prices, own)
+        return _Price(math.inf if math.isnan(objective) else objective, own)
 
     def _pace(self, noise: ActivationNoise) -> Pace:
         """Return the steps for a scheme's activations.

@@ -1,0 +1,89 @@
+"""A branch and a main weight that answer each other, for inputs whose second moments are known.
+
+Let D be held. Then the best U beside a main weight Q is (W − Q) H Dᵀ (D H Dᵀ)⁻¹, and the output
+error that it leaves is
+
+    tr((W − Q) P (W − Q)ᵀ),  P = H − H Dᵀ (D H Dᵀ)⁻¹ D H
+
+So what Q does wrong in the directions that the branch reads costs nothing: it is rounded with
+feedback through the deflated P, and U is refitted afterwards (H-SVDQuant, 2026: "Deflating the
+Hessian"). The best D beside a given Q is QERA's, SVD_r((W − Q) C) C⁻¹ with H = C Cᵀ. A turn finds
+D, then Q, then U. Nothing absorbs the rounding of a refitted U, so it is for factors of 8 bits or
+more: with fewer the gain is lost (docs/log.md, 2026-11-29).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraq.formats import QTensor
+from loraq.formats.scale_rules import RuleName
+from loraq.linalg import damped_cholesky, svd_of_product
+from loraq.methods.descent import Factors, spread
+from loraq.methods.fits import quantize_branch
+from loraq.methods.inputs import Inputs
+from loraq.methods.qera import weighted_svd
+from loraq.packed import LowRankBranch
+from loraq.scheme import Branch
+
+#: Of the factors.
+FEWEST_BITS = 8
+#: How much of H counts in the directions that the branch reads: U is rounded, too. From 1e-3 to
+#: 1e-1 it is as good.
+_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How branch and main weight answer each other."""
+
+    branch: Branch
+    #: How many turns.
+    count: int
+    #: Of main weight and factors.
+    scale_rule: RuleName | None
+    #: Whether the factors are rotated in rank space; see `spread`.
+    rotate: bool
+    #: Of that rotation, and of the randomized SVD.
+    seed: int
+
+    def take(
+        self, weight: Float[Tensor, "out in"], main: QTensor, inputs: Inputs
+    ) -> Iterator[tuple[LowRankBranch, QTensor]]:
+        """Yield the branch and the main weight after each turn.
+
+        There is none if not all second moments are known, or if the factors have too few bits.
+
+        Args:
+            weight: W.
+            main: Q, to begin with.
+            inputs: of the layer.
+        """
+        fmt, rule = self.branch.weight_format, self.scale_rule
+        known = inputs.stats is not None and inputs.stats.is_full
+        if not self.count or not known or fmt.bits < FEWEST_BITS:
+            return
+        moment = inputs.moment
+        for _ in range(self.count):
+            fitted = quantize_branch(*self._answer(weight, main, moment), self.branch, rule)
+            down = fitted.proj_down.dequantize().double()
+            read = moment @ down.mT  # (in, rank)
+            inner = damped_cholesky(down @ read, 1e-9)
+            solution = torch.cholesky_solve(read.mT, inner)  # (D H Dᵀ)⁻¹ D H, (rank, in)
+            deflated = torch.addmm(moment, read, solution, beta=1 + _SHARE, alpha=-1)
+            main = inputs.round_for(deflated, fitted.subtract_from(weight), main.format, rule)
+            up = (weight - main.dequantize()) @ solution.mT.float()
+            fitted = LowRankBranch(fmt.quantize(up, rule), fitted.proj_down)
+            yield fitted, main
+
+    def _answer(self, weight: Tensor, main: QTensor, moment: Tensor) -> Factors:
+        """Return the branch that answers what a main weight leaves."""
+        up, down = weighted_svd(
+            weight - main.dequantize(), moment, self.branch.rank, damping=0.0, seed=self.seed
+        )
+        if not self.rotate:
+            return Factors(up, down)
+        return spread(Factors(*svd_of_product(up, down).to_balanced()), self.seed)
