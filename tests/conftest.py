@@ -20,6 +20,7 @@ CHECKED = [
     "loraq.methods.inputs",
     "loraq.methods.prediction",
     "loraq.methods.qera",
+    "loraq.methods.refit",
 ]
 # Before anything of loraq is imported.
 install_import_hook(CHECKED, "beartype.beartype")

@@ -66,7 +66,7 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   declared" is its ratio to the declared row, run by run: 1.20 is 20 % more error. **n** is the number of seeds.
 * **layers** is the mean relative output error of a layer on its own real inputs, activations rounded; **optimized** how
   many layers of LoRaQ's store the branch that it annealed, and not one in closed form, SVDQuant's or none, which were
-  better there.
+  better there; "refitted": how many of all branches answered the main weight once more at the end, as those of "refitted" rivals did.
 * **PSNR** (from the mean square error of all samples) and **SSIM**, where pictures are large enough for it, compare
   samples with those of the model as trained from the same noise. **Fréchet** is the distance of the judge's features
   to those of real digits; it does not order 4-bit methods, and only says that nothing broke.
@@ -180,7 +180,7 @@ def bars(lines: Lines) -> list[str]:
         "the 95 % interval over runs, tied is within it. The bar on the ratio is 1.10 with 4-bit "
         f"activations, else 1.05. Up to {SAME_BITS} bits",
         "more are the same bytes. Optimized: in how many layers the branch that LoRaQ annealed is "
-        "stored; the others have one in closed form,",
+        "stored, or where refits began; the others have one in closed form,",
         "as SVDQuant has, since it was better there. Rows beside the declared one are judged as it "
         "is: today's default recipe, and one whose",
         "rivals store too much to stand in the declared row's way.\n",
@@ -192,9 +192,16 @@ def _figures_of(found: Verdict) -> list[str]:
     rival, ours = found.rival, found.ours
     bits = f"{rival.bits_per_weight:.2f}", f"{ours.bits_per_weight:.2f}"
     named = f"{rival.label}, `{rival.recipe}`"
-    kept = "–" if ours.optimized is None else f"{ours.optimized} of {ours.n_layers}"
     ratio = interval(found.ratios, 2)
-    return [named, bits[0], f"`{ours.recipe}`", bits[1], kept, ratio, found.said]
+    return [named, bits[0], f"`{ours.recipe}`", bits[1], _kept(ours) or "–", ratio, found.said]
+
+
+def _kept(row: ModelRow) -> str:
+    """Return in how many layers of LoRaQ's the annealed branch is stored, or was refitted."""
+    if row.optimized is None:
+        return ""
+    refitted = f", {row.refitted} refitted" if row.refitted else ""
+    return f"{row.optimized} of {row.n_layers}{refitted}"
 
 
 def comparison(lines: Lines, world: str, title: str) -> list[str]:
@@ -245,11 +252,10 @@ def figures(rows: list[ModelRow], reference: ModelRow) -> list[str]:
         errors = (f"{row.weight_error:.4f}", f"{row.output_error:.4f}")
         count = str(len(row.velocity_errors))
         velocity = (interval(row.velocity_errors, 4), count, over)
-        kept = "" if row.optimized is None else f"{row.optimized} of {row.n_layers}"
         price = (f"{row.seconds:.0f}", f"{row.peak_bytes / 2**20:.0f}")
         label = f"**{row.label}, declared**" if is_declared(row, row.group) else row.label
         names = (label, f"`{row.recipe}`", f"{row.bits_per_weight:.2f}")
-        body.append([*names, *errors, *velocity, kept, *seen, *price])
+        body.append([*names, *errors, *velocity, _kept(row), *seen, *price])
     return table(headings, body, "l" * len(headings))
 
 

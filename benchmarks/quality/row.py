@@ -24,9 +24,10 @@ class ModelRow(Row):
     velocity_errors: tuple[float, ...]
     #: Mean relative output error of a layer on its own real inputs, with the first seed.
     output_error: float
-    #: Of LoRaQ: layers whose stored branch is the optimized one, and all layers, with the first
-    #: seed.
+    #: Of LoRaQ: layers whose best branch was the optimized one, layers in which the best was
+    #: refitted afterwards, and all layers, with the first seed.
     optimized: int | None = None
+    refitted: int | None = None
     n_layers: int | None = None
     #: From the mean square error of all samples, against those of the model as trained.
     psnr_db: float | None = None

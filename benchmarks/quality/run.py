@@ -255,9 +255,6 @@ def measure(job: Job, place: Path) -> dict[str, Any] | None:
         divide_inputs(model, factors)
     if contender.finish:
         contender.finish(model)
-    optimized = [
-        layer.metrics["optimized"] for layer in done.layers if "optimized" in layer.metrics
-    ]
     found: dict[str, Any] = {
         "velocity_error": relative_error(
             exact.velocities[job.seed], world.probe(model, seed=job.seed)
@@ -269,8 +266,10 @@ def measure(job: Job, place: Path) -> dict[str, Any] | None:
         "peak_bytes": 1024 * grown,
         "n_layers": len(done.layers),
     }
-    if optimized:
-        found["optimized"] = round(sum(optimized))
+    for name in ("optimized", "refitted"):
+        told = [layer.metrics[name] for layer in done.layers if name in layer.metrics]
+        if told:
+            found[name] = round(sum(told))
     if job.pictures and exact.samples is not None:
         found |= judge_samples(world, draw_samples(model, world, job.seed), exact.samples)
     named = {"world": job.world, "group": job.group, "label": contender.label, "seed": job.seed}

@@ -85,7 +85,8 @@ def test_all_second_moments_stay_on_the_device_too():
     class Full(LoRaQ):
         needs_full_moment = True
 
-    solve_on_fake_device(Full(steps=2, refine_steps=2), SCHEMES["int4, rotated"])
+    for name in ("int4, rotated", "int8 rows", "mxint5"):
+        solve_on_fake_device(Full(steps=2, refine_steps=2), SCHEMES[name])
 
 
 def test_the_loop_reads_nothing_of_the_device():

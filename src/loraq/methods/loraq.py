@@ -98,10 +98,10 @@ class LoRaQ(Method):
     rounding to nearest: on a weight that the main format holds exactly, for example.
 
     `metrics` holds "objective" = √J / ‖W‖ and "start_objective", the same for one-shot SVDQuant,
-    and "optimized", 1 if the refined factors are stored, or were where `refits` began, and 0 if
-    another candidate was better;
-    with statistics ‖W‖ is the size of the output, and there is "output_error"; with `input_prior`
-    it is the size that is expected.
+    and "optimized", 1 if the refined factors are the best and 0 if another candidate is. With
+    statistics ‖W‖ is the size of the output, and there is "output_error", and "refitted", 1 if what
+    is stored came of the best candidate by `refits`; with `input_prior` it is the size that is
+    expected.
     """
 
     name = "loraq"
@@ -268,20 +268,21 @@ class LoRaQ(Method):
             none = quantize_branch(up, down, branch, "fitted")
             candidates.append((none, main.quantize(weight, self.scale_rule)))
         prices = [self._price(weight, noise, inputs, *each) for each in candidates]
-        first = best = prices.index(min(prices))
+        best = prices.index(min(prices))
+        n_before, found = len(candidates), {"optimized": float(best == 0)}
         rotate = bool(noise.intermediate) and self.rotate
         turns = Turns(branch, self.refits, self.scale_rule, rotate, seed)
         for refitted in turns.take(weight, candidates[best][1], inputs):
             candidates.append(refitted)
             prices.append(self._price(weight, noise, inputs, *refitted))
         best = prices.index(min(prices))
-        metrics = {
+        metrics = found | {
             "objective": math.sqrt(prices[best].objective) / norm,
             "start_objective": math.sqrt(prices[1].objective) / norm,
-            "optimized": float(first == 0),
         }
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(prices[best].error) / norm
+            metrics["refitted"] = float(best >= n_before)
         fitted, stored = candidates[best]
         return Fit(stored, fitted, metrics, is_final=True)
 
