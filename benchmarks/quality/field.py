@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from benchmarks.worlds.world import OWN_SAMPLES
 from loraq.evaluation.contender import Contender
-from loraq.methods import LoRaQ
 from loraq.methods.refit import FEWEST_BITS
 from loraq.recipe_names import parse_scheme
 
@@ -26,6 +25,8 @@ ROUNDS = (1, 20, 100)
 #: The same before branch and main weight answer each other (`loraq.methods.refit`), which finds the
 #: branch anew: what comes before hardly counts.
 ROUNDS_BEFORE_REFITS = (1, 20)
+#: Turns of branch and main weight; LoRaQ takes one.
+REFITS = 2
 #: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
 SMOOTHINGS = ("0.3", "0.5", "grid")
 
@@ -114,7 +115,7 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     if is_refitted(recipe):
         for rounds in ROUNDS_BEFORE_REFITS:
-            options = {"rounds": rounds, "refits": LoRaQ.refits, **helped}
+            options = {"rounds": rounds, "refits": REFITS, **helped}
             for smoothing in ("", *SMOOTHINGS):
                 label = f"SVDQuant ×{rounds} + GPTQ, refitted"
                 label += f", smoothing {smoothing}" if smoothing else ""
