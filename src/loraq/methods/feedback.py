@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraq.formats import BlockFormat, FixedScales, Format, QTensor
-from loraq.linalg import damped_cholesky
+from loraq.linalg import damped_cholesky, inverse_of_lower
 
 #: Channels after which the errors are carried to the channels that are further away, in one
 #: product.
@@ -132,7 +132,5 @@ def _unit_factor(hessian: Tensor, damping: float) -> Tensor:
     upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the Cholesky
     factor of H taken from the last channel to the first. Everything in double precision.
     """
-    factor = damped_cholesky(hessian.flip(0, 1), damping).flip(0, 1)
-    eye = torch.eye(len(hessian), dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
+    inverse = inverse_of_lower(damped_cholesky(hessian.flip(0, 1), damping)).flip(0, 1)
     return (inverse / inverse.diagonal()[:, None]).float()

@@ -25,12 +25,13 @@ from loraq.linalg import damped_cholesky, svd_of_product
 from loraq.methods.descent import Factors, spread
 from loraq.methods.fits import quantize_branch
 from loraq.methods.inputs import Inputs
-from loraq.methods.qera import weighted_svd
 from loraq.packed import LowRankBranch
 from loraq.scheme import Branch
 
 #: Of the factors.
 FEWEST_BITS = 8
+#: Of the subspace iteration: directions beside those that are wanted, and passes.
+_EXTRA, _ITERATIONS = 16, 6
 #: How much of H counts in the directions that the branch reads: U is rounded, too. From 1e-3 to
 #: 1e-1 it is as good.
 _SHARE = 0.01
@@ -80,10 +81,23 @@ class Turns:
             yield fitted, main
 
     def _answer(self, weight: Tensor, main: QTensor, moment: Tensor) -> Factors:
-        """Return the branch that answers what a main weight leaves."""
-        up, down = weighted_svd(
-            weight - main.dequantize(), moment, self.branch.rank, damping=0.0, seed=self.seed
-        )
+        """Return the branch that answers what a main weight leaves.
+
+        SVD_r(E C) C⁻¹ is V Vᵀ E with the leading left singular vectors V of E C, which are the
+        leading eigenvectors of E H Eᵀ: no root of H is needed.
+        """
+        error = weight - main.dequantize()
+        seen = moment.float()
+        size = min(self.branch.rank + _EXTRA, *error.shape)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        start = torch.randn((len(error), size), generator=generator).to(error.device)
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(start).Q
+            start = error @ (seen @ (error.mT @ basis))
+        # What the last basis spans, in the order of what it answers.
+        _, vectors = torch.linalg.eigh(basis.mT @ start)
+        up = basis @ vectors[:, -self.branch.rank :]
+        factors = svd_of_product(up.contiguous(), up.mT @ error)
         if not self.rotate:
-            return Factors(up, down)
-        return spread(Factors(*svd_of_product(up, down).to_balanced()), self.seed)
+            return Factors(*factors.to_canonical())
+        return spread(Factors(*factors.to_balanced()), self.seed)
