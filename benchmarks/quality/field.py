@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from benchmarks.worlds.world import OWN_SAMPLES
 from loraq.evaluation.contender import Contender
+from loraq.methods import LoRaQ
 from loraq.methods.refit import FEWEST_BITS
 from loraq.recipe_names import parse_scheme
 
@@ -25,8 +26,6 @@ ROUNDS = (1, 20, 100)
 #: The same before branch and main weight answer each other (`loraq.methods.refit`), which finds the
 #: branch anew: what comes before hardly counts.
 ROUNDS_BEFORE_REFITS = (1, 20)
-#: Turns of branch and main weight; LoRaQ takes one.
-REFITS = 2
 #: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
 SMOOTHINGS = ("0.3", "0.5", "grid")
 
@@ -115,7 +114,7 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     if is_refitted(recipe):
         for rounds in ROUNDS_BEFORE_REFITS:
-            options = {"rounds": rounds, "refits": REFITS, **helped}
+            options = {"rounds": rounds, "refits": LoRaQ.refits, **helped}
             for smoothing in ("", *SMOOTHINGS):
                 label = f"SVDQuant ×{rounds} + GPTQ, refitted"
                 label += f", smoothing {smoothing}" if smoothing else ""
