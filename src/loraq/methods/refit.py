@@ -67,14 +67,14 @@ class Turns:
         known = inputs.stats is not None and inputs.stats.is_full
         if not self.count or not known or fmt.bits < FEWEST_BITS:
             return
-        moment = inputs.moment
         for _ in range(self.count):
+            moment = inputs.moment  # (in, in) in doubles: one at a time
             fitted = quantize_branch(*self._answer(weight, main, moment), self.branch, rule)
             down = fitted.proj_down.dequantize().double()
             read = moment @ down.mT  # (in, rank)
             inner = damped_cholesky(down @ read, 1e-9)
             solution = torch.cholesky_solve(read.mT, inner)  # (D H Dᵀ)⁻¹ D H, (rank, in)
-            deflated = torch.addmm(moment, read, solution, beta=1 + _SHARE, alpha=-1)
+            deflated = moment.addmm_(read, solution, beta=1 + _SHARE, alpha=-1)
             main = inputs.round_for(deflated, fitted.subtract_from(weight), main.format, rule)
             up = (weight - main.dequantize()) @ solution.mT.float()
             fitted = LowRankBranch(fmt.quantize(up, rule), fitted.proj_down)
