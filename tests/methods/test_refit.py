@@ -118,10 +118,14 @@ def test_the_same_seed_gives_the_same_bytes():
 @pytest.mark.parametrize("name", ["int4-a16+bf16", "int4-a4+w8a8", "nvfp4-a16+w8a8"])
 @pytest.mark.parametrize(
     "moment",
-    [torch.zeros(96, 96), torch.ones(96, 96), torch.eye(96) * 1e-30, torch.eye(96) * 1e30],
+    [torch.zeros(96, 96), torch.ones(96, 96), torch.eye(96) * 1e-30, torch.eye(96) * 1e36],
     ids=["nothing seen", "one direction", "tiny", "huge"],
 )
-@pytest.mark.parametrize("weight", [WEIGHT, torch.zeros(64, 96), torch.ones(64, 96)], ids="WZO")
+@pytest.mark.parametrize(
+    "weight",
+    [WEIGHT, 1e4 * WEIGHT, torch.zeros(64, 96), torch.ones(64, 96)],
+    ids=["usual", "large", "zeros", "ones"],
+)
 def test_odd_inputs_and_weights_are_no_trouble(name, moment, weight):
     for branch, main in turns(name, 2, ActivationStats(10, moment), weight):
         left = weight - main.dequantize() - branch.reconstruct()

@@ -12,6 +12,7 @@ D, then Q, then U. Nothing absorbs the rounding of a refitted U, so it is for fa
 more: with fewer the gain is lost (docs/log.md, 2026-11-29).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,7 +88,9 @@ class Turns:
         leading eigenvectors of E H Eᵀ: no root of H is needed.
         """
         error = weight - main.dequantize()
-        seen = moment.float()
+        # A power of two, which changes no digit: products of large moments would leave fp32.
+        _, exponent = math.frexp(moment.diagonal().mean().item())
+        seen = moment.mul(2.0**-exponent).float()
         size = min(self.branch.rank + _EXTRA, *error.shape)
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         start = torch.randn((len(error), size), generator=generator).to(error.device)
