@@ -1,5 +1,6 @@
 """What the archives hold: all that the package needs, and no weights that only a clone needs."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -58,3 +59,12 @@ def test_the_demo_of_a_wheel_says_where_its_model_is(wheel, tmp_path, monkeypatc
     monkeypatch.setattr(digits, "assets_folder", lambda: place)
     with pytest.raises(LoraqError, match=r"clone of the repository.*make demo"):
         digits.subject()
+
+
+def test_the_lowest_torch_that_is_allowed_is_tried_by_the_workflow():
+    allowed = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    tried = re.search(r"torch: \[(.*)\]", workflow)
+    assert allowed and tried
+    lowest = tried[1].split(",")[0].strip(' "')
+    assert lowest.removesuffix(".0") == allowed[1]
