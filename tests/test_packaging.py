@@ -65,6 +65,7 @@ def test_the_lowest_torch_that_is_allowed_is_tried_by_the_workflow():
     allowed = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
     workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
     tried = re.search(r"torch: \[(.*)\]", workflow)
-    assert allowed and tried
+    assert allowed
+    assert tried
     lowest = tried[1].split(",")[0].strip(' "')
     assert lowest.removesuffix(".0") == allowed[1]
