@@ -85,7 +85,7 @@ def test_all_second_moments_stay_on_the_device_too():
     class Full(LoRaQ):
         needs_full_moment = True
 
-    for name in ("int4, rotated", "int8 rows", "mxint5"):
+    for name in ("int4, rotated", "int8 rows"):
         solve_on_fake_device(Full(steps=2, refine_steps=2), SCHEMES[name])
 
 
