@@ -23,9 +23,6 @@ from loraq.recipe_names import parse_scheme
 DIRECT = {"scale_rule": None}
 #: Alternations of SVDQuant that are tried.
 ROUNDS = (1, 20, 100)
-#: The same before branch and main weight answer each other (`loraq.methods.refit`), which finds the
-#: branch anew: what comes before hardly counts.
-ROUNDS_BEFORE_REFITS = (1, 20)
 #: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
 SMOOTHINGS = ("0.3", "0.5", "grid")
 
@@ -113,7 +110,7 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     if is_refitted(recipe):
-        for rounds in ROUNDS_BEFORE_REFITS:
+        for rounds in ROUNDS:
             options = {"rounds": rounds, "refits": LoRaQ.refits, **helped}
             for smoothing in ("", *SMOOTHINGS):
                 label = f"SVDQuant ×{rounds} + GPTQ, refitted"
