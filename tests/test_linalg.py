@@ -12,7 +12,7 @@ from benchmarks.worlds.matrices import (
     zeros,
 )
 from loraq.errors import SchemeError
-from loraq.linalg import damped_cholesky, svd_of_product, truncated_svd
+from loraq.linalg import damped_cholesky, inverse_of_lower, svd_of_product, truncated_svd
 
 FAMILIES = {
     "dit_like": dit_like,
@@ -171,3 +171,11 @@ def test_a_moment_that_rounding_made_indefinite_has_a_factor(damping):
 def test_a_negative_damping_is_refused():
     with pytest.raises(SchemeError, match=r"damping of -0\.1 is negative"):
         damped_cholesky(torch.eye(4), -0.1)
+
+
+@pytest.mark.parametrize("n", [1, 512, 513, 1300])
+def test_a_triangular_matrix_times_its_inverse_is_the_identity(n):
+    matrix = gaussian(n, n).double().tril(-1) / n + torch.eye(n).double()
+    inverse = inverse_of_lower(matrix)
+    torch.testing.assert_close(matrix @ inverse, torch.eye(n).double())
+    assert not inverse.triu(1).any()

@@ -171,8 +171,8 @@ def damped_cholesky(moment: Float[Tensor, "n n"], damping: float) -> Float[Tenso
 def inverse_of_lower(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return the inverse of a lower triangular matrix.
 
-    By halves, [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹ C⁻¹]: a solution for the identity multiplies zeros,
-    and takes twice as long for thousands of rows.
+    By halves, [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹ C⁻¹]: a solution for the identity multiplies
+    zeros, and takes longer for thousands of rows.
     """
     n = len(matrix)
     if n <= _SOLVED_AT_ONCE:

@@ -144,8 +144,7 @@ class LoRaQ(Method):
     #: With full second moments, or expected ones: `GPTQ.damping` of the last rounding.
     feedback_damping: Annotated[float, Range(0, 1e9)] = 0.01
     #: With full second moments, beside factors of 8 bits or more: how often branch and main weight
-    #: answer each other at the end; see `loraq.methods.refit`.
-    #: A second time brings half a percent.
+    #: answer each other at the end; see `loraq.methods.refit`. A second time brings half a percent.
     refits: Annotated[int, Range(0, 1000)] = 1
 
     @property
@@ -269,21 +268,21 @@ class LoRaQ(Method):
             none = quantize_branch(up, down, branch, "fitted")
             candidates.append((none, main.quantize(weight, self.scale_rule)))
         prices = [self._price(weight, noise, inputs, *each) for each in candidates]
-        best = prices.index(min(prices))
-        n_before, found = len(candidates), {"optimized": float(best == 0)}
+        first = prices.index(min(prices))
         rotate = bool(noise.intermediate) and self.rotate
         turns = Turns(branch, self.refits, self.scale_rule, rotate, seed)
-        for refitted in turns.take(weight, candidates[best][1], inputs):
+        for refitted in turns.take(weight, candidates[first][1], inputs):
             candidates.append(refitted)
             prices.append(self._price(weight, noise, inputs, *refitted))
         best = prices.index(min(prices))
-        metrics = found | {
+        metrics = {
             "objective": math.sqrt(prices[best].objective) / norm,
             "start_objective": math.sqrt(prices[1].objective) / norm,
+            "optimized": float(first == 0),
         }
         if inputs.stats is not None:
             metrics["output_error"] = math.sqrt(prices[best].error) / norm
-            metrics["refitted"] = float(best >= n_before)
+            metrics["refitted"] = float(best != first)
         fitted, stored = candidates[best]
         return Fit(stored, fitted, metrics, is_final=True)
 
