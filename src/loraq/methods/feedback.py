@@ -31,7 +31,9 @@ class Feedback:
             damping: added to the diagonal, as a share of its mean.
         """
         self._order = hessian.diagonal().argsort(descending=True, stable=True)
-        self._factor = _unit_factor(hessian[self._order][:, self._order], damping)
+        last_first = self._order.flip(0)
+        # Nobody else may hold the moment in that order: it is as large as all that comes of it.
+        self._factor = _unit_factor(hessian[last_first[:, None], last_first], damping)
 
     def round(
         self, weight: Float[Tensor, "out in"], fmt: Format, rule: str | None = "search"
@@ -125,12 +127,12 @@ def _gains(diagonal: Tensor, directions: Tensor) -> Tensor:
     return gains
 
 
-def _unit_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return the unit upper triangular F of the feedback.
+def _unit_factor(reversed_hessian: Tensor, damping: float) -> Tensor:
+    """Return the unit upper triangular F of the feedback, from H with the last channel first.
 
     An error e of channel i asks of channel j > i the change −e F[i, j]. With H⁻¹ = Rᵀ R and R
     upper triangular, F is R with its rows divided by the diagonal. R is the inverse of the Cholesky
     factor of H taken from the last channel to the first. Everything in double precision.
     """
-    inverse = inverse_of_lower(damped_cholesky(hessian.flip(0, 1), damping)).flip(0, 1)
+    inverse = inverse_of_lower(damped_cholesky(reversed_hessian, damping)).flip(0, 1)
     return (inverse / inverse.diagonal()[:, None]).float()

@@ -83,23 +83,6 @@ class Inputs:
             return fmt.quantize(target, rule)
         return self._answer.round(target, fmt, rule)
 
-    def round_for(
-        self,
-        moment: Float[Tensor, "in in"],
-        target: Float[Tensor, "out in"],
-        fmt: Format,
-        rule: str | None,
-    ) -> QTensor:
-        """Return the rounded matrix that answers inputs of another second moment, noisy as these.
-
-        Args:
-            moment: positive definite, in double precision, and overwritten.
-            target: T.
-            fmt: as in `round`.
-            rule: as in `round`.
-        """
-        return self._answer_to(moment).round(target, fmt, rule)
-
     def error_energy(self, error: Float[Tensor, "out in"]) -> float:
         """Return E‖x errorᵀ‖²."""
         if self.stats is None:
@@ -182,29 +165,36 @@ class Inputs:
         return moment
 
     @cached_property
-    def _answer(self) -> "_Answer":
+    def _answer(self) -> "Answer":
         """The answer to H, damped for what it has not seen."""
-        return self._answer_to(self.moment)
+        return self.answer_to(self.moment)
 
-    def _answer_to(self, moment: Tensor) -> "_Answer":
-        """H (H + Σ)⁻¹, or `None` without noise, and feedback through H + Σ, of any moment H."""
+    def answer_to(self, moment: Float[Tensor, "in in"]) -> "Answer":
+        """Return how a main weight answers inputs of any second moment H, noisy as these.
+
+        Args:
+            moment: H, positive definite, in double precision; overwritten.
+        """
         if self.activation is None or isinstance(self.activation, CastFormat):
-            return _Answer(None, Feedback(moment, damping=0.0))
+            return Answer(None, Feedback(moment, damping=0.0))
         noise = self._noise
         moment.diagonal().add_(noise)
         # H (H + Σ)⁻¹ = I − Σ (H + Σ)⁻¹, in less than half of the time of a solution by LU.
         noise_filter = torch.cholesky_inverse(damped_cholesky(moment, 0.0)).mul_(-noise[:, None])
         noise_filter.diagonal().add_(1)
-        return _Answer(noise_filter.float(), Feedback(moment, damping=0.0))
+        return Answer(noise_filter.float(), Feedback(moment, damping=0.0))
 
 
-class _Answer(NamedTuple):
+class Answer(NamedTuple):
     """How a main weight is rounded that answers some inputs."""
 
+    #: H (H + Σ)⁻¹, or `None` without noise.
     noise_filter: Float[Tensor, "in in"] | None
+    #: Through H + Σ.
     feedback: Feedback
 
     def round(self, target: Tensor, fmt: Format, rule: str | None) -> QTensor:
+        """Return the rounded matrix; see `Inputs.round`."""
         if self.noise_filter is not None:
             target = target @ self.noise_filter
         return self.feedback.round(target, fmt, rule)

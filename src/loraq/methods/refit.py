@@ -76,7 +76,8 @@ class Turns:
             inner = damped_cholesky(down @ read, 1e-9)
             solution = torch.cholesky_solve(read.mT, inner)  # (D H Dᵀ)⁻¹ D H, (rank, in)
             deflated = moment.addmm_(read, solution, beta=1 + _SHARE, alpha=-1)
-            main = inputs.round_for(deflated, fitted.subtract_from(weight), main.format, rule)
+            rounding = inputs.answer_to(deflated)  # before there is a target beside it
+            main = rounding.round(fitted.subtract_from(weight), main.format, rule)
             up = (weight - main.dequantize()) @ solution.mT.float()
             fitted = LowRankBranch(fmt.quantize(up, rule), fitted.proj_down)
             yield fitted, main
