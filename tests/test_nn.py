@@ -34,6 +34,7 @@ VARIED = [
     "int4-a8+bf16-r12",
     "mxint4-a16+w4a8-r12",
     "int5-a16",
+    "int4-a8+w6a16-r12",
 ]
 
 each_family = pytest.mark.parametrize("name", FAMILIES)

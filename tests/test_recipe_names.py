@@ -26,6 +26,9 @@ MEANING = {
     "mxfp4+w6a8": ("mxfp4", "mxfp4", 0, W6A8),
     "mxfp4-a8+w6a8": ("mxfp4", "mxint8", 0, W6A8),
     "mxfp4+w4a8": ("mxfp4", "mxfp4", 0, W4A8),
+    "mxfp4-a8+w8a16": ("mxfp4", "mxint8", 0, ("mxint8", "bf16", None)),
+    "int4-aint8+w6a16": ("int4", "int8", 0, ("mxfp6_e2m3", "bf16", None)),
+    "mxfp4+w4a16-r64": ("mxfp4", "mxfp4", 64, ("mxfp4", "bf16", None)),
     "mxfp4+bf16": ("mxfp4", "mxfp4", 0, W16A16),
     "mxfp4+bf16-r32": ("mxfp4", "mxfp4", 32, W16A16),
     "mxfp4+w8a8-r64": ("mxfp4", "mxfp4", 64, W8A8),
@@ -93,7 +96,8 @@ def test_a_name_worth_knowing_can_be_used_and_fits_a_layer(name):
 
 @pytest.mark.parametrize("main", ["mxfp4", "nvfp4", "int4", "mxint4", "int5"])
 @pytest.mark.parametrize(
-    "branch", ["", "+bf16", "+w8a8", "+w6a6", "+w6a8", "+w4a8", "+bf16-r32", "+w8a8-r7"]
+    "branch",
+    ["", "+bf16", "+w8a8", "+w6a6", "+w6a8", "+w4a8", "+w8a16", "+w4a16", "+bf16-r32", "+w8a8-r7"],
 )
 @pytest.mark.parametrize("width", ["", "-a4", "-a8", "-a16"])
 def test_any_combination_can_be_asked_for(main, branch, width):
@@ -133,7 +137,7 @@ def test_the_default_has_no_16_bit_part():
 
 def test_the_grammar_explains_its_own_words():
     words = set(re.findall(r"\bw\d+a\d+\b", GRAMMAR))
-    assert words == {"w8a8", "w6a6", "w6a8", "w4a8"}
+    assert words == {"w8a8", "w6a6", "w6a8", "w4a8", "w8a16", "w6a16", "w4a16"}
     for word in words:
         assert parse_scheme(f"mxfp4+{word}").branch is not None
     for word in re.findall(r"^MAIN .*: (.*) …$", GRAMMAR, re.MULTILINE)[0].split(", "):

@@ -14,7 +14,8 @@ BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 
         else 8. a16 is weight-only: the branch leaves its activations in 16 bits too
 BRANCH  low-rank branch, its weights and activations: w8a8 (mxint8), w6a6 (mxfp6_e2m3), w6a8 and
         w4a8 (mxfp6_e2m3 or mxfp4 weights, mxint8 activations), all with the rank-space intermediate
-        in int8, one scale a token; or one format for all, such as bf16
+        in int8, one scale a token; w8a16, w6a16 and w4a16, the same weights with activations and
+        intermediate in 16 bits; or one format for all, such as bf16
 RANK    rank of the branch; left out: as many as fit in the bytes of a 16-bit rank-32 branch, all
         scales counted
 -s      smooth the input channels: x / s and W s, with s from statistics, which are required
@@ -51,14 +52,17 @@ SHOWCASE = {
     "int5-a16": "a plain 5-bit format without a branch",
 }
 
-#: The named branch precisions. The intermediate is int8 in all of them: it is never stored, small,
-#: and at 6 bits costs more than everything else in the branch; with power-of-two scales the
-#: velocity error is mostly larger (docs/log.md).
+#: The named branch precisions. With rounded activations the intermediate is int8: it is never
+#: stored, small, and at 6 bits costs more than everything else in the branch; with power-of-two
+#: scales the velocity error is mostly larger (docs/log.md).
 BRANCHES = {
     "w8a8": Branch(weight="mxint8", activation="mxint8", intermediate="int8"),
     "w6a6": Branch(weight="mxfp6_e2m3", activation="mxfp6_e2m3", intermediate="int8"),
     "w6a8": Branch(weight="mxfp6_e2m3", activation="mxint8", intermediate="int8"),
     "w4a8": Branch(weight="mxfp4", activation="mxint8", intermediate="int8"),
+    "w8a16": Branch(weight="mxint8"),
+    "w6a16": Branch(weight="mxfp6_e2m3"),
+    "w4a16": Branch(weight="mxfp4"),
 }
 
 _NAME = re.compile(

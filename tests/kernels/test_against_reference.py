@@ -36,6 +36,8 @@ SCHEMES += [
 ]
 SCHEMES += ["mxfp4-amxfp8_e4m3+w8a8-r16", "mxint4-amxfp8_e5m2+w6a6-r16", "fp8_e4m3-a8"]
 SCHEMES += ["mxfp4-aint8+int8-r16", "mxint4-aint8", "nvfp4-aint8+w8a8-r16"]
+#: Quantized factors beside activations in 16 bits, while those of the main path are rounded.
+SCHEMES += ["int4-a8+w8a16-r16", "int8-a8+w4a16-r16", "mxfp4-amxfp8_e4m3+w8a16-r16"]
 #: `triton` and `openvino` have tests of their own: they need what may not be there.
 APART = ("triton", "openvino")
 OTHERS = [backend for backend in BACKENDS.values() if backend.name not in ("reference", *APART)]
