@@ -59,7 +59,7 @@ FINALISTS = 3
 
 _FOUR = ("bf16", "w8a8", "w6a8", "w4a8")
 _INT = ("bf16", "int8", "w6a8", "w4a8")
-#: Quantized weights of a branch with 16-bit activations, which weight-only mains have anyway. Beside
+#: Quantized weights of a branch with 16-bit activations, as weight-only mains have anyway. Beside
 #: 4-bit activations they are not measured yet (docs/log.md, 2026-11-30).
 _WIDE_INPUT = ("w8a16", "w6a16", "w4a16")
 _WEIGHT_ONLY = ("bf16", "w8a8", "w6a6", "w4a8")

@@ -25,17 +25,18 @@ SIDE    side of the Hadamard blocks that rotate the layer's input at run time an
 
 _GRAMMAR_HINT = f"A name is {GRAMMAR.splitlines()[0]}; `loraq formats` explains each part."
 
-#: Names beyond the grammar. The default is INT4 and INT8, which today's CPUs multiply (back ends
-#: int8_row and openvino), and runs with 16-bit activations elsewhere, where INT4 leaves less
-#: velocity error from weights alone than MX formats do (docs/decisions/0032-default-recipe.md).
-NAMED = {"default": "int4-a8+int8"}
+#: Names beyond the grammar. The default is INT4 with INT8 activations, which today's CPUs multiply
+#: (back ends int8_row and openvino), beside a branch whose weights alone are rounded; elsewhere it
+#: runs with 16-bit activations (docs/decisions/0032-default-recipe.md).
+NAMED = {"default": "int4-a8+w8a16"}
 
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
     "default": (
-        f"{NAMED['default']}: INT4 with an INT8 branch; runs in integers where a CPU has a product "
-        "of them, else with 16-bit activations"
+        f"{NAMED['default']}: INT4 with an 8-bit branch; the 4-bit part runs in integers where a CPU "
+        "has a product of them, else with 16-bit activations"
     ),
+    "int4-a8+int8": "the same with an INT8 branch, which runs in integers, too",
     "mxfp4-a8+w8a8": "MX formats throughout, block scales of 8 bits: nothing in it has 16",
     "mxfp4+w8a8": (
         "W4A4 with an 8-bit branch; mxfp4-a8+w8a8 and mxfp4-a16+w8a8 for wider activations"
