@@ -33,8 +33,8 @@ NAMED = {"default": "int4-a8+w8a16"}
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
     "default": (
-        f"{NAMED['default']}: INT4 with an 8-bit branch; the 4-bit part runs in integers where a CPU "
-        "has a product of them, else with 16-bit activations"
+        f"{NAMED['default']}: INT4 with an 8-bit branch; the 4-bit part runs in integers where a "
+        "CPU has a product of them, else with 16-bit activations"
     ),
     "int4-a8+int8": "the same with an INT8 branch, which runs in integers, too",
     "mxfp4-a8+w8a8": "MX formats throughout, block scales of 8 bits: nothing in it has 16",

@@ -78,6 +78,8 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender("SVDQuant, 16-bit branch", "int4-a8+bf16", "svdquant", DIRECT),
         Contender("SVDQuant ×100, INT8 branch", "int4-a8+int8", "svdquant", HELPED),
         Contender("LoRaQ, INT8 branch", "int4-a8+int8"),
+        Contender("SVDQuant ×100, W8A16 branch", "int4-a8+w8a16", "svdquant", HELPED),
+        Contender("LoRaQ, W8A16 branch", "int4-a8+w8a16"),
     ),
     "4-bit weights, 4-bit activations": (
         Contender("round to nearest", "mxfp4-a4", "rtn"),
