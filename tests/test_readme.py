@@ -11,7 +11,7 @@ import pytest
 
 from loraq.budget import Budget, with_rank
 from loraq.cli.demo import print_demo
-from loraq.recipe_names import parse_scheme
+from loraq.recipe_names import NAMED, parse_scheme
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -121,19 +121,22 @@ def on_photographs() -> str:
 
 
 def what_is_judged_beside() -> str:
-    lines, said = ledger.read(), []
+    lines, said = ledger.read(), {}
     for title in COMPARISONS:
         rows = final_rows(lines, "digits", title)
-        for _, row in beside(rows, title):
+        for what, row in beside(rows, title):
             found = verdict(rows, title, row)
             assert found is not None
-            assert found.outcome == "lost"
-            said.append(f"{fmean(found.ratios):.2f}")
-    alone, samples, smoothed, nvfp4 = said
+            said[what, title] = f"{fmean(found.ratios):.2f} times", found.outcome
+    with_samples = "W4A8, own samples"
+    plain, smoothed = (
+        said[what, with_samples] for what in ("default recipe", "default recipe, smoothed")
+    )
+    nvfp4 = said["NVFP4, a quarter bit more", "W4A4, own samples"]
     return (
-        f"the strongest rival has {alone} times the error of the default recipe from weights "
-        f"alone, {samples} times with samples, {smoothed} with `-s`, and {nvfp4} times that of "
-        "NVFP4 with samples"
+        f"with samples the strongest rival has {plain[0]} the error of the default recipe "
+        f"({plain[1]}), {smoothed[0]} with `-s` ({smoothed[1]}), and {nvfp4[0]} that of NVFP4 "
+        f"({nvfp4[1]})"
     )
 
 
@@ -259,7 +262,10 @@ def test_the_hours_are_those_of_the_newest_run_of_each_model():
     found = newest_hours()
     dates = ", ".join(sorted({row["date"] for row in found.values()}))
     (layers,) = {row["layers"] for row in found.values()}
-    assert f"(`python -m benchmarks.speed.stream --layers {layers}`, {dates})" in text()
+    (recipe,) = {row["recipe"] for row in found.values()}
+    command = f"python -m benchmarks.speed.stream --layers {layers}"
+    command += "" if recipe == NAMED["default"] else f" --recipe {recipe}"
+    assert f"(`{command}`, {dates})" in text()
     body = []
     for model, name in MODELS.items():
         n, hours = found[model]["parameters"] / 1e9, found[model]["hours_for_all_layers"]
