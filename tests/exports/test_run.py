@@ -36,7 +36,7 @@ RECIPES = {
         "rules": [{"match": "*norm*.linear", "skip": True}],
     },
     "onnx": "int4-a16+w8a8-r32",
-    "openvino": "mxfp4-a8+w6a6-r32",
+    "openvino": "mxfp4-a8+w6a6-r33",  # filled up to 64
     "torchao": "nvfp4-a16+bf16-r16",
     "comfy": "nvfp4+bf16-r16",
     "dense": "mxfp4-a4+w8a8-r16-h32",

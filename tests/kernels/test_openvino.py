@@ -27,6 +27,12 @@ RUNS = {
     "int4-a8+int8-r64": ("int8_b64", ("int8_b64", "int8_b64")),
     "int4-a8+int8-r16": ("int8_b64", ("int8_b64", "bf16")),
     "int4-a8+w8a8-r32": ("int8_b64", ("bf16", "bf16")),
+    # Ranks that are filled up: to an even one, and to whole blocks.
+    "int4-a8+int8-r61": ("int8_b64", ("int8_b64", "bf16")),
+    "int4-a8+int8-r63": ("int8_b64", ("int8_b64", "int8_b64")),
+    "int4-a8+w8a16-r62": ("int8_b64", ("bf16", "bf16")),
+    "int4-a8+w8a16-r17": ("int8_b64", ("bf16", "bf16")),
+    "mxint4-a8+w8a8-r61": ("int8_b32", ("int8_b32", "int8_b32")),
     "mxint4-a8+w8a8-r32": ("int8_b32", ("int8_b32", "int8_b32")),
     "mxint4-a8+w8a8-r16": ("int8_b32", ("int8_b32", "bf16")),
     "int4-a8+int8-r64-h32": ("int8_b64", ("int8_b64", "int8_b64")),
@@ -41,6 +47,7 @@ REFUSED = {
     "int4-a4": "activations in 'int4'",
     "int4-a8+bf16-r16": "its branch is in 'bf16', and 8-bit integers",
     "int4-a8+w4a8-r16": "its branch is in 'mxfp4', and 8-bit integers",
+    "mxint4-a8+w8a16-r32": "it would round the branch's activations too",
     "int4_b128-a8": "rows of 320 in 'int4_b128' are no multiple of 128",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

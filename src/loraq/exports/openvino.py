@@ -6,16 +6,19 @@ By tensor, for a matrix (N, K) in blocks of B, which is a layer's main weight, o
                                   `i4`), `f8e4m3` or `f8e5m2`; codes of 5 and 6 bits take 8
     weight_scales   (N, K/B, 1)   fp32
     down, up        (R, K), (N, R), of 16 bits or with a LoRA on top, in fp32
+
+Factors that are codes are filled up with zeros to a rank of whole blocks, and to an even one.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loraq.exports.codes import e2m1_values, per_block, signed_values, split_low_first
 from loraq.exports.graph_files import GraphFiles
 from loraq.exports.graph_target import EXACT, TRAPS, GraphTarget
 from loraq.exports.layer import Decoded, Factors, Head, Layer, Specs, Tensors
-from loraq.exports.openvino_graph import Stored, build_graph
+from loraq.exports.openvino_graph import Stored, build_graph, rank_in_graph
 from loraq.exports.target import About
 from loraq.formats import Format, QTensor
 from loraq.formats.block import BlockFormat
@@ -36,7 +39,7 @@ class OpenVino(GraphTarget):
         loaded_by="OpenVINO (FLUX, PixArt, SANA, SD3)",
         holds="every format of 4 to 8 bits, 4 bits as 4; any rank in each layer; 1×1 convolutions",
         exact="codes, scales, and branches of every format (8-bit ones stay 8 bits, those of 16 "
-        "are written in fp32)",
+        "are written in fp32; ranks are filled up with zeros to whole blocks, and to even ones)",
         activations="8 bits beside INT4 and INT8 in blocks of 32 or more, unless it is told not "
         "to; else bf16 where the CPU has it, or fp32",
         verified="whole models (FLUX, SANA, PixArt) on a CPU",
@@ -89,7 +92,7 @@ class OpenVino(GraphTarget):
                 assert layer.packed_branch is not None, "codes of a factor are those of a branch"
                 matrix = getattr(layer.packed_branch, f"proj_{leaf}")
             made[f"{name}_codes"], made[f"{name}_scales"] = _codes(matrix, stored), _scales(matrix)
-        return made
+        return {name: _fill(made[name], spec.shape) for name, spec in self.specs(head).items()}
 
     def decode(self, tensors: Tensors, head: Head) -> Decoded:
         """Return codes times scales, or the float matrix."""
@@ -121,7 +124,7 @@ def _stored_parts(head: Head) -> dict[str, Stored]:
 
 def _matrices(head: Head) -> dict[str, tuple[Format | None, tuple[int, int]]]:
     """Return format and shape of each matrix of a layer; no format for fp32."""
-    (n, k), rank, branch = head.shape, head.rank, head.scheme.branch
+    (n, k), rank, branch = head.shape, rank_in_graph(head), head.scheme.branch
     made: dict[str, tuple[Format | None, tuple[int, int]]] = {"weight": (head.main, (n, k))}
     if rank:
         fmt = branch.weight_format if branch and not head.lora_rank else None
@@ -155,6 +158,15 @@ def _codes(matrix: QTensor, stored: Stored) -> Tensor:
         return fmt.element.decode(codes).to(DTYPES[_DTYPES[stored.kind]])
     spare = 8 - fmt.bits  # two's complement again: up to the sign bit, and back with it
     return (codes << spare).view(torch.int8) >> spare
+
+
+def _fill(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a matrix with zeros below and beside it up to a shape."""
+    rows, columns = (new - old for new, old in zip(shape, matrix.shape, strict=True))
+    if not (rows or columns):
+        return matrix
+    raw = matrix.view(torch.uint8) if matrix.element_size() == 1 else matrix
+    return pad(raw, (0, columns, 0, rows)).view(matrix.dtype)
 
 
 def _scales(matrix: QTensor) -> Tensor:

@@ -20,6 +20,7 @@ from loraq.errors import MissingLibraryError
 from loraq.exports.graph_files import GraphFiles
 from loraq.exports.layer import Head
 from loraq.exports.trace import quiet, replace_layers, trace
+from loraq.kernels.openvino import filled_rank
 from loraq.safetensors.header import DTYPE_NAMES, TensorSpec
 
 #: OpenVINO's names of the dtypes that a model's tensors have once floats are in fp32.
@@ -36,6 +37,12 @@ class Stored(NamedTuple):
     blocks: tuple[int, int, int]
 
 
+def rank_in_graph(head: Head) -> int:
+    """Return the rank of a layer's branch, filled up where its factors are codes."""
+    branch = head.scheme.branch
+    return head.rank if branch is None or head.lora_rank else filled_rank(branch)
+
+
 class Branched(nn.Module):
     """A quantized layer whose matrices are floats; runs nowhere, is only traced."""
 
@@ -44,8 +51,8 @@ class Branched(nn.Module):
         super().__init__()
         (n, k), self.is_conv = head.shape, head.is_conv
         shapes = {"weight": (n, k)}
-        if head.rank:
-            shapes |= {"down": (head.rank, k), "up": (n, head.rank)}
+        if rank := rank_in_graph(head):
+            shapes |= {"down": (rank, k), "up": (n, rank)}
         for leaf, shape in shapes.items():
             empty = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
             self.register_parameter(leaf, empty)

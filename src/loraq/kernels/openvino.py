@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.nn.functional import pad
 
-from loraq.formats import BlockFormat, Format, QTensor
+from loraq.formats import BlockFormat, CastFormat, Format, QTensor
 from loraq.kernels.base import Backend, finish, flatten_tokens, work_dtype
 from loraq.kernels.low_memory import packed_backward, save_packed, write_scheme
 from loraq.packed import PackedWeight
-from loraq.scheme import Scheme
+from loraq.scheme import Branch, Scheme
 
 #: Values of an activation that share a scale, beside main weights whose blocks are as long.
 _GROUPS = (64, 32)
@@ -59,7 +60,7 @@ class OpenVino(Backend):
         than `int8` and than `mxint8`. Beside shorter blocks of a weight they stay in floats.
         """
         group = _group_of(scheme)
-        if not group or not _is_integer(scheme.activation_format, 8):
+        if not group or not _is_integer(scheme.activation_format, 8) or _rounds_too_much(scheme):
             return scheme
         branch, rounded = scheme.branch, f"int8_b{group}"
         if branch is not None:
@@ -67,7 +68,7 @@ class OpenVino(Backend):
             branch = replace(
                 branch,
                 activation=rounded if fits else "bf16",
-                intermediate=rounded if fits and branch.rank >= group else "bf16",
+                intermediate=rounded if fits and filled_rank(branch) >= group else "bf16",
             )
         return replace(scheme, activation=rounded, branch=branch)
 
@@ -82,12 +83,14 @@ class OpenVino(Backend):
             return f"its branch is in '{branch.weight}', and 8-bit integers are required"
         if not _group_of(scheme) or shape[1] < _group_of(scheme):
             return f"rows of {shape[1]} in '{scheme.weight}' are no INT4 or INT8 in blocks of 32"
+        if _rounds_too_much(scheme):
+            return "it would round the branch's activations too, which keep 16 bits"
         own = f"int8_b{_group_of(scheme)}"
         if scheme.activation != own or self.as_run(scheme) != scheme:
             return f"activations in '{scheme.activation}' are none of its '{own}'"
-        for fmt, (_, n) in scheme.parts(shape).values():
+        for name, (fmt, (_, n)) in scheme.parts(shape).items():
             assert isinstance(fmt, BlockFormat)
-            if n % min(fmt.block_size or n, n):
+            if name != "proj_up" and n % min(fmt.block_size or n, n):  # a rank is filled up
                 return f"rows of {n} in '{fmt.name}' are no multiple of {fmt.block_size}"
         return None
 
@@ -125,6 +128,18 @@ def is_installed() -> bool:
     return find_spec("openvino") is not None
 
 
+def filled_rank(branch: Branch) -> int:
+    """Return the rank of a graph's branch, filled up with zeros: whole blocks, and even.
+
+    OpenVINO's bf16 product with an odd number of INT8 columns is wrong by a tenth.
+    """
+    fmt, rank = branch.weight_format, branch.rank
+    if not isinstance(fmt, BlockFormat):
+        return rank
+    step = fmt.block_size if fmt.block_size and fmt.block_size < rank else 2
+    return -(-rank // step) * step
+
+
 def _is_integer(fmt: Format, *bits: int) -> bool:
     return isinstance(fmt, BlockFormat) and not fmt.element.is_float and fmt.bits in bits
 
@@ -141,11 +156,65 @@ def _group_of(scheme: Scheme) -> int:
     return next(groups, 0) if _is_integer(fmt, 4, 8) else 0
 
 
+def _rounds_too_much(scheme: Scheme) -> bool:
+    """Return whether a graph, which has one group size, would round what the scheme does not."""
+    group, branch = _group_of(scheme), scheme.branch
+    if not group or branch is None or not isinstance(branch.activation_format, CastFormat):
+        return False
+    return _fits(branch.weight_format, group)
+
+
+class _Matrix(NamedTuple):
+    """A matrix of a graph."""
+
+    #: As they are stored, (rows, bytes).
+    codes: Tensor
+    #: What a block's codes are multiplied by, (rows, blocks, 1).
+    scales: Tensor
+    #: Of a code.
+    bits: int
+
+    @classmethod
+    def of(cls, matrix: QTensor, rows: int = 0, columns: int = 0) -> "_Matrix":
+        """Return a matrix with so many rows or 8-bit columns of zeros below or beside it."""
+        fmt = matrix.format
+        assert isinstance(fmt, BlockFormat)
+        codes, scales = matrix.packed, fmt.code_scales(matrix)
+        if rows or columns:
+            codes = pad(codes, (0, columns, 0, rows))
+            scales = pad(scales, (0, 0, 0, 0, 0, rows))
+        return cls(codes, scales, fmt.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes as they are stored, scales in fp32."""
+        return self.codes.numel() + 4 * self.scales.numel()
+
+    def constant(self) -> Any:
+        """Return the codes, in the memory where they are, times the scales."""
+        import openvino
+        from openvino import opset13 as ops
+
+        rows, blocks, _ = self.scales.shape
+        n = self.codes.shape[1] * 8 // self.bits
+        kind = openvino.Type.i4 if self.bits == 4 else openvino.Type.i8
+        shape = openvino.Shape([rows, blocks, n // blocks])
+        codes = ops.constant(openvino.Tensor(self.codes.numpy(), shape, kind), shared_memory=True)
+        wide = ops.multiply(ops.convert(codes, "f32"), ops.constant(self.scales.numpy()))
+        return ops.reshape(wide, [rows, n], False)
+
+
 class _Graph:
     """A layer as OpenVINO runs it, compiled for the number of tokens that it saw last."""
 
     def __init__(self, packed: PackedWeight, group: int, dtype: torch.dtype) -> None:
-        self._packed, self._group, self._dtype = packed, group, dtype
+        self._group, self._dtype, self._n_out = group, dtype, packed.shape[0]
+        self._matrices = [_Matrix.of(packed.main)]
+        if packed.branch is not None:
+            assert packed.scheme.branch is not None
+            more = filled_rank(packed.scheme.branch) - packed.scheme.branch.rank
+            self._matrices.append(_Matrix.of(packed.branch.proj_down, rows=more))
+            self._matrices.append(_Matrix.of(packed.branch.proj_up, columns=more))
         self._lock = threading.Lock()
         self._shape: tuple[int, bool] | None = None
         self._compiled: Any = None
@@ -154,16 +223,11 @@ class _Graph:
     @property
     def nbytes(self) -> int:
         """Bytes of the copy: codes as they are stored, scales in fp32."""
-        return sum(matrix.packed.numel() + 4 * _scales(matrix).numel() for matrix in self._matrices)
-
-    @property
-    def _matrices(self) -> list[QTensor]:
-        branch = self._packed.branch
-        return [self._packed.main, *([branch.proj_down, branch.proj_up] if branch else [])]
+        return sum(matrix.nbytes for matrix in self._matrices)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (tokens, out) for x (tokens, in), both in the dtype of the graph."""
-        y = x.new_empty((len(x), self._packed.shape[0]))
+        y = x.new_empty((len(x), self._n_out))
         if not len(x):
             return y
         with self._lock:  # a request takes one call at a time
@@ -181,17 +245,16 @@ class _Graph:
         import openvino
         from openvino import opset13 as ops
 
-        n_out, n_in = self._packed.shape
-        kind = _kind(self._dtype)
-        x = ops.parameter([n_tokens, n_in], kind)
-        inputs, main, *branch = [x], *map(_constant, self._matrices)
+        kind, codes = _kind(self._dtype), self._matrices[0]
+        x = ops.parameter([n_tokens, codes.codes.shape[1] * 8 // codes.bits], kind)
+        inputs, main, *branch = [x], *(matrix.constant() for matrix in self._matrices)
         wide = ops.convert(x, "f32")
         y = ops.matmul(wide, main, False, True)
         if branch:
             down, up = branch
             y = ops.add(y, ops.matmul(ops.matmul(wide, down, False, True), up, False, True))
         if with_bias:
-            bias = ops.parameter([n_out], kind)
+            bias = ops.parameter([self._n_out], kind)
             inputs.append(bias)
             y = ops.add(y, ops.convert(bias, "f32"))
         options = {
@@ -228,25 +291,6 @@ def _share(tensor: Tensor) -> Any:
         raw = tensor.view(torch.int16).numpy()
         return openvino.Tensor(raw, openvino.Shape(tensor.shape), openvino.Type.bf16)
     return openvino.Tensor(tensor.numpy(), shared_memory=True)
-
-
-def _constant(matrix: QTensor) -> Any:
-    """Return a matrix as codes, in the memory where they are stored, times scales."""
-    import openvino
-    from openvino import opset13 as ops
-
-    rows, n = matrix.shape
-    scales = _scales(matrix)
-    shape = [rows, scales.shape[1], n // scales.shape[1]]
-    kind = openvino.Type.i4 if matrix.format.bits == 4 else openvino.Type.i8
-    codes = openvino.Tensor(matrix.packed.numpy(), openvino.Shape(shape), kind)
-    parts = ops.constant(codes, shared_memory=True), ops.constant(scales.numpy())
-    return ops.reshape(ops.multiply(ops.convert(parts[0], "f32"), parts[1]), [rows, n], False)
-
-
-def _scales(matrix: QTensor) -> Tensor:
-    assert isinstance(matrix.format, BlockFormat)
-    return matrix.format.code_scales(matrix)
 
 
 # One opaque operator, so that a compiler does not look for tensors in OpenVINO's graph.

@@ -13,6 +13,8 @@ from tests.folders import files_of
 #: Every kind of codes as a main weight, and as a branch.
 CASES = [
     ("flux", "int4-a8+int8-r16"),
+    ("flux", "int4-a8+int8-r15"),
+    ("flux", "int4-a8+w8a16-r33"),
     ("flux", "mxfp4-a16+w8a8-r32"),
     ("flux", "nvfp4-a16+w6a6-r32"),
     ("flux", "int5-a16+w4a8-r32"),
