@@ -184,7 +184,7 @@ def bars(lines: Lines) -> list[str]:
         "more are the same bytes. Optimized: in how many layers the branch that LoRaQ annealed is "
         "stored, or where refits began; the others have one in closed form,",
         "as SVDQuant has, since it was better there. Rows beside the declared one are judged as it "
-        "is: today's default recipe, and one whose",
+        "is: a default recipe, today's or before it, and one whose",
         "rivals store too much to stand in the declared row's way.\n",
         *table(headings, body, "llrlrrrl"),
     ]

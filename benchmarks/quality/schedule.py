@@ -29,7 +29,7 @@ from loraq.evaluation.contender import Contender, simulate
 from loraq.evaluation.metrics import relative_error
 
 STEPS, N_IMAGES = 10, 100
-#: The default, and rows that LoRaQ is judged by with 8- and 4-bit activations.
+#: All in INT8, which was the default, and rows that LoRaQ was or is judged by.
 RECIPES = ("int4-a8+int8-h0", "int4-aint8+w6a8-h0", "nvfp4-a4+w4a8-h0")
 #: Activations of the steps between, and how many at the beginning and at the end run in 16 bits.
 SCHEDULES = (

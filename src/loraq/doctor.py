@@ -34,6 +34,7 @@ _TESTED = (
     "mxfp4-amxfp8_e4m3+w8a8-r64",
     "int8-a8+int8-r64",
     "int4-a8+int8-r64",
+    "int4-a8+w8a16-r62",
 )
 
 

@@ -11,7 +11,8 @@ GRAMMAR = """MAIN[-aBITS][+BRANCH[-rRANK]][-s][-hSIDE]
 
 MAIN    format of the main weight, 4 to 8 bits: mxfp4, int4, nvfp4, mxint4, int5 …
 BITS    activations of the main path: 4, 8 or 16, or a format's name; left out: 4 for a 4-bit MAIN,
-        else 8. a16 is weight-only: the branch leaves its activations in 16 bits too
+        else 8. a16 is weight-only: the branch leaves its activations in 16 bits too, so that
+        +w8a8 and +w8a16 are the same there
 BRANCH  low-rank branch, its weights and activations: w8a8 (mxint8), w6a6 (mxfp6_e2m3), w6a8 and
         w4a8 (mxfp6_e2m3 or mxfp4 weights, mxint8 activations), all with the rank-space intermediate
         in int8, one scale a token; w8a16, w6a16 and w4a16, the same weights with activations and
@@ -33,8 +34,8 @@ NAMED = {"default": "int4-a8+w8a16"}
 #: Names worth knowing, with a line for `loraq formats`.
 SHOWCASE = {
     "default": (
-        f"{NAMED['default']}: INT4 with an 8-bit branch; the 4-bit part runs in integers where a "
-        "CPU has a product of them, else with 16-bit activations"
+        f"{NAMED['default']}: INT4 with an 8-bit branch on 16-bit activations; the 4-bit part runs "
+        "in integers where a back end for them is asked for (int8_row), else in 16 bits, too"
     ),
     "int4-a8+int8": "the same with an INT8 branch, which runs in integers, too",
     "mxfp4-a8+w8a8": "MX formats throughout, block scales of 8 bits: nothing in it has 16",
@@ -144,6 +145,10 @@ def _parse_branch(name: str, branch: str, rank: str | None) -> Branch:
         return replace(BRANCHES[branch], rank=int(rank or 0))
     if is_format(branch):
         return Branch(rank=int(rank or 0), weight=branch, activation=branch)
+    if branch in ("w16", "w16a16"):
+        raise RecipeError(
+            f"Recipe name '{name}': Unknown branch '{branch}'. One of 16 bits is called 'bf16'."
+        )
     raise RecipeError(f"Recipe name '{name}': {unknown('branch', branch, (*BRANCHES, *FORMATS))}")
 
 

@@ -95,4 +95,6 @@ def describe(scheme: Scheme) -> str:
     branch = scheme.branch
     beside = f" + rank {branch.rank} in {branch.weight}" if branch else ""
     activation = "" if scheme.activation == "bf16" else f", activations {scheme.activation}"
+    if branch and branch.activation != scheme.activation:
+        activation += f", of the branch {branch.activation}"
     return f"{scheme.weight}{beside}{activation}"
