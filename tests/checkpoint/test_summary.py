@@ -62,6 +62,10 @@ def test_a_folder_that_is_not_quantized_is_refused(tmp_path):
         (Scheme("int4"), "int4"),
         (Scheme("mxfp4", "mxint8"), "mxfp4, activations mxint8"),
         (Scheme("int4", branch=Branch(8, "mxint8")), "int4 + rank 8 in mxint8"),
+        (
+            Scheme("int4", "int8", Branch(8, "mxint8")),
+            "int4 + rank 8 in mxint8, activations int8, of the branch bf16",
+        ),
     ],
 )
 def test_a_scheme_in_a_few_words(scheme, text):

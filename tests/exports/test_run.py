@@ -548,3 +548,20 @@ def test_memory_holds_one_layer(place, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardLayout, "write", writing)
     report = export(place / "sdnq", tmp_path / "out", "sdnq")
     assert steps[: 2 * len(report.layers)] == ["read", "write"] * len(report.layers)
+
+
+@pytest.mark.parametrize(("recipe", "rank"), [("int4-a8+w8a16-r33", 64), ("int4-a8+int8-r15", 16)])
+def test_openvino_has_codes_of_a_branch_of_any_rank(tmp_path, monkeypatch, recipe, rank):
+    held = {}
+
+    def build(*given):
+        held.update(given[-1].specs)
+        return replace(given[-1], graph=b"graph", constants=b"numbers")
+
+    monkeypatch.setattr("loraq.exports.openvino.build_graph", build)
+    save_quantized("flux", recipe, tmp_path / "quantized")
+    report = export(tmp_path / "quantized", tmp_path / "out", "openvino")
+    assert {layer.fate for layer in report.layers} == {"exact"}
+    made = {spec.shape[1] for name, spec in held.items() if name.endswith(".up_codes")}
+    assert made == {rank}  # filled up to whole blocks, or to an even one
+    assert not [name for name in held if name.endswith(".up")]
