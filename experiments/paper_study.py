@@ -73,9 +73,8 @@ CONTENDERS = (
     # package.
     *both("mxfp4-a8+w8a8"),
     *both("default"),
-    # What docs/quality.md is judged by, from weights alone.
+    # What docs/quality.md is judged by, from weights alone, beside the default.
     *both("int4-a16+w8a8-h0"),
-    *both("int4-aint8+w6a8-h0"),
     *both("nvfp4-a4+w4a8-h0"),
 )
 

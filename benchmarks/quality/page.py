@@ -47,20 +47,18 @@ The *digits* transformer lies in `src/loraq/assets`; *patches* (`benchmarks/worl
 trained on photographs, and has heavier activation outliers. Every branch gets at most the bytes of a 16-bit one of rank
 32/1152 of the width, unless the table says otherwise. Activations are never mixed in one table.
 
-* **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits; beside 8-bit activations each of the last
-  three with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the
-  branch is quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own
-  samples it is SVDQuant + GPTQ with those, the noise filter where activations are rounded, and smoothing as well (its factors
-  are not counted as bytes; those of a LoRaQ row, `-s`, are). A qualification of fewer than all rows lacks some at ×100
-  with smoothing. The rows are a product
+* **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits; beside 8-bit activations each of the last three
+  with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
+  quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
+  the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
+  row, `-s`, are). A qualification of fewer than all rows lacks some at ×100, most of them with smoothing. The rows are a product
   (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
-* **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured
-  on the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; those that were named and withdrawn afterwards, because they had not won on a model, stay
-  in the table above. W4A8 is judged by rows that seed {QUALIFYING[0]} of digits chose, once every method had branches with 16-bit activations
-  (docs/log.md, 2026-11-30). Rows are chosen and
-  rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then the declared row, the rivals as
-  published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row takes minutes on
-  patches: where no qualification is shown for it, the rivals are those that qualified on {FIRST}.
+* **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
+  the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; those that were named and withdrawn afterwards, because they had not won on a model, stay in
+  the table above. W4A8 is judged by rows that seed {QUALIFYING[0]} of digits chose, once every method had branches with 16-bit activations
+  (docs/log.md, 2026-11-30). Rows are chosen and rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then
+  the declared row, the rivals as published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row
+  takes minutes on patches: where no qualification is shown for it, the rivals are those that qualified on {FIRST}.
 * **From weights alone**: no data, and the model never runs. **Own samples**: second moments of what goes into each
   layer while the float model draws pictures from noise (`loraq stats`): no data either, but the model must run.
 * **velocity error** is the figure to read: one forward on noised real images against the model as trained, the mean
@@ -184,8 +182,7 @@ def bars(lines: Lines) -> list[str]:
         "more are the same bytes. Optimized: in how many layers the branch that LoRaQ annealed is "
         "stored, or where refits began; the others have one in closed form,",
         "as SVDQuant has, since it was better there. Rows beside the declared one are judged as it "
-        "is: a default recipe, today's or before it, and one whose",
-        "rivals store too much to stand in the declared row's way.\n",
+        "is: the default recipe, and one whose rivals store too much to stand in the declared row's way.\n",
         *table(headings, body, "llrlrrrl"),
     ]
 

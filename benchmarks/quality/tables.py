@@ -94,7 +94,6 @@ COMPARISONS: dict[str, Comparison] = {
         False,
         "int4-aint8+w8a16-h0",  # the default recipe
         withdrawn=("mxfp4-a8+w8a8-h0", "int4-aint8+w4a8-h0", "int4-aint8+w6a8-h0"),
-        beside=(("int4-aint8+int8-h0", "all in INT8, the default before"),),
     ),
     f"W4A8, {WITH}": Comparison(
         _A8,
@@ -104,8 +103,6 @@ COMPARISONS: dict[str, Comparison] = {
         beside=(
             ("int4-aint8+w8a16-h0", "default recipe"),
             ("int4-aint8+w8a16-s-h0", "default recipe, smoothed"),
-            ("int4-aint8+int8-h0", "all in INT8, the default before"),
-            ("int4-aint8+int8-s-h0", "all in INT8, the default before, smoothed"),
         ),
     ),
     f"W4A4, {WITHOUT}": Comparison(
