@@ -51,8 +51,8 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
   the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
-  row, `-s`, are). A qualification of fewer than all rows lacks some at ×100, most of them with smoothing. The rows are a product
-  (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
+  row, `-s`, are). A qualification of fewer than all rows lacks some at ×100 and, in W4A8 with own samples, all with such
+  branches beside MXFP4, LoRaQ's too. The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
   the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; those that were named and withdrawn afterwards, because they had not won on a model, stay in
   the table above. W4A8 is judged by rows that seed {QUALIFYING[0]} of digits chose, once every method had branches with 16-bit activations
