@@ -59,8 +59,7 @@ FINALISTS = 3
 
 _FOUR = ("bf16", "w8a8", "w6a8", "w4a8")
 _INT = ("bf16", "int8", "w6a8", "w4a8")
-#: Quantized weights of a branch with 16-bit activations, as weight-only mains have anyway. Beside
-#: 4-bit activations they are not measured yet (docs/log.md, 2026-11-30).
+#: Quantized weights of a branch with 16-bit activations, as weight-only mains have anyway.
 _WIDE_INPUT = ("w8a16", "w6a16", "w4a16")
 _WEIGHT_ONLY = ("bf16", "w8a8", "w6a6", "w4a8")
 _A16 = (Main("int4-a16", _WEIGHT_ONLY), Main("mxfp4-a16", _WEIGHT_ONLY))
@@ -76,10 +75,10 @@ _A8 = (
 #: INT4 and NVFP4 without rotation are SVDQuant's own formats. NVFP4 takes a quarter bit
 #: more, so it is there with a smaller branch as well.
 _A4 = (
-    Main("mxfp4-a4", _FOUR, (0, 32)),
-    Main("int4-a4", _FOUR, (0, 32)),
-    Main("nvfp4-a4", _FOUR),
-    Main("nvfp4-a4", _FOUR, budget="4.9"),
+    Main("mxfp4-a4", (*_FOUR, *_WIDE_INPUT), (0, 32)),
+    Main("int4-a4", (*_FOUR, *_WIDE_INPUT), (0, 32)),
+    Main("nvfp4-a4", (*_FOUR, *_WIDE_INPUT)),
+    Main("nvfp4-a4", (*_FOUR, *_WIDE_INPUT), budget="4.9"),
 )
 #: What ComfyUI runs: INT4 with one scale a row on both sides, rotated in the largest blocks that
 #: the width has. Its W4A8 is in a table of codes that no format here has: `benchmarks/rivals`.
