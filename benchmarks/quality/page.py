@@ -15,16 +15,17 @@ from benchmarks.quality.ranking import (
     SAME_BITS,
     Lines,
     Verdict,
+    beside,
     declared,
     final_rows,
     half_width,
     interval,
     is_declared,
-    judged_too,
     ratios,
     rivals,
     unmeasured,
     verdict,
+    withdrawn,
 )
 from benchmarks.quality.row import ModelRow
 from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS
@@ -47,14 +48,14 @@ The *digits* transformer lies in `src/loraq/assets`; *patches* (`benchmarks/worl
 trained on photographs, and has heavier activation outliers. Every branch gets at most the bytes of a 16-bit one of rank
 32/1152 of the width, unless the table says otherwise. Activations are never mixed in one table.
 
-* **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits; beside 8-bit activations each of the last three
+* **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits; beside rounded activations each of the last three
   with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
   the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
   row, `-s`, are). A qualification of fewer than all rows lacks some at ×100 and, in W4A8 with own samples, all with such
   branches beside MXFP4, LoRaQ's too. The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
-  the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; those that were named and withdrawn afterwards, because they had not won on a model, stay in
+  the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; the verdicts on those that were named and withdrawn afterwards stay folded under
   the table above. W4A8 is judged by rows that seed {QUALIFYING[0]} of digits chose, once every method had branches with 16-bit activations
   (docs/log.md, 2026-11-30). Rows are chosen and rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then
   the declared row, the rivals as published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row
@@ -71,7 +72,7 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   samples with those of the model as trained from the same noise. **Fréchet** is the distance of the judge's features
   to those of real digits; it does not order 4-bit methods, and only says that nothing broke.
 * **s** is wall time of one thread for all layers (the machine was shared, up to eight-fold), **MB** what the process
-  grew by while it quantized. LoRaQ is at effort fast.
+  grew by while it quantized. LoRaQ is at effort fast unless its row says otherwise.
 
 ![velocity errors over stored bits](quality.svg)
 """
@@ -148,7 +149,7 @@ def commits_of(lines: Lines, world: str, title: str) -> str:
 
 def bars(lines: Lines) -> list[str]:
     """Return the section of the bar: strongest rival / declared row of every table."""
-    body = []
+    body, before = [], []
     for world in WORLDS:
         for title in COMPARISONS:
             place = f"{world}, {title}"
@@ -160,9 +161,11 @@ def bars(lines: Lines) -> list[str]:
                 body.append([place, *_figures_of(found)])
             if missing := unmeasured(lines, world, title):
                 body[-1][-1] += f"; {missing} of the finalists not measured"
-            for what, row in judged_too(rows, title):
+            for what, row in beside(rows, title):
                 if found := verdict(rows, title, row):
                     body.append([f"{place}: {what}", *_figures_of(found)])
+            judged = [verdict(rows, title, row) for row in withdrawn(rows, title)]
+            before += [[place, *_figures_of(found)] for found in judged if found]
     headings = (
         "",
         "strongest rival",
@@ -184,6 +187,10 @@ def bars(lines: Lines) -> list[str]:
         "as SVDQuant has, since it was better there. Rows beside the declared one are judged as it "
         "is: the default recipe, and one whose rivals store too much to stand in the declared row's way.\n",
         *table(headings, body, "llrlrrrl"),
+        *folded(
+            f"{len(before)} verdicts on rows that were declared before, and withdrawn",
+            table(headings, before, "llrlrrrl"),
+        ),
     ]
 
 

@@ -64,7 +64,7 @@ def name_of(row: Contender | ModelRow) -> tuple[str, str, str]:
 def is_declared(row: Contender | ModelRow, group: str) -> bool:
     """Whether a row is the one that its table is judged by."""
     comparison = COMPARISONS.get(group)
-    ours = comparison and ("LoRaQ", comparison.declared, comparison.budget)
+    ours = comparison and (comparison.label, comparison.declared, comparison.budget)
     return name_of(row) == ours
 
 
@@ -72,14 +72,16 @@ def is_beside(row: Contender | ModelRow, group: str) -> bool:
     """Whether a row is judged beside the declared one."""
     comparison = COMPARISONS.get(group)
     return comparison is not None and name_of(row) in {
-        ("LoRaQ", recipe, comparison.budget) for recipe, _ in comparison.beside
+        (comparison.label, recipe, comparison.budget) for recipe, _ in comparison.beside
     }
 
 
 def is_withdrawn(row: Contender | ModelRow, group: str) -> bool:
     """Whether a table was judged by a row before."""
     comparison = COMPARISONS.get(group)
-    return comparison is not None and row.label == "LoRaQ" and row.recipe in comparison.withdrawn
+    return comparison is not None and name_of(row) in {
+        ("LoRaQ", recipe, comparison.budget) for recipe in comparison.withdrawn
+    }
 
 
 def declared(rows: Sequence[ModelRow], group: str) -> ModelRow | None:

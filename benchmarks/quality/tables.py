@@ -30,7 +30,8 @@ class Comparison(NamedTuple):
     budget: str = ""
     #: The strongest rival is to have at least so many times its error.
     bar: float = 1.05
-    #: Rows that were declared before this one and measured on `SEEDS`: their verdicts stay.
+    #: Rows that were declared before this one and measured on `SEEDS`, at effort fast: their
+    #: verdicts stay.
     withdrawn: tuple[str, ...] = ()
     #: Rows that are judged beside it, by what they are to a user: one that the declared row's bytes
     #: would hide from its strongest rivals, or that people run.
@@ -39,9 +40,29 @@ class Comparison(NamedTuple):
     others: tuple[Entrant, ...] = ()
 
     @property
+    def effort(self) -> str:
+        """Effort of the rows that the table is judged by; all others of LoRaQ are fast.
+
+        From weights alone it is that of a user who asks for none, which takes LoRaQ about the time
+        of SVDQuant ×100. With statistics it is fast: more gains nothing there (docs/log.md,
+        2026-11-30).
+        """
+        return "fast" if self.statistics else "default"
+
+    @property
+    def label(self) -> str:
+        """Label of the rows that the table is judged by."""
+        return "LoRaQ" if self.effort == "fast" else f"LoRaQ, effort {self.effort}"
+
+    @property
     def entrants(self) -> tuple[Entrant, ...]:
         """Every row."""
-        return (*self.others, *entrants(self.mains, statistics=self.statistics))
+        rows = (*self.others, *entrants(self.mains, statistics=self.statistics))
+        judged = {("LoRaQ", name, self.budget) for name in (self.declared, *dict(self.beside))}
+        slower = [
+            replace(row, label=self.label, effort=self.effort) for row in rows if row.key in judged
+        ]
+        return rows if self.effort == "fast" else (*rows, *slower)
 
 
 def with_statistics(*contenders: Contender) -> Table:
@@ -84,15 +105,24 @@ _A4 = (
 #: the width has. Its W4A8 is in a table of codes that no format here has: `benchmarks/rivals`.
 _CONVROT = Entrant("ConvRot", "int4_b4096-aint4_b4096-h256", "rtn", DIRECT, as_published=True)
 COMPARISONS: dict[str, Comparison] = {
-    f"W4A16, {WITHOUT}": Comparison(_A16, False, "int4-a16+w8a8-h0"),
+    f"W4A16, {WITHOUT}": Comparison(
+        _A16, False, "int4-a16+w8a8-h0", withdrawn=("int4-a16+w8a8-h0",)
+    ),
     f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w4a8-s-h0", withdrawn=("int4-a16+w6a6-h0",)),
-    f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(_WIDE, False, "int4-a16+w8a8-h0", "5.25"),
+    f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(
+        _WIDE, False, "int4-a16+w8a8-h0", "5.25", withdrawn=("int4-a16+w8a8-h0",)
+    ),
     f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0", "5.25"),
     f"W4A8, {WITHOUT}": Comparison(
         _A8,
         False,
         "int4-aint8+w8a16-h0",  # the default recipe
-        withdrawn=("mxfp4-a8+w8a8-h0", "int4-aint8+w4a8-h0", "int4-aint8+w6a8-h0"),
+        withdrawn=(
+            "mxfp4-a8+w8a8-h0",
+            "int4-aint8+w4a8-h0",
+            "int4-aint8+w6a8-h0",
+            "int4-aint8+w8a16-h0",
+        ),
     ),
     f"W4A8, {WITH}": Comparison(
         _A8,
