@@ -137,18 +137,18 @@ COMPARISONS: dict[str, Comparison] = {
     f"W4A4, {WITHOUT}": Comparison(
         _A4,
         False,
-        "nvfp4-a4+w4a8-h0",
+        "nvfp4-a4+w4a16-h0",
         bar=1.10,
-        withdrawn=("int4-a4+w4a8-h32",),
+        withdrawn=("int4-a4+w4a8-h32", "nvfp4-a4+w4a8-h0"),
         others=(_CONVROT,),
     ),
     f"W4A4, {WITH}": Comparison(
         _A4,
         True,
-        "int4-a4+w4a8-s-h32",
+        "int4-a4+w4a16-s-h32",
         bar=1.10,
-        withdrawn=("int4-a4+w4a8-h32",),
-        beside=(("nvfp4-a4+w4a8-s-h0", "NVFP4, a quarter bit more"),),
+        withdrawn=("int4-a4+w4a8-h32", "int4-a4+w4a8-s-h32", "nvfp4-a4+w4a8-s-h0"),
+        beside=(("nvfp4-a4+w4a16-s-h0", "NVFP4, a quarter bit more"),),
     ),
 }
 CONTENDERS: dict[str, Table] = {
