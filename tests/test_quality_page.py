@@ -335,17 +335,28 @@ def test_packages_are_compared_where_a_branch_fits_and_the_worst_of_them_is_name
 
 
 def test_the_same_branch_on_matrices_is_the_mean_over_shapes_against_its_bar():
+    shapes = ([1152, 1152], [1152, 4608])
     rows = [
-        {"table": "synthetic", "shape": [1152, 1152]},
-        {"table": "synthetic", "shape": [1152, 4608]},
+        {
+            "table": "synthetic",
+            "main": "int4",
+            "shape": shape,
+            "method": f"{method} r{rank} {branch}{times}",
+        }
+        | {"cpu_seconds": [seconds * rank]}
+        for shape in shapes
+        for rank, branch in ((64, "w8a8"), (85, "w6a6"))
+        for method, times, seconds in (("LoRaQ", "", 3.0), ("SVDQuant", " x100", 4.0))
+    ]
+    rows += [
         {"table": "same branch", "main": "int4", "branch": "w8a8", "ratios": [1.3, 1.2]},
         {"table": "same branch", "main": "int4", "branch": "w6a6", "ratios": [1.2, 1.1]},
     ]
     older = record({"table": "synthetic"}) | {"benchmark": "quality.methods"}
     text = same_branch.section([record(*rows) | {"benchmark": "quality.methods"}, older])
-    assert "| main weight | branch | 1152×1152 | 1152×4608 | mean | bar |" in text
-    assert "| `int4` | w8a8 | 1.30 | 1.20 | 1.25 | met |" in text
-    assert "| `int4` | w6a6 | 1.20 | 1.10 | 1.15 | **missed** |" in text
+    assert "| main weight | branch | 1152×1152 | 1152×4608 | mean | bar | time |" in text
+    assert "| `int4` | w8a8 | 1.30 | 1.20 | 1.25 | met | 0.75 |" in text
+    assert "| `int4` | w6a6 | 1.20 | 1.10 | 1.15 | **missed** | 0.75 |" in text
     assert same_branch.section([older]) == ""
 
 

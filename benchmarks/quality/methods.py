@@ -87,6 +87,11 @@ def rival_label(name: str) -> str:
     return f"SVDQuant r{NOMINAL[name].rank} {name} x100"
 
 
+def own_label(name: str) -> str:
+    """Return how LoRaQ with a branch is called."""
+    return f"LoRaQ r{NOMINAL[name].rank} {name}"
+
+
 def judge_rivals(
     main: str, ratios: dict[tuple[str, tuple[int, int]], list[float]], shapes: list[tuple[int, int]]
 ) -> list[Row]:
@@ -96,7 +101,7 @@ def judge_rivals(
     """
     rows: list[Row] = []
     for name in JUDGED_BRANCHES:
-        ours = f"LoRaQ r{NOMINAL[name].rank} {name}"
+        ours = own_label(name)
         over = [
             fmean(
                 theirs / own
@@ -138,9 +143,7 @@ def entries(main: str, shape: tuple[int, int]) -> list[Entry]:
             lines.append(Entry(rival_label(name), SVDQuant(rounds=100), scheme))
     for name, branch in NOMINAL.items():
         bar = ERROR_BARS.get(main, {}).get(name)
-        lines.append(
-            Entry(f"LoRaQ r{branch.rank} {name}", LoRaQ(), Scheme(main, branch=branch), bar)
-        )
+        lines.append(Entry(own_label(name), LoRaQ(), Scheme(main, branch=branch), bar))
     for name, branch in NOMINAL.items():
         if branch.weight != "bf16":
             strict = with_rank(Scheme(main, branch=opened(branch)), shape)

@@ -28,7 +28,7 @@ from benchmarks.quality.ranking import (
     withdrawn,
 )
 from benchmarks.quality.row import ModelRow
-from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS
+from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS, WITHOUT
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
 from benchmarks.worlds.world import WORLDS
@@ -52,11 +52,13 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
   the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
-  row, `-s`, are). A qualification of fewer than all rows lacks some at ×100 and, in W4A8 with own samples, all with such
-  branches beside MXFP4, LoRaQ's too. The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
+  row, `-s`, are). A qualification of fewer than all rows lacks some at ×100 and some with branches of 16-bit activations, each
+  kind beside main formats or bits of the branch that were behind with others, LoRaQ's too (docs/log.md). The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
   the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; the verdicts on those that were named and withdrawn afterwards stay folded under
-  the table above. W4A8 is judged by rows that seed {QUALIFYING[0]} of digits chose, once every method had branches with 16-bit activations
+  the table above. From weights alone it is at effort {COMPARISONS[f"W4A16, {WITHOUT}"].effort}, as a user has it who asks for none, with which it takes less time
+  than SVDQuant ×100 beside 8- and 6-bit branches ("time" below); verdicts at effort fast are among the folded ones. W4A8 and W4A4 are judged by rows that digits chose on seed
+  {QUALIFYING[0]}, W4A4 from weights alone on four, once every method had branches with 16-bit activations
   (docs/log.md, 2026-11-30). Rows are chosen and rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then
   the declared row, the rivals as published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row
   takes minutes on patches: where no qualification is shown for it, the rivals are those that qualified on {FIRST}.

@@ -43,8 +43,8 @@ class Comparison(NamedTuple):
     def effort(self) -> str:
         """Effort of the rows that the table is judged by; all others of LoRaQ are fast.
 
-        From weights alone it is that of a user who asks for none, which takes LoRaQ about the time
-        of SVDQuant ×100. With statistics it is fast: more gains nothing there (docs/log.md,
+        From weights alone it is that of a user who asks for none, with which LoRaQ takes less time
+        than SVDQuant ×100. With statistics it is fast: more gains nothing there (docs/log.md,
         2026-11-30).
         """
         return "fast" if self.statistics else "default"
