@@ -44,7 +44,8 @@ class Comparison(NamedTuple):
         """Effort of the rows that the table is judged by; all others of LoRaQ are fast.
 
         From weights alone it is that of a user who asks for none, with which LoRaQ takes less time
-        than SVDQuant ×100. With statistics it is fast: more gains nothing there (docs/log.md,
+        than SVDQuant ×100 beside 8- and 6-bit branches; beside 4-bit ones SVDQuant's alternation
+        stands still early. With statistics it is fast: more gains nothing there (docs/log.md,
         2026-11-30).
         """
         return "fast" if self.statistics else "default"
