@@ -59,8 +59,9 @@ test-exports: .venv-exports/stamp
 	@echo "test-exports: every target of loraq export by its own code (3 minutes)"
 	@.venv-exports/bin/python -m pytest tests/exports/proofs/prove_*.py tests/kernels/test_openvino.py
 
-site: .venv-docs/stamp
-	@echo "site: the documentation in site/, where every broken link is an error"
+site: .venv/dev.stamp .venv-docs/stamp
+	@echo "site: the documentation in site/, where every stale page and every broken link is an error"
+	@$(BIN)/python -m docs.generate --check
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 # FID by torch-fidelity, resizing by clean-fid. Both want torchvision, which is built for CUDA: they lie

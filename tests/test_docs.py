@@ -282,8 +282,10 @@ def test_what_is_visible_of_a_page_of_results_is_short(page, bars, most):
 
 @pytest.mark.slow
 def test_the_generated_pages_are_fresh():
+    # That one plans full-size models for half a minute; `make site` looks at it.
+    names = [name for name in generate.PAGES if name != "architectures.md"]
     # In a process of its own: click remembers how help was asked for before.
-    command = [sys.executable, "-m", "docs.generate", "--check"]
+    command = [sys.executable, "-m", "docs.generate", "--check", *names]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 

@@ -5,6 +5,7 @@ and what is refused.
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def once(source) -> Path:
 
 
 def quantized(source: Path, target: Path, stats: Path | None) -> torch.nn.Module:
-    recipe = loraq.Recipe.named(FAST["recipe"])
+    recipe = replace(loraq.Recipe.named(FAST["recipe"]), effort="fast")
     loraq.quantize_checkpoint(source, target, recipe, stats=stats, progress=False)
     return diffusers.DiffusionPipeline.from_pretrained(target).transformer
 
