@@ -99,7 +99,7 @@ def of_withdrawn(lines: Lines) -> list[str]:
     return (
         [
             f"**Withdrawn**: {len(found)} verdicts on rows that were declared before these, "
-            f"{counted(found)}; they stay in the table."
+            f"{counted(found)}; they stay folded under the table."
         ]
         if found
         else []
