@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 from benchmarks.quality.field import ROUNDS, SMOOTHINGS
-from benchmarks.quality.ranking import is_declared
+from benchmarks.quality.ranking import is_declared, is_withdrawn
 from benchmarks.quality.tables import COMPARISONS
 from loraq.methods import METHODS
 from loraq.recipe_names import parse_scheme
@@ -103,6 +103,7 @@ def test_the_declared_row_is_one_and_rows_are_told_apart(title):
     ours, _ = rows_of(title)
     same = [row for row in ours if is_declared(row, title)]
     assert [row.effort or "fast" for row in same] == [comparison.effort]
+    assert sum(is_withdrawn(row, title) for row in ours) == len(comparison.withdrawn)
     assert len({row.key for row in comparison.entrants}) == len(comparison.entrants)
     assert {bool(row.statistics) for row in comparison.entrants} == {comparison.statistics}
     assert comparison.bar == (1.10 if title.startswith("W4A4") else 1.05)

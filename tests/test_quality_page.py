@@ -252,6 +252,17 @@ def test_rows_beside_the_declared_one_have_a_verdict_of_their_own(tmp_path):
     assert verdict(rows, title, row).said.startswith("**lost**")
 
 
+def test_the_verdict_on_a_row_that_was_declared_before_is_folded_under_the_table(tmp_path):
+    recipe = COMPARISONS[TITLE].withdrawn[0]
+    before = with_errors("LoRaQ", [0.03, 0.033, 0.0315], recipe)
+    rival = with_errors("QERA", [0.015, 0.0165, 0.01575])
+    page = quality_page.page([], ledger_of(tmp_path, *OURS, *rival, *before))
+    shown, folded = page.split("<summary>1 verdicts on rows that were declared before")
+    assert f"`{recipe}`" not in shown
+    (line,) = (text for text in folded.split("</details>")[0].splitlines() if recipe in text)
+    assert "| 0.50 ± 0.00 | **lost**" in line
+
+
 def test_a_fingerprint_is_of_what_a_method_makes_and_what_is_done_besides():
     def seen(**changes):
         return ledger.fingerprint(replace(row, **changes), "r16=5", "fast")

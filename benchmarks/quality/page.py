@@ -53,11 +53,13 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
   the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
   row, `-s`, are). A qualification of fewer than all rows lacks some at ×100 and some with branches of 16-bit activations, each
-  kind beside main formats or bits of the branch that were behind with others, LoRaQ's too (docs/log.md). The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
+  kind beside main formats or bits of the branch that were behind with others, LoRaQ's too (docs/log.md). The rows are a product
+  (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
   the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; the verdicts on those that were named and withdrawn afterwards stay folded under
-  the table above. From weights alone it is at effort {COMPARISONS[f"W4A16, {WITHOUT}"].effort}, as a user has it who asks for none, with which it takes less time
-  than SVDQuant ×100 beside 8- and 6-bit branches ("time" below); verdicts at effort fast are among the folded ones. W4A8 and W4A4 are judged by rows that digits chose on seed
+  the table above. From weights alone it is at effort {COMPARISONS[f"W4A16, {WITHOUT}"].effort}, as a user has it who asks for none, with which it takes
+  less time than SVDQuant ×100 beside 8- and 6-bit branches ("time" below), and more beside 4-bit ones, where that stands still
+  early; verdicts at effort fast are among the folded ones. W4A8 and W4A4 are judged by rows that digits chose on seed
   {QUALIFYING[0]}, W4A4 from weights alone on four, once every method had branches with 16-bit activations
   (docs/log.md, 2026-11-30). Rows are chosen and rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then
   the declared row, the rivals as published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row

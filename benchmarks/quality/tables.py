@@ -59,11 +59,11 @@ class Comparison(NamedTuple):
     def entrants(self) -> tuple[Entrant, ...]:
         """Every row."""
         rows = (*self.others, *entrants(self.mains, statistics=self.statistics))
+        if self.effort == "fast":
+            return rows
         judged = {("LoRaQ", name, self.budget) for name in (self.declared, *dict(self.beside))}
-        slower = [
-            replace(row, label=self.label, effort=self.effort) for row in rows if row.key in judged
-        ]
-        return rows if self.effort == "fast" else (*rows, *slower)
+        slower = (row for row in rows if row.key in judged)
+        return (*rows, *(replace(row, label=self.label, effort=self.effort) for row in slower))
 
 
 def with_statistics(*contenders: Contender) -> Table:
