@@ -3,6 +3,8 @@
 import torch
 
 from benchmarks.worlds.matrices import gaussian
+from loraq.evaluation.contender import simulate
+from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
 from loraq.stats import ActivationStats
 
@@ -27,3 +29,11 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, solution: LayerSolution)
     exact = x.double() @ weight.double().mT
     error = x.double() @ (weight.double() - solution.reconstruct().double()).mT
     return (error.norm() / exact.norm()).item()
+
+
+def run_error(weight: torch.Tensor, solution: LayerSolution, x: torch.Tensor) -> float:
+    """The same of the layer as it runs, with activations rounded."""
+    exact = x @ weight.mT
+    layer = QuantizedLinear.from_packed(solution.packed)
+    simulate(layer)
+    return ((layer(x) - exact).norm() / exact.norm()).item()

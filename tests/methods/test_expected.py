@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from correlated_inputs import output_error
+from correlated_inputs import output_error, run_error
 from torch import Tensor
 
 from benchmarks.worlds.matrices import dit_like, gaussian
@@ -85,6 +85,18 @@ def test_outputs_of_inputs_that_are_as_expected_are_nearer(method, name):
         for each in (method, with_prior)
     )
     assert ours < 0.95 * white
+
+
+@pytest.mark.parametrize("method", [LoRaQ(steps=12, refine_steps=6), SVDQuant()], ids=str)
+@pytest.mark.parametrize("main", ["int4", "int6", "mxint8"])
+def test_the_noise_of_four_bit_activations_is_filtered_beside_any_main_weight(method, main):
+    x = gaussian(4000, 96, seed=5) @ torch.linalg.cholesky(moment_of(WEIGHT)).float().mT
+    scheme = parse_scheme(f"{main}-aint4+w8a16-r8-h0")
+    white, ours = (
+        run_error(WEIGHT, each.solve(WEIGHT, scheme, seed=0), x)
+        for each in (method, type(method)(**{**vars(method), "input_prior": PRIOR}))
+    )
+    assert ours < 0.97 * white
 
 
 def test_statistics_are_believed_before_the_weight():

@@ -9,15 +9,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from loraq.formats import QTensor
 from loraq.formats.scale_rules import RuleName
 from loraq.methods.base import Method, register
-from loraq.methods.fits import Fit, quantize_branch
+from loraq.methods.fits import Fit, quantize_branch, round_plainly
 from loraq.methods.inputs import Inputs
 from loraq.methods.refit import Turns
 from loraq.methods.svdquant import Alternation
 from loraq.options import Range
-from loraq.packed import LowRankBranch
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
@@ -60,20 +58,19 @@ class GPTQ(Method):
         activation = scheme.activation_format if self.noise_filter else None
         inputs = Inputs(stats, self.damping, activation)
         if branch is None:
-            return Fit(inputs.round(weight, main, self.scale_rule))
-        factors, _ = Alternation(
-            branch, self.rounds, self.patience, self.scale_rule, self.rotate
-        ).run(weight, main, seed)
-        fitted = quantize_branch(*factors, branch, self.scale_rule)
-        best = fitted, inputs.round(fitted.subtract_from(weight), main, self.scale_rule)
-        if self.refits:
+            fit = Fit(inputs.round(weight, main, self.scale_rule))
+        else:
+            factors, _ = Alternation(
+                branch, self.rounds, self.patience, self.scale_rule, self.rotate
+            ).run(weight, main, seed)
+            fitted = quantize_branch(*factors, branch, self.scale_rule)
+            stored = inputs.round(fitted.subtract_from(weight), main, self.scale_rule)
+            fit = Fit(stored, fitted)
             turns = Turns(branch, self.refits, self.scale_rule, self.rotate, seed)
-            refitted = turns.take(weight, best[1], inputs)
-            best = min((best, *refitted), key=lambda each: self._price(weight, inputs, *each))
-        return Fit(best[1], best[0])
-
-    def _price(self, weight: Tensor, inputs: Inputs, branch: LowRankBranch, main: QTensor) -> float:
-        """Return the output error, and what activation noise adds to it if that is filtered."""
-        rounded = main.dequantize()
-        noise = inputs.rounding_energy(rounded, 0.0) if inputs.activation is not None else 0.0
-        return noise + inputs.error_energy(branch.subtract_from(weight) - rounded)
+            for refitted, answer in turns.take(weight, stored, inputs):
+                fit = inputs.choose(weight, fit, Fit(answer, refitted))
+        if not self.noise_filter:
+            return fit
+        # Without noise plain rounding may be nearer than what noise was filtered out of.
+        plain = round_plainly(weight, scheme, self.scale_rule)
+        return inputs.choose(weight, fit, plain)._replace(is_final=True)

@@ -36,6 +36,7 @@ from loraq.linalg import (
     truncated_svd,
 )
 from loraq.methods.feedback import Feedback
+from loraq.methods.fits import Fit
 from loraq.methods.noise import noise_powers
 from loraq.stats import ActivationStats
 
@@ -105,6 +106,17 @@ class Inputs:
         if self.stats is None:
             return relative * energy(matrix).item()
         return self._energy(matrix, self._noise)
+
+    def choose(self, weight: Float[Tensor, "out in"], *fits: Fit) -> Fit:
+        """Return the fit of least output error, activation noise counted if that is filtered."""
+
+        def price(fit: Fit) -> float:
+            rounded = fit.main.dequantize()
+            noise = 0.0 if self.activation is None else self.rounding_energy(rounded, 0.0)
+            target = weight if fit.branch is None else fit.branch.subtract_from(weight)
+            return noise + self.error_energy(target - rounded)
+
+        return min(fits, key=price)
 
     def best_branch(
         self, weight: Float[Tensor, "out in"], svd: TruncatedSVD, seed: int

@@ -17,8 +17,7 @@ from loraq.linalg import as_doubles, frobenius, truncated_svd
 from loraq.methods.base import Method, register
 from loraq.methods.descent import Factors, spread
 from loraq.methods.expected import ExpectedInputs
-from loraq.methods.fits import Fit, quantize_branch
-from loraq.methods.inputs import Inputs
+from loraq.methods.fits import Fit, quantize_branch, round_plainly
 from loraq.options import Range
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
@@ -53,12 +52,14 @@ class SVDQuant(Method):
             branch, self.rounds, self.patience, self.scale_rule, self.rotate
         ).run(weight, main, seed)
         fitted = quantize_branch(*factors, branch, self.scale_rule)
-        inputs = Inputs()
-        if self.input_prior:
-            svd = truncated_svd(weight, branch.rank, seed=seed)
-            inputs = ExpectedInputs.of(weight, svd, self.input_prior, scheme.activation_format)
-        stored = inputs.round(fitted.subtract_from(weight), main, self.scale_rule)
-        return Fit(stored, fitted, {"rounds": float(used)})
+        left, metrics = fitted.subtract_from(weight), {"rounds": float(used)}
+        if not self.input_prior:
+            return Fit(main.quantize(left, self.scale_rule), fitted, metrics)
+        svd = truncated_svd(weight, branch.rank, seed=seed)
+        inputs = ExpectedInputs.of(weight, svd, self.input_prior, scheme.activation_format)
+        fit = Fit(inputs.round(left, main, self.scale_rule), fitted)
+        plain = round_plainly(weight, scheme, self.scale_rule)
+        return inputs.choose(weight, fit, plain)._replace(metrics=metrics, is_final=True)
 
 
 class Alternation(NamedTuple):
