@@ -11,7 +11,7 @@ from benchmarks.quality.sharing import WAYS, share_otherwise
 from benchmarks.worlds.world import OWN_SAMPLES, WORLDS, World
 from loraq.evaluation.contender import Contender
 from loraq.layers import quantized_layers
-from loraq.recipe_names import NAMED
+from loraq.recipe_names import NAMED, parse_scheme
 from loraq.rules import Rule
 
 Table = tuple[Contender, ...]
@@ -336,8 +336,37 @@ def kept_layers() -> dict[str, Table]:
     }
 
 
+def finer_weights() -> dict[str, Table]:
+    """Return what 4-bit activations leave where the main weight has 8 bits: the room of solvers."""
+    alternated = Contender(
+        "SVDQuant ×20 + search",
+        "nvfp4-a4+w4a16-h0",
+        "svdquant",
+        {"rounds": 20, "rotate": True},
+    )
+    filtered = Contender(
+        "SVDQuant ×1 + GPTQ", "int4-a4+w4a16-h32", "gptq", {"rotate": True, "noise_filter": True}
+    )
+
+    def pair(row: Contender) -> Table:
+        main = parse_scheme(row.recipe).weight
+        finer = row.recipe.replace(f"{main}-a4", f"mxint8-a{main}")
+        label = f"{row.label}, 8-bit main weights"
+        return row, replace(row, label=label, recipe=finer, same_bytes=False)
+
+    return {
+        f"Finer weights, W4A4, {WITHOUT}": (
+            *pair(Contender("LoRaQ, fast", "nvfp4-a4+w4a16-h0")),
+            *pair(alternated),
+        ),
+        f"Finer weights, W4A4, {WITH}": with_statistics(
+            *pair(Contender("LoRaQ, fast", "int4-a4+w4a16-s-h32")), *pair(filtered)
+        ),
+    }
+
+
 def all_tables(name: str) -> dict[str, Table]:
     """Return every table of a world, the comparisons first."""
     world = WORLDS[name]
     small = ABLATIONS | rotation() | activations() | statistics(world) if name == "digits" else {}
-    return CONTENDERS | small | allocation(world) | kept_layers()
+    return CONTENDERS | small | allocation(world) | kept_layers() | finer_weights()
