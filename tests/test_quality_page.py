@@ -22,7 +22,7 @@ from benchmarks.quality.ranking import (  # noqa: E402
     verdict,
 )
 from benchmarks.quality.row import ModelRow  # noqa: E402
-from benchmarks.quality.tables import COMPARISONS, QUALIFYING, SEEDS  # noqa: E402
+from benchmarks.quality.tables import COMPARISONS, FINER, QUALIFYING, SEEDS  # noqa: E402
 from benchmarks.results import RENAMED, read, rename  # noqa: E402
 from benchmarks.rivals import page as rivals_section  # noqa: E402
 
@@ -173,6 +173,19 @@ def test_one_seed_is_no_verdict_in_the_summary_either(tmp_path):
     lines = ledger_of(tmp_path, line(), line("QERA", "r", error=0.02))
     assert "of 1 tables 0 won, 0 tied, 0 lost, 1 not judged" in summary_of(lines)[0]
     assert "met in 0 and missed in 0" in summary_of(lines)[0]
+
+
+def test_the_summary_says_what_finer_weights_would_gain(tmp_path):
+    group, alone = "Finer weights, W4A4, own samples", "Finer weights, W4A4, from weights alone"
+    rows = (
+        line("LoRaQ, fast", error=0.02, group=group),
+        line("LoRaQ, fast" + FINER, error=0.019, group=group),
+        line("SVDQuant ×1 + GPTQ", error=0.03, group=group),
+        line("LoRaQ, fast", error=0.02, group=alone),
+        line("LoRaQ, fast" + FINER, error=0.016, group=alone),
+    )
+    lines = summary_of(ledger_of(tmp_path, *rows))
+    assert "branch, from weights alone 0.80 times, own samples 0.95 times the error" in lines[0]
 
 
 def test_a_summary_of_nothing_says_so(tmp_path):

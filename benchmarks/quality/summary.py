@@ -16,7 +16,15 @@ from benchmarks.quality.ranking import (
     verdict,
     withdrawn,
 )
-from benchmarks.quality.tables import COMPARISONS, QUALIFYING, SEEDS, WITH, WITHOUT
+from benchmarks.quality.tables import (
+    COMPARISONS,
+    FINER,
+    QUALIFYING,
+    SEEDS,
+    WITH,
+    WITHOUT,
+    finer_weights,
+)
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
 from benchmarks.worlds.world import WORLDS
@@ -45,6 +53,7 @@ def section(lines: Lines, records: list[Record]) -> list[str]:
         *of_strongest(verdicts),
         *of_others(lines),
         *of_samples(verdicts),
+        *of_finer_weights(lines),
         *of_packages(records),
         *of_limits(lines, verdicts),
     ]
@@ -171,6 +180,26 @@ def of_samples(verdicts: dict[Place, Verdict]) -> list[str]:
 def velocity(found: Verdict) -> float:
     """Return the velocity error of a declared row."""
     return fmean(found.ours.velocity_errors)
+
+
+def of_finer_weights(lines: Lines) -> list[str]:
+    """Return the line of what 4-bit main weights cost beside 4-bit activations."""
+    found: dict[str, list[float]] = {}
+    for world in WORLDS:
+        for title in finer_weights():
+            rows = {row.label: row for row in ledger.rows(lines, world, title, SEEDS)}
+            shared = [
+                ratios(rows[label + FINER], row)
+                for label, row in rows.items()
+                if label + FINER in rows
+            ]
+            found.setdefault(title.split(", ")[-1], []).extend(map(fmean, filter(None, shared)))
+    said = [f"{what} {extent(values)} times" for what, values in found.items() if values]
+    return [
+        "**Room in W4A4**: with 8-bit main weights beside the same activations and branch, "
+        f"{', '.join(said)} the error. Nearly all of that is of 4-bit activations, which all "
+        "methods share."
+    ] * bool(said)
 
 
 def of_packages(records: list[Record]) -> list[str]:

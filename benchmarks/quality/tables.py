@@ -336,6 +336,10 @@ def kept_layers() -> dict[str, Table]:
     }
 
 
+#: What the label of a row ends with that has `finer_weights`.
+FINER = ", 8-bit main weights"
+
+
 def finer_weights() -> dict[str, Table]:
     """Return what 4-bit activations leave where the main weight has 8 bits: the room of solvers."""
     alternated = Contender(
@@ -351,8 +355,7 @@ def finer_weights() -> dict[str, Table]:
     def pair(row: Contender) -> Table:
         main = parse_scheme(row.recipe).weight
         finer = row.recipe.replace(f"{main}-a4", f"mxint8-a{main}")
-        label = f"{row.label}, 8-bit main weights"
-        return row, replace(row, label=label, recipe=finer, same_bytes=False)
+        return row, replace(row, label=row.label + FINER, recipe=finer, same_bytes=False)
 
     return {
         f"Finer weights, W4A4, {WITHOUT}": (
