@@ -348,9 +348,10 @@ def finer_weights() -> dict[str, Table]:
         "svdquant",
         {"rounds": 20, "rotate": True},
     )
-    filtered = Contender(
+    filtered = Entrant(
         "SVDQuant ×1 + GPTQ", "int4-a4+w4a16-h32", "gptq", {"rotate": True, "noise_filter": True}
     )
+    smoothed = replace(filtered, label=f"{filtered.label}, smoothing 0.3", smoothing="0.3")
 
     def pair(row: Contender) -> Table:
         main = parse_scheme(row.recipe).weight
@@ -363,7 +364,9 @@ def finer_weights() -> dict[str, Table]:
             *pair(alternated),
         ),
         f"Finer weights, W4A4, {WITH}": with_statistics(
-            *pair(Contender("LoRaQ, fast", "int4-a4+w4a16-s-h32")), *pair(filtered)
+            *pair(Contender("LoRaQ, fast", "int4-a4+w4a16-s-h32")),
+            *pair(filtered),
+            *pair(smoothed),
         ),
     }
 
