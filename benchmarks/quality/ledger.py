@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.quality.field import Entrant
 from benchmarks.quality.row import ModelRow
 from benchmarks.results import RESULTS
 from benchmarks.worlds.matrices import dit_like, gaussian
+from benchmarks.worlds.world import OWN_SENSITIVITY
 from loraq.evaluation.contender import Contender
 from loraq.pipeline.module import quantize_weight
 from loraq.stats import ActivationStats
@@ -89,6 +91,8 @@ def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     recipe = contender.to_recipe(budget=budget, effort=effort)
     weight, stats = fixed_matrix()
     given = stats if contender.statistics else None
+    if contender.statistics == OWN_SENSITIVITY:
+        given = replace(stats, output_sensitivity=weight.square().mean(1))
     with one_thread():
         packed = quantize_weight(weight, recipe, stats=given).packed
     digest = hashlib.sha256()

@@ -46,7 +46,7 @@ from benchmarks.quality.ranking import finalists, name_of
 from benchmarks.quality.smoothing import divide_inputs, smooth
 from benchmarks.quality.tables import CONTENDERS, QUALIFYING, SEEDS, TEXT_SIDE, all_tables
 from benchmarks.record import environment, options
-from benchmarks.worlds.world import OWN_SAMPLES, WORLDS, World
+from benchmarks.worlds.world import OWN_SAMPLES, OWN_SENSITIVITY, WORLDS, World
 from loraq.evaluation.contender import Contender, simulate
 from loraq.evaluation.metrics import frechet_distance, psnr_db, relative_error, ssim
 from loraq.layers import linear_layers, quantized_layers
@@ -183,10 +183,14 @@ def look_at(
         keeping = keep_tokens(trained, names, every_call=16)
         found = next(keeping)
         collected = loraq.collect_stats(
-            trained, partial(source.run, trained), names, second_moment=source.second_moment
+            trained,
+            partial(source.run, trained),
+            names,
+            second_moment=source.second_moment,
+            sensitivity=source.sensitivity,
         )
         next(keeping, None)
-        if name == OWN_SAMPLES:
+        if name in (OWN_SAMPLES, OWN_SENSITIVITY):
             tokens = found
         loraq.save_stats(collected, folder / f"{name}.safetensors")
     keeping = keep_tokens(trained, names, every_call=TOKENS)
@@ -205,6 +209,8 @@ def keep_tokens(
     found: dict[str, Tensor] = {}
 
     def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():  # a pass for gradients shows what the next one does
+            return
         tokens = inputs[0].flatten(0, -2)
         some = tokens[:: max(1, len(tokens) // every_call)][:every_call].clone()
         found[name] = torch.cat([found.get(name, some[:0]), some])[:TOKENS]

@@ -8,6 +8,7 @@ norm comes before, and is not counted as bytes.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def smooth(
         factor = factors_of(weight, of_layer, alpha)
         layers[name].weight.data = weight * factor
         moment = of_layer.second_moment / (factor * factor[:, None])
-        factors[name], smoothed[name] = factor, ActivationStats(of_layer.tokens, moment)
+        factors[name], smoothed[name] = factor, replace(of_layer, second_moment=moment)
     return factors, smoothed
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.quality.field import DIRECT, Entrant, Main, entrants
 from benchmarks.quality.sharing import WAYS, share_otherwise
-from benchmarks.worlds.world import OWN_SAMPLES, WORLDS, World
+from benchmarks.worlds.world import OWN_SAMPLES, OWN_SENSITIVITY, WORLDS, World
 from loraq.evaluation.contender import Contender
 from loraq.layers import quantized_layers
 from loraq.recipe_names import NAMED, parse_scheme
@@ -371,8 +371,48 @@ def finer_weights() -> dict[str, Table]:
     }
 
 
+#: What the title of a comparison ends with where all statistics are weighed by sensitivity.
+WEIGHED = ", weighed by sensitivity"
+#: Rivals that have them: the strongest two of the page in either world, and one more in LoRaQ's own
+#: formats.
+_WEIGHED_RIVALS = {
+    f"W4A16, {WITH}": (
+        ("SVDQuant ×100 + GPTQ, refitted", "int4-a16+w8a8-h0"),
+        ("SVDQuant ×100 + GPTQ, refitted, smoothing 0.3", "int4-a16+w8a8-h0"),
+        ("SVDQuant ×20 + GPTQ, smoothing 0.3", "int4-a16+w4a8-h0"),
+    ),
+    f"W4A16 at 5.25 bits, {WITH}": (
+        ("SVDQuant ×20 + GPTQ, smoothing grid", "int5_b256-a16+w4a8-h0"),
+        ("SVDQuant ×1 + GPTQ", "int5_b256-a16+w4a8-h0"),
+    ),
+    f"W4A8, {WITH}": (
+        ("SVDQuant ×100 + GPTQ, refitted, smoothing 0.3", "int4-aint8+w8a16-h0"),
+        ("SVDQuant ×20 + GPTQ, refitted, smoothing 0.3", "int4-aint8+w8a16-h0"),
+        ("SVDQuant ×20 + GPTQ, smoothing 0.3", "int4-aint8+w4a16-h0"),
+    ),
+    f"W4A4, {WITH}": (
+        ("SVDQuant ×1 + GPTQ, smoothing 0.3", "int4-a4+w4a16-h32"),
+        ("SVDQuant ×1 + GPTQ", "int4-a4+w4a16-h32"),
+        ("SVDQuant ×20 + GPTQ, smoothing 0.3", "int4-a4+w4a16-h32"),
+    ),
+}
+
+
+def weighed() -> dict[str, Table]:
+    """Return judged rows of the comparisons and their rivals, with statistics by sensitivity."""
+    tables = {}
+    for title, chosen in _WEIGHED_RIVALS.items():
+        comparison = COMPARISONS[title]
+        ours = (comparison.declared, *dict(comparison.beside))
+        keys = {("LoRaQ", recipe, comparison.budget) for recipe in ours}
+        keys |= {(label, recipe, comparison.budget) for label, recipe in chosen}
+        rows = [row for row in comparison.entrants if row.key in keys]
+        tables[title + WEIGHED] = tuple(replace(row, statistics=OWN_SENSITIVITY) for row in rows)
+    return tables
+
+
 def all_tables(name: str) -> dict[str, Table]:
     """Return every table of a world, the comparisons first."""
     world = WORLDS[name]
     small = ABLATIONS | rotation() | activations() | statistics(world) if name == "digits" else {}
-    return CONTENDERS | small | allocation(world) | kept_layers() | finer_weights()
+    return CONTENDERS | small | allocation(world) | kept_layers() | finer_weights() | weighed()

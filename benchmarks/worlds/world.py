@@ -12,6 +12,8 @@ from loraq.evaluation import digits
 
 #: What a table of contenders with statistics of the model's own samples calls them.
 OWN_SAMPLES = "own samples"
+#: The same samples, weighed by what errors do in them.
+OWN_SENSITIVITY = "own samples, sensitivity"
 #: Seeds of the samples that statistics are collected on.
 OWN_SEED, OTHER_SEED = 1000, 100
 
@@ -22,6 +24,8 @@ class Source(NamedTuple):
     run: Callable[[nn.Module], object]
     #: Whether E[xxᵀ] is collected, and not only E[x²].
     second_moment: bool = True
+    #: Whether calls and outputs are weighed by what their errors do.
+    sensitivity: bool = False
 
 
 class World(NamedTuple):
@@ -64,6 +68,11 @@ def see_noised_digits(model: nn.Module) -> None:
         digits.velocity_probe(model, count=512, seed=seed)
 
 
+def _patch_sources() -> dict[str, Source]:
+    own = Source(partial(draw_own, patches.sample, 32, patches.NULL_LABEL))
+    return {OWN_SAMPLES: own, OWN_SENSITIVITY: own._replace(sensitivity=True)}
+
+
 def _digit_sources() -> dict[str, Source]:
     every, empty = torch.arange(128) % 10, torch.full((128,), digits.NULL_LABEL)
     runs = {
@@ -76,7 +85,8 @@ def _digit_sources() -> dict[str, Source]:
     full = {name: Source(run) for name, run in runs.items()}
     squares = {f"{name}, mean squares": Source(run, False) for name, run in runs.items()}
     own = Source(partial(draw_own, digits.sample, 128, 10))
-    return {OWN_SAMPLES: own, **full, **squares}
+    weighed = own._replace(sensitivity=True)
+    return {OWN_SAMPLES: own, OWN_SENSITIVITY: weighed, **full, **squares}
 
 
 WORLDS = {
@@ -97,6 +107,6 @@ WORLDS = {
         budget="r16=11",
         n_labels=patches.NULL_LABEL,
         n_samples=32,
-        sources={OWN_SAMPLES: Source(partial(draw_own, patches.sample, 32, patches.NULL_LABEL))},
+        sources=_patch_sources(),
     ),
 }

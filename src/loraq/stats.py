@@ -1,7 +1,7 @@
 """What a linear layer's inputs look like: `ActivationStats`, all that methods know of data."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,13 +16,17 @@ from loraq.transforms import block_side, rotate, smooth
 class ActivationStats:
     """Second moments of the inputs x of one linear layer, over tokens.
 
-    The moments are not centred: a mean that is not zero is part of what the layer multiplies.
+    The moments are not centred: a mean that is not zero is part of what the layer multiplies. Where
+    sensitivities were collected, a call of the model counts in them by what its result suffers.
     """
 
     #: Number of inputs that were counted.
     tokens: int
     #: E[x xᵀ], (in, in), or only its diagonal E[x²], (in); fp32.
     second_moment: Tensor
+    #: How far an error of each output moves what the model returns: its mean squared gradient,
+    #: (out), fp32; `None` if nobody has asked. See `loraq.pipeline.sensitivity`.
+    output_sensitivity: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, CalibrationError, "the statistics")
@@ -42,11 +46,25 @@ class ActivationStats:
             )
         if (self.mean_square < 0).any():
             raise CalibrationError("Statistics hold a negative mean square. Collect them again.")
+        outputs = self.output_sensitivity
+        if outputs is not None and not (
+            outputs.dim() == 1 and len(outputs) and outputs.isfinite().all() and outputs.min() >= 0
+        ):
+            raise CalibrationError(
+                f"Statistics have output sensitivities of shape {tuple(outputs.shape)} that are "
+                "not one finite number of 0 or more for each output. Collect them again."
+            )
 
     @property
     def width(self) -> int:
         """Size of the input axis."""
         return self.second_moment.shape[0]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int] | None]:
+        """Shapes of the second moment, and of the outputs' sensitivities if there are any."""
+        outputs = self.output_sensitivity
+        return tuple(self.second_moment.shape), None if outputs is None else (len(outputs),)
 
     @property
     def is_full(self) -> bool:
@@ -62,8 +80,10 @@ class ActivationStats:
     def sha256(self) -> str:
         """Hash of everything in it."""
         digest = hashlib.sha256(f"{self.tokens}/{tuple(self.second_moment.shape)}/".encode())
-        raw = self.second_moment.detach().cpu().float().contiguous().view(torch.uint8)
-        digest.update(memoryview(raw.numpy().data))
+        for part in (self.second_moment, self.output_sensitivity):
+            if part is not None:
+                raw = part.detach().cpu().float().contiguous().view(torch.uint8)
+                digest.update(memoryview(raw.numpy().data))
         return digest.hexdigest()
 
     def output_energy(self, matrix: Float[Tensor, "out in"], dtype: torch.dtype) -> float:
@@ -81,7 +101,12 @@ class ActivationStats:
 
     def to(self, device: torch.device) -> "ActivationStats":
         """Return the same statistics on a device, in fp32 whatever they were computed in."""
-        return ActivationStats(self.tokens, self.second_moment.to(device, torch.float32))
+        outputs = self.output_sensitivity
+        return replace(
+            self,
+            second_moment=self.second_moment.to(device, torch.float32),
+            output_sensitivity=None if outputs is None else outputs.to(device, torch.float32),
+        )
 
     def smooth(self, codes: Tensor | None) -> "ActivationStats":
         """Return the statistics of smoothed inputs x / s.
@@ -93,7 +118,7 @@ class ActivationStats:
             return self
         moment = smooth(self.second_moment, codes)
         other = moment.mT.contiguous() if self.is_full else moment
-        return ActivationStats(self.tokens, smooth(other, codes))
+        return replace(self, second_moment=smooth(other, codes))
 
     def rotate(self, side: int) -> "ActivationStats":
         """Return the statistics of rotated inputs, as the rotated main weight sees them.
@@ -113,4 +138,4 @@ class ActivationStats:
         else:
             blocks = self.second_moment.unflatten(0, (-1, block_side(self.width, side)))
             moment = blocks.mean(1, keepdim=True).expand_as(blocks).flatten()
-        return ActivationStats(self.tokens, moment)
+        return replace(self, second_moment=moment)

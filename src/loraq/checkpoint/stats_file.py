@@ -1,4 +1,7 @@
-"""Statistics on the disk: a safetensors file of `<layer>.second_moment` and `<layer>.tokens`."""
+"""Statistics on the disk: a safetensors file of `<layer>.second_moment` and `<layer>.tokens`.
+
+Where sensitivities were collected, there is `<layer>.output_sensitivity` as well.
+"""
 
 import math
 import shutil
@@ -20,21 +23,25 @@ from loraq.stats import ActivationStats
 #: In the file's metadata, under "loraq_stats".
 FORMAT_VERSION = "1"
 _PARTS = ("second_moment", "tokens")
+#: What a layer may have beside these.
+_OUTPUTS = "output_sensitivity"
+#: (in, in) or (in) of each layer's second moment, and (out) of its outputs' sensitivities, if any.
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int] | None]]
 
 
-def lay_out_stats(moments: Mapping[str, tuple[int, ...]], stem: str) -> ShardLayout:
-    """Lay out one file, given the shape of each layer's second moment."""
+def lay_out_stats(shapes: Shapes, stem: str) -> ShardLayout:
+    """Lay out one file, given the shapes of what each layer has."""
     specs: dict[str, TensorSpec] = {}
-    for layer, shape in moments.items():
-        parts = (TensorSpec("F32", shape), TensorSpec("I64", (1,)))
+    for layer, (moment, outputs) in shapes.items():
+        parts = (TensorSpec("F32", moment), TensorSpec("I64", (1,)))
         specs |= {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
+        if outputs is not None:
+            specs[f"{layer}.{_OUTPUTS}"] = TensorSpec("F32", outputs)
     return ShardLayout.of(specs, stem, math.inf, {"loraq_stats": FORMAT_VERSION})
 
 
 @contextmanager
-def stats_file(
-    path: Path, moments: Mapping[str, tuple[int, ...]]
-) -> Iterator[Callable[[str, ActivationStats], None]]:
+def stats_file(path: Path, shapes: Shapes) -> Iterator[Callable[[str, ActivationStats], None]]:
     """Yield a function that writes one layer's statistics, in any order.
 
     The file appears when all is written. The disk's space is taken at the beginning, so that it is
@@ -42,13 +49,13 @@ def stats_file(
 
     Args:
         path: the file to make; what is there is replaced.
-        moments: (in, in) or (in) of each layer to come.
+        shapes: of what each layer to come has.
 
     Raises:
         CheckpointError: the disk refuses, another run makes the same file, or a layer is not what
             was announced.
     """
-    layout = lay_out_stats(moments, path.stem)
+    layout = lay_out_stats(shapes, path.stem)
     with atomic_file(path) as partial:
         with explain_refusals(path):
             layout.allocate(partial.parent)
@@ -56,13 +63,15 @@ def stats_file(
         def write(layer: str, stats: ActivationStats) -> None:
             parts = (stats.second_moment.float(), torch.tensor([stats.tokens], device="cpu"))
             named = {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
+            if stats.output_sensitivity is not None:
+                named[f"{layer}.{_OUTPUTS}"] = stats.output_sensitivity.float()
             with explain_refusals(path):
                 layout.write(partial.parent, named)
 
         yield write
 
 
-def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> int:
+def require_room(path: Path, shapes: Shapes, *, overwrite: bool) -> int:
     """Return the bytes that a file of statistics will take, if it can be made.
 
     Raises:
@@ -88,7 +97,7 @@ def require_room(path: Path, moments: Mapping[str, tuple[int, ...]], *, overwrit
         )
     require_writable(path)
     parent = next(parent for parent in path.absolute().parents if parent.exists())
-    needed, free = lay_out_stats(moments, path.stem).nbytes, shutil.disk_usage(parent).free
+    needed, free = lay_out_stats(shapes, path.stem).nbytes, shutil.disk_usage(parent).free
     left = sum(p.stat().st_size for p in partial_path(path).rglob("*.safetensors"))
     if needed > free + left:
         raise CheckpointError(
@@ -121,9 +130,9 @@ def save_stats(stats: Mapping[str, ActivationStats], path: str | Path) -> None:
         raise CalibrationError(
             "There are no statistics to save. Collect those of at least one layer."
         )
-    moments = {layer: tuple(of_layer.second_moment.shape) for layer, of_layer in stats.items()}
-    require_room(Path(path), moments, overwrite=True)
-    with stats_file(Path(path), moments) as write:
+    shapes = {layer: of_layer.shapes for layer, of_layer in stats.items()}
+    require_room(Path(path), shapes, overwrite=True)
+    with stats_file(Path(path), shapes) as write:
         for layer, of_layer in stats.items():
             write(layer, of_layer)
 
@@ -164,23 +173,31 @@ class _StatsFile(Mapping[str, ActivationStats]):
                 f"'{path}' is {what}; version {FORMAT_VERSION} is required. Make it with `loraq "
                 "stats` or `loraq.save_stats`."
             )
-        names = self._reader.names
-        self._layers = [name.removesuffix(".tokens") for name in names if name.endswith(".tokens")]
-        if sorted(names) != sorted(f"{layer}.{part}" for layer in self._layers for part in _PARTS):
+        names = set(self._reader.names)
+        self._layers = [
+            name.removesuffix(".tokens") for name in self._reader.names if name.endswith(".tokens")
+        ]
+        needed = {f"{layer}.{part}" for layer in self._layers for part in _PARTS}
+        self._with_outputs = names & {f"{layer}.{_OUTPUTS}" for layer in self._layers}
+        if names != needed | self._with_outputs:
             raise CalibrationError(
-                f"'{path}' has other tensors than {', '.join(_PARTS)} of each layer. Make it again."
+                f"'{path}' has other tensors than {', '.join(_PARTS)} of each layer, and perhaps "
+                f"{_OUTPUTS}. Make it again."
             )
 
     def __getitem__(self, layer: str) -> ActivationStats:
         if layer not in self._layers:
             raise KeyError(layer)
         moment, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
-        if tokens.dtype != torch.int64 or tokens.numel() != 1 or moment.dtype != torch.float32:
+        name = f"{layer}.{_OUTPUTS}"
+        outputs = self._reader.read(name) if name in self._with_outputs else None
+        floats = [part.dtype for part in (moment, outputs) if part is not None]
+        if tokens.dtype != torch.int64 or tokens.numel() != 1 or {*floats} != {torch.float32}:
             raise CalibrationError(
                 f"'{self.path}': layer '{layer}' has other dtypes than fp32 and int64."
             )
         try:
-            return ActivationStats(int(tokens), moment)
+            return ActivationStats(int(tokens), moment, outputs)
         except CalibrationError as error:
             raise CalibrationError(f"'{self.path}': layer '{layer}': {error}") from error
 

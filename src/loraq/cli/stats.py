@@ -49,6 +49,12 @@ from loraq.errors import show
     help="No correlations: a small file that brings little, and is not enough for gptq and qera.",
 )
 @click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Weigh timesteps and outputs by what their errors do to the image: less error at the same "
+    "bytes, for three to four times the time and memory for gradients.",
+)
+@click.option(
     "--max-tokens",
     type=click.IntRange(1),
     help="Inputs that a layer counts, spread over images and steps.",

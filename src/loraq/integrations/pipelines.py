@@ -28,7 +28,7 @@ from loraq.integrations.drawing import (
 )
 from loraq.integrations.hub import local_path
 from loraq.options import Seed, checked
-from loraq.pipeline.collect import collect_stats, group_layers
+from loraq.pipeline.collect import collect_stats, group_layers, shapes_of
 from loraq.pipeline.plan import Plan
 from loraq.pipeline.progress import ImageCallback, show_images
 from loraq.pipeline.requirements import find_users, require_enough
@@ -76,6 +76,7 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     steps: int | None = None,
     seed: Seed = 0,
     second_moment: bool = True,
+    sensitivity: bool = False,
     max_tokens: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str | torch.device = AUTO,
@@ -105,6 +106,9 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         seed: image i starts from the noise of seed + i.
         second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand
             times smaller.
+        sensitivity: whether timesteps and outputs count by what errors of them do to what the model
+            returns, as `collect_stats` has it: less error for the same bytes, three to four times
+            the time, and memory for gradients.
         max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None`
             counts all. A pipeline that calls its model twice a step counts twice as many.
         memory_bytes: what the counts of layers may take together beside the pipeline. Where all are
@@ -119,8 +123,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
 
     Raises:
         CalibrationError: a number is out of range, no layer uses statistics, mean squares are not
-            enough for the recipe's method, the pipeline fails, a layer was never called, or one
-            alone takes more than `memory_bytes`.
+            enough for the recipe's method, the pipeline fails or has no gradients, a layer was
+            never called, or one alone takes more than `memory_bytes`.
         CheckpointError: the source is not a float pipeline, or the target cannot be written.
         DeviceError: there is no such device.
         LoraqError: diffusers is not installed, or the pipeline cannot be run with these arguments.
@@ -137,10 +141,12 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         require_enough(using, recipe)
     widths = {layer.name: layer.shape[1] for layer in using}
     groups = group_layers(widths, memory_bytes, second_moment=second_moment)
-    moments = {
-        name: (width, width) if second_moment else (width,) for name, width in widths.items()
-    }
-    nbytes = require_room(target, moments, overwrite=overwrite)
+    shapes = shapes_of(
+        {layer.name: layer.matrix for layer in using},
+        second_moment=second_moment,
+        sensitivity=sensitivity,
+    )
+    nbytes = require_room(target, shapes, overwrite=overwrite)
     sampling = _Sampling.of(pipeline_class(folder), prompts, samples, steps, seed, call or {})
     tokens_per_call = None if max_tokens is None else sampling.share(max_tokens)
 
@@ -168,11 +174,15 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
     with torch.random.fork_rng([place] if place.type == "cuda" else []):
         pipeline = load_pipeline(folder, dtype, place, variant=variant)
         show(0, images, f"drawing on {place} in {dtype}")
+        model = getattr(pipeline, home.name)
+        if sensitivity and getattr(model, "_supports_gradient_checkpointing", False):
+            model.enable_gradient_checkpointing()
         collect_stats(
-            getattr(pipeline, home.name),
+            model,
             run,
             widths,
             second_moment=second_moment,
+            sensitivity=sensitivity,
             tokens_per_call=tokens_per_call,
             memory_bytes=memory_bytes,
             target=target,

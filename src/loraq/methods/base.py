@@ -26,6 +26,7 @@ from loraq.methods.fits import (
     Prepared,
     Stored,
     prepare_weight,
+    require_outputs,
     require_width,
     round_plainly,
 )
@@ -137,7 +138,9 @@ class Method(ABC):
         self.check(scheme)
         if not isinstance(weight, Prepared):
             weight = prepare_weight(weight, scheme, stats)
-        prepared, stats = weight, self._prepare_stats(stats, weight, scheme)
+        stats = self._prepare_stats(stats, weight, scheme)
+        prepared = weight.weigh_outputs(stats, scheme)
+        del weight  # which is as large as what came of it
         with without_autocast(prepared.weight.device):
             fit = self._fit(prepared.weight, scheme, seed, stats)
             if (fit.branch is None) is not (scheme.branch is None):
@@ -259,6 +262,7 @@ class Method(ABC):
         if stats is None or self.use_of_stats == "ignored":
             return None
         require_width(stats, prepared.weight.shape[1])
+        require_outputs(stats, len(prepared.weight))
         if self.needs_full_moment and not stats.is_full:
             raise CalibrationError(
                 f"Method '{self.name}' needs full second moments, and the statistics have mean "

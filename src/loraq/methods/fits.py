@@ -2,21 +2,26 @@
 
 A weight at the ends of fp32 is divided by a power of two before it is solved, because its squares
 would leave fp32, and its fit is multiplied by it; no digit changes.
+
+So it is with rows where statistics say that errors of some outputs move the model more than errors
+of others: each row is multiplied by a power of two, so that a method that lowers the error of all
+counts it as much, and its fit is divided by it. Rounding does not see it, the branch does.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from loraq.autocast import without_autocast
 from loraq.errors import CalibrationError, FormatError
-from loraq.formats import QTensor
+from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.faults import find_fault
-from loraq.formats.powers import times_power_of_two
+from loraq.formats.powers import power_of_two, times_power_of_two
 from loraq.linalg import as_doubles, frobenius
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
@@ -29,6 +34,12 @@ _USUAL_EXPONENTS = 40
 #: Least mean square of a channel that smoothing takes as it is, as a share of their mean: what the
 #: samples hardly have may come, and its column is not to be rounded to nothing.
 _HARDLY_THERE = 1e-4
+#: Rows are multiplied by the power of two nearest to (sensitivity of the output)^this. Errors of
+#: outputs would count exactly with ½; what is left at the end of the model is less with ¼ beside
+#: 4-bit activations, and as little beside others (docs/log.md, 2026-11-30).
+_ROW_POWER = 0.25
+#: Rows differ by so many powers of two at most.
+_MOST_ROW_EXPONENT = 6
 #: SVDQuant's α beside 4-bit activations, and beside others, which are rounded finely enough to take
 #: more of what is hard for the weight (docs/log.md, 2026-11-29).
 _ALPHA_OF_FOUR_BITS, _ALPHA = 0.5, 0.3
@@ -55,9 +66,28 @@ class Prepared(NamedTuple):
     exponent: int
     #: Codes of the smoothing factors, if the scheme asks for any.
     smooth_factor: UInt8[Tensor, " in"] | None = None
+    #: Rows of `weight` are multiplied by two to the power of these, if outputs count differently.
+    row_exponents: Int[Tensor, " out"] | None = None
+
+    def weigh_outputs(self, stats: ActivationStats | None, scheme: Scheme) -> "Prepared":
+        """Return the same with rows multiplied by what errors of their outputs count.
+
+        Formats with a scale above those of the blocks, such as NVFP4, cannot be divided by it row
+        by row, and weights at the ends of fp32 have no room for it: there all outputs count alike.
+        """
+        if stats is None or stats.output_sensitivity is None or self.exponent:
+            return self
+        branch = scheme.branch
+        if branch is None or not all(map(_has_scales_of_rows, _formats_of(scheme))):
+            return self
+        exponents = choose_row_exponents(stats.output_sensitivity)
+        weight = self.weight * _column(exponents, self.weight)
+        return self._replace(weight=weight, row_exponents=exponents)
 
     def norm(self, matrix: Float[Tensor, "out in"], rotation: int) -> float:
-        """Return ‖M‖ of a matrix in the channels that the weight came with."""
+        """Return ‖M‖ of a matrix in the rows and channels that the weight came with."""
+        if self.row_exponents is not None:
+            matrix = matrix * _column(-self.row_exponents, matrix)
         if self.smooth_factor is not None:
             matrix = smooth(unrotate(matrix, rotation), self.smooth_factor)
         return frobenius(matrix).item()
@@ -133,12 +163,46 @@ def choose_factors(
     return codes.round().clamp(0, 255).to(torch.uint8)
 
 
+def choose_row_exponents(sensitivity: Float[Tensor, " out"]) -> Int[Tensor, " out"]:
+    """Return what rows are multiplied by, as exponents of two, by the sensitivity of outputs."""
+    floor = max(_HARDLY_THERE * sensitivity.mean().item(), torch.finfo(torch.float32).tiny)
+    octaves = _ROW_POWER * sensitivity.double().clamp(min=floor).log2()
+    exponents = (octaves - octaves.mean()).round().int()
+    return exponents.clamp_(-_MOST_ROW_EXPONENT, _MOST_ROW_EXPONENT)
+
+
+def _column(exponents: Int[Tensor, " rows"], matrix: Tensor) -> Float[Tensor, "rows 1"]:
+    """Return what the rows of a matrix are multiplied by, in its dtype."""
+    column = power_of_two(exponents)
+    assert isinstance(column, Tensor)
+    return column.to(matrix.dtype)
+
+
+def _formats_of(scheme: Scheme) -> tuple[Format, ...]:
+    branch = scheme.branch
+    return (scheme.weight_format, *((branch.weight_format,) if branch else ()))
+
+
+def _has_scales_of_rows(fmt: Format) -> bool:
+    return not (isinstance(fmt, BlockFormat) and (fmt.has_global_scale or fmt.of_columns))
+
+
 def require_width(stats: ActivationStats, width: int) -> None:
     """Raise `CalibrationError` unless statistics are of so many input channels."""
     if stats.width != width:
         raise CalibrationError(
             f"The statistics are of {stats.width} input channels, the weight has {width}. Those of "
             "the same layer are required."
+        )
+
+
+def require_outputs(stats: ActivationStats, width: int) -> None:
+    """Raise `CalibrationError` unless sensitivities are of so many outputs, if there are any."""
+    sensitivity = stats.output_sensitivity
+    if sensitivity is not None and len(sensitivity) != width:
+        raise CalibrationError(
+            f"The statistics have sensitivities of {len(sensitivity)} outputs, the weight has "
+            f"{width}. Those of the same layer are required."
         )
 
 
@@ -171,7 +235,7 @@ class Stored(NamedTuple):
     def of(
         cls, fit: Fit, prepared: Prepared, scheme: Scheme, stats: ActivationStats | None
     ) -> "Stored":
-        """Multiply a fit of a prepared weight by its power of two, and measure it.
+        """Multiply a fit of a prepared weight by its powers of two, and measure it.
 
         Raises:
             FormatError: the formats do not hold the result.
@@ -195,6 +259,8 @@ class Stored(NamedTuple):
                 )
             fitted, error = error.float(), (weight - _divide(main, branch, exponent)).float()
             is_exact = torch.allclose(error, fitted, rtol=0, atol=1e-6)
+        if prepared.row_exponents is not None:  # what a scale cannot hold then is next to nothing
+            main, branch = _divide_rows(main, branch, prepared.row_exponents)
         relative_error = prepared.norm(error, scheme.rotation) / norm
         if stats is None:
             return cls(main, branch, relative_error, relative_error, fit.metrics, is_exact)
@@ -247,6 +313,16 @@ def _multiply(
     up = times_power_of_two(branch.proj_up, half)
     down = times_power_of_two(branch.proj_down, exponent - half)
     return main, LowRankBranch(proj_up=up, proj_down=down)
+
+
+def _divide_rows(
+    main: QTensor, branch: LowRankBranch | None, exponents: Int[Tensor, " out"]
+) -> tuple[QTensor, LowRankBranch | None]:
+    """Return main weight and branch with each row divided by its power of two."""
+    main = times_power_of_two(main, -exponents)
+    if branch is None:
+        return main, None
+    return main, replace(branch, proj_up=times_power_of_two(branch.proj_up, -exponents))
 
 
 def _divide(main: QTensor, branch: LowRankBranch | None, exponent: int) -> Float[Tensor, "out in"]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from loraq.checkpoint.apart import require_apart
 from loraq.checkpoint.origin import origin_of
-from loraq.checkpoint.stats_file import load_stats, require_room, stats_file
+from loraq.checkpoint.stats_file import Shapes, load_stats, require_room, stats_file
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, bare_model, is_linear, matrix_of
 from loraq.options import checked
+from loraq.pipeline.sensitivity import Sensitivity
 from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
@@ -31,6 +32,7 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     layers: Iterable[str],
     *,
     second_moment: bool = True,
+    sensitivity: bool = False,
     max_tokens: int | None = None,
     tokens_per_call: int | None = None,
     memory_bytes: int | None = None,
@@ -52,6 +54,10 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
         layers: dotted names of `nn.Linear` and 1×1 `nn.Conv2d`, such as those of `plan_model(model,
             recipe).quantized`.
         second_moment: whether all of E[x xᵀ] is collected, which "gptq" needs; else only E[x²].
+        sensitivity: whether calls and outputs are weighed by what their errors do to what the model
+            returns (`loraq.pipeline.sensitivity`). Each call of the model then is one more forward
+            and one backward pass, and takes memory for gradients; a model with gradient
+            checkpointing takes less.
         max_tokens: a layer counts no more than its first so many inputs; `None` counts all.
         tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread;
             `None` counts all.
@@ -65,7 +71,8 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
 
     Raises:
         CalibrationError: a name is not that of a linear layer, a layer was never called, its input
-            was not finite, or it alone takes more than `memory_bytes`.
+            was not finite, or it alone takes more than `memory_bytes`; with `sensitivity`, the
+            model has no gradients, or a layer ran outside of a call of it.
         CheckpointError: the target cannot be written, or lies in the folder of the model.
     """
     model = bare_model(model)
@@ -83,19 +90,38 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
     widths = {name: matrix_of(layer).shape[1] for name, layer in found.items()}
     groups = group_layers(widths, memory_bytes, second_moment=second_moment)
     amount = _Amount(second_moment, max_tokens or math.inf, tokens_per_call)
-    counted = _count_layers(found, run, groups, amount)
+    asked = Sensitivity(model, found) if sensitivity else None
+    counted = _count_layers(found, run, groups, amount, asked)
     if target is None:
         stats = dict(counted)
         return {name: stats[name] for name in found}
-    moments = {
-        name: (width, width) if second_moment else (width,) for name, width in widths.items()
-    }
-    require_room(Path(target), moments, overwrite=True)
-    with stats_file(Path(target), moments) as write:
+    shapes = shapes_of(
+        {name: matrix_of(layer).shape for name, layer in found.items()},
+        second_moment=second_moment,
+        sensitivity=sensitivity,
+    )
+    require_room(Path(target), shapes, overwrite=True)
+    with stats_file(Path(target), shapes) as write:
         for layer in counted:
             write(*layer)
             del layer  # not kept beside the next one
     return load_stats(target)
+
+
+def shapes_of(
+    matrices: Mapping[str, tuple[int, ...]], *, second_moment: bool, sensitivity: bool
+) -> Shapes:
+    """Return the shapes of what is collected for each layer.
+
+    Args:
+        matrices: (out, in) of each.
+        second_moment: as `collect_stats` takes it.
+        sensitivity: as `collect_stats` takes it.
+    """
+    return {
+        name: ((n_in, n_in) if second_moment else (n_in,), (n_out,) if sensitivity else None)
+        for name, (n_out, n_in) in matrices.items()
+    }
 
 
 def counting_bytes(width: int, *, second_moment: bool) -> int:
@@ -155,6 +181,7 @@ def _count_layers(
     run: Callable[[], object],
     groups: list[list[str]],
     amount: _Amount,
+    sensitivity: Sensitivity | None,
 ) -> Iterator[tuple[str, ActivationStats]]:
     """Yield the statistics of one layer after the other, each freed before the next is made."""
     for i, group in enumerate(groups):
@@ -162,8 +189,10 @@ def _count_layers(
         # own group.
         watched = group if i else layers
         called: set[str] = set()
-        counts = {name: _Count(name, layers[name], amount) for name in group}
+        counts = {name: _Count(name, layers[name], amount, sensitivity) for name in group}
         with ExitStack() as hooks, torch.no_grad():
+            if sensitivity is not None:
+                hooks.enter_context(sensitivity.watch())
             for name in watched:
                 hooks.enter_context(
                     layers[name].register_forward_pre_hook(_note(called, name), with_kwargs=True)
@@ -198,9 +227,12 @@ def _input_of(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
 class _Count:
     """A hook that adds up the inputs of one layer."""
 
-    def __init__(self, name: str, layer: LinearLayer, amount: _Amount) -> None:
+    def __init__(
+        self, name: str, layer: LinearLayer, amount: _Amount, sensitivity: Sensitivity | None
+    ) -> None:
         self.name, self.layer, self.amount = name, layer, amount
-        self.left, self.tokens = amount.most, 0
+        self.sensitivity = sensitivity
+        self.left, self.tokens, self.weights = amount.most, 0, 0.0
         self._sum: Tensor | None = None
 
     def __call__(
@@ -209,6 +241,9 @@ class _Count:
         x = _input_of(inputs, named)
         if not self.left or not x.numel():
             return
+        weight = 1.0 if self.sensitivity is None else self.sensitivity.weigh_call(self.name)
+        if not weight:
+            return
         # A run under autocast would have products of 16 bits, and one in inference mode sums that
         # no other can add to.
         with (
@@ -216,9 +251,9 @@ class _Count:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            self._add(x)
+            self._add(x, weight)
 
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor, weight: float) -> None:
         x = x.movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else x
         x = self._choose(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
@@ -233,10 +268,11 @@ class _Count:
             )
         for part in map(Tensor.float, x.split(_CHUNK)):
             for rows in _slices(width) if full else ():
-                self._sum[rows].add_(part[:, rows].mT @ part)
+                self._sum[rows].add_(part[:, rows].mT @ part, alpha=weight)
             if not full:
-                self._sum += part.square().sum(0)
+                self._sum.add_(part.square().sum(0), alpha=weight)
         self.tokens += len(x)
+        self.weights += weight * len(x)
         self.left -= len(x)
 
     def _choose(self, x: Tensor) -> Tensor:
@@ -252,12 +288,13 @@ class _Count:
         moment = torch.empty(self._sum.shape, dtype=torch.float32, device="cpu")
         if self.amount.full:
             for rows in _slices(len(moment)):
-                moment[rows] = (self._sum[rows] + self._sum[:, rows].mT).div_(2 * self.tokens)
+                moment[rows] = (self._sum[rows] + self._sum[:, rows].mT).div_(2 * self.weights)
         else:
-            moment.copy_(self._sum / self.tokens)
+            moment.copy_(self._sum / self.weights)
         self._sum = None
+        outputs = None if self.sensitivity is None else self.sensitivity.of_outputs(self.name)
         try:
-            return ActivationStats(self.tokens, moment)
+            return ActivationStats(self.tokens, moment, outputs)
         except CalibrationError as error:  # squares of numbers that are finite need not be
             raise CalibrationError(f"Layer '{self.name}': {error}") from error
 
