@@ -140,6 +140,7 @@ FUNCTIONS = {
     },
     loraq.collect_stats: {
         "second_moment": FLAG,
+        "sensitivity": FLAG,
         "max_tokens": {"None"},
         "tokens_per_call": {"None"},
         "memory_bytes": {"None"},
@@ -153,6 +154,7 @@ FUNCTIONS = {
         "steps": {"None"},
         "seed": {"0"},
         "second_moment": FLAG,
+        "sensitivity": FLAG,
         "max_tokens": {"None"},
         "memory_bytes": set(),
         "device": TEXT | {"None"},

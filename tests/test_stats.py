@@ -1,5 +1,7 @@
 """Statistics of inputs: what is refused, and that a rewrite of a layer rewrites them alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,8 +53,10 @@ def test_the_hash_sees_every_part():
         ActivationStats(51, stats.second_moment),
         ActivationStats(50, moment),
         stats_of(gaussian(50, 8), full=False),
+        replace(stats, output_sensitivity=torch.ones(3)),
+        replace(stats, output_sensitivity=torch.ones(4)),
     ]
-    assert len({stats.sha256, *(other.sha256 for other in others)}) == 4
+    assert len({stats.sha256, *(other.sha256 for other in others)}) == 6
 
 
 def test_the_mean_square_is_the_diagonal_of_the_second_moment():
@@ -78,3 +82,21 @@ def test_the_mean_square_is_the_diagonal_of_the_second_moment():
 def test_what_cannot_be_statistics_is_refused(tokens, moment, message):
     with pytest.raises(CalibrationError, match=message):
         ActivationStats(tokens, moment)
+
+
+def test_sensitivities_stay_whatever_happens_to_the_inputs():
+    outputs = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
+    stats = replace(stats_of(gaussian(50, 8)), output_sensitivity=outputs)
+    codes = torch.full((8,), 120, dtype=torch.uint8)
+    for changed in (stats.rotate(4), stats.smooth(codes), stats.to(torch.device("cpu"))):
+        assert changed.output_sensitivity.tolist() == outputs.tolist()
+    assert stats.to(torch.device("cpu")).output_sensitivity.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [torch.ones(2, 2), torch.ones(0), torch.tensor([1.0, torch.nan]), torch.tensor([1.0, -1.0])],
+)
+def test_what_cannot_be_sensitivities_is_refused(outputs):
+    with pytest.raises(CalibrationError, match="output sensitivities of shape"):
+        ActivationStats(1, torch.ones(4), outputs)

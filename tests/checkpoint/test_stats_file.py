@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,39 @@ def test_what_is_saved_is_loaded(path):
     assert "blocks.1.up" not in stats
     with pytest.raises(KeyError):
         stats["blocks.1.up"]
+
+
+def test_sensitivities_are_saved_with_the_layers_that_have_them(tmp_path):
+    place = tmp_path / "stats.safetensors"
+    weighed = replace(full(8), output_sensitivity=torch.tensor([0.5, 0.0, 1.5]))
+    save_stats({"weighed": weighed, "plain": diagonal(6)}, place)
+    stats = load_stats(place)
+    assert list(stats) == ["weighed", "plain"]
+    assert stats["weighed"].sha256 == weighed.sha256
+    assert stats["weighed"].output_sensitivity.tolist() == [0.5, 0.0, 1.5]
+    assert stats["plain"].output_sensitivity is None
+    assert (
+        require_room(
+            place, {"weighed": weighed.shapes, "plain": diagonal(6).shapes}, overwrite=True
+        )
+        == place.stat().st_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "message"),
+    [
+        ("other.output_sensitivity", torch.ones(3), "has other tensors than"),
+        ("a.output_sensitivity", torch.ones(3).double(), "other dtypes than fp32"),
+        ("a.output_sensitivity", -torch.ones(3), "layer 'a': .*output sensitivities"),
+    ],
+)
+def test_sensitivities_that_are_something_else_are_refused(tmp_path, name, outputs, message):
+    place = tmp_path / "s.safetensors"
+    tensors = {"a.second_moment": torch.eye(4), "a.tokens": torch.tensor([7]), name: outputs}
+    save_file(tensors, place, metadata={"loraq_stats": "1"})
+    with pytest.raises(CalibrationError, match=message):
+        load_stats(place)["a"]
 
 
 def test_asking_whether_a_layer_is_there_reads_nothing(path, monkeypatch):

@@ -443,6 +443,7 @@ class Statistics(Reader):
         stats = {
             "a": ActivationStats(5, torch.eye(4)),
             "b": ActivationStats(7, torch.ones(3)),
+            "c": ActivationStats(7, torch.ones(3), torch.ones(2)),
         }
         save_stats(stats, folder / "stats.safetensors")
 

@@ -189,11 +189,44 @@ def test_a_pipeline_runs_in_the_dtype_of_its_transformer_or_another(source, tmp_
     ]
 
 
+def test_sensitivities_are_those_of_the_bare_model_under_gradient_checkpointing(source, tmp_path):
+    target = tmp_path / "stats.safetensors"
+    collect_pipeline_stats(source, target, sensitivity=True, **FAST)
+    found = load_stats(target)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run() -> None:
+        for i in range(2):
+            generator = torch.Generator().manual_seed(i)
+            pipeline("", num_inference_steps=2, generator=generator, output_type="latent", **CALL)
+
+    assert not pipeline.transformer.is_gradient_checkpointing
+    bare = loraq.collect_stats(pipeline.transformer, run, list(found), sensitivity=True)
+    for name, stats in bare.items():
+        assert stats.output_sensitivity.std() > 0.01
+        for part in ("second_moment", "output_sensitivity"):
+            assert torch.allclose(getattr(found[name], part), getattr(stats, part), rtol=1e-4)
+    quantize = {"recipe": replace(loraq.Recipe.named(FAST["recipe"]), effort="fast")}
+    done = loraq.quantize_checkpoint(
+        source, tmp_path / "out", **quantize, stats=target, progress=False
+    )
+    assert all(0 < layer.relative_error < 0.2 for layer in done.layers if not layer.is_kept)
+
+
 @pytest.mark.slow
 def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp_path):
     target = tmp_path / "stats.safetensors"
     settings = [f"--set={name}={json.dumps(value)}" for name, value in CALL.items()]
     recipe = ["--recipe", FAST["recipe"]]
+    weighed = ["--sensitivity", "--samples", "1", "--steps", "1", *recipe, *settings]
+    result = CliRunner().invoke(
+        main, ["stats", str(source), str(tmp_path / "w.safetensors"), *weighed]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert all(
+        s.output_sensitivity is not None for s in load_stats(tmp_path / "w.safetensors").values()
+    )
     asked = ["--samples", "2", "--steps", "2", "--memory", "3200KB"]
     result = CliRunner().invoke(
         main, ["stats", str(source), str(target), *recipe, *asked, *settings, "--json"]

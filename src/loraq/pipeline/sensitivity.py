@@ -102,7 +102,7 @@ class Sensitivity:
 
         def add(name: str, gradient: Tensor) -> None:
             squares = _channels_last(self.layers[name], gradient).float().square()
-            rows = squares.flatten(0, -2).sum(0).cpu().double()
+            rows = squares.reshape(-1, squares.shape[-1]).sum(0).cpu().double()
             if not rows.isfinite().all():
                 raise CalibrationError(
                     f"The gradient at layer '{name}' is not a finite number. Run the model in a "

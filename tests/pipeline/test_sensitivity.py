@@ -1,0 +1,206 @@
+"""Weights of calls and outputs equal gradients worked out by hand; what cannot be is refused."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.worlds.matrices import gaussian, heavy_tailed
+from loraq.errors import CalibrationError
+from loraq.methods.base import layer_seed
+from loraq.pipeline.collect import collect_stats
+
+LAYERS = ["first", "last"]
+TOKENS = [heavy_tailed(7, 6, seed) * (1 + 4 * seed) for seed in range(3)]
+
+
+class Net(nn.Module):
+    """What it returns depends more on later calls: it is scaled by the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, time: float = 1.0) -> Tensor:
+        return time * self.last(self.first(x))
+
+
+def run(net: nn.Module) -> None:
+    for call, x in enumerate(TOKENS):
+        net(x, time=1.0 + call)
+
+
+def random(call: int, *shape: int) -> Tensor:
+    """What a call's result is multiplied by."""
+    seed = layer_seed(0, f"call {call}")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(net: Net) -> dict[str, tuple[Tensor, Tensor]]:
+    """Second moments and sensitivities of outputs of both layers, gradients written out."""
+    moments = {"first": torch.zeros(6, 6), "last": torch.zeros(5, 5)}
+    outputs, weights = {"first": torch.zeros(5), "last": torch.zeros(3)}, dict.fromkeys(LAYERS, 0.0)
+    with torch.no_grad():
+        for call, x in enumerate(TOKENS):
+            last = (1.0 + call) * random(call, 7, 3)
+            for name, inputs, gradient in (
+                ("first", x, last @ net.last.weight),
+                ("last", net.first(x), last),
+            ):
+                weight = gradient.square().mean().item()
+                moments[name] += weight * inputs.mT @ inputs
+                weights[name] += weight * len(x)
+                outputs[name] += gradient.square().sum(0)
+    return {
+        name: (moments[name] / weights[name], outputs[name] / outputs[name].mean())
+        for name in LAYERS
+    }
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_calls_and_outputs_count_by_gradients(full):
+    net = Net()
+    stats = collect_stats(net, lambda: run(net), LAYERS, sensitivity=True, second_moment=full)
+    for name, (moment, outputs) in by_hand(net).items():
+        found = stats[name]
+        assert found.tokens == 21
+        moment = moment if full else moment.diagonal()
+        assert torch.allclose(found.second_moment, moment, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.output_sensitivity, outputs, rtol=1e-4)
+    plain = collect_stats(net, lambda: run(net), LAYERS, second_moment=full)
+    assert plain["first"].output_sensitivity is None
+    assert not torch.allclose(stats["first"].second_moment, plain["first"].second_moment, rtol=0.05)
+
+
+def test_groups_give_the_same_as_one_run_and_ask_once(tmp_path):
+    net, asked = Net(), []
+    net.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    once = collect_stats(net, lambda: run(net), LAYERS, sensitivity=True)
+    assert asked == [True, False] * 3
+    asked.clear()
+    target = tmp_path / "stats.safetensors"
+    grouped = collect_stats(
+        net, lambda: run(net), LAYERS, sensitivity=True, memory_bytes=12 * 6 * 6, target=target
+    )
+    assert asked == [True, False] * 3 + [False] * 3
+    assert {name: s.sha256 for name, s in grouped.items()} == {
+        name: s.sha256 for name, s in once.items()
+    }
+
+
+def test_the_model_is_left_as_it_was():
+    net = Net()
+    net.first.bias.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    collect_stats(net, lambda: run(net), LAYERS, sensitivity=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    with pytest.raises(ZeroDivisionError):
+        collect_stats(net, lambda: 1 / 0, LAYERS, sensitivity=True)
+    trained = {name for name, weight in net.named_parameters() if weight.requires_grad}
+    assert trained == {"first.weight", "last.weight", "last.bias"}
+    assert all(weight.grad is None for weight in net.parameters())
+    assert not [m for m in net.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+class Careless(nn.Module):
+    """Changes outputs in place, returns a dictionary, and never reads one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.unread = nn.Linear(6, 5), nn.Linear(5, 3), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor, image: Tensor) -> dict[str, object]:
+        self.unread(image)
+        hidden = self.first(x)
+        hidden += 1
+        hidden.mul_(2)
+        return {"sample": (self.last(hidden), None), "step": torch.tensor(3)}
+
+
+def test_models_that_change_outputs_in_place_and_return_dictionaries():
+    net, image = Careless(), gaussian(2, 3 * 4, 1).view(2, 3, 2, 2)
+    stats = collect_stats(net, lambda: net(TOKENS[0], image), [*LAYERS, "unread"], sensitivity=True)
+    gradient = 2 * random(0, 7, 3) @ net.last.weight.detach()
+    expected = gradient.square().sum(0)
+    assert torch.allclose(stats["first"].output_sensitivity, expected / expected.mean(), rtol=1e-4)
+    # Nothing depends on it, so its calls and outputs count alike.
+    plain = collect_stats(net, lambda: net(TOKENS[0], image), ["unread"])["unread"]
+    assert torch.allclose(stats["unread"].second_moment, plain.second_moment)
+    assert torch.equal(stats["unread"].output_sensitivity, torch.ones(4))
+
+
+def test_a_convolution_counts_its_channels():
+    net, image = nn.Sequential(nn.Conv2d(3, 4, 1)), gaussian(2, 3 * 4, 1).view(2, 3, 2, 2)
+    stats = collect_stats(net, lambda: net(image), ["0"], sensitivity=True)["0"]
+    expected = random(0, 2, 4, 2, 2).square().sum((0, 2, 3))
+    assert torch.allclose(stats.output_sensitivity, expected / expected.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_without_gradients_is_asked_all_the_same(mode):
+    net = Net()
+
+    def quiet() -> None:
+        with mode():
+            for call, x in enumerate(TOKENS):
+                net(x.clone(), time=1.0 + call)
+
+    found = collect_stats(net, quiet, LAYERS, sensitivity=True)
+    plain = collect_stats(net, lambda: run(net), LAYERS, sensitivity=True)
+    assert {name: s.sha256 for name, s in found.items()} == {
+        name: s.sha256 for name, s in plain.items()
+    }
+
+
+class Rounded(Net):
+    def forward(self, x: Tensor, time: float = 1.0) -> Tensor:
+        return super().forward(x, time).argmax(-1)
+
+
+class Undifferentiable(Net):
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(_context: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_context: object, _gradient: Tensor) -> Tensor:
+            raise RuntimeError("no backward pass")
+
+    def forward(self, x: Tensor, time: float = 1.0) -> Tensor:
+        return self.Identity.apply(super().forward(x, time))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Rounded, "does not depend on any of the 2 layers"),
+        (Undifferentiable, r"has no gradients \(no backward pass\)"),
+    ],
+)
+def test_a_model_without_gradients_is_refused(kind, message, tmp_path):
+    net = kind()
+    with pytest.raises(CalibrationError, match=message):
+        collect_stats(
+            net, lambda: run(net), LAYERS, sensitivity=True, target=tmp_path / "s.safetensors"
+        )
+    assert not list(tmp_path.iterdir())
+    assert all(weight.requires_grad for weight in net.parameters())
+
+
+def test_a_layer_outside_of_a_call_is_refused():
+    net = Net()
+
+    def apart() -> None:
+        run(net)
+        net.first(TOKENS[0])
+
+    with pytest.raises(CalibrationError, match="'first' ran outside of a call of the model"):
+        collect_stats(net, apart, LAYERS, sensitivity=True)
+
+
+def test_gradients_that_overflow_are_an_error_with_the_name_of_the_layer():
+    net = Net()
+    with pytest.raises(CalibrationError, match="gradient at layer 'last' is not a finite number"):
+        collect_stats(net, lambda: net(TOKENS[0], time=1e30), LAYERS, sensitivity=True)
