@@ -60,12 +60,8 @@ def test_sensitivities_are_saved_with_the_layers_that_have_them(tmp_path):
     assert stats["weighed"].sha256 == weighed.sha256
     assert stats["weighed"].output_sensitivity.tolist() == [0.5, 0.0, 1.5]
     assert stats["plain"].output_sensitivity is None
-    assert (
-        require_room(
-            place, {"weighed": weighed.shapes, "plain": diagonal(6).shapes}, overwrite=True
-        )
-        == place.stat().st_size
-    )
+    shapes = {name: found.shapes for name, found in stats.items()}
+    assert require_room(place, shapes, overwrite=True) == place.stat().st_size
 
 
 @pytest.mark.parametrize(

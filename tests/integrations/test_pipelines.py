@@ -211,7 +211,7 @@ def test_sensitivities_are_those_of_the_bare_model_under_gradient_checkpointing(
     done = loraq.quantize_checkpoint(
         source, tmp_path / "out", **quantize, stats=target, progress=False
     )
-    assert all(0 < layer.relative_error < 0.2 for layer in done.layers if not layer.is_kept)
+    assert all(0 < layer.relative_error < 0.2 for layer in done.layers)
 
 
 @pytest.mark.slow
@@ -220,13 +220,10 @@ def test_the_command_does_the_same_and_quantize_takes_its_file(source, once, tmp
     settings = [f"--set={name}={json.dumps(value)}" for name, value in CALL.items()]
     recipe = ["--recipe", FAST["recipe"]]
     weighed = ["--sensitivity", "--samples", "1", "--steps", "1", *recipe, *settings]
-    result = CliRunner().invoke(
-        main, ["stats", str(source), str(tmp_path / "w.safetensors"), *weighed]
-    )
+    other = tmp_path / "weighed.safetensors"
+    result = CliRunner().invoke(main, ["stats", str(source), str(other), *weighed])
     assert result.exit_code == 0, result.stderr
-    assert all(
-        s.output_sensitivity is not None for s in load_stats(tmp_path / "w.safetensors").values()
-    )
+    assert all(s.output_sensitivity is not None for s in load_stats(other).values())
     asked = ["--samples", "2", "--steps", "2", "--memory", "3200KB"]
     result = CliRunner().invoke(
         main, ["stats", str(source), str(target), *recipe, *asked, *settings, "--json"]
