@@ -22,7 +22,7 @@ from benchmarks.quality.ranking import (  # noqa: E402
     verdict,
 )
 from benchmarks.quality.row import ModelRow  # noqa: E402
-from benchmarks.quality.tables import COMPARISONS, FINER, QUALIFYING, SEEDS  # noqa: E402
+from benchmarks.quality.tables import COMPARISONS, FINER, QUALIFYING, SEEDS, WEIGHED  # noqa: E402
 from benchmarks.results import RENAMED, read, rename  # noqa: E402
 from benchmarks.rivals import page as rivals_section  # noqa: E402
 
@@ -186,6 +186,23 @@ def test_the_summary_says_what_finer_weights_would_gain(tmp_path):
     )
     lines = summary_of(ledger_of(tmp_path, *rows))
     assert "branch, from weights alone 0.80 times, own samples 0.95 times the error" in lines[0]
+
+
+def test_the_summary_says_what_statistics_by_sensitivity_bring(tmp_path):
+    group = "W4A8, own samples"
+    ours, rivals = COMPARISONS[group].declared, ("SVDQuant ×20 + GPTQ, smoothing 0.3", "GPTQ")
+    lines = [
+        *with_errors("LoRaQ", [0.020, 0.022, 0.021], ours, group=group),
+        *with_errors(rivals[0], [0.030, 0.032, 0.031], group=group),
+        *with_errors("LoRaQ", [0.010, 0.011, 0.0105], ours, group=group + WEIGHED),
+        *with_errors(rivals[0], [0.015, 0.016, 0.0155], group=group + WEIGHED),
+        # Of another seed alone, and so not compared with what it has without.
+        *with_errors(rivals[1], [0.020], group=group + WEIGHED),
+    ]
+    lines += [line(rivals[1], seed=4, error=0.04, group=group)]
+    (said,) = [text for text in summary_of(ledger_of(tmp_path, *lines)) if "sensitivity" in text]
+    assert "rows 0.50 times the error that they have without, and rivals' 0.50 times" in said
+    assert "digits, W4A8 1.50 not judged" in said  # by the one seed that both have
 
 
 def test_a_summary_of_nothing_says_so(tmp_path):

@@ -13,8 +13,15 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 from benchmarks.quality.sharing import WAYS, rank_rules, share_otherwise
-from benchmarks.quality.tables import CONTENDERS, all_tables, round_activations
-from benchmarks.worlds.world import WORLDS
+from benchmarks.quality.tables import (
+    COMPARISONS,
+    CONTENDERS,
+    WEIGHED,
+    all_tables,
+    round_activations,
+    weighed,
+)
+from benchmarks.worlds.world import OWN_SAMPLES, OWN_SENSITIVITY, WORLDS
 from loraq.evaluation import digits
 from loraq.evaluation.contender import simulate
 from loraq.layers import quantized_layers
@@ -36,6 +43,17 @@ def test_every_row_is_a_recipe_with_a_label_of_its_own_and_a_known_source(name):
         for row in rows:
             row.to_recipe(budget=world.budget, effort="fast")
             assert not row.statistics or row.statistics in world.sources, (title, row.label)
+
+
+def test_all_that_is_weighed_by_sensitivity_is_a_row_of_its_comparison():
+    for title, rows in weighed().items():
+        comparison = COMPARISONS[title.removesuffix(WEIGHED)]
+        plain = {row.key: row for row in comparison.entrants}
+        assert ("LoRaQ", comparison.declared, comparison.budget) in {row.key for row in rows}
+        assert sum(row.method != "loraq" for row in rows) >= 2
+        for row in rows:
+            assert replace(row, statistics=OWN_SAMPLES) == plain[row.key]
+            assert row.statistics == OWN_SENSITIVITY
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -178,6 +178,8 @@ def look_at(
     widest = replace(Recipe.named("int4+bf16-r5"), rules=TEXT_SIDE)
     names = [layer.name for layer in loraq.plan_model(trained, widest).quantized]
     tokens: dict[str, Tensor] = {}
+    if OWN_SENSITIVITY in sources:  # whose passes for gradients are no tokens of their own
+        sources = sources | {OWN_SAMPLES}
     for name in sources:
         source = world.sources[name]
         keeping = keep_tokens(trained, names, every_call=16)
@@ -190,7 +192,7 @@ def look_at(
             sensitivity=source.sensitivity,
         )
         next(keeping, None)
-        if name in (OWN_SAMPLES, OWN_SENSITIVITY):
+        if name == OWN_SAMPLES:
             tokens = found
         loraq.save_stats(collected, folder / f"{name}.safetensors")
     keeping = keep_tokens(trained, names, every_call=TOKENS)
@@ -209,9 +211,7 @@ def keep_tokens(
     found: dict[str, Tensor] = {}
 
     def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled():  # a pass for gradients shows what the next one does
-            return
-        tokens = inputs[0].flatten(0, -2)
+        tokens = inputs[0].detach().flatten(0, -2)
         some = tokens[:: max(1, len(tokens) // every_call)][:every_call].clone()
         found[name] = torch.cat([found.get(name, some[:0]), some])[:TOKENS]
 

@@ -12,6 +12,9 @@ from benchmarks.quality.ranking import (
     beside,
     declared,
     final_rows,
+    interval,
+    is_declared,
+    name_of,
     ratios,
     verdict,
     withdrawn,
@@ -21,9 +24,11 @@ from benchmarks.quality.tables import (
     FINER,
     QUALIFYING,
     SEEDS,
+    WEIGHED,
     WITH,
     WITHOUT,
     finer_weights,
+    weighed,
 )
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
@@ -53,6 +58,7 @@ def section(lines: Lines, records: list[Record]) -> list[str]:
         *of_strongest(verdicts),
         *of_others(lines),
         *of_samples(verdicts),
+        *of_sensitivity(lines),
         *of_finer_weights(lines),
         *of_packages(records),
         *of_limits(lines, verdicts),
@@ -180,6 +186,34 @@ def of_samples(verdicts: dict[Place, Verdict]) -> list[str]:
 def velocity(found: Verdict) -> float:
     """Return the velocity error of a declared row."""
     return fmean(found.ours.velocity_errors)
+
+
+def of_sensitivity(lines: Lines) -> list[str]:
+    """Return the line of what statistics by sensitivity buy, and what the tables say with them."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    said = []
+    for world in WORLDS:
+        for title in weighed():
+            comparison = title.removesuffix(WEIGHED)
+            plain = {name_of(row): row for row in final_rows(lines, world, comparison)}
+            rows = final_rows(lines, world, title)
+            for row in rows:
+                before = plain.get(name_of(row))
+                if before and (shared := ratios(row, before)):
+                    (ours if row.method == "loraq" else theirs).append(fmean(shared))
+            row = next((row for row in rows if is_declared(row, comparison)), None)
+            if row and (found := verdict(rows, comparison, row)):
+                place = f"{world}, {comparison.removesuffix(f', {WITH}')}"
+                said.append(f"{place} {interval(found.ratios, 2)} {found.outcome}")
+    if not ours or not theirs:
+        return []
+    return [
+        f"**Own samples weighed by sensitivity** (`loraq stats --sensitivity`) leave LoRaQ's rows "
+        f"{extent(ours)} times the error that they have without, and rivals' {extent(theirs)} "
+        "times. The strongest of the rivals that have it over the declared row, up to three a "
+        f"table and not a field of their own: {'; '.join(said)}."
+    ]
 
 
 def of_finer_weights(lines: Lines) -> list[str]:

@@ -24,8 +24,8 @@ class ActivationStats:
     tokens: int
     #: E[x xᵀ], (in, in), or only its diagonal E[x²], (in); fp32.
     second_moment: Tensor
-    #: How far an error of each output moves what the model returns: its mean squared gradient,
-    #: (out), fp32; `None` if nobody has asked. See `loraq.pipeline.sensitivity`.
+    #: How far an error of each output moves what the model returns: sums of squared gradients over
+    #: their mean, (out), fp32; `None` if nobody has asked. See `loraq.pipeline.sensitivity`.
     output_sensitivity: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -47,9 +47,7 @@ class ActivationStats:
         if (self.mean_square < 0).any():
             raise CalibrationError("Statistics hold a negative mean square. Collect them again.")
         outputs = self.output_sensitivity
-        if outputs is not None and not (
-            outputs.dim() == 1 and len(outputs) and outputs.isfinite().all() and outputs.min() >= 0
-        ):
+        if outputs is not None and not _counts(outputs):
             raise CalibrationError(
                 f"Statistics have output sensitivities of shape {tuple(outputs.shape)} that are "
                 "not one finite number of 0 or more for each output. Collect them again."
@@ -95,9 +93,16 @@ class ActivationStats:
             matrix: M, on the device of the statistics.
             dtype: of the product; it is summed in double precision.
         """
+        return max(0.0, self._products(matrix, dtype).sum(dtype=torch.float64).item())
+
+    def output_energies(self, matrix: Float[Tensor, "out in"], dtype: torch.dtype) -> Tensor:
+        """Return the same of each output, (out), in double precision."""
+        return self._products(matrix, dtype).sum(1, dtype=torch.float64)
+
+    def _products(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         moment, matrix = self.second_moment.to(dtype), matrix.to(dtype)
         seen = matrix @ moment if self.is_full else matrix * moment
-        return max(0.0, seen.mul_(matrix).sum(dtype=torch.float64).item())
+        return seen.mul_(matrix)
 
     def to(self, device: torch.device) -> "ActivationStats":
         """Return the same statistics on a device, in fp32 whatever they were computed in."""
@@ -139,3 +144,9 @@ class ActivationStats:
             blocks = self.second_moment.unflatten(0, (-1, block_side(self.width, side)))
             moment = blocks.mean(1, keepdim=True).expand_as(blocks).flatten()
         return replace(self, second_moment=moment)
+
+
+def _counts(outputs: Tensor) -> bool:
+    """Whether a tensor says what each of some outputs counts."""
+    is_vector = outputs.is_floating_point() and outputs.dim() == 1 and len(outputs) > 0
+    return is_vector and bool(outputs.isfinite().all()) and outputs.min().item() >= 0

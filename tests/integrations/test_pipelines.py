@@ -189,9 +189,16 @@ def test_a_pipeline_runs_in_the_dtype_of_its_transformer_or_another(source, tmp_
     ]
 
 
-def test_sensitivities_are_those_of_the_bare_model_under_gradient_checkpointing(source, tmp_path):
-    target = tmp_path / "stats.safetensors"
+def test_sensitivities_are_those_of_the_bare_model_under_gradient_checkpointing(
+    source, tmp_path, monkeypatch
+):
+    target, kind, switched = tmp_path / "stats.safetensors", diffusers.ModelMixin, []
+    switch = kind.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        kind, "enable_gradient_checkpointing", lambda model: switched.append(switch(model))
+    )
     collect_pipeline_stats(source, target, sensitivity=True, **FAST)
+    assert len(switched) == 1
     found = load_stats(target)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
     pipeline.set_progress_bar_config(disable=True)

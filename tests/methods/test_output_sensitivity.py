@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from correlated_inputs import correlated, stats_of
+from correlated_inputs import correlated, output_error, stats_of
 from torch import Tensor
 
 from benchmarks.worlds.matrices import dit_like, gaussian
@@ -52,12 +52,25 @@ def test_what_is_said_is_of_the_rows_that_the_weight_came_with(method: Method, n
     solution = method.solve(WEIGHT, parse_scheme(name), stats=WEIGHED)
     error = (WEIGHT.double() - solution.reconstruct().double()).norm() / WEIGHT.double().norm()
     assert solution.relative_error == pytest.approx(error.item(), rel=1e-5)
+    told = solution.metrics["output_error"]
+    assert told == pytest.approx(output_error(X, WEIGHT, solution), rel=1e-4)
+
+
+def test_a_prepared_weight_is_solved_as_the_weight_itself():
+    scheme = parse_scheme("int4-a16+w8a8-r8")
+    method = LoRaQ.at("fast")
+    prepared = method.prepare(WEIGHT, scheme, WEIGHED)
+    assert same_bytes(
+        method.solve(prepared, scheme, stats=WEIGHED), method.solve(WEIGHT, scheme, stats=WEIGHED)
+    )
+    assert torch.equal(WEIGHT, dit_like(64, 96))
 
 
 @pytest.mark.parametrize(
     ("method", "name"),
     [
         (LoRaQ.at("fast"), "nvfp4-a4+w8a8-r8"),
+        (LoRaQ.at("fast"), "int4-a16+fp16-r8"),
         (GPTQ(), "int4-a16"),
         (RTN(), "int4-a16"),
         (SVDQuant(rounds=5), "int4-a16+w8a8-r8"),

@@ -213,6 +213,9 @@ def test_statistics_of_another_model_are_refused(source, tmp_path, stats):
         CalibrationError, match="Layer '0' has 64 input channels, its statistics have 48"
     ):
         quantize(source, tmp_path / "out", stats=stats | {"0": stats["2"]})
+    other = replace(stats["0"], output_sensitivity=torch.ones(7))
+    with pytest.raises(CalibrationError, match="its statistics have sensitivities of 7"):
+        quantize(source, tmp_path / "out", stats=stats | {"0": other})
     assert left_behind(tmp_path) == []
 
 

@@ -1,5 +1,7 @@
 """Weights of calls and outputs equal gradients worked out by hand; what cannot be is refused."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from loraq.methods.base import layer_seed
 from loraq.pipeline.collect import collect_stats
 
 LAYERS = ["first", "last"]
-TOKENS = [heavy_tailed(7, 6, seed) * (1 + 4 * seed) for seed in range(3)]
+TOKENS = [heavy_tailed(7 + 3 * seed, 6, seed) * (1 + 4 * seed) for seed in range(3)]
 
 
 class Net(nn.Module):
@@ -42,7 +44,7 @@ def by_hand(net: Net) -> dict[str, tuple[Tensor, Tensor]]:
     outputs, weights = {"first": torch.zeros(5), "last": torch.zeros(3)}, dict.fromkeys(LAYERS, 0.0)
     with torch.no_grad():
         for call, x in enumerate(TOKENS):
-            last = (1.0 + call) * random(call, 7, 3)
+            last = (1.0 + call) * random(call, len(x), 3)
             for name, inputs, gradient in (
                 ("first", x, last @ net.last.weight),
                 ("last", net.first(x), last),
@@ -63,7 +65,7 @@ def test_calls_and_outputs_count_by_gradients(full):
     stats = collect_stats(net, lambda: run(net), LAYERS, sensitivity=True, second_moment=full)
     for name, (moment, outputs) in by_hand(net).items():
         found = stats[name]
-        assert found.tokens == 21
+        assert found.tokens == 30
         moment = moment if full else moment.diagonal()
         assert torch.allclose(found.second_moment, moment, rtol=1e-4, atol=1e-6)
         assert torch.allclose(found.output_sensitivity, outputs, rtol=1e-4)
@@ -175,8 +177,8 @@ class Undifferentiable(Net):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Rounded, "does not depend on any of the 2 layers"),
-        (Undifferentiable, r"has no gradients \(no backward pass\)"),
+        (Rounded, "No tensor that Rounded returns depends on the 2 layers"),
+        (Undifferentiable, r"fails when it is run with gradients \(no backward pass\)"),
     ],
 )
 def test_a_model_without_gradients_is_refused(kind, message, tmp_path):
@@ -200,7 +202,133 @@ def test_a_layer_outside_of_a_call_is_refused():
         collect_stats(net, apart, LAYERS, sensitivity=True)
 
 
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_gradients_count_whatever_their_size(size):
+    net = Net()
+    found = collect_stats(net, lambda: run_times(net, size), LAYERS, sensitivity=True)
+    for name, (moment, outputs) in by_hand(net).items():
+        assert torch.allclose(found[name].second_moment, moment, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found[name].output_sensitivity, outputs, rtol=1e-4)
+
+
+def run_times(net: nn.Module, size: float) -> None:
+    for call, x in enumerate(TOKENS):
+        net(x, time=size * (1.0 + call))
+
+
 def test_gradients_that_overflow_are_an_error_with_the_name_of_the_layer():
     net = Net()
     with pytest.raises(CalibrationError, match="gradient at layer 'last' is not a finite number"):
-        collect_stats(net, lambda: net(TOKENS[0], time=1e30), LAYERS, sensitivity=True)
+        collect_stats(net, lambda: net(TOKENS[0], time=1e39), LAYERS, sensitivity=True)
+
+
+def test_a_limit_on_tokens_leaves_the_weights_of_calls():
+    net = Net()
+    found = collect_stats(net, lambda: run(net), LAYERS, sensitivity=True, tokens_per_call=1)
+    last = [(1.0 + call) * random(call, len(x), 3) for call, x in enumerate(TOKENS)]
+    weights = torch.stack([gradient.square().mean() for gradient in last])
+    with torch.no_grad():
+        x = torch.cat([net.first(tokens[:1]) for tokens in TOKENS])
+    moment = (x * weights[:, None]).mT @ x / weights.sum()
+    assert found["last"].tokens == 3
+    assert torch.allclose(found["last"].second_moment, moment, rtol=1e-4)
+
+
+class Odd(nn.Module):
+    """Whatever a call may do: `way` says what."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.first, self.last = way, nn.Linear(6, 6), nn.Linear(6, 3)
+        self.dropout = nn.Dropout(0.5 if way == "dropout" else 0.0)
+
+    def forward(self, x: Tensor, *, times: int = 1) -> Tensor:
+        if self.way == "in place":
+            x.mul_(2)
+        if self.way == "itself" and times:
+            x = self.first(x) + self(x, times=times - 1).mean()
+        hidden = self.dropout(self.first(x))
+        hidden = self.first(hidden) if self.way == "twice" else hidden
+        if self.way == "empty":
+            self.last(hidden[:0])
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("way", ["in place", "itself", "dropout", "twice", "empty"])
+def test_asking_does_not_change_what_the_run_does(way):
+    net, seen = Odd(way), []
+
+    def once() -> None:
+        torch.manual_seed(3)
+        x = TOKENS[0].clone()
+        seen.append((net(x), torch.rand(2), x))
+
+    for sensitivity in (False, True):
+        collect_stats(net, once, LAYERS, sensitivity=sensitivity)
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+
+
+def test_a_layer_that_is_called_twice_counts_both():
+    net = Odd("twice")
+    found = collect_stats(net, lambda: net(TOKENS[0]), LAYERS, sensitivity=True)["first"]
+    second = random(0, 7, 3) @ net.last.weight.detach()
+    first = second @ net.first.weight.detach()
+    outputs = (first.square() + second.square()).sum(0)
+    assert torch.allclose(found.output_sensitivity, outputs / outputs.mean(), rtol=1e-4)
+    # One weight for both calls of the layer, so its inputs count as they would without.
+    plain = collect_stats(net, lambda: net(TOKENS[0]), LAYERS)["first"]
+    assert torch.allclose(found.second_moment, plain.second_moment, rtol=1e-4)
+
+
+def test_inputs_that_others_change_are_changed_once():
+    net = Net()
+    net.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    plain, found = (
+        collect_stats(net, lambda: net(TOKENS[0]), LAYERS, sensitivity=sensitivity)["last"]
+        for sensitivity in (False, True)
+    )
+    assert torch.allclose(found.second_moment, plain.second_moment, rtol=1e-5)
+    assert torch.isfinite(found.output_sensitivity).all()
+
+
+def test_a_call_that_failed_is_over():
+    net = Net()
+
+    def careless() -> None:
+        run(net)
+        with pytest.raises(TypeError):
+            net(TOKENS[0], time=None)
+        net.first(TOKENS[0])
+
+    with pytest.raises(CalibrationError, match="'first' ran outside of a call of the model"):
+        collect_stats(net, careless, LAYERS, sensitivity=True)
+
+
+@dataclass
+class Result:
+    sample: Tensor
+
+
+class Wrapped(Net):
+    def forward(self, x: Tensor, time: float = 1.0) -> Result:
+        return Result(super().forward(x, time))
+
+
+def test_what_is_returned_may_be_a_dataclass():
+    found, plain = (
+        collect_stats(net, lambda net=net: run(net), LAYERS, sensitivity=True)["first"]
+        for net in (Wrapped(), Net())
+    )
+    assert found.sha256 == plain.sha256
+
+
+def test_weights_that_were_put_in_the_place_of_others_get_their_gradients_back():
+    net = Net()
+
+    def offloaded() -> None:
+        run(net)
+        net.first.weight = nn.Parameter(net.first.weight.detach().clone(), requires_grad=False)
+
+    collect_stats(net, offloaded, LAYERS, sensitivity=True)
+    assert all(weight.requires_grad for weight in net.parameters())

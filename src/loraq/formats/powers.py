@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loraq.errors import FormatError
@@ -14,11 +14,9 @@ from loraq.formats.scales import view_bytes
 MOST_ROW_EXPONENT = 30
 
 
-def power_of_two(exponent: int | Int[Tensor, " rows"]) -> float | Tensor:
-    """Return 2^exponent, exactly: a number, or a column of doubles, one for each row."""
-    if isinstance(exponent, int):
-        return 2.0**exponent
-    shifted = exponent.long() + MOST_ROW_EXPONENT
+def powers_of_two(exponents: Int[Tensor, " rows"]) -> Float[Tensor, "rows 1"]:
+    """Return 2^exponent of each row exactly, in double precision."""
+    shifted = exponents.long() + MOST_ROW_EXPONENT
     return (
         torch.ones_like(shifted).bitwise_left_shift(shifted).double()[:, None]
         * 2.0**-MOST_ROW_EXPONENT
@@ -29,7 +27,7 @@ def times_power_of_two(q: QTensor, exponent: int | Int[Tensor, " rows"]) -> QTen
     """Return a quantized tensor times 2^exponent.
 
     The product is exact unless scales become too small to be stored: then it is rounded anew, which
-    stores zeros in the blocks that are lost.
+    stores zeros in the blocks that are lost; if rows have exponents of their own, only those rows.
 
     Args:
         q: the tensor.
@@ -41,21 +39,34 @@ def times_power_of_two(q: QTensor, exponent: int | Int[Tensor, " rows"]) -> QTen
     """
     if isinstance(exponent, int) and not exponent:
         return q
-    power = power_of_two(exponent)
+    power = 2.0**exponent if isinstance(exponent, int) else powers_of_two(exponent)
     product, limit = _shift(q, exponent, power), torch.finfo(torch.float32).max
-    is_exact, largest = True, 0.0
+    inexact, largest = torch.zeros(len(q.packed), dtype=torch.bool, device=q.packed.device), 0.0
     for (rows, values), (_, shifted) in zip(q.decode_rows(), product.decode_rows(), strict=True):
         exact = values.double() * (power if isinstance(power, float) else power[rows])
         largest = max(largest, exact.abs().max().item())
-        is_exact = is_exact and torch.equal(shifted.double(), exact)
+        inexact[rows] = (shifted.double() != exact).any(1)
     if largest > limit:
         raise FormatError(
             f"'{q.format.name}' cannot hold {largest:.3g}: a decoded value may be "
             f"{limit:.3g} at most. Scale the weight down, or keep this layer in floats."
         )
-    if is_exact:
+    if not inexact.any():
         return product
-    return q.format.quantize((q.dequantize().double() * power).float(), "search")
+    anew = q.format.quantize((q.dequantize().double() * power).float(), "search")
+    return anew if isinstance(exponent, int) else _take_rows(product, anew, inexact)
+
+
+def _take_rows(q: QTensor, other: QTensor, rows: Tensor) -> QTensor:
+    """Return a quantized matrix with some rows of another one, under no common scale."""
+
+    def take(ours: Tensor, theirs: Tensor) -> Tensor:
+        return torch.where(rows[:, None], theirs.view(len(rows), -1), ours.view(len(rows), -1))
+
+    packed = take(q.packed, other.packed).view(q.packed.shape)
+    if q.scale is None or other.scale is None:
+        return replace(q, packed=packed)
+    return replace(q, packed=packed, scale=take(q.scale, other.scale).view(q.scale.shape))
 
 
 def _shift(q: QTensor, exponent: int | Int[Tensor, " rows"], power: float | Tensor) -> QTensor:

@@ -26,7 +26,6 @@ from loraq.methods.fits import (
     Prepared,
     Stored,
     prepare_weight,
-    require_outputs,
     require_width,
     round_plainly,
 )
@@ -123,7 +122,7 @@ class Method(ABC):
 
         Args:
             weight: full-precision weight, rows are output channels; any float dtype. Or what
-                `prepare_weight` made of it, whose caller needs the weight itself no longer.
+                `prepare` made of it, whose caller needs the weight itself no longer.
             scheme: formats and rank.
             seed: of everything random inside; see `layer_seed`.
             stats: of the layer's inputs as the float model sees them; see `use_of_stats`.
@@ -137,10 +136,8 @@ class Method(ABC):
         begin = time.perf_counter()
         self.check(scheme)
         if not isinstance(weight, Prepared):
-            weight = prepare_weight(weight, scheme, stats)
-        stats = self._prepare_stats(stats, weight, scheme)
-        prepared = weight.weigh_outputs(stats, scheme)
-        del weight  # which is as large as what came of it
+            weight = self.prepare(weight, scheme, stats)
+        prepared, stats = weight, self._prepare_stats(stats, weight, scheme)
         with without_autocast(prepared.weight.device):
             fit = self._fit(prepared.weight, scheme, seed, stats)
             if (fit.branch is None) is not (scheme.branch is None):
@@ -153,6 +150,14 @@ class Method(ABC):
         packed = PackedWeight(scheme, best.main, best.branch, prepared.smooth_factor)
         seconds = time.perf_counter() - begin
         return LayerSolution(packed, best.relative_error, seconds, dict(best.metrics))
+
+    def prepare(
+        self, weight: Tensor, scheme: Scheme, stats: ActivationStats | None = None
+    ) -> Prepared:
+        """Return a weight as `solve` takes it; see `loraq.methods.fits.prepare_weight`."""
+        if stats is not None and self.use_of_stats == "ignored":  # but by smoothing
+            stats = replace(stats, output_sensitivity=None)
+        return prepare_weight(weight, scheme, stats)
 
     def _choose(
         self, prepared: Prepared, scheme: Scheme, fit: Fit, stats: ActivationStats | None
@@ -262,7 +267,6 @@ class Method(ABC):
         if stats is None or self.use_of_stats == "ignored":
             return None
         require_width(stats, prepared.weight.shape[1])
-        require_outputs(stats, len(prepared.weight))
         if self.needs_full_moment and not stats.is_full:
             raise CalibrationError(
                 f"Method '{self.name}' needs full second moments, and the statistics have mean "

@@ -21,7 +21,7 @@ from loraq.autocast import without_autocast
 from loraq.errors import CalibrationError, FormatError
 from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.faults import find_fault
-from loraq.formats.powers import power_of_two, times_power_of_two
+from loraq.formats.powers import powers_of_two, times_power_of_two
 from loraq.linalg import as_doubles, frobenius
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
@@ -38,8 +38,6 @@ _HARDLY_THERE = 1e-4
 #: outputs would count exactly with ½; what is left at the end of the model is less with ¼ beside
 #: 4-bit activations, and as little beside others (docs/log.md, 2026-11-30).
 _ROW_POWER = 0.25
-#: Rows differ by so many powers of two at most.
-_MOST_ROW_EXPONENT = 6
 #: SVDQuant's α beside 4-bit activations, and beside others, which are rounded finely enough to take
 #: more of what is hard for the weight (docs/log.md, 2026-11-29).
 _ALPHA_OF_FOUR_BITS, _ALPHA = 0.5, 0.3
@@ -69,28 +67,23 @@ class Prepared(NamedTuple):
     #: Rows of `weight` are multiplied by two to the power of these, if outputs count differently.
     row_exponents: Int[Tensor, " out"] | None = None
 
-    def weigh_outputs(self, stats: ActivationStats | None, scheme: Scheme) -> "Prepared":
-        """Return the same with rows multiplied by what errors of their outputs count.
-
-        Formats with a scale above those of the blocks, such as NVFP4, cannot be divided by it row
-        by row, and weights at the ends of fp32 have no room for it: there all outputs count alike.
-        """
-        if stats is None or stats.output_sensitivity is None or self.exponent:
-            return self
-        branch = scheme.branch
-        if branch is None or not all(map(_has_scales_of_rows, _formats_of(scheme))):
-            return self
-        exponents = choose_row_exponents(stats.output_sensitivity)
-        weight = self.weight * _column(exponents, self.weight)
-        return self._replace(weight=weight, row_exponents=exponents)
-
     def norm(self, matrix: Float[Tensor, "out in"], rotation: int) -> float:
         """Return ‖M‖ of a matrix in the rows and channels that the weight came with."""
-        if self.row_exponents is not None:
-            matrix = matrix * _column(-self.row_exponents, matrix)
         if self.smooth_factor is not None:
             matrix = smooth(unrotate(matrix, rotation), self.smooth_factor)
-        return frobenius(matrix).item()
+        if self.row_exponents is None:
+            return frobenius(matrix).item()
+        rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
+        return (rows * powers_of_two(-self.row_exponents)[:, 0]).norm().item()
+
+    def output_error(self, error: Float[Tensor, "out in"], stats: ActivationStats) -> float:
+        """Return √(E‖x Eᵀ‖² / E‖x Wᵀ‖²) of an error E of the weight W, all outputs alike."""
+        energies = [stats.output_energies(matrix, torch.float64) for matrix in (error, self.weight)]
+        if self.row_exponents is not None:
+            alike = powers_of_two(-2 * self.row_exponents)[:, 0]
+            energies = [energy * alike for energy in energies]
+        lost, whole = (max(0.0, energy.sum().item()) for energy in energies)
+        return (lost / (whole or 1.0)) ** 0.5
 
 
 def prepare_weight(
@@ -101,11 +94,12 @@ def prepare_weight(
     Args:
         weight: (out, in).
         scheme: what is asked of it.
-        stats: of its inputs, for a scheme that smooths them.
+        stats: of its inputs, for a scheme that smooths them; and of its outputs, by which rows are
+            multiplied.
 
     Raises:
         CalibrationError: the scheme smooths the input, and there are no statistics, or they are of
-            another width.
+            another layer.
         FormatError: it is not a float weight of 16 bits or more, is not loaded, or fp32 does not
             hold it.
         SchemeError: the scheme does not fit its shape.
@@ -129,7 +123,36 @@ def prepare_weight(
     with without_autocast(weight.device):
         codes = choose_factors(weight, stats, choose_alpha(scheme)) if scheme.smoothing else None
         smoothed = unsmooth(weight.float(), codes)
-        return Prepared(rotate(smoothed, scheme.rotation).contiguous(), exponent, codes)
+        prepared = rotate(smoothed, scheme.rotation).contiguous()
+        rows = None if exponent else _weigh_rows(scheme, stats, len(weight))
+        if rows is not None:
+            rows = rows.to(weight.device)
+            prepared = prepared * powers_of_two(rows).float()
+        return Prepared(prepared, exponent, codes, rows)
+
+
+def _weigh_rows(
+    scheme: Scheme, stats: ActivationStats | None, n_out: int
+) -> Int[Tensor, " out"] | None:
+    """Return what rows are multiplied by, as exponents of two; `None` if outputs count alike.
+
+    So they do without a branch, which is all that feels it, and where a format cannot be divided
+    again row by row: NVFP4 has one scale above those of all blocks, fp16 too few exponents.
+    """
+    if stats is None or stats.output_sensitivity is None:
+        return None
+    require_outputs(stats, n_out)
+    branch = scheme.branch
+    if branch is None or not all(map(_has_rows, (scheme.weight_format, branch.weight_format))):
+        return None
+    return choose_row_exponents(stats.output_sensitivity)
+
+
+def _has_rows(fmt: Format) -> bool:
+    """Whether each row of a format can be multiplied by a power of two of its own."""
+    if isinstance(fmt, BlockFormat):
+        return "global_scale" not in fmt.storage((2, 2))
+    return fmt.name == "bf16"
 
 
 def choose_alpha(scheme: Scheme) -> float:
@@ -165,26 +188,10 @@ def choose_factors(
 
 def choose_row_exponents(sensitivity: Float[Tensor, " out"]) -> Int[Tensor, " out"]:
     """Return what rows are multiplied by, as exponents of two, by the sensitivity of outputs."""
-    floor = max(_HARDLY_THERE * sensitivity.mean().item(), torch.finfo(torch.float32).tiny)
-    octaves = _ROW_POWER * sensitivity.double().clamp(min=floor).log2()
-    exponents = (octaves - octaves.mean()).round().int()
-    return exponents.clamp_(-_MOST_ROW_EXPONENT, _MOST_ROW_EXPONENT)
-
-
-def _column(exponents: Int[Tensor, " rows"], matrix: Tensor) -> Float[Tensor, "rows 1"]:
-    """Return what the rows of a matrix are multiplied by, in its dtype."""
-    column = power_of_two(exponents)
-    assert isinstance(column, Tensor)
-    return column.to(matrix.dtype)
-
-
-def _formats_of(scheme: Scheme) -> tuple[Format, ...]:
-    branch = scheme.branch
-    return (scheme.weight_format, *((branch.weight_format,) if branch else ()))
-
-
-def _has_scales_of_rows(fmt: Format) -> bool:
-    return not (isinstance(fmt, BlockFormat) and (fmt.has_global_scale or fmt.of_columns))
+    wide = sensitivity.double()
+    floor = max(_HARDLY_THERE * wide.mean().item(), torch.finfo(torch.float64).tiny)
+    octaves = _ROW_POWER * wide.clamp(min=floor).log2()
+    return (octaves - octaves.mean()).round().int()
 
 
 def require_width(stats: ActivationStats, width: int) -> None:
@@ -265,10 +272,12 @@ class Stored(NamedTuple):
         if stats is None:
             return cls(main, branch, relative_error, relative_error, fit.metrics, is_exact)
         # With mean squares alone it is that of uncorrelated channels.
-        cost, double = stats.output_energy(error, torch.float64), torch.float64
-        del error
-        output_error = (cost / (stats.output_energy(weight, double) or 1.0)) ** 0.5
-        metrics = {"output_error": output_error, **fit.metrics}
+        cost = stats.output_energy(error, torch.float64)
+        if prepared.row_exponents is None:
+            whole = stats.output_energy(weight, torch.float64) or 1.0
+            metrics = {"output_error": (cost / whole) ** 0.5, **fit.metrics}
+        else:  # a method's own is that of the rows as they count
+            metrics = {**fit.metrics, "output_error": prepared.output_error(error, stats)}
         return cls(main, branch, relative_error, cost, metrics, is_exact)
 
     def require_content(self, prepared: Prepared, scheme: Scheme) -> "Stored":

@@ -56,8 +56,9 @@ def collect_stats(  # noqa: PLR0913 - what is counted, and where it may go
         second_moment: whether all of E[x xᵀ] is collected, which "gptq" needs; else only E[x²].
         sensitivity: whether calls and outputs are weighed by what their errors do to what the model
             returns (`loraq.pipeline.sensitivity`). Each call of the model then is one more forward
-            and one backward pass, and takes memory for gradients; a model with gradient
-            checkpointing takes less.
+            and one backward pass, and takes memory for gradients that `memory_bytes` does not
+            count; a model with gradient checkpointing takes less. Outputs count by all tokens,
+            whatever the limits below.
         max_tokens: a layer counts no more than its first so many inputs; `None` counts all.
         tokens_per_call: a layer counts no more than so many inputs of one call, evenly spread;
             `None` counts all.

@@ -14,7 +14,7 @@ from loraq.errors import LayerError, layer_failure
 from loraq.experts import QuantizedExperts
 from loraq.formats.faults import find_fault
 from loraq.layers import LinearLayer, quantized_class
-from loraq.methods.fits import Prepared, prepare_weight
+from loraq.methods.fits import Prepared
 from loraq.nn import QuantizedLayer
 from loraq.packed import LayerSolution, PackedStack, PackedWeight
 from loraq.pipeline.arithmetic import fixed_arithmetic
@@ -171,7 +171,7 @@ def solve_layer(
 def prepare_layer(job: LayerJob, weight: Tensor, stats: ActivationStats | None = None) -> Prepared:
     """Return a weight as `solve_layer` takes it, which needs the weight itself no longer."""
     with torch.no_grad(), fixed_arithmetic(weight.device):
-        return prepare_weight(weight, job.scheme, stats)
+        return job.method.prepare(weight, job.scheme, stats)
 
 
 def require_usable(job: LayerJob, weight: Tensor) -> None:

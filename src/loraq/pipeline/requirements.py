@@ -128,6 +128,12 @@ def hash_used_stats(
                 f"Layer '{name}' has {job.shape[-1]} input channels, its statistics have "
                 f"{of_layer.width}. They are of another model: collect them again."
             )
+        outputs = of_layer.output_sensitivity
+        if outputs is not None and len(outputs) != job.matrix[0]:
+            raise CalibrationError(
+                f"Layer '{name}' has {job.matrix[0]} outputs, its statistics have sensitivities of "
+                f"{len(outputs)}. They are of another model: collect them again."
+            )
         if not of_layer.is_full:
             require_enough([job], recipe)
         hashes[name] = of_layer.sha256
