@@ -19,7 +19,7 @@ if not README.is_file():
     pytest.skip("the documents are only in a clone of the repository", allow_module_level=True)
 pytest.importorskip("diffusers")
 
-from benchmarks.pages import table  # noqa: E402
+from benchmarks.pages import extent, table  # noqa: E402
 from benchmarks.quality import ledger  # noqa: E402
 from benchmarks.quality.ranking import (  # noqa: E402
     Verdict,
@@ -28,6 +28,7 @@ from benchmarks.quality.ranking import (  # noqa: E402
     verdict,
     withdrawn,
 )
+from benchmarks.quality.summary import weighed_by_sensitivity  # noqa: E402
 from benchmarks.quality.tables import COMPARISONS  # noqa: E402
 from benchmarks.results import read  # noqa: E402
 from loraq.evaluation.demo import HELPED, SHORT_ROUNDS, DemoRow  # noqa: E402
@@ -217,6 +218,15 @@ def a_whole_run() -> str:
     )
 
 
+def what_sensitivity_brings() -> str:
+    found = weighed_by_sensitivity(ledger.read())
+    assert {world for world, _ in found.verdicts} == {"digits", "patches"}
+    return (
+        "`--sensitivity` weighs timesteps and outputs by what their errors do to the image: "
+        f"{extent(found.ours)} times the velocity error (rivals given it {extent(found.rivals)})."
+    )
+
+
 def size_of_the_emoji_model() -> str:
     trained = demo()[0]
     return f"of {round(trained.memory / 2 / 1e6)} million parameters"
@@ -235,6 +245,7 @@ SENTENCES = (
     rounds_of_the_demo,
     a_whole_run,
     size_of_the_emoji_model,
+    what_sensitivity_brings,
 )
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from statistics import fmean, median
+from typing import NamedTuple
 
 from benchmarks.pages import extent
 from benchmarks.quality import ledger
@@ -188,11 +189,18 @@ def velocity(found: Verdict) -> float:
     return fmean(found.ours.velocity_errors)
 
 
-def of_sensitivity(lines: Lines) -> list[str]:
-    """Return the line of what statistics by sensitivity buy, and what the tables say with them."""
-    ours: list[float] = []
-    theirs: list[float] = []
-    said = []
+class Weighed(NamedTuple):
+    """What statistics by sensitivity bring: errors with them over errors without."""
+
+    ours: list[float]
+    rivals: list[float]
+    #: Of each table: the strongest of the rivals that have them against the declared row with them.
+    verdicts: dict[Place, Verdict]
+
+
+def weighed_by_sensitivity(lines: Lines) -> Weighed:
+    """Return what is measured of them."""
+    said = Weighed([], [], {})
     for world in WORLDS:
         for title in weighed():
             comparison = title.removesuffix(WEIGHED)
@@ -201,18 +209,28 @@ def of_sensitivity(lines: Lines) -> list[str]:
             for row in rows:
                 before = plain.get(name_of(row))
                 if before and (shared := ratios(row, before)):
-                    (ours if row.method == "loraq" else theirs).append(fmean(shared))
+                    (said.ours if row.method == "loraq" else said.rivals).append(fmean(shared))
             row = next((row for row in rows if is_declared(row, comparison)), None)
             if row and (found := verdict(rows, comparison, row)):
-                place = f"{world}, {comparison.removesuffix(f', {WITH}')}"
-                said.append(f"{place} {interval(found.ratios, 2)} {found.outcome}")
-    if not ours or not theirs:
+                said.verdicts[world, comparison] = found
+    return said
+
+
+def of_sensitivity(lines: Lines) -> list[str]:
+    """Return the line of what statistics by sensitivity bring, and what tables say with them."""
+    found = weighed_by_sensitivity(lines)
+    if not found.ours or not found.rivals:
         return []
+    places = [
+        f"{world}, {title.removesuffix(f', {WITH}')} {interval(each.ratios, 2)} {each.outcome}"
+        for (world, title), each in found.verdicts.items()
+    ]
     return [
-        f"**Own samples weighed by sensitivity** (`loraq stats --sensitivity`) leave LoRaQ's rows "
-        f"{extent(ours)} times the error that they have without, and rivals' {extent(theirs)} "
-        "times. The strongest of the rivals that have it over the declared row, up to three a "
-        f"table and not a field of their own: {'; '.join(said)}."
+        "**Own samples weighed by sensitivity** (`loraq stats --sensitivity`) leave LoRaQ's rows "
+        f"{extent(found.ours)} times the error that they have without, and rivals' "
+        f"{extent(found.rivals)} times. The strongest of the rivals that have it over the declared "
+        "row, up to three a table and not a field of their own, which qualified without it: "
+        f"{'; '.join(places)}."
     ]
 
 

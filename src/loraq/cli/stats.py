@@ -51,8 +51,8 @@ from loraq.errors import show
 @click.option(
     "--sensitivity",
     is_flag=True,
-    help="Weigh timesteps and outputs by what their errors do to the image: less error at the same "
-    "bytes, for three to four times the time and memory for gradients.",
+    help="Weigh timesteps and outputs by what their errors do to the image, by gradients. The "
+    "model takes three to four times as long, and memory that `--memory` does not count.",
 )
 @click.option(
     "--max-tokens",

@@ -107,8 +107,8 @@ def collect_pipeline_stats(  # noqa: PLR0913 - each is an option of the command 
         second_moment: whether all of E[x xᵀ] is collected; else only E[x²], in a file a thousand
             times smaller.
         sensitivity: whether timesteps and outputs count by what errors of them do to what the model
-            returns, as `collect_stats` has it: less error for the same bytes, three to four times
-            the time, and memory for gradients.
+            returns, as `collect_stats` has it. The model takes three to four times as
+            long, and memory for gradients beside `memory_bytes`.
         max_tokens: inputs that a layer counts in all, spread evenly over images and steps; `None`
             counts all. A pipeline that calls its model twice a step counts twice as many.
         memory_bytes: what the counts of layers may take together beside the pipeline. Where all are
