@@ -28,7 +28,7 @@ from benchmarks.quality.ranking import (
     withdrawn,
 )
 from benchmarks.quality.row import ModelRow
-from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS, WITHOUT
+from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS, WEIGHED, WITHOUT
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
 from benchmarks.worlds.world import WORLDS
@@ -52,8 +52,7 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
   the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
-  row, `-s`, are). A qualification of fewer than all rows lacks some at ×100 and some with branches of 16-bit activations, each
-  kind beside main formats or bits of the branch that were behind with others, LoRaQ's too (docs/log.md). The rows are a product
+  row, `-s`, are). A qualification of fewer than all rows lacks some of SVDQuant ×100 (docs/log.md). The rows are a product
   (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
   the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; the verdicts on those that were named and withdrawn afterwards stay folded under
@@ -135,7 +134,8 @@ def page(records: Iterable[Record], lines: Lines) -> str:
 
 def newer_studies(lines: Lines, world: str) -> dict[str, list[ModelRow]]:
     """Return the tables of the ledger that are no comparisons, in the order of their titles."""
-    titles = sorted({key[1] for key in lines if key[0] == world} - COMPARISONS.keys())
+    shown = COMPARISONS.keys() | {title + WEIGHED for title in COMPARISONS}
+    titles = sorted({key[1] for key in lines if key[0] == world} - shown)
     found = {title: ledger.rows(lines, world, title, SEEDS) for title in titles}
     return {title: rows for title, rows in found.items() if rows}
 
@@ -226,10 +226,25 @@ def comparison(lines: Lines, world: str, title: str) -> list[str]:
         raw = figures(ordered, declared(rows, title) or ordered[0])
         found = verdict(rows, title)
         said = found.said.replace("*", "") if found else "not judged"
-        parts += folded(f"{title}: {said}", [commits_of(lines, world, title), "", *raw])
+        raw = [commits_of(lines, world, title), "", *raw, *with_sensitivity(lines, world, title)]
+        parts += folded(f"{title}: {said}", raw)
     if qualified:
         parts += qualification(qualified, title)
     return parts
+
+
+def with_sensitivity(lines: Lines, world: str, title: str) -> list[str]:
+    """Return the table of those rows of a comparison that have statistics by sensitivity."""
+    rows = sorted(
+        final_rows(lines, world, title + WEIGHED), key=lambda row: fmean(row.velocity_errors)
+    )
+    ours = next((row for row in rows if is_declared(row, title)), None)
+    if ours is None:
+        return []
+    said = (
+        f"Some of them, their statistics{WEIGHED[1:]}. {commits_of(lines, world, title + WEIGHED)}"
+    )
+    return ["", said, "", *figures(rows, ours)]
 
 
 def qualification(rows: list[ModelRow], title: str) -> list[str]:
