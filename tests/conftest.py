@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 #: protocols and postponed imports cannot be checked at run time. And not the formats, where no
 #: shape is written and the check is dear.
 CHECKED = [
+    "loraq.formats.powers",
     "loraq.linalg",
     "loraq.stats",
     "loraq.methods.base",

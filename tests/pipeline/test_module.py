@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.worlds.matrices import dit_like, gaussian
 from loraq.errors import FormatError, LayerError, RecipeError, SchemeError
 from loraq.layers import linear_layers, quantized_layers
+from loraq.methods import RTN
 from loraq.nn import QuantizedLinear
 from loraq.packed import LayerSolution
 from loraq.pipeline.module import plan_model, quantize_, quantize_weight
@@ -443,10 +444,7 @@ def test_nothing_to_quantize_is_an_error(model, message):
 def test_a_layer_that_fails_in_the_solver_is_named_and_the_ones_before_it_are_done(
     model, monkeypatch, workers
 ):
-    class Failing:
-        use_of_stats = "ignored"
-        passes = 1
-
+    class Failing(RTN):
         def check(self, scheme: Scheme) -> None:
             pass
 
