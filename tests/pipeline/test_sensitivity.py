@@ -332,3 +332,12 @@ def test_weights_that_were_put_in_the_place_of_others_get_their_gradients_back()
 
     collect_stats(net, offloaded, LAYERS, sensitivity=True)
     assert all(weight.requires_grad for weight in net.parameters())
+
+
+def test_weights_of_inference_mode_are_refused_and_left_as_they_were():
+    with torch.inference_mode():
+        net = Net()
+    collect_stats(net, lambda: run(net), LAYERS)
+    with pytest.raises(CalibrationError, match="Net fails when it is run with gradients"):
+        collect_stats(net, lambda: run(net), LAYERS, sensitivity=True)
+    assert all(weight.requires_grad for weight in net.parameters())

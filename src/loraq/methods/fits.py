@@ -78,11 +78,12 @@ class Prepared(NamedTuple):
 
     def output_error(self, error: Float[Tensor, "out in"], stats: ActivationStats) -> float:
         """Return √(E‖x Eᵀ‖² / E‖x Wᵀ‖²) of an error E of the weight W, all outputs alike."""
-        energies = [stats.output_energies(matrix, torch.float64) for matrix in (error, self.weight)]
-        if self.row_exponents is not None:
-            alike = powers_of_two(-2 * self.row_exponents)[:, 0]
-            energies = [energy * alike for energy in energies]
-        lost, whole = (max(0.0, energy.sum().item()) for energy in energies)
+        assert self.row_exponents is not None, "else it is the root of what fits are compared by"
+        alike = powers_of_two(-2 * self.row_exponents)[:, 0]
+        lost, whole = (
+            max(0.0, (stats.output_energies(matrix, torch.float64) @ alike).item())
+            for matrix in (error, self.weight)
+        )
         return (lost / (whole or 1.0)) ** 0.5
 
 

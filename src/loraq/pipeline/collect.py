@@ -15,7 +15,7 @@ from loraq.checkpoint.stats_file import Shapes, load_stats, require_room, stats_
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, bare_model, is_linear, matrix_of
 from loraq.options import checked
-from loraq.pipeline.sensitivity import Sensitivity
+from loraq.pipeline.sensitivity import Sensitivity, channels_last
 from loraq.stats import ActivationStats
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
@@ -255,7 +255,7 @@ class _Count:
             self._add(x, weight)
 
     def _add(self, x: Tensor, weight: float) -> None:
-        x = x.movedim(-3, -1) if isinstance(self.layer, nn.Conv2d) else x
+        x = channels_last(self.layer, x)
         x = self._choose(x.reshape(-1, x.shape[-1]))
         if not x.isfinite().all():
             raise CalibrationError(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from loraq.errors import CalibrationError
+from loraq.layers import LinearLayer, matrix_of
 from loraq.methods.base import layer_seed
 
 #: Weight of a call whose result does not depend on a layer: next to nothing, and all calls alike
@@ -42,7 +43,7 @@ class Sensitivity:
     """Runs a model with gradients before each of its calls, and remembers what they say."""
 
     model: nn.Module
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, LinearLayer]
     #: Mean squared gradients of each call, by layer.
     _calls: list[dict[str, float]] = field(default_factory=list)
     #: Sums of squared gradients of each output, by layer.
@@ -93,7 +94,8 @@ class Sensitivity:
         finally:  # by name, because offloading puts others in their place
             weights = dict(self.model.named_parameters())
             for name in trained:
-                weights[name].requires_grad_(True)
+                with torch.inference_mode(weights[name].is_inference()):
+                    weights[name].requires_grad_(True)
 
     def weigh_call(self, name: str) -> float:
         """Return what the inputs of a layer count in the call that runs; 0 while it is asked.
@@ -115,7 +117,7 @@ class Sensitivity:
         """Return what errors of a layer's outputs count, 1 in the mean, (out), fp32 on the CPU."""
         found = self._outputs.get(name)
         if found is None or not (mean := found.mean()):
-            width = _outputs_of(self.layers[name])
+            width = len(matrix_of(self.layers[name]))
             return torch.ones(width, dtype=torch.float32, device="cpu")
         return (found / mean).float().cpu()
 
@@ -187,18 +189,13 @@ class Sensitivity:
                 "dtype, or collect without `sensitivity` (`--sensitivity`)."
             )
         # Squares of the gradient itself could leave fp32, and not every device has doubles.
-        squares = (_channels_last(self.layers[name], gradient).float() / (size or 1.0)).square()
+        squares = (channels_last(self.layers[name], gradient).float() / (size or 1.0)).square()
         return squares.reshape(-1, squares.shape[-1]).sum(0).cpu().double() * size**2
 
 
-def _channels_last(layer: nn.Module, output: Tensor) -> Tensor:
-    return output.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else output
-
-
-def _outputs_of(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return len(weight)
+def channels_last(layer: LinearLayer, x: Tensor) -> Tensor:
+    """Return a layer's input or output with its channels on the last axis."""
+    return x.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else x
 
 
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
