@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from benchmarks.worlds.world import OWN_SAMPLES
 from loraq.evaluation.contender import Contender
 from loraq.methods import LoRaQ
 from loraq.methods.refit import FEWEST_BITS
@@ -57,21 +56,20 @@ class Main(NamedTuple):
     full: tuple[str, ...] = ()
 
 
-def entrants(mains: tuple[Main, ...], *, statistics: bool) -> tuple[Entrant, ...]:
-    """Return every row of a table."""
+def entrants(mains: tuple[Main, ...], *, statistics: str) -> tuple[Entrant, ...]:
+    """Return every row of a table, with statistics from a source, or without any for ``""``."""
     rows: list[Entrant] = []
     for main in mains:
         for side in main.rotations:
             plain = f"{main.recipe}-h{side}"
-            rows += _without_branch(plain, statistics)
+            rows += _without_branch(plain, bool(statistics))
             for branch in main.branches:
                 recipe = f"{main.recipe}+{branch}-h{side}"
                 with_branch = [*(_sampled if statistics else _unsampled)(recipe)]
                 if statistics and branch not in main.full:
                     with_branch.append(Entrant("LoRaQ", recipe.replace("-h", "-s-h")))
                 rows += [replace(row, budget=main.budget) for row in with_branch]
-    source = OWN_SAMPLES if statistics else ""
-    known = {row.key: replace(row, statistics=source) for row in rows}
+    known = {row.key: replace(row, statistics=statistics) for row in rows}
     return tuple(known.values())  # a main weight with two budgets is without a branch only once
 
 

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from benchmarks.quality import ledger
 from benchmarks.quality.row import ModelRow
-from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS
+from benchmarks.quality.tables import (
+    COMPARISONS,
+    FINALISTS,
+    NARROWED,
+    QUALIFYING,
+    SEEDS,
+    WEIGHED,
+)
 from loraq.evaluation.contender import Contender
 
 #: Two-sided 95 % quantile of Student's t by degrees of freedom.
@@ -17,6 +24,25 @@ FIRST = "digits"
 #: Rows that differ by less than this many bits store the same.
 SAME_BITS = 0.05
 Lines = dict[ledger.RowKey, dict[int, ledger.Line]]
+
+
+def qualifiers(lines: Lines, world: str, group: str) -> set[int]:
+    """Return the rows of a table that are measured on the qualifying seeds, by their index.
+
+    They are all rows, but where statistics are weighed by sensitivity: there they are the judged
+    rows, and the rivals that are strongest without it of those that store no more than one of them.
+    """
+    rows = COMPARISONS[group].entrants
+    if not group.endswith(WEIGHED):
+        return set(range(len(rows)))
+    index = {name_of(row): i for i, row in enumerate(rows)}
+    chosen = {i for i, row in enumerate(rows) if is_declared(row, group) or is_beside(row, group)}
+    names = {name_of(rows[i]) for i in chosen}
+    qualified = ledger.rows(lines, world, group.removesuffix(WEIGHED), QUALIFYING)
+    for ours in (row for row in qualified if name_of(row) in names):
+        strongest = _strongest(qualified, ours)[:NARROWED]
+        chosen |= {index[name] for name in map(name_of, strongest) if name in index}
+    return chosen
 
 
 def finalists(lines: Lines, world: str, group: str) -> set[int]:
@@ -44,8 +70,8 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
         lines, FIRST, group, QUALIFYING
     )
     for ours in (declared(qualified, group), *(row for _, row in judged_too(qualified, group))):
-        strongest = sorted(rivals(qualified, ours), key=lambda row: fmean(row.velocity_errors))
-        chosen |= {index[name] for name in map(name_of, strongest[:FINALISTS]) if name in index}
+        strongest = _strongest(qualified, ours)[:FINALISTS]
+        chosen |= {index[name] for name in map(name_of, strongest) if name in index}
     return chosen
 
 
@@ -110,6 +136,11 @@ def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:
     """Return the rows of other methods that store no more than a row of ours."""
     most = ours.bits_per_weight + SAME_BITS if ours else float("inf")
     return [row for row in rows if row.method != "loraq" and row.bits_per_weight <= most]
+
+
+def _strongest(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:
+    """Return the rivals of a row of ours, the least error first."""
+    return sorted(rivals(rows, ours), key=lambda row: fmean(row.velocity_errors))
 
 
 class Verdict(NamedTuple):

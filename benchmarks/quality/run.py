@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import loraq
 from benchmarks.quality import ledger
 from benchmarks.quality.field import Entrant
-from benchmarks.quality.ranking import finalists, name_of
+from benchmarks.quality.ranking import finalists, name_of, qualifiers
 from benchmarks.quality.smoothing import divide_inputs, smooth
 from benchmarks.quality.tables import CONTENDERS, QUALIFYING, SEEDS, TEXT_SIDE, all_tables
 from benchmarks.record import environment, options
@@ -125,8 +125,8 @@ def main() -> None:
             if group not in (titles or CONTENDERS):
                 continue
             going = set(range(len(rows)))
-            if group in CONTENDERS and not (chosen.qualify or chosen.all):
-                going = finalists(lines, name, group)
+            if group in CONTENDERS and not chosen.all:
+                going = (qualifiers if chosen.qualify else finalists)(lines, name, group)
             for seed in seeds:
                 for index in sorted(going):
                     done = lines.get((name, group, *name_of(rows[index])), {}).get(seed, {})

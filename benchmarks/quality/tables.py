@@ -21,8 +21,8 @@ class Comparison(NamedTuple):
     """A table of LoRaQ and its rivals."""
 
     mains: tuple[Main, ...]
-    #: Whether everyone gets statistics of the model's own samples.
-    statistics: bool
+    #: Where everyone's statistics come from, a source of `World`; none from weights alone.
+    statistics: str
     #: The LoRaQ row that the table is judged by, by its recipe. It was chosen by `QUALIFYING` seeds
     #: alone, before it was measured on any of `SEEDS`.
     declared: str
@@ -78,6 +78,11 @@ SEEDS = (0, 1, 2, 3, 4)
 QUALIFYING = (101, 102)
 #: Rivals of each table that go on from `QUALIFYING` to `SEEDS`, beside those as published.
 FINALISTS = 3
+#: What the title of a table ends with where everyone's statistics are weighed by sensitivity.
+WEIGHED = ", weighed by sensitivity"
+#: Rivals that qualify for such a table: the strongest of the qualification without it, for each
+#: row of ours that is judged.
+NARROWED = 16
 
 _FOUR = ("bf16", "w8a8", "w6a8", "w4a8")
 _INT = ("bf16", "int8", "w6a8", "w4a8")
@@ -106,17 +111,17 @@ _A4 = (
 #: the width has. Its W4A8 is in a table of codes that no format here has: `benchmarks/rivals`.
 _CONVROT = Entrant("ConvRot", "int4_b4096-aint4_b4096-h256", "rtn", DIRECT, as_published=True)
 COMPARISONS: dict[str, Comparison] = {
-    f"W4A16, {WITHOUT}": Comparison(
-        _A16, False, "int4-a16+w8a8-h0", withdrawn=("int4-a16+w8a8-h0",)
+    f"W4A16, {WITHOUT}": Comparison(_A16, "", "int4-a16+w8a8-h0", withdrawn=("int4-a16+w8a8-h0",)),
+    f"W4A16, {WITH}": Comparison(
+        _A16, OWN_SAMPLES, "int4-a16+w4a8-s-h0", withdrawn=("int4-a16+w6a6-h0",)
     ),
-    f"W4A16, {WITH}": Comparison(_A16, True, "int4-a16+w4a8-s-h0", withdrawn=("int4-a16+w6a6-h0",)),
     f"W4A16 at 5.25 bits, {WITHOUT}": Comparison(
-        _WIDE, False, "int4-a16+w8a8-h0", "5.25", withdrawn=("int4-a16+w8a8-h0",)
+        _WIDE, "", "int4-a16+w8a8-h0", "5.25", withdrawn=("int4-a16+w8a8-h0",)
     ),
-    f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, True, "int5_b256-a16+w4a8-h0", "5.25"),
+    f"W4A16 at 5.25 bits, {WITH}": Comparison(_WIDE, OWN_SAMPLES, "int5_b256-a16+w4a8-h0", "5.25"),
     f"W4A8, {WITHOUT}": Comparison(
         _A8,
-        False,
+        "",
         "int4-aint8+w8a16-h0",  # the default recipe
         withdrawn=(
             "mxfp4-a8+w8a8-h0",
@@ -127,7 +132,7 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     f"W4A8, {WITH}": Comparison(
         _A8,
-        True,
+        OWN_SAMPLES,
         "int4-aint8+w4a16-s-h0",
         withdrawn=("int4-aint8+bf16-h0", "int4-aint8+bf16-s-h0"),
         beside=(
@@ -137,7 +142,7 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     f"W4A4, {WITHOUT}": Comparison(
         _A4,
-        False,
+        "",
         "nvfp4-a4+w4a16-h0",
         bar=1.10,
         withdrawn=("int4-a4+w4a8-h32", "nvfp4-a4+w4a8-h0"),
@@ -145,12 +150,17 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     f"W4A4, {WITH}": Comparison(
         _A4,
-        True,
+        OWN_SAMPLES,
         "int4-a4+w4a16-s-h32",
         bar=1.10,
         withdrawn=("int4-a4+w4a8-h32", "int4-a4+w4a8-s-h32", "nvfp4-a4+w4a8-s-h0"),
         beside=(("nvfp4-a4+w4a16-s-h0", "NVFP4, a quarter bit more"),),
     ),
+}
+COMPARISONS |= {
+    title + WEIGHED: comparison._replace(statistics=OWN_SENSITIVITY, withdrawn=())
+    for title, comparison in COMPARISONS.items()
+    if comparison.statistics
 }
 CONTENDERS: dict[str, Table] = {
     title: comparison.entrants for title, comparison in COMPARISONS.items()
@@ -371,48 +381,8 @@ def finer_weights() -> dict[str, Table]:
     }
 
 
-#: What the title of a comparison ends with where all statistics are weighed by sensitivity.
-WEIGHED = ", weighed by sensitivity"
-#: Rivals that have them: the strongest two of the page in either world, and one more in LoRaQ's own
-#: formats.
-_WEIGHED_RIVALS = {
-    f"W4A16, {WITH}": (
-        ("SVDQuant ×100 + GPTQ, refitted", "int4-a16+w8a8-h0"),
-        ("SVDQuant ×100 + GPTQ, refitted, smoothing 0.3", "int4-a16+w8a8-h0"),
-        ("SVDQuant ×20 + GPTQ, smoothing 0.3", "int4-a16+w4a8-h0"),
-    ),
-    f"W4A16 at 5.25 bits, {WITH}": (
-        ("SVDQuant ×20 + GPTQ, smoothing grid", "int5_b256-a16+w4a8-h0"),
-        ("SVDQuant ×1 + GPTQ", "int5_b256-a16+w4a8-h0"),
-    ),
-    f"W4A8, {WITH}": (
-        ("SVDQuant ×100 + GPTQ, refitted, smoothing 0.3", "int4-aint8+w8a16-h0"),
-        ("SVDQuant ×20 + GPTQ, refitted, smoothing 0.3", "int4-aint8+w8a16-h0"),
-        ("SVDQuant ×20 + GPTQ, smoothing 0.3", "int4-aint8+w4a16-h0"),
-    ),
-    f"W4A4, {WITH}": (
-        ("SVDQuant ×1 + GPTQ, smoothing 0.3", "int4-a4+w4a16-h32"),
-        ("SVDQuant ×1 + GPTQ", "int4-a4+w4a16-h32"),
-        ("SVDQuant ×20 + GPTQ, smoothing 0.3", "int4-a4+w4a16-h32"),
-    ),
-}
-
-
-def weighed() -> dict[str, Table]:
-    """Return judged rows of the comparisons and their rivals, with statistics by sensitivity."""
-    tables = {}
-    for title, chosen in _WEIGHED_RIVALS.items():
-        comparison = COMPARISONS[title]
-        ours = (comparison.declared, *dict(comparison.beside))
-        keys = {("LoRaQ", recipe, comparison.budget) for recipe in ours}
-        keys |= {(label, recipe, comparison.budget) for label, recipe in chosen}
-        rows = [row for row in comparison.entrants if row.key in keys]
-        tables[title + WEIGHED] = tuple(replace(row, statistics=OWN_SENSITIVITY) for row in rows)
-    return tables
-
-
 def all_tables(name: str) -> dict[str, Table]:
     """Return every table of a world, the comparisons first."""
     world = WORLDS[name]
     small = ABLATIONS | rotation() | activations() | statistics(world) if name == "digits" else {}
-    return CONTENDERS | small | allocation(world) | kept_layers() | finer_weights() | weighed()
+    return CONTENDERS | small | allocation(world) | kept_layers() | finer_weights()
