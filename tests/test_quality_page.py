@@ -18,11 +18,19 @@ from benchmarks.quality.ranking import (  # noqa: E402
     beside,
     final_rows,
     finalists,
+    qualifiers,
     unmeasured,
     verdict,
 )
 from benchmarks.quality.row import ModelRow  # noqa: E402
-from benchmarks.quality.tables import COMPARISONS, FINER, QUALIFYING, SEEDS, WEIGHED  # noqa: E402
+from benchmarks.quality.tables import (  # noqa: E402
+    COMPARISONS,
+    FINER,
+    NARROWED,
+    QUALIFYING,
+    SEEDS,
+    WEIGHED,
+)
 from benchmarks.results import RENAMED, read, rename  # noqa: E402
 from benchmarks.rivals import page as rivals_section  # noqa: E402
 
@@ -158,8 +166,9 @@ def test_the_summary_counts_what_the_tables_say(tmp_path):
         ledger_of(tmp_path, *OURS, *rival, *published, *ours, *lost, *before, *weights, *third)
     )
     assert lines[0] == (
-        "* **digits**: of 3 tables 1 won, 1 tied, 1 lost. The strongest rival has 0.95 to 2.00 "
-        "times the error of the declared row; the bar on that is met in 1 and missed in 2."
+        "* **digits**: of 3 tables 1 won, 1 tied, 1 lost (from weights alone 0 won, 1 tied, 0 "
+        "lost; own samples 1 won, 0 tied, 1 lost). The strongest rival has 0.95 to 2.00 times the "
+        "error of the declared row; the bar on that is met in 1 and missed in 2."
     )
     assert "8-bit 1 won, 1 tied, 0 lost; 4-bit 0 won, 0 tied, 1 lost" in lines[1]
     assert "1 verdicts on rows that were declared before these, 0 won, 0 tied, 1 lost" in lines[2]
@@ -200,9 +209,12 @@ def test_the_summary_says_what_statistics_by_sensitivity_bring(tmp_path):
         *with_errors(rivals[1], [0.020], group=group + WEIGHED),
     ]
     lines += [line(rivals[1], seed=4, error=0.04, group=group)]
-    (said,) = [text for text in summary_of(ledger_of(tmp_path, *lines)) if "sensitivity" in text]
+    verdicts, said = (
+        text for text in summary_of(ledger_of(tmp_path, *lines)) if "by sensitivity" in text
+    )
     assert "rows 0.50 times the error that they have without, and rivals' 0.50 times" in said
-    assert "digits, W4A8 1.50 not judged" in said  # by the one seed that both have
+    # By the one seed that all rivals have.
+    assert "weighed by sensitivity 0 won, 0 tied, 0 lost, 1 not judged" in verdicts
 
 
 def test_a_summary_of_nothing_says_so(tmp_path):
@@ -242,6 +254,23 @@ def test_the_strongest_rivals_of_the_qualification_go_on_and_no_row_of_ours(tmp_
     named = {DECLARED, *COMPARISONS[TITLE].withdrawn, *dict(COMPARISONS[TITLE].beside)}
     assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == named
     assert all(i in going for i, row in enumerate(rows) if row.as_published)
+
+
+def test_the_strongest_rivals_without_it_qualify_where_statistics_are_weighed(tmp_path):
+    rows = COMPARISONS[TITLE].entrants
+    assert qualifiers(ledger_of(tmp_path), "digits", TITLE) == set(range(len(rows)))
+    lines = [
+        line(row.label, row.recipe, QUALIFYING[0], 1 + i / 1000, method=row.method)
+        for i, row in enumerate(rows)
+    ]
+    heavy, *strong = [i for i, row in enumerate(rows) if row.method != "loraq"][-NARROWED - 1 :]
+    for i in strong:
+        lines[i]["velocity_error"] = 0.01
+    lines[heavy] |= {"velocity_error": 0.001, "bits_per_weight": 5.1}
+    going = qualifiers(ledger_of(tmp_path, *lines), "digits", TITLE + WEIGHED)
+    judged = {DECLARED, *dict(COMPARISONS[TITLE].beside)}
+    assert {i for i in going if rows[i].method != "loraq"} == set(strong)
+    assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == judged
 
 
 def test_what_was_measured_on_a_seed_of_the_page_goes_on_to_the_others(tmp_path):

@@ -6,7 +6,7 @@ Every number on it is read from the result files of `benchmarks.quality.run`.
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from benchmarks.pages import folded, source, table
 from benchmarks.quality import ledger, same_branch, schedule, summary
@@ -21,6 +21,7 @@ from benchmarks.quality.ranking import (
     half_width,
     interval,
     is_declared,
+    qualifiers,
     ratios,
     rivals,
     unmeasured,
@@ -28,13 +29,26 @@ from benchmarks.quality.ranking import (
     withdrawn,
 )
 from benchmarks.quality.row import ModelRow
-from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING, SEEDS, WEIGHED, WITHOUT
+from benchmarks.quality.tables import (
+    COMPARISONS,
+    FINALISTS,
+    NARROWED,
+    QUALIFYING,
+    SEEDS,
+    WITHOUT,
+)
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
-from benchmarks.worlds.world import WORLDS
+from benchmarks.worlds.world import OWN_SAMPLES, OWN_SENSITIVITY, WORLDS
 
 #: Panels of the picture, by how the titles of their tables begin.
 KINDS = ("W4A16,", "W4A16 at 5.25", "W4A8", "W4A4")
+#: How rows are drawn, by where their statistics come from.
+_FILLED: dict[str, Literal["full", "none", "left"]] = {
+    "": "full",
+    OWN_SAMPLES: "none",
+    OWN_SENSITIVITY: "left",
+}
 
 TITLE = """# Quality
 
@@ -65,6 +79,8 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   takes minutes on patches: where no qualification is shown for it, the rivals are those that qualified on {FIRST}.
 * **From weights alone**: no data, and the model never runs. **Own samples**: second moments of what goes into each
   layer while the float model draws pictures from noise (`loraq stats`): no data either, but the model must run.
+  **Weighed by sensitivity**: `loraq stats --sensitivity`, which counts calls and outputs by what their errors do to the
+  model's result. Every method has it there; of the rivals, the {NARROWED} that are strongest without it for each judged row qualify.
 * **velocity error** is the figure to read: one forward on noised real images against the model as trained, the mean
   over seeds of the solver, each with images and noise of its own, with a 95 % confidence interval (Student's t). "/
   declared" is its ratio to the declared row, run by run: 1.20 is 20 % more error. **n** is the number of seeds.
@@ -134,8 +150,7 @@ def page(records: Iterable[Record], lines: Lines) -> str:
 
 def newer_studies(lines: Lines, world: str) -> dict[str, list[ModelRow]]:
     """Return the tables of the ledger that are no comparisons, in the order of their titles."""
-    shown = COMPARISONS.keys() | {title + WEIGHED for title in COMPARISONS}
-    titles = sorted({key[1] for key in lines if key[0] == world} - shown)
+    titles = sorted({key[1] for key in lines if key[0] == world} - COMPARISONS.keys())
     found = {title: ledger.rows(lines, world, title, SEEDS) for title in titles}
     return {title: rows for title, rows in found.items() if rows}
 
@@ -226,30 +241,15 @@ def comparison(lines: Lines, world: str, title: str) -> list[str]:
         raw = figures(ordered, declared(rows, title) or ordered[0])
         found = verdict(rows, title)
         said = found.said.replace("*", "") if found else "not judged"
-        raw = [commits_of(lines, world, title), "", *raw, *with_sensitivity(lines, world, title)]
-        parts += folded(f"{title}: {said}", raw)
+        parts += folded(f"{title}: {said}", [commits_of(lines, world, title), "", *raw])
     if qualified:
-        parts += qualification(qualified, title)
+        parts += qualification(lines, qualified, title)
     return parts
 
 
-def with_sensitivity(lines: Lines, world: str, title: str) -> list[str]:
-    """Return the table of those rows of a comparison that have statistics by sensitivity."""
-    rows = sorted(
-        final_rows(lines, world, title + WEIGHED), key=lambda row: fmean(row.velocity_errors)
-    )
-    ours = next((row for row in rows if is_declared(row, title)), None)
-    if ours is None:
-        return []
-    said = (
-        f"Some of them, their statistics{WEIGHED[1:]}. {commits_of(lines, world, title + WEIGHED)}"
-    )
-    return ["", said, "", *figures(rows, ours)]
-
-
-def qualification(rows: list[ModelRow], title: str) -> list[str]:
+def qualification(lines: Lines, rows: list[ModelRow], title: str) -> list[str]:
     """Return all rows by their error on the qualifying seeds, folded away."""
-    total = len(COMPARISONS[title].entrants)
+    total = len(qualifiers(lines, FIRST, title))
     seeds = sorted({seed for row in rows for seed in row.seeds})
     eligible = {(row.label, row.recipe, row.budget) for row in rivals(rows, declared(rows, title))}
     body = []
@@ -307,13 +307,14 @@ def draw(lines: Lines, path: Path) -> None:
                     half_width(row.velocity_errors),
                     marker="*" if row.method == "loraq" else "o",
                     color=colors.get(row.method, "tab:green"),
-                    markerfacecolor="white" if row.group.endswith("own samples") else None,
+                    fillstyle=_FILLED[COMPARISONS[row.group].statistics],
                     markersize=10,
                 )
             panel.set(title=f"{world}, {kind.strip(',')}", xlabel="stored bits per weight")
             if measured:
                 panel.set_yscale("log")
     panels[0][0].set_ylabel(
-        "velocity error\nstars: LoRaQ; grey RTN, blue GPTQ, green others\nhollow: own samples"
+        "velocity error\nstars: LoRaQ; grey RTN, blue GPTQ, green others\n"
+        "hollow: own samples; half: weighed by sensitivity"
     )
     figure.savefig(path, metadata={"Date": None})

@@ -3,19 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable
 from statistics import fmean, median
-from typing import NamedTuple
 
 from benchmarks.pages import extent
 from benchmarks.quality import ledger
 from benchmarks.quality.ranking import (
+    FIRST,
     Lines,
     Verdict,
     beside,
     declared,
     final_rows,
-    interval,
-    is_declared,
     name_of,
+    qualifiers,
     ratios,
     verdict,
     withdrawn,
@@ -29,7 +28,6 @@ from benchmarks.quality.tables import (
     WITH,
     WITHOUT,
     finer_weights,
-    weighed,
 )
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
@@ -79,17 +77,27 @@ def of_worlds(verdicts: dict[Place, Verdict]) -> list[str]:
     """Return a line for each transformer."""
     said = []
     for world in WORLDS:
-        mine = [found for (there, _), found in verdicts.items() if there == world]
+        tables = {title: found for (there, title), found in verdicts.items() if there == world}
+        mine = list(tables.values())
         if mine:
             met = sum(found.is_met for found in mine)
             missed = sum(found.outcome != "not judged" for found in mine) - met
             means = [fmean(found.ratios) for found in mine]
             said.append(
-                f"**{world}**: of {len(mine)} tables {counted(mine)}. The strongest rival has "
-                f"{extent(means)} times the error of the declared row; the bar on that is met in "
-                f"{met} and missed in {missed}."
+                f"**{world}**: of {len(mine)} tables {counted(mine)} ({_by_kind(tables)}). The "
+                f"strongest rival has {extent(means)} times the error of the declared row; the bar "
+                f"on that is met in {met} and missed in {missed}."
             )
     return said
+
+
+def _by_kind(tables: dict[str, Verdict]) -> str:
+    """Return the counts of tables by what everyone was given."""
+    parts = []
+    for kind in (WITHOUT, WITH, WEIGHED):
+        if mine := [found for title, found in tables.items() if title.endswith(kind)]:
+            parts.append(f"{kind.removeprefix(', ')} {counted(mine)}")
+    return "; ".join(parts)
 
 
 def of_widths(verdicts: dict[Place, Verdict]) -> list[str]:
@@ -189,48 +197,31 @@ def velocity(found: Verdict) -> float:
     return fmean(found.ours.velocity_errors)
 
 
-class Weighed(NamedTuple):
-    """What statistics by sensitivity bring: errors with them over errors without."""
-
-    ours: list[float]
-    rivals: list[float]
-    #: Of each table: the strongest of the rivals that have them against the declared row with them.
-    verdicts: dict[Place, Verdict]
-
-
-def weighed_by_sensitivity(lines: Lines) -> Weighed:
-    """Return what is measured of them."""
-    said = Weighed([], [], {})
+def weighed_by_sensitivity(lines: Lines) -> tuple[list[float], list[float]]:
+    """Return errors with statistics by sensitivity over those without: LoRaQ's, and rivals'."""
+    ours: list[float] = []
+    rivals: list[float] = []
     for world in WORLDS:
-        for title in weighed():
-            comparison = title.removesuffix(WEIGHED)
-            plain = {name_of(row): row for row in final_rows(lines, world, comparison)}
-            rows = final_rows(lines, world, title)
-            for row in rows:
+        for title in COMPARISONS:
+            if not title.endswith(WEIGHED):
+                continue
+            plain = {name_of(row): row for row in final_rows(lines, world, title[: -len(WEIGHED)])}
+            for row in final_rows(lines, world, title):
                 before = plain.get(name_of(row))
                 if before and (shared := ratios(row, before)):
-                    (said.ours if row.method == "loraq" else said.rivals).append(fmean(shared))
-            row = next((row for row in rows if is_declared(row, comparison)), None)
-            if row and (found := verdict(rows, comparison, row)):
-                said.verdicts[world, comparison] = found
-    return said
+                    (ours if row.method == "loraq" else rivals).append(fmean(shared))
+    return ours, rivals
 
 
 def of_sensitivity(lines: Lines) -> list[str]:
-    """Return the line of what statistics by sensitivity bring, and what tables say with them."""
-    found = weighed_by_sensitivity(lines)
-    if not found.ours or not found.rivals:
+    """Return the line of what statistics by sensitivity bring."""
+    ours, rivals = weighed_by_sensitivity(lines)
+    if not ours or not rivals:
         return []
-    places = [
-        f"{world}, {title.removesuffix(f', {WITH}')} {interval(each.ratios, 2)} {each.outcome}"
-        for (world, title), each in found.verdicts.items()
-    ]
     return [
         "**Own samples weighed by sensitivity** (`loraq stats --sensitivity`) leave LoRaQ's rows "
-        f"{extent(found.ours)} times the error that they have without, and rivals' "
-        f"{extent(found.rivals)} times. The strongest of the rivals that have it over the declared "
-        "row, up to three a table and not a field of their own, which qualified without it: "
-        f"{'; '.join(places)}."
+        f"{extent(ours)} times the error that they have without, and rivals' {extent(rivals)} "
+        "times."
     ]
 
 
@@ -272,11 +263,13 @@ def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
     said = []
     for world in WORLDS:
         mine = [len(found.ratios) for (there, _), found in verdicts.items() if there == world]
+        if not mine:
+            continue
+        seeds = f"{world} has {extent(mine, '{}')} of {len(SEEDS)} seeds"
         rows = [ledger.rows(lines, world, title, QUALIFYING) for title in COMPARISONS]
-        total = sum(len(comparison.entrants) for comparison in COMPARISONS.values())
-        seeds = f"{world} has {extent(mine, '{}')} of {len(SEEDS)} seeds" if mine else ""
+        total = sum(len(qualifiers(lines, FIRST, title)) for title in COMPARISONS)
         qualified = f"{sum(map(len, rows))} of {total} rows in the qualification"
-        said += [f"{seeds}, {qualified}"] if mine else []
+        said.append(f"{seeds}, {qualified}")
     return (
         [
             f"**What is missing**: {'; '.join(said)}. Both transformers are small; nothing here is "
