@@ -40,8 +40,8 @@ def qualifiers(lines: Lines, world: str, group: str) -> set[int]:
     names = {name_of(rows[i]) for i in chosen}
     qualified = ledger.rows(lines, world, group.removesuffix(WEIGHED), QUALIFYING)
     for ours in (row for row in qualified if name_of(row) in names):
-        strongest = _strongest(qualified, ours)[:NARROWED]
-        chosen |= {index[name] for name in map(name_of, strongest) if name in index}
+        best = strongest(qualified, ours)[:NARROWED]
+        chosen |= {index[name] for name in map(name_of, best) if name in index}
     return chosen
 
 
@@ -70,8 +70,8 @@ def finalists(lines: Lines, world: str, group: str) -> set[int]:
         lines, FIRST, group, QUALIFYING
     )
     for ours in (declared(qualified, group), *(row for _, row in judged_too(qualified, group))):
-        strongest = _strongest(qualified, ours)[:FINALISTS]
-        chosen |= {index[name] for name in map(name_of, strongest) if name in index}
+        best = strongest(qualified, ours)[:FINALISTS]
+        chosen |= {index[name] for name in map(name_of, best) if name in index}
     return chosen
 
 
@@ -138,7 +138,7 @@ def rivals(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:
     return [row for row in rows if row.method != "loraq" and row.bits_per_weight <= most]
 
 
-def _strongest(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:
+def strongest(rows: Sequence[ModelRow], ours: ModelRow | None) -> list[ModelRow]:
     """Return the rivals of a row of ours, the least error first."""
     return sorted(rivals(rows, ours), key=lambda row: fmean(row.velocity_errors))
 

@@ -6,6 +6,7 @@ from statistics import fmean, median
 
 from benchmarks.pages import extent
 from benchmarks.quality import ledger
+from benchmarks.quality.field import ROUNDS
 from benchmarks.quality.ranking import (
     FIRST,
     Lines,
@@ -29,6 +30,7 @@ from benchmarks.quality.tables import (
     WITHOUT,
     finer_weights,
 )
+from benchmarks.quality.unqualified import unqualified
 from benchmarks.results import Record
 from benchmarks.rivals import page as packages
 from benchmarks.worlds.world import WORLDS
@@ -270,11 +272,17 @@ def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
         total = sum(len(qualifiers(lines, FIRST, title)) for title in COMPARISONS)
         qualified = f"{sum(map(len, rows))} of {total} rows in the qualification"
         said.append(f"{seeds}, {qualified}")
-    return (
-        [
-            f"**What is missing**: {'; '.join(said)}. Both transformers are small; nothing here is "
-            "measured on a published model."
-        ]
-        if said
-        else []
-    )
+    if not said:
+        return []
+    for title in COMPARISONS:
+        if rows_of := unqualified(lines, title):
+            said.append(
+                f"in {title} {rows_of.count} of SVDQuant ×{ROUNDS[-1]} did not qualify: with "
+                f"{rows_of.needed:.2f} times the error of its twin ×{ROUNDS[-2]} the nearest would "
+                f"be a finalist, and the {len(rows_of.measured)} that did have "
+                f"{extent(rows_of.measured)} times"
+            )
+    return [
+        f"**What is missing**: {'; '.join(said)}. Both transformers are small; nothing here is "
+        "measured on a published model."
+    ]
