@@ -22,6 +22,7 @@ from benchmarks.results import RESULTS
 from benchmarks.worlds.matrices import dit_like, gaussian
 from benchmarks.worlds.world import OWN_SENSITIVITY
 from loraq.evaluation.contender import Contender
+from loraq.formats import BlockFormat, Format
 from loraq.pipeline.module import quantize_weight
 from loraq.stats import ActivationStats
 
@@ -86,6 +87,12 @@ def fixed_matrix() -> tuple[torch.Tensor, ActivationStats]:
         return dit_like(192, 256), ActivationStats(512, inputs.mT @ inputs / 512)
 
 
+def rounds_signed(activation: Format) -> bool:
+    """Whether dynamic activations of a format have scales with a sign."""
+    rows = activation.for_rows()
+    return isinstance(rows, BlockFormat) and rows.scale_rule().signed
+
+
 def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
     recipe = contender.to_recipe(budget=budget, effort=effort)
@@ -100,4 +107,7 @@ def fingerprint(contender: Contender, budget: str, effort: str) -> str:
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     besides = contender.smoothing if isinstance(contender, Entrant) else ""
     digest.update(f"{contender.statistics}/{besides}/{contender.allocation}".encode())
+    # Part of no packed tensor, and since 2026-11-30 not what it was.
+    if rounds_signed(recipe.scheme.activation_format):
+        digest.update(b"/signed activations")
     return digest.hexdigest()[:16]

@@ -93,7 +93,7 @@ def test_every_scale_rule_rounds_to_what_is_stored(name):
 
 def test_the_fitted_numbers_are_its_own():
     assert TOYS["toy"].scale_rule("fitted") == ScaleRule("fitted", (0.9, 0.8), 2, signed=True)
-    assert TOYS["toy"].scale_rule("constant") == ScaleRule("constant", (0.95,))
+    assert TOYS["toy"].scale_rule("constant") == ScaleRule("constant", (0.95,), signed=True)
     assert TOYS["toy4"].scale_rule("fitted") == ScaleRule("fitted", (1.3,))
     assert TOYS["toynv"].scale_rule("fitted") == ScaleRule("fitted")
 

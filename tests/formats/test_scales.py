@@ -370,6 +370,35 @@ def test_four_bit_activations_round_better_by_a_constant(name, matrix):
     assert torch.equal(fmt.for_rows().round(x), fmt.round(x, "constant"))
 
 
+@pytest.mark.parametrize("matrix", ["gaussian", "heavy_tailed"])
+@pytest.mark.parametrize(("name", "gain"), [("int4", 0.92), ("int5", 0.96), ("int6", 0.98)])
+def test_a_sign_of_the_scale_rounds_activations_better(name, gain, matrix):
+    """The largest value of a block takes the lowest code, which has no positive twin."""
+    x, fmt = MATRICES[matrix], get_format(name)
+    blocks = x.unflatten(-1, (-1, fmt.block_size))
+    steps = blocks.abs().amax(-1, keepdim=True) / fmt.element.max
+    unsigned = min(
+        float((fmt.element.round(blocks / (c * steps)) * (c * steps) - blocks).norm() / x.norm())
+        for c in [0.80 + 0.01 * i for i in range(21)]
+    )
+    assert relative_error(x, name, "constant") <= gain * unsigned
+    scales = fmt.scales(fmt.quantize(x, "constant"))
+    assert (scales < 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_signed_activations_turn_with_their_block_and_keep_what_is_not_finite():
+    fmt = get_format("int4").for_rows()
+    x = MATRICES["heavy_tailed"]
+    assert torch.equal(fmt.round(-x), -fmt.round(x))
+    tail = torch.zeros(1, 64)
+    tail[0, 3] = float("nan")
+    assert fmt.round(tail)[0, 3].isnan()
+    tail[0, 3] = float("inf")
+    assert fmt.round(tail)[0, 3] > 1e38
+    tail[0, 3] = float("-inf")
+    assert fmt.round(tail)[0, 3] < -1e38
+
+
 # --- the rules by name ----------------------------------------------------------------------------
 
 
@@ -422,9 +451,9 @@ def test_no_rule_means_the_direct_rule(name):
         ("mxfp8_e5m2", "fitted", ScaleRule("fitted", (1.14,))),
         ("int4", "fitted", ScaleRule("fitted", (0.78,), 3, signed=True)),
         ("int4_b32", "fitted", ScaleRule("fitted", (0.78,), 3, signed=True)),
-        ("int4", "constant", ScaleRule("constant", (0.92,))),
+        ("int4", "constant", ScaleRule("constant", (0.85,), signed=True)),
         ("int5", "fitted", ScaleRule("fitted", (0.95, 0.87), 1, signed=True)),
-        ("int5", "constant", ScaleRule("constant")),
+        ("int5", "constant", ScaleRule("constant", (0.92,), signed=True)),
         ("int6", "fitted", ScaleRule("fitted", (0.98, 0.9), 1, signed=True)),
         ("nvfp4", "fitted", ScaleRule("fitted", (1.0, 0.93, 1.42), 1)),
         ("nvfp4", "constant", ScaleRule("constant")),

@@ -80,8 +80,9 @@ def scale_rule(
     * "midmax": "floor", doubled where the maximum would round past the end of the grid. Powers of
       two only.
     * "constant": the direct rule for a largest magnitude that is a constant times the true one, the
-      constant with the least mean squared error for the format: as cheap as the direct rule. The
-      default for 4-bit activations.
+      constant with the least mean squared error for the format, and for 4 to 6-bit integers with
+      float scales the sign that puts the largest value on the lowest code: as cheap as the direct
+      rule. The default for 4-bit activations.
     * "fitted": the same, for float scales with several constants or least squares; the rule inside
       the solver.
     * "search": every block takes the best of a grid; the default for weights.
@@ -99,7 +100,7 @@ def scale_rule(
     if name == "fitted" and fit.factors:
         return ScaleRule(name, fit.factors, fit.least_squares, signed)
     if name in ("constant", "fitted"):
-        return ScaleRule(name, (fit.constant,))
+        return ScaleRule(name, (fit.constant,), signed=signed)
     if scale_format.is_power_of_two:  # one neighbour is useful; see the fits in `presets`
         return ScaleRule(name, (1.0, 2.0) if element.is_float else (1.0, 0.5))
     if element.is_float and element.bits == 4:  # E2M1 has two good fits: the maximum on 6, or on 4
