@@ -83,13 +83,13 @@ def test_inputs_at_the_edge_are_no_problem(kind, full, rotation):
     assert ours.metrics["objective"] <= ours.metrics["start_objective"]
 
 
-@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+@pytest.mark.parametrize(("name", "activation"), [("int4", "mxint4"), ("mxfp4", "mxfp4")])
 @pytest.mark.parametrize("factor", ["mxint8", "mxfp4"])
 def test_beside_noisy_activations_the_branch_is_not_the_svd_of_the_weight(
-    name, factor, monkeypatch
+    name, activation, factor, monkeypatch
 ):
     """Measured with activations that are really rounded, not by the objective alone."""
-    scheme = Scheme(name, name, Branch(8, factor, "mxint8", "int8"), 32)
+    scheme = Scheme(name, activation, Branch(8, factor, "mxint8", "int8"), 32)
     exact = X @ WEIGHT.mT
 
     def solve():
