@@ -143,9 +143,10 @@ COMPARISONS: dict[str, Comparison] = {
     f"W4A4, {WITHOUT}": Comparison(
         _A4,
         "",
-        "nvfp4-a4+w4a16-h0",
+        "int4-a4+w4a16-h32",
         bar=1.10,
         withdrawn=("int4-a4+w4a8-h32", "nvfp4-a4+w4a8-h0"),
+        beside=(("nvfp4-a4+w4a16-h0", "NVFP4, a quarter bit more"),),
         others=(_CONVROT,),
     ),
     f"W4A4, {WITH}": Comparison(
