@@ -56,8 +56,9 @@ def formats_page() -> str:
         "and hold less of the block.",
         "",
         "The block scales of `int4` to `int6` may be negative, so that the largest value of a "
-        "block takes the lowest code, −8 for\n`int4`, which has no positive twin: of weights, and of "
-        "`int4` activations, which take the largest magnitude over 8.2.",
+        "block takes the lowest code, −8 for",
+        "`int4`, which has no positive twin: of weights, and of `int4` activations, which take the "
+        "largest magnitude over 8.2.",
         "",
         "A suffix `_b<size>` sets another block size for integers: `int8_b64`, `int4_b32`.",
         "",
