@@ -58,6 +58,11 @@ class ScaleRule:
     #: bytes.
     signed: bool = False
 
+    @property
+    def compares(self) -> bool:
+        """Whether blocks are rounded to compare scales, which is more than activations pay for."""
+        return len(self.factors) > 1 or self.least_squares > 0
+
     def extend(self, element: ElementFormat) -> ElementFormat:
         """Return the element with every code that scales of this rule can use."""
         return element.with_lowest() if self.signed else element
@@ -129,25 +134,29 @@ def choose_scales(
         global_scale: scale above those of the blocks, (rows, 1, 1), which the result includes.
     """
     if not rule.signed:
-        return _choose_positive(blocks, rule, scale_format, element, global_scale)
+        largest = blocks.abs().amax(-1, keepdim=True)  # (rows, n_blocks, 1), as all that follows
+        return _choose_positive(blocks, largest, rule, scale_format, element, global_scale)
     # Two's complement has one level more below zero than above. So every block is turned until its
     # largest value is negative; the sign of the scale turns the decoded values back.
-    top = blocks.amax(-1, keepdim=True)  # (rows, n_blocks, 1), as all that follows
-    bottom = blocks.amin(-1, keepdim=True)
+    top, bottom = blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True)
     turn = torch.where(top > -bottom, -1.0, 1.0)
-    scale = _choose_positive(blocks * turn, rule, scale_format, element, global_scale)
+    if rule.compares:
+        blocks = blocks * turn
+    largest = torch.maximum(top, -bottom)
+    scale = _choose_positive(blocks, largest, rule, scale_format, element, global_scale)
     highest = torch.finfo(torch.bfloat16).max / 2 ** (element.bits - 1)
     return scale.clamp_(max=highest) * turn  # times the lowest code it must stay finite
 
 
 def _choose_positive(
     blocks: Tensor,
+    largest: Tensor,
     rule: ScaleRule,
     scale_format: ScaleFormat,
     element: ElementFormat,
     global_scale: Tensor | None,
 ) -> Tensor:
-    abs_max = blocks.abs().amax(-1, keepdim=True).clamp_(max=LARGEST)  # (rows, n_blocks, 1)
+    abs_max = largest.clamp_(max=LARGEST)
     if rule.name == "midmax":
         return scale_format.propose_midmax(abs_max, element)
     storage: ScaleFormat | GlobalScaled = scale_format.under(global_scale)
@@ -156,8 +165,8 @@ def _choose_positive(
     # The first proposal is the fallback: it stays where the gains of a huge block overflow, because
     # a comparison with NaN is false.
     best = next(proposals)
-    if len(rule.factors) == 1 and not rule.least_squares:
-        return best  # nothing to compare, so nothing is rounded: what activations pay for
+    if not rule.compares:
+        return best
     best_gain, optimum = _measure(blocks, element, best)
     for scale in proposals:
         gain, its_optimum = _measure(blocks, element, scale)
