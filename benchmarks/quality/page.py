@@ -65,25 +65,26 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
 * **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits; beside rounded activations each of the last three
   with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
-  the noise filter where activations are rounded, and smoothing as well (its factors are not counted as bytes; those of a LoRaQ
-  row, `-s`, are). A qualification of fewer than all rows lacks some of SVDQuant ×100 (docs/log.md). The rows are a product
-  (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
+  the noise filter where activations are rounded, and smoothing (its factors are not counted as bytes; those of a LoRaQ row,
+  `-s`, are). The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
-  the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; the verdicts on those that were named and withdrawn afterwards stay folded under
-  the table above. From weights alone it is at effort {COMPARISONS[f"W4A16, {WITHOUT}"].effort}, as a user has it who asks for none, with which it takes
-  less time than SVDQuant ×100 beside 8- and 6-bit branches ("time" below), and more beside 4-bit ones, where that stands still
-  early; verdicts at effort fast are among the folded ones. W4A8 and W4A4 are judged by rows that digits chose on seed
-  {QUALIFYING[0]}, W4A4 from weights alone on four, once every method had branches with 16-bit activations
-  (docs/log.md, 2026-11-30). Rows are chosen and rivals qualify on seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured. Then
-  the declared row, the rivals as published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row. A row
-  takes minutes on patches: where no qualification is shown for it, the rivals are those that qualified on {FIRST}.
+  the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; verdicts on those that were named and withdrawn stay folded under the table above. From
+  weights alone it is at effort {COMPARISONS[f"W4A16, {WITHOUT}"].effort}, as a user has it who asks for none, with which it takes less time than SVDQuant ×100
+  beside 8- and 6-bit branches ("time" below), and more beside 4-bit ones, where that stands still early. Rows are chosen and rivals
+  qualify on {FIRST}, seed {QUALIFYING[0]}, or {" and ".join(map(str, QUALIFYING))} where both are measured (W4A4 from weights alone: chosen by four). Then the declared row, the
+  rivals as published and the strongest {FINALISTS} others of each table are measured, and with `--all` every row.
 * **From weights alone**: no data, and the model never runs. **Own samples**: second moments of what goes into each
   layer while the float model draws pictures from noise (`loraq stats`): no data either, but the model must run.
   **Weighed by sensitivity**: `loraq stats --sensitivity`, which counts calls and outputs by what their errors do to the
-  model's result. Every method has it there; of the rivals, the {NARROWED} that are strongest without it for each judged row qualify.
-* **velocity error** is the figure to read: one forward on noised real images against the model as trained, the mean
-  over seeds of the solver, each with images and noise of its own, with a 95 % confidence interval (Student's t). "/
-  declared" is its ratio to the declared row, run by run: 1.20 is 20 % more error. **n** is the number of seeds.
+  result. Every method has it there; the {NARROWED} rivals that are strongest without it, for each judged row, qualify.
+* **velocity error** is the figure to read: one forward on noised real images against the model as trained, mean over seeds
+  (of the solver, the images and the noise), with a 95 % confidence interval (Student's t). Ratios are taken run by run.
+
+![velocity errors over stored bits](quality.svg)
+"""
+
+#: What the columns of the folded tables are.
+COLUMNS = """* **/ declared** is the ratio of the velocity error to the declared row's, run by run: 1.20 is 20 % more error. **n** is the number of seeds.
 * **layers** is the mean relative output error of a layer on its own real inputs, activations rounded; **optimized** how
   many layers of LoRaQ's store the branch that it annealed, and not one in closed form, SVDQuant's or none, which were
   better there; "refitted": how many of all branches answered the main weight once more at the end, as those of "refitted" rivals did.
@@ -92,8 +93,6 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
   to those of real digits; it does not order 4-bit methods, and only says that nothing broke.
 * **s** is wall time of one thread for all layers (the machine was shared, up to eight-fold), **MB** what the process
   grew by while it quantized. LoRaQ is at effort fast unless its row says otherwise.
-
-![velocity errors over stored bits](quality.svg)
 """
 
 
@@ -132,6 +131,7 @@ def page(records: Iterable[Record], lines: Lines) -> str:
     records = list(records)
     older = studies(records)
     parts = [TITLE, *summary.section(lines, records), *bars(lines), INTRO]
+    parts += folded("The columns of the tables below", [COLUMNS])
     for world in WORLDS:
         parts.append(f"## The {world} transformer\n")
         for title in COMPARISONS:
@@ -235,20 +235,20 @@ def comparison(lines: Lines, world: str, title: str) -> list[str]:
     qualified = ledger.rows(lines, world, title, QUALIFYING)
     if not rows and not qualified:
         return [f"{title}: not measured yet.", ""]
-    parts = []
+    said, raw = "qualification alone", []
     if rows:
         ordered = sorted(rows, key=lambda row: fmean(row.velocity_errors))
-        raw = figures(ordered, declared(rows, title) or ordered[0])
         found = verdict(rows, title)
         said = found.said.replace("*", "") if found else "not judged"
-        parts += folded(f"{title}: {said}", [commits_of(lines, world, title), "", *raw])
+        raw = [commits_of(lines, world, title), ""]
+        raw += figures(ordered, declared(rows, title) or ordered[0])
     if qualified:
-        parts += qualification(lines, qualified, title)
-    return parts
+        raw += qualification(lines, qualified, title)
+    return folded(f"{title}: {said}", raw)
 
 
 def qualification(lines: Lines, rows: list[ModelRow], title: str) -> list[str]:
-    """Return all rows by their error on the qualifying seeds, folded away."""
+    """Return all rows by their error on the qualifying seeds."""
     total = len(qualifiers(lines, FIRST, title))
     seeds = sorted({seed for row in rows for seed in row.seeds})
     eligible = {(row.label, row.recipe, row.budget) for row in rivals(rows, declared(rows, title))}
@@ -260,8 +260,8 @@ def qualification(lines: Lines, rows: list[ModelRow], title: str) -> list[str]:
         cells = [label, f"`{row.recipe}`", f"{row.bits_per_weight:.2f}"]
         body.append([*cells, f"{fmean(row.velocity_errors):.4f}", f"{len(row.seeds)}", mark])
     headings = ("", "recipe", "bits", "velocity error", "n", "")
-    said = f"{len(rows)} of {total} rows, seeds {', '.join(map(str, seeds))}"
-    return folded(f"{title}, qualification: {said}", table(headings, body, "llrrrl"))
+    said = f"Qualification: {len(rows)} of {total} rows, seeds {', '.join(map(str, seeds))}."
+    return [said, "", *table(headings, body, "llrrrl")]
 
 
 def figures(rows: list[ModelRow], reference: ModelRow) -> list[str]:
