@@ -75,6 +75,7 @@ CONTENDERS = (
     *both("default"),
     # What docs/quality.md is judged by, from weights alone, beside the default.
     *both("int4-a16+w8a8-h0"),
+    *both("int4-a4+w4a16-h32"),
     *both("nvfp4-a4+w4a16-h0"),
 )
 
