@@ -268,9 +268,18 @@ def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
         if not mine:
             continue
         seeds = f"{world} has {extent(mine, '{}')} of {len(SEEDS)} seeds"
-        rows = [ledger.rows(lines, world, title, QUALIFYING) for title in COMPARISONS]
-        total = sum(len(qualifiers(lines, FIRST, title)) for title in COMPARISONS)
-        qualified = f"{sum(map(len, rows))} of {total} rows in the qualification"
+        wanted = [
+            (title, name_of(COMPARISONS[title].entrants[i]))
+            for title in COMPARISONS
+            for i in qualifiers(lines, FIRST, title)
+        ]
+        found = {
+            (title, name_of(row))
+            for title in COMPARISONS
+            for row in ledger.rows(lines, world, title, QUALIFYING)
+        }
+        met = sum(each in found for each in wanted)
+        qualified = f"{met} of {len(wanted)} rows in the qualification"
         said.append(f"{seeds}, {qualified}")
     if not said:
         return []
