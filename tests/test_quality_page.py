@@ -16,6 +16,7 @@ from benchmarks.quality import ledger, same_branch  # noqa: E402
 from benchmarks.quality.field import Entrant  # noqa: E402
 from benchmarks.quality.ranking import (  # noqa: E402
     beside,
+    count_qualified,
     final_rows,
     finalists,
     qualifiers,
@@ -271,6 +272,20 @@ def test_the_strongest_rivals_without_it_qualify_where_statistics_are_weighed(tm
     judged = {DECLARED, *dict(COMPARISONS[TITLE].beside)}
     assert {i for i in going if rows[i].method != "loraq"} == set(strong)
     assert {rows[i].recipe for i in going if rows[i].method == "loraq"} == judged
+
+
+def test_rows_that_need_not_have_qualified_are_counted_apart(tmp_path):
+    rival = COMPARISONS[TITLE].entrants[0]
+    group = TITLE + WEIGHED  # nobody is strong without it, so that no rival is to qualify
+    lines = [
+        line(seed=QUALIFYING[0], group=group),
+        line(rival.label, rival.recipe, QUALIFYING[0], 2.0, method=rival.method, group=group),
+    ]
+    found = ledger_of(tmp_path, *lines)
+    judged = 1 + len(COMPARISONS[TITLE].beside)
+    assert count_qualified(found, "digits", group) == (1, judged)
+    page = quality_page.page([], found)
+    assert f"Qualification: 1 of {judged} rows, and 1 that need not have, seeds" in page
 
 
 def test_what_was_measured_on_a_seed_of_the_page_goes_on_to_the_others(tmp_path):

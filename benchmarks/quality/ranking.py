@@ -45,6 +45,14 @@ def qualifiers(lines: Lines, world: str, group: str) -> set[int]:
     return chosen
 
 
+def count_qualified(lines: Lines, world: str, group: str) -> tuple[int, int]:
+    """Return how many of the rows that are to qualify in a table did so, and how many they are."""
+    entrants = COMPARISONS[group].entrants
+    wanted = {name_of(entrants[i]) for i in qualifiers(lines, FIRST, group)}
+    met = set(map(name_of, ledger.rows(lines, world, group, QUALIFYING)))
+    return len(wanted & met), len(wanted)
+
+
 def finalists(lines: Lines, world: str, group: str) -> set[int]:
     """Return the rows of a table that are measured on the page's seeds, by their index.
 

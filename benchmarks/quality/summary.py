@@ -8,14 +8,13 @@ from benchmarks.pages import extent
 from benchmarks.quality import ledger
 from benchmarks.quality.field import ROUNDS
 from benchmarks.quality.ranking import (
-    FIRST,
     Lines,
     Verdict,
     beside,
+    count_qualified,
     declared,
     final_rows,
     name_of,
-    qualifiers,
     ratios,
     verdict,
     withdrawn,
@@ -23,7 +22,6 @@ from benchmarks.quality.ranking import (
 from benchmarks.quality.tables import (
     COMPARISONS,
     FINER,
-    QUALIFYING,
     SEEDS,
     WEIGHED,
     WITH,
@@ -207,7 +205,9 @@ def weighed_by_sensitivity(lines: Lines) -> tuple[list[float], list[float]]:
         for title in COMPARISONS:
             if not title.endswith(WEIGHED):
                 continue
-            plain = {name_of(row): row for row in final_rows(lines, world, title[: -len(WEIGHED)])}
+            plain = {
+                name_of(row): row for row in final_rows(lines, world, title.removesuffix(WEIGHED))
+            }
             for row in final_rows(lines, world, title):
                 before = plain.get(name_of(row))
                 if before and (shared := ratios(row, before)):
@@ -268,18 +268,9 @@ def of_limits(lines: Lines, verdicts: dict[Place, Verdict]) -> list[str]:
         if not mine:
             continue
         seeds = f"{world} has {extent(mine, '{}')} of {len(SEEDS)} seeds"
-        wanted = [
-            (title, name_of(COMPARISONS[title].entrants[i]))
-            for title in COMPARISONS
-            for i in qualifiers(lines, FIRST, title)
-        ]
-        found = {
-            (title, name_of(row))
-            for title in COMPARISONS
-            for row in ledger.rows(lines, world, title, QUALIFYING)
-        }
-        met = sum(each in found for each in wanted)
-        qualified = f"{met} of {len(wanted)} rows in the qualification"
+        counts = [count_qualified(lines, world, title) for title in COMPARISONS]
+        met, total = map(sum, zip(*counts, strict=True))
+        qualified = f"{met} of {total} rows in the qualification"
         said.append(f"{seeds}, {qualified}")
     if not said:
         return []

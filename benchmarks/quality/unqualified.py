@@ -17,6 +17,7 @@ from benchmarks.quality.ranking import (
     declared,
     judged_too,
     name_of,
+    qualifiers,
     strongest,
 )
 from benchmarks.quality.tables import COMPARISONS, FINALISTS, QUALIFYING
@@ -39,7 +40,8 @@ def unqualified(lines: Lines, group: str) -> Unqualified | None:
     rows = ledger.rows(lines, FIRST, group, QUALIFYING)
     errors = {name_of(row): fmean(row.velocity_errors) for row in rows}
     bits = {name_of(row): row.bits_per_weight for row in rows}
-    names = [name_of(row) for row in COMPARISONS[group].entrants]
+    entrants = COMPARISONS[group].entrants
+    names = [name_of(entrants[i]) for i in sorted(qualifiers(lines, FIRST, group))]
     bounds = []
     for ours in (declared(rows, group), *(row for _, row in judged_too(rows, group))):
         best = strongest(rows, ours)[:FINALISTS]
