@@ -13,7 +13,8 @@ from loraq.budget import Budget, with_rank
 from loraq.errors import CalibrationError, FormatError
 from loraq.linalg import relative_error
 from loraq.methods import METHODS
-from loraq.methods.fits import choose_factors, prepare_weight
+from loraq.methods.fits import prepare_weight
+from loraq.methods.smoothing import balance_channels
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
@@ -60,13 +61,13 @@ def test_smoothing_and_its_inverse():
 def test_the_factors_are_those_of_svdquant(alpha):
     """Equation 4 of arXiv 2411.05007, of geometric mean 1, to half a step."""
     x, w = outlying(512, 1), weight()
-    codes = choose_factors(w, stats_of(x), alpha)
+    codes = balance_channels(w, stats_of(x), alpha)
     octaves = (codes.float() - ONE) / STEPS
     sizes = (each.square().mean(0).sqrt() for each in (x, w))
     expected = (next(sizes) ** alpha / next(sizes) ** (1 - alpha)).log2()
     expected -= expected.mean()
     assert (octaves - expected).abs().max() <= 0.51 / STEPS
-    assert torch.equal(codes, choose_factors(1e-25 * w, stats_of(x), alpha))
+    assert torch.equal(codes, balance_channels(1e-25 * w, stats_of(x), alpha))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_the_factors_are_those_of_svdquant(alpha):
 def test_four_bit_activations_are_relieved_of_more(name, alpha):
     scheme = parse_scheme(f"{name}-s-h0")
     codes = prepare_weight(weight(), scheme, stats := stats_of(outlying(512, 1))).smooth_factor
-    assert torch.equal(codes, choose_factors(weight(), stats, alpha))
+    assert torch.equal(codes, balance_channels(weight(), stats, alpha))
 
 
 @pytest.mark.parametrize("kind", ["dead channels", "no inputs", "a weight of zeros"])

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from benchmarks.quality.smoothing import GATED
+from benchmarks.worlds.world import OWN_SENSITIVITY
 from loraq.evaluation.contender import Contender
 from loraq.methods import LoRaQ
 from loraq.methods.refit import FEWEST_BITS
@@ -24,13 +26,15 @@ DIRECT = {"scale_rule": None}
 ROUNDS = (1, 20, 100)
 #: Exponents of SVDQuant's smoothing; "grid" searches each layer's on tokens of the samples.
 SMOOTHINGS = ("0.3", "0.5", "grid")
+#: That of LoRaQ beside 4-bit activations, where statistics tell calls apart.
+OWN_SMOOTHING = f"0.5{GATED}"
 
 
 @dataclass(frozen=True)
 class Entrant(Contender):
     """A contender of a comparison."""
 
-    #: Of SVDQuant: one of `SMOOTHINGS`, or empty for none.
+    #: Of SVDQuant: one of `SMOOTHINGS` or `OWN_SMOOTHING`, or empty for none.
     smoothing: str = ""
     #: Whether it is a method as its authors published it, which is always measured.
     as_published: bool = False
@@ -65,7 +69,9 @@ def entrants(mains: tuple[Main, ...], *, statistics: str) -> tuple[Entrant, ...]
             rows += _without_branch(plain, bool(statistics))
             for branch in main.branches:
                 recipe = f"{main.recipe}+{branch}-h{side}"
-                with_branch = [*(_sampled if statistics else _unsampled)(recipe)]
+                with_branch = [
+                    *(_sampled(recipe, statistics) if statistics else _unsampled(recipe))
+                ]
                 if statistics and branch not in main.full:
                     with_branch.append(Entrant("LoRaQ", recipe.replace("-h", "-s-h")))
                 rows += [replace(row, budget=main.budget) for row in with_branch]
@@ -94,8 +100,10 @@ def _unsampled(recipe: str) -> Iterator[Entrant]:
     yield Entrant("LoRaQ", recipe)
 
 
-def _sampled(recipe: str) -> Iterator[Entrant]:
+def _sampled(recipe: str, statistics: str) -> Iterator[Entrant]:
     """Rows with a branch, with statistics of the model's own samples."""
+    is_gated = statistics != OWN_SENSITIVITY and parse_scheme(recipe).activation_format.bits <= 4
+    smoothings = (*SMOOTHINGS, OWN_SMOOTHING) if is_gated else SMOOTHINGS
     spread = {"rotate": True} if is_quantized(recipe) else {}
     helped = spread | ({"noise_filter": True} if is_rounded(recipe) else {})
     if recipe.endswith("+bf16-h0"):
@@ -104,13 +112,13 @@ def _sampled(recipe: str) -> Iterator[Entrant]:
     for rounds in ROUNDS:
         options = {"rounds": rounds, **helped}
         yield Entrant(f"SVDQuant ×{rounds} + GPTQ", recipe, "gptq", options)
-        for smoothing in SMOOTHINGS:
+        for smoothing in smoothings:
             label = f"SVDQuant ×{rounds} + GPTQ, smoothing {smoothing}"
             yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     if is_refitted(recipe):
         for rounds in ROUNDS:
             options = {"rounds": rounds, "refits": LoRaQ.refits, **helped}
-            for smoothing in ("", *SMOOTHINGS):
+            for smoothing in ("", *smoothings):
                 label = f"SVDQuant ×{rounds} + GPTQ, refitted"
                 label += f", smoothing {smoothing}" if smoothing else ""
                 yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)

@@ -24,6 +24,7 @@ from benchmarks.worlds.world import OWN_SENSITIVITY
 from loraq.evaluation.contender import Contender
 from loraq.formats import BlockFormat, Format
 from loraq.pipeline.module import quantize_weight
+from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 FOLDER = RESULTS / "quality"
@@ -93,6 +94,12 @@ def rounds_signed(activation: Format) -> bool:
     return isinstance(rows, BlockFormat) and rows.scale_rule().signed
 
 
+def tells_calls_apart(contender: Contender, scheme: Scheme) -> bool:
+    """Whether a layer is smoothed by what the fixed matrix's statistics do not have: calls."""
+    has_calls = contender.statistics not in ("", OWN_SENSITIVITY)
+    return scheme.smoothing and has_calls and scheme.activation_format.bits <= 4
+
+
 def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
     recipe = contender.to_recipe(budget=budget, effort=effort)
@@ -110,4 +117,6 @@ def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     # Part of no packed tensor, and since 2026-11-30 not what it was.
     if rounds_signed(recipe.scheme.activation_format):
         digest.update(b"/signed activations")
+    if tells_calls_apart(contender, recipe.scheme):
+        digest.update(b"/no call worse")
     return digest.hexdigest()[:16]

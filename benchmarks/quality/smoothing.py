@@ -4,7 +4,9 @@ SVDQuant, arXiv 2411.05007, equation 4: channel j of the input is divided by s_j
 column is multiplied by it, s_j = size(x_j)^α / size(w_j)^(1 − α). Sizes are root mean squares, of
 the inputs by statistics. "grid" takes the α of each layer that leaves least output error on tokens
 of the samples after one-shot SVDQuant, its activations rounded. The division is free where a layer
-norm comes before, and is not counted as bytes.
+norm comes before, and is not counted as bytes. Beside 4-bit activations LoRaQ does not smooth a
+layer that would be worse by it in any call (`loraq.methods.smoothing`); nor does a way that ends
+with `GATED`.
 """
 
 from collections.abc import Mapping
@@ -16,11 +18,13 @@ from torch import Tensor, nn
 from loraq.evaluation.contender import simulate
 from loraq.layers import linear_layers, quantized_layers
 from loraq.methods import RTN, SVDQuant
+from loraq.methods.smoothing import relieves_calls
 from loraq.nn import QuantizedLinear
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+GATED = ", no call worse"
 
 
 def smooth(
@@ -34,7 +38,7 @@ def smooth(
 
     Args:
         model: changed in place.
-        way: an α, or "grid".
+        way: an α, and `GATED` after it or not, or "grid".
         schemes: of the layers, by name.
         stats: of their inputs.
         tokens: some of their inputs, for "grid".
@@ -45,8 +49,10 @@ def smooth(
         if way == "grid":
             alpha = min(GRID, key=lambda a: _error(weight, of_layer, scheme, tokens[name], a))
         else:
-            alpha = float(way)
+            alpha = float(way.removesuffix(GATED))
         factor = factors_of(weight, of_layer, alpha)
+        if way.endswith(GATED) and not relieves_calls(weight, scheme, of_layer, factor.double()):
+            factor = torch.ones_like(factor)
         layers[name].weight.data = weight * factor
         moment = of_layer.second_moment / (factor * factor[:, None])
         factors[name], smoothed[name] = factor, replace(of_layer, second_moment=moment)

@@ -1,6 +1,7 @@
 """Statistics on the disk: a safetensors file of `<layer>.second_moment` and `<layer>.tokens`.
 
-Where sensitivities were collected, there is `<layer>.output_sensitivity` as well.
+Where sensitivities were collected, there is `<layer>.output_sensitivity` as well, and where calls
+were told apart `<layer>.call_mean_squares`.
 """
 
 import math
@@ -18,25 +19,26 @@ from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.header import TensorSpec, read_header
 from loraq.safetensors.layout import ShardLayout
 from loraq.safetensors.reader import ShardReader
-from loraq.stats import ActivationStats
+from loraq.stats import ActivationStats, StatsShapes
 
 #: In the file's metadata, under "loraq_stats".
 FORMAT_VERSION = "1"
 _PARTS = ("second_moment", "tokens")
 #: What a layer may have beside these.
-_OUTPUTS = "output_sensitivity"
-#: (in, in) or (in) of each layer's second moment, and (out) of its outputs' sensitivities, if any.
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int] | None]]
+_OPTIONAL = tuple(name for name in StatsShapes._fields if name not in _PARTS)
+#: Of what each layer has.
+Shapes = Mapping[str, StatsShapes]
 
 
 def lay_out_stats(shapes: Shapes, stem: str) -> ShardLayout:
     """Lay out one file, given the shapes of what each layer has."""
     specs: dict[str, TensorSpec] = {}
-    for layer, (moment, outputs) in shapes.items():
-        parts = (TensorSpec("F32", moment), TensorSpec("I64", (1,)))
+    for layer, of_layer in shapes.items():
+        parts = (TensorSpec("F32", of_layer.second_moment), TensorSpec("I64", (1,)))
         specs |= {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
-        if outputs is not None:
-            specs[f"{layer}.{_OUTPUTS}"] = TensorSpec("F32", outputs)
+        for name in _OPTIONAL:
+            if (shape := getattr(of_layer, name)) is not None:
+                specs[f"{layer}.{name}"] = TensorSpec("F32", shape)
     return ShardLayout.of(specs, stem, math.inf, {"loraq_stats": FORMAT_VERSION})
 
 
@@ -63,8 +65,9 @@ def stats_file(path: Path, shapes: Shapes) -> Iterator[Callable[[str, Activation
         def write(layer: str, stats: ActivationStats) -> None:
             parts = (stats.second_moment.float(), torch.tensor([stats.tokens], device="cpu"))
             named = {f"{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
-            if stats.output_sensitivity is not None:
-                named[f"{layer}.{_OUTPUTS}"] = stats.output_sensitivity.float()
+            for name in _OPTIONAL:
+                if (part := getattr(stats, name)) is not None:
+                    named[f"{layer}.{name}"] = part.float()
             with explain_refusals(path):
                 layout.write(partial.parent, named)
 
@@ -178,26 +181,29 @@ class _StatsFile(Mapping[str, ActivationStats]):
             name.removesuffix(".tokens") for name in self._reader.names if name.endswith(".tokens")
         ]
         needed = {f"{layer}.{part}" for layer in self._layers for part in _PARTS}
-        self._with_outputs = names & {f"{layer}.{_OUTPUTS}" for layer in self._layers}
-        if names != needed | self._with_outputs:
+        self._optional = names & {f"{layer}.{part}" for layer in self._layers for part in _OPTIONAL}
+        if names != needed | self._optional:
             raise CalibrationError(
                 f"'{path}' has other tensors than {', '.join(_PARTS)} of each layer, and perhaps "
-                f"{_OUTPUTS}. Make it again."
+                f"{' and '.join(_OPTIONAL)}. Make it again."
             )
 
     def __getitem__(self, layer: str) -> ActivationStats:
         if layer not in self._layers:
             raise KeyError(layer)
         moment, tokens = (self._reader.read(f"{layer}.{part}") for part in _PARTS)
-        name = f"{layer}.{_OUTPUTS}"
-        outputs = self._reader.read(name) if name in self._with_outputs else None
-        floats = [part.dtype for part in (moment, outputs) if part is not None]
-        if tokens.dtype != torch.int64 or tokens.numel() != 1 or {*floats} != {torch.float32}:
+        others = {
+            part: self._reader.read(name)
+            for part in _OPTIONAL
+            if (name := f"{layer}.{part}") in self._optional
+        }
+        floats = {part.dtype for part in (moment, *others.values())}
+        if tokens.dtype != torch.int64 or tokens.numel() != 1 or floats != {torch.float32}:
             raise CalibrationError(
                 f"'{self.path}': layer '{layer}' has other dtypes than fp32 and int64."
             )
         try:
-            return ActivationStats(int(tokens), moment, outputs)
+            return ActivationStats(int(tokens), moment, **others)
         except CalibrationError as error:
             raise CalibrationError(f"'{self.path}': layer '{layer}': {error}") from error
 

@@ -26,7 +26,6 @@ from loraq.methods.fits import (
     Prepared,
     Stored,
     prepare_weight,
-    require_width,
     round_plainly,
 )
 from loraq.methods.prediction import Prediction, tail_energies
@@ -266,7 +265,7 @@ class Method(ABC):
             )
         if stats is None or self.use_of_stats == "ignored":
             return None
-        require_width(stats, prepared.weight.shape[1])
+        stats.require_width(prepared.weight.shape[1])
         if self.needs_full_moment and not stats.is_full:
             raise CalibrationError(
                 f"Method '{self.name}' needs full second moments, and the statistics have mean "

@@ -18,29 +18,24 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from loraq.autocast import without_autocast
-from loraq.errors import CalibrationError, FormatError
+from loraq.errors import FormatError
 from loraq.formats import BlockFormat, Format, QTensor
 from loraq.formats.faults import find_fault
 from loraq.formats.powers import powers_of_two, times_power_of_two
 from loraq.linalg import as_doubles, frobenius
+from loraq.methods.smoothing import HARDLY_THERE, choose_factors
 from loraq.packed import LowRankBranch, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from loraq.transforms import ONE, STEPS, rotate, smooth, unrotate, unsmooth
+from loraq.transforms import rotate, smooth, unrotate, unsmooth
 
 #: Weights whose largest magnitude is within 2^±40 are solved as they are: sums of their squares
 #: stay far inside fp32.
 _USUAL_EXPONENTS = 40
-#: Least mean square of a channel that smoothing takes as it is, as a share of their mean: what the
-#: samples hardly have may come, and its column is not to be rounded to nothing.
-_HARDLY_THERE = 1e-4
 #: Rows are multiplied by the power of two nearest to (sensitivity of the output)^this. Errors of
 #: outputs would count exactly with ½; what is left at the end of the model is less with ¼ beside
 #: 4-bit activations, and as little beside others (docs/log.md, 2026-11-30).
 _ROW_POWER = 0.25
-#: SVDQuant's α beside 4-bit activations, and beside others, which are rounded finely enough to take
-#: more of what is hard for the weight (docs/log.md, 2026-11-29).
-_ALPHA_OF_FOUR_BITS, _ALPHA = 0.5, 0.3
 
 
 class Fit(NamedTuple):
@@ -122,7 +117,7 @@ def prepare_weight(
     else:  # a power of two changes no digit
         weight = weight.double() * 2.0**-exponent
     with without_autocast(weight.device):
-        codes = choose_factors(weight, stats, choose_alpha(scheme)) if scheme.smoothing else None
+        codes = choose_factors(weight, scheme, stats) if scheme.smoothing else None
         smoothed = unsmooth(weight.float(), codes)
         prepared = rotate(smoothed, scheme.rotation).contiguous()
         rows = None if exponent else _weigh_rows(scheme, stats, len(weight))
@@ -142,7 +137,7 @@ def _weigh_rows(
     """
     if stats is None or stats.output_sensitivity is None:
         return None
-    require_outputs(stats, n_out)
+    stats.require_outputs(n_out)
     branch = scheme.branch
     if branch is None or not all(map(_has_rows, (scheme.weight_format, branch.weight_format))):
         return None
@@ -156,62 +151,12 @@ def _has_rows(fmt: Format) -> bool:
     return fmt.name == "bf16"
 
 
-def choose_alpha(scheme: Scheme) -> float:
-    """Return the α by which a scheme's inputs are smoothed."""
-    return _ALPHA_OF_FOUR_BITS if scheme.activation_format.bits <= 4 else _ALPHA
-
-
-def choose_factors(
-    weight: Float[Tensor, "out in"], stats: ActivationStats | None, alpha: float
-) -> UInt8[Tensor, " in"]:
-    """Return the codes of rms(input channel)^α / rms(weight's column)^(1 − α), 1 in the mean.
-
-    That is SVDQuant's equation 4. The mean is geometric.
-
-    Raises:
-        CalibrationError: there are no statistics, or they are of another width.
-    """
-    if stats is None:
-        raise CalibrationError(
-            "Smoothing needs activation statistics. Collect them with `loraq.collect_stats` and "
-            "give them as `stats` (`--stats`), or leave '-s' out of the recipe."
-        )
-    require_width(stats, weight.shape[1])
-    octaves = weight.new_zeros(weight.shape[1], dtype=torch.float64)
-    mean_squares = stats.mean_square.to(weight.device), weight.double().square().mean(0)
-    for power, mean_square in zip((alpha, alpha - 1), mean_squares, strict=True):
-        # Channels that are hardly there must not set the scale of the others.
-        least = max(_HARDLY_THERE * mean_square.mean().item(), torch.finfo(torch.float64).tiny)
-        octaves += power / 2 * mean_square.double().clamp(min=least).log2()
-    codes = (octaves - octaves.mean()) * STEPS + ONE
-    return codes.round().clamp(0, 255).to(torch.uint8)
-
-
 def choose_row_exponents(sensitivity: Float[Tensor, " out"]) -> Int[Tensor, " out"]:
     """Return what rows are multiplied by, as exponents of two, by the sensitivity of outputs."""
     wide = sensitivity.double()
-    floor = max(_HARDLY_THERE * wide.mean().item(), torch.finfo(torch.float64).tiny)
+    floor = max(HARDLY_THERE * wide.mean().item(), torch.finfo(torch.float64).tiny)
     octaves = _ROW_POWER * wide.clamp(min=floor).log2()
     return (octaves - octaves.mean()).round().int()
-
-
-def require_width(stats: ActivationStats, width: int) -> None:
-    """Raise `CalibrationError` unless statistics are of so many input channels."""
-    if stats.width != width:
-        raise CalibrationError(
-            f"The statistics are of {stats.width} input channels, the weight has {width}. Those of "
-            "the same layer are required."
-        )
-
-
-def require_outputs(stats: ActivationStats, width: int) -> None:
-    """Raise `CalibrationError` unless sensitivities are of so many outputs, if there are any."""
-    sensitivity = stats.output_sensitivity
-    if sensitivity is not None and len(sensitivity) != width:
-        raise CalibrationError(
-            f"The statistics have sensitivities of {len(sensitivity)} outputs, the weight has "
-            f"{width}. Those of the same layer are required."
-        )
 
 
 def round_plainly(weight: Float[Tensor, "out in"], scheme: Scheme, rule: str | None) -> Fit:

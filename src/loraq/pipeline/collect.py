@@ -15,8 +15,9 @@ from loraq.checkpoint.stats_file import Shapes, load_stats, require_room, stats_
 from loraq.errors import CalibrationError
 from loraq.layers import LinearLayer, bare_model, is_linear, matrix_of
 from loraq.options import checked
+from loraq.pipeline.call_groups import CallGroups
 from loraq.pipeline.sensitivity import Sensitivity, channels_last
-from loraq.stats import ActivationStats
+from loraq.stats import N_CALL_GROUPS, ActivationStats, StatsShapes
 
 #: Tokens whose products are summed in fp32 before they are added in fp64.
 _CHUNK = 4096
@@ -120,14 +121,21 @@ def shapes_of(
         sensitivity: as `collect_stats` takes it.
     """
     return {
-        name: ((n_in, n_in) if second_moment else (n_in,), (n_out,) if sensitivity else None)
+        name: StatsShapes(
+            (n_in, n_in) if second_moment else (n_in,),
+            (n_out,) if sensitivity else None,
+            None if sensitivity else (N_CALL_GROUPS, n_in),
+        )
         for name, (n_out, n_in) in matrices.items()
     }
 
 
 def counting_bytes(width: int, *, second_moment: bool) -> int:
-    """Return the bytes that a layer of `width` inputs takes while it is counted: sums in fp64."""
-    return 8 * width * width if second_moment else 8 * width
+    """Return the bytes that a layer of `width` inputs takes while it is counted: sums in fp64.
+
+    Groups of calls are counted as well, and the call that is joined to one of them.
+    """
+    return 8 * width * ((width if second_moment else 1) + N_CALL_GROUPS + 1)
 
 
 def group_layers(
@@ -235,6 +243,7 @@ class _Count:
         self.sensitivity = sensitivity
         self.left, self.tokens, self.weights = amount.most, 0, 0.0
         self._sum: Tensor | None = None
+        self._calls = CallGroups()
 
     def __call__(
         self, _layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
@@ -267,11 +276,15 @@ class _Count:
             self._sum = torch.zeros(
                 (width, width) if full else width, dtype=torch.float64, device=x.device
             )
+        squares = torch.zeros(width, dtype=torch.float64, device=x.device)
         for part in map(Tensor.float, x.split(_CHUNK)):
             for rows in _slices(width) if full else ():
                 self._sum[rows].add_(part[:, rows].mT @ part, alpha=weight)
-            if not full:
-                self._sum.add_(part.square().sum(0), alpha=weight)
+            squares += part.square().sum(0)
+        if not full:
+            self._sum.add_(squares, alpha=weight)
+        if self.sensitivity is None:
+            self._calls.add(squares, len(x))
         self.tokens += len(x)
         self.weights += weight * len(x)
         self.left -= len(x)
@@ -293,9 +306,12 @@ class _Count:
         else:
             moment.copy_(self._sum / self.weights)
         self._sum = None
-        outputs = None if self.sensitivity is None else self.sensitivity.of_outputs(self.name)
+        if self.sensitivity is None:  # else the moment knows already which calls count
+            others = {"call_mean_squares": self._calls.mean_squares().float().cpu()}
+        else:
+            others = {"output_sensitivity": self.sensitivity.of_outputs(self.name)}
         try:
-            return ActivationStats(self.tokens, moment, outputs)
+            return ActivationStats(self.tokens, moment, **others)
         except CalibrationError as error:  # squares of numbers that are finite need not be
             raise CalibrationError(f"Layer '{self.name}': {error}") from error
 
