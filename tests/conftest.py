@@ -22,6 +22,8 @@ CHECKED = [
     "loraq.methods.prediction",
     "loraq.methods.qera",
     "loraq.methods.refit",
+    "loraq.methods.smoothing",
+    "loraq.pipeline.call_groups",
 ]
 # Before anything of loraq is imported.
 install_import_hook(CHECKED, "beartype.beartype")

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 from benchmarks.quality import ledger, run
+from benchmarks.quality.field import OWN_SMOOTHING
 from benchmarks.quality.smoothing import divide_inputs, smooth
 from benchmarks.quality.tables import COMPARISONS, all_tables
 from benchmarks.worlds.matrices import gaussian, outlier_columns
@@ -66,6 +67,18 @@ def test_smoothing_moves_size_from_inputs_to_weights_and_changes_nothing_else(wa
     torch.testing.assert_close(model(x / factor), exact, rtol=1e-3, atol=1e-3)
     seen = x / factor
     torch.testing.assert_close(moved.second_moment, seen.mT @ seen / 300, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_gated_way_smooths_unless_a_call_is_worse_by_it(moves):
+    model, x = nn.Sequential(nn.Linear(64, 48)), outlier_columns(300, 64)
+    first = x.square().mean(0)
+    calls = torch.stack([first, first.roll(1) if moves else 0.9 * first])
+    stats = {"0": ActivationStats(300, x.mT @ x / 300, call_mean_squares=calls)}
+    scheme = {"0": Scheme("int4", "int4")}
+    factors, moved = smooth(model, OWN_SMOOTHING, scheme, stats, {})
+    assert bool((factors["0"] == 1).all()) is moves
+    assert moved["0"].call_mean_squares is None
 
 
 def test_smoothed_layers_divide_their_inputs_and_lose_less():

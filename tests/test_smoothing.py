@@ -14,14 +14,14 @@ from loraq.errors import CalibrationError, FormatError
 from loraq.linalg import relative_error
 from loraq.methods import METHODS
 from loraq.methods.fits import prepare_weight
-from loraq.methods.smoothing import balance_channels
+from loraq.methods.smoothing import balance_channels, relieves_calls
 from loraq.nn import QuantizedLinear
 from loraq.packed import PackedWeight
 from loraq.pipeline.module import quantize_weight
 from loraq.recipe_names import parse_scheme
 from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
-from loraq.transforms import ONE, STEPS, smooth, unsmooth
+from loraq.transforms import ONE, STEPS, rotate, smooth, unsmooth
 
 N_OUT, N_IN = 64, 96
 
@@ -77,6 +77,66 @@ def test_four_bit_activations_are_relieved_of_more(name, alpha):
     scheme = parse_scheme(f"{name}-s-h0")
     codes = prepare_weight(weight(), scheme, stats := stats_of(outlying(512, 1))).smooth_factor
     assert torch.equal(codes, balance_channels(weight(), stats, alpha))
+
+
+def told_apart(moves: bool) -> ActivationStats:
+    """Statistics of two calls with the same outliers, or with large channels that change places."""
+    first = outlying(512, 1)
+    second = first.roll(1, 1) * 0.9 if moves else first
+    calls = torch.stack([x.square().mean(0) for x in (first, second)])
+    return replace(stats_of(torch.cat([first, second])), call_mean_squares=calls)
+
+
+@pytest.mark.parametrize("rotation", [0, 32])
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
+def test_beside_four_bits_a_layer_is_smoothed_if_no_call_is_worse_by_it(fmt, rotation):
+    scheme = parse_scheme(f"{fmt}-a4-s-h{rotation}")
+    kept = prepare_weight(weight(), scheme, stats := told_apart(moves=False)).smooth_factor
+    assert torch.equal(kept, balance_channels(weight(), stats, 0.5))
+    # What is small in the second call and was large in the first would be rounded coarsely.
+    stats = told_apart(moves=True)
+    rare = replace(stats, second_moment=stats_of(outlying(512, 1)).second_moment)
+    given_up = prepare_weight(weight(), scheme, rare).smooth_factor
+    assert (given_up == ONE).all()
+    unknown = prepare_weight(weight(), scheme, replace(rare, call_mean_squares=None)).smooth_factor
+    assert torch.equal(unknown, balance_channels(weight(), rare, 0.5))
+
+
+@pytest.mark.parametrize("name", ["int4-a8-s-h0", "int4-a16-s-h0"])
+def test_finer_activations_do_not_ask_the_calls(name):
+    stats = told_apart(moves=True)
+    codes = prepare_weight(weight(), parse_scheme(name), stats).smooth_factor
+    assert torch.equal(codes, balance_channels(weight(), stats, 0.3))
+
+
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_what_is_said_of_a_call_is_what_its_rounding_leaves(rotation):
+    """Random signs and sizes, calls one by one: prediction and rounded inputs agree."""
+    scheme = parse_scheme(f"int4_b32-aint4_b32-h{rotation}")
+    generator, agreed = torch.Generator().manual_seed(5), 0
+    w = weight() * torch.exp(torch.randn(N_IN, generator=generator) / 2)
+    for seed in range(20):
+        channels = torch.exp(torch.randn(N_IN, generator=generator))
+        x = channels * torch.randn(400, N_IN, generator=generator)
+        s = torch.exp(torch.randn(N_IN, generator=generator) * (seed + 1) / 20)
+        calls = x.square().mean(0, keepdim=True)
+        stats = ActivationStats(400, calls[0], call_mean_squares=calls)
+        lost = []
+        for factor in (s, torch.ones(N_IN)):
+            turned = rotate(x / factor, rotation)
+            off = scheme.activation_format.for_rows().round(turned) - turned
+            lost.append((off @ rotate(w * factor, rotation).mT).norm().item())
+        agreed += relieves_calls(w, scheme, stats, s.double()) == (lost[0] <= lost[1])
+    assert agreed >= 18
+
+
+def test_a_call_of_zeros_is_made_no_worse():
+    stats = told_apart(moves=False)
+    calls = torch.cat([stats.call_mean_squares, torch.zeros(1, N_IN)])
+    codes = prepare_weight(
+        weight(), parse_scheme("int4-a4-s-h0"), replace(stats, call_mean_squares=calls)
+    ).smooth_factor
+    assert (codes != ONE).any()
 
 
 @pytest.mark.parametrize("kind", ["dead channels", "no inputs", "a weight of zeros"])

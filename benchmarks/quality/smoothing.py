@@ -55,7 +55,10 @@ def smooth(
             factor = torch.ones_like(factor)
         layers[name].weight.data = weight * factor
         moment = of_layer.second_moment / (factor * factor[:, None])
-        factors[name], smoothed[name] = factor, replace(of_layer, second_moment=moment)
+        factors[name], smoothed[name] = (
+            factor,
+            replace(of_layer, second_moment=moment, call_mean_squares=None),
+        )
     return factors, smoothed
 
 

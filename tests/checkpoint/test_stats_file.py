@@ -17,7 +17,7 @@ from loraq.checkpoint.partial import partial_path
 from loraq.checkpoint.stats_file import load_stats, require_room, save_stats, stats_file
 from loraq.errors import CalibrationError, CheckpointError
 from loraq.safetensors.reader import ShardReader
-from loraq.stats import ActivationStats
+from loraq.stats import ActivationStats, StatsShapes
 
 
 def full(width: int, seed: int = 0) -> ActivationStats:
@@ -51,30 +51,38 @@ def test_what_is_saved_is_loaded(path):
         stats["blocks.1.up"]
 
 
-def test_sensitivities_are_saved_with_the_layers_that_have_them(tmp_path):
+def test_what_only_some_layers_have_is_saved_with_them(tmp_path):
     place = tmp_path / "stats.safetensors"
     weighed = replace(full(8), output_sensitivity=torch.tensor([0.5, 0.0, 1.5]))
-    save_stats({"weighed": weighed, "plain": diagonal(6)}, place)
+    calls = torch.arange(16.0).reshape(2, 8)
+    told_apart = replace(full(8), call_mean_squares=calls)
+    save_stats({"weighed": weighed, "told apart": told_apart, "plain": diagonal(6)}, place)
     stats = load_stats(place)
-    assert list(stats) == ["weighed", "plain"]
+    assert list(stats) == ["weighed", "told apart", "plain"]
     assert stats["weighed"].sha256 == weighed.sha256
     assert stats["weighed"].output_sensitivity.tolist() == [0.5, 0.0, 1.5]
-    assert stats["plain"].output_sensitivity is None
+    assert stats["told apart"].sha256 == told_apart.sha256 != full(8).sha256
+    assert torch.equal(stats["told apart"].call_mean_squares, calls)
+    assert stats["plain"].shapes == ((6,), None, None)
     shapes = {name: found.shapes for name, found in stats.items()}
     assert require_room(place, shapes, overwrite=True) == place.stat().st_size
 
 
 @pytest.mark.parametrize(
-    ("name", "outputs", "message"),
+    ("name", "part", "message"),
     [
         ("other.output_sensitivity", torch.ones(3), "has other tensors than"),
         ("a.output_sensitivity", torch.ones(3).double(), "other dtypes than fp32"),
         ("a.output_sensitivity", -torch.ones(3), "layer 'a': .*output sensitivities"),
+        ("other.call_mean_squares", torch.ones(2, 4), "has other tensors than"),
+        ("a.call_mean_squares", torch.ones(2, 4).double(), "other dtypes than fp32"),
+        ("a.call_mean_squares", torch.ones(2, 3), "layer 'a': .*each of 4 channels"),
+        ("a.call_mean_squares", -torch.ones(2, 4), "layer 'a': .*each of 4 channels"),
     ],
 )
-def test_sensitivities_that_are_something_else_are_refused(tmp_path, name, outputs, message):
+def test_parts_that_are_something_else_are_refused(tmp_path, name, part, message):
     place = tmp_path / "s.safetensors"
-    tensors = {"a.second_moment": torch.eye(4), "a.tokens": torch.tensor([7]), name: outputs}
+    tensors = {"a.second_moment": torch.eye(4), "a.tokens": torch.tensor([7]), name: part}
     save_file(tensors, place, metadata={"loraq_stats": "1"})
     with pytest.raises(CalibrationError, match=message):
         load_stats(place)["a"]
@@ -148,7 +156,7 @@ def test_the_space_that_a_killed_run_left_is_used_again(path, monkeypatch):
 
 def test_two_runs_cannot_make_the_same_file(path):
     before = path.read_bytes()
-    with stats_file(path, {"a": ((4, 4), None)}) as write:
+    with stats_file(path, {"a": StatsShapes((4, 4))}) as write:
         with pytest.raises(CheckpointError, match="is being written by another run"):
             save_stats({"b": full(8)}, path)
         write("a", full(4))
@@ -159,7 +167,7 @@ def test_two_runs_cannot_make_the_same_file(path):
 def test_a_layer_that_was_not_announced_is_refused_and_nothing_is_left(tmp_path):
     with (
         pytest.raises(CheckpointError, match="the room for it is"),
-        stats_file(tmp_path / "s.safetensors", {"a": ((4, 4), None)}) as write,
+        stats_file(tmp_path / "s.safetensors", {"a": StatsShapes((4, 4))}) as write,
     ):
         write("a", full(8))
     assert not list(tmp_path.iterdir())
@@ -172,7 +180,7 @@ def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full_disk)
     with (
         pytest.raises(CheckpointError, match=r"Cannot write '.*': the disk is full"),
-        stats_file(tmp_path / "s.safetensors", {"a": ((4, 4), None)}),
+        stats_file(tmp_path / "s.safetensors", {"a": StatsShapes((4, 4))}),
     ):
         pytest.fail("the work must not begin")
     assert not list(tmp_path.iterdir())
@@ -185,7 +193,7 @@ def test_a_file_that_is_not_of_statistics_is_not_replaced(tmp_path, write):
     with pytest.raises(CheckpointError, match="it is not a file of statistics"):
         save_stats({"a": full(4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="it is not a file of statistics"):
-        require_room(tmp_path / "model.safetensors", {"a": ((4, 4), None)}, overwrite=True)
+        require_room(tmp_path / "model.safetensors", {"a": StatsShapes((4, 4))}, overwrite=True)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
@@ -208,14 +216,16 @@ def test_what_is_in_the_way_of_a_file_is_named(path, tmp_path, name, message):
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=message):
-        require_room(tmp_path / name, {"a": ((4, 4), None)}, overwrite=False)
+        require_room(tmp_path / name, {"a": StatsShapes((4, 4))}, overwrite=False)
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"GB free and the statistics take 4e\+09 GB.*--mean-squares"
     ):
-        require_room(tmp_path / "s.safetensors", {"a": ((10**9, 10**9), None)}, overwrite=False)
+        require_room(
+            tmp_path / "s.safetensors", {"a": StatsShapes((10**9, 10**9))}, overwrite=False
+        )
 
 
 def test_a_missing_file_is_named(tmp_path):

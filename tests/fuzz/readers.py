@@ -444,6 +444,7 @@ class Statistics(Reader):
             "a": ActivationStats(5, torch.eye(4)),
             "b": ActivationStats(7, torch.ones(3)),
             "c": ActivationStats(7, torch.ones(3), torch.ones(2)),
+            "d": ActivationStats(7, torch.ones(3), call_mean_squares=torch.ones(16, 3)),
         }
         save_stats(stats, folder / "stats.safetensors")
 

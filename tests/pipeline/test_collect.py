@@ -7,7 +7,8 @@ from torch import nn
 from benchmarks.worlds.matrices import gaussian, heavy_tailed
 from loraq.checkpoint.stats_file import save_stats
 from loraq.errors import CalibrationError, CheckpointError
-from loraq.pipeline.collect import collect_stats
+from loraq.pipeline.collect import collect_stats, counting_bytes
+from loraq.stats import N_CALL_GROUPS
 
 
 class Net(nn.Module):
@@ -25,6 +26,8 @@ class Net(nn.Module):
 
 LAYERS = ["inner.0", "inner.2", "mix"]
 TOKENS = [heavy_tailed(7 * 5, 6, seed).view(7, 5, 6) for seed in range(3)]
+#: What the widest layer and a small one may take together.
+ROOM = counting_bytes(10, second_moment=True) + 4 * 10 * 10 + 40
 IMAGES = [gaussian(2, 3 * 8 * 8, seed).view(2, 3, 8, 8) for seed in range(3)]
 
 
@@ -90,10 +93,22 @@ def test_a_limit_above_the_inputs_of_a_call_counts_all():
 
 
 @pytest.mark.parametrize("full", [True, False])
+def test_calls_are_told_apart(full):
+    net = Net()
+    stats = collect_stats(net, lambda: run(net), LAYERS, second_moment=full)
+    found = stats["inner.0"].call_mean_squares
+    exact = torch.stack([x.reshape(-1, 6).square().mean(0) for x in TOKENS])
+    assert found.shape == (N_CALL_GROUPS, 6)
+    torch.testing.assert_close(found[:3], exact)
+    assert torch.equal(found[3:], found[:1].expand(N_CALL_GROUPS - 3, 6))
+    assert stats["mix"].call_mean_squares.shape == (N_CALL_GROUPS, 3)
+
+
+@pytest.mark.parametrize("full", [True, False])
 def test_groups_give_the_same_statistics_as_one_run(full, tmp_path):
     net, runs = Net(), []
     once = collect_stats(net, lambda: run(net), LAYERS, second_moment=full)
-    limit = 12 * 10 * 10 + 4 * 10 if full else 12 * 10
+    limit = ROOM if full else counting_bytes(10, second_moment=False) + 40
     target = tmp_path / "stats.safetensors"
     for place in (None, target):
         runs.clear()
@@ -120,7 +135,7 @@ def test_a_layer_that_is_never_called_is_found_in_the_first_of_many_runs(tmp_pat
             net,
             lambda: runs.append(run(net)),
             [*LAYERS, "idle"],
-            memory_bytes=12 * 10 * 10 + 4 * 10,
+            memory_bytes=ROOM,
             target=tmp_path / "stats.safetensors",
         )
     assert len(runs) == 1
@@ -136,7 +151,7 @@ def test_a_run_that_does_less_the_second_time_is_found():
             run(net)
 
     with pytest.raises(CalibrationError, match="were never called"):
-        collect_stats(net, once, LAYERS, memory_bytes=12 * 10 * 10 + 4 * 10)
+        collect_stats(net, once, LAYERS, memory_bytes=ROOM)
 
 
 def test_a_call_without_inputs_is_no_call():
