@@ -2,16 +2,20 @@
 memory and files.
 """
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import loraq
 from benchmarks.worlds.matrices import heavy_tailed
+from loraq.checkpoint.stats_file import save_stats
+from loraq.cli import main
 from loraq.errors import CalibrationError, CheckpointError, RecipeError
 from loraq.recipe import Recipe
 from loraq.rules import Rule
@@ -257,3 +261,26 @@ def test_a_rule_that_matches_nothing_is_told_once(stats, caplog):
         recipe = replace(RECIPE, rules=(Rule("no_such_layer", skip=True),))
         loraq.quantize_(net(), recipe, stats=stats, progress=False)
     assert len(caplog.records) == 1
+
+
+def test_layers_that_are_not_smoothed_are_told(source, stats, tmp_path):
+    """In the second group of calls of one layer, other channels are large than on average."""
+    profile = torch.logspace(-2, 2, 64)
+    moving = ActivationStats(
+        500, torch.diag(profile), call_mean_squares=torch.stack([profile, profile.flip(0)])
+    )
+    given = {**stats, "0": moving}
+    save_stats(given, tmp_path / "stats.safetensors")
+    options = ["--recipe", "int4-a4-s-h0", "--method", "rtn", "--stats"]
+    command = ["quantize", str(source), str(tmp_path / "out"), *options]
+    for _ in range(2):  # the second finds it complete
+        result = CliRunner().invoke(main, [*command, str(tmp_path / "stats.safetensors")])
+        assert result.exit_code == 0, result.stderr
+        assert "1 of them are not smoothed: a call of the samples would be worse" in result.stdout
+    records = json.loads((tmp_path / "out" / "loraq.json").read_text())["layers"]
+    assert {name for name, of_layer in records.items() if of_layer.get("unsmoothed")} == {"0"}
+    model = net()
+    recipe = replace(Recipe.named("int4-a4-s-h0"), method="rtn")
+    report = loraq.quantize_(model, recipe, stats=given, progress=False)
+    assert [layer.unsmoothed for layer in report.layers] == [True, False, False, False]
+    assert report.layers[0].metrics["smoothed"] == 0

@@ -42,6 +42,7 @@ _RECORD: dict[str, Any] = {
     "device": str,
     "absorbed": dict,
     "kept": bool,
+    "unsmoothed": bool,
 }
 #: Types of the fields of what a scheme is built of.
 _HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Scheme, Branch)}

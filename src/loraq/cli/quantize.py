@@ -131,6 +131,10 @@ def _show_report(report: "Report") -> None:
     click.echo(f"{_count_quantized(report.plan)} layers quantized, {_count_kept(report.plan)}.")
     if report.kept and not report.already_complete:
         click.echo(f"{report.kept} of them were finished before the last run was interrupted.")
+    if report.n_unsmoothed:
+        click.echo(
+            f"{report.n_unsmoothed} of them are not smoothed: a call of the samples would be worse."
+        )
     click.echo(
         f"Linear weights: {size_of(report.plan.nbytes_bf16)} in bf16, "
         f"{size_of(report.plan.nbytes)} now."

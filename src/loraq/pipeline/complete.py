@@ -136,5 +136,6 @@ def _find_report(
         stats_sha256=record.get("stats_sha256", ""),
         output_error=record.get("output_error"),
         kept=job.is_kept,
+        unsmoothed=bool(record.get("unsmoothed")),
         device=device,
     )

@@ -116,6 +116,7 @@ def quantize_layer(
         output_error=None if job.is_stack else solutions[0].metrics.get("output_error"),
         metrics={} if job.is_stack else solutions[0].metrics,
         kept=job.is_kept,
+        unsmoothed=solutions[0].metrics.get("smoothed") == 0,
         device=kind,
     )
     return FinishedLayer(packed, report, job.transposed)

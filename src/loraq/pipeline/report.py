@@ -37,6 +37,8 @@ class LayerReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     #: Whether the rules keep it out of the recipe's scheme.
     kept: bool = False
+    #: Whether it is not smoothed although its scheme says so, because a call would be worse.
+    unsmoothed: bool = False
     #: Kind of the device that solved it, such as "cpu": another gives other bytes.
     device: str = "cpu"
 
@@ -53,7 +55,7 @@ class LayerReport:
             "device",
         )
         found = {name: value for name in names if (value := getattr(self, name)) not in ("", None)}
-        return {**found, "kept": True} if self.kept else found
+        return found | {name: True for name in ("kept", "unsmoothed") if getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Report:
         kept = sum(report.kept for report in reports.values())
         is_complete = all(report.already_complete for report in reports.values())
         return cls(first.recipe, plan, layers, kept, is_complete, dict(reports))
+
+    @property
+    def n_unsmoothed(self) -> int:
+        """How many layers are not smoothed although their scheme says so."""
+        return sum(layer.unsmoothed for layer in self.layers)
 
     @property
     def mean_relative_error(self) -> float:
