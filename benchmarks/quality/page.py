@@ -65,8 +65,8 @@ trained on photographs, and has heavier activation outliers. Every branch gets a
 * **A fair field.** Every method gets every branch precision (16, 8, 6 and 4 bits; beside rounded activations each of the last three
   with 16-bit activations of the branch as well), every rotation of the input, rotation in rank space where the branch is
   quantized, and scale search; SVDQuant one-shot, ×20 and ×100 alternations. With own samples it is SVDQuant + GPTQ with those,
-  the noise filter where activations are rounded, and smoothing (its factors are not counted as bytes; those of a LoRaQ row,
-  `-s`, are). The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
+  the noise filter where activations are rounded, and smoothing, in its ways and in ours (its factors are not counted as bytes;
+  those of a LoRaQ row, `-s`, are). The rows are a product (`benchmarks/quality/field.py`) in which LoRaQ is one of the methods.
 * **Declared.** Each table is judged by one LoRaQ row, named in `benchmarks/quality/tables.py` before that row was measured on
   the page's seeds, {SEEDS[0]} to {SEEDS[-1]}; verdicts on those that were named and withdrawn stay folded under the table above. From
   weights alone it is at effort {COMPARISONS[f"W4A16, {WITHOUT}"].effort}, as a user has it who asks for none, with which it takes less time than SVDQuant ×100

@@ -55,10 +55,8 @@ def smooth(
             factor = torch.ones_like(factor)
         layers[name].weight.data = weight * factor
         moment = of_layer.second_moment / (factor * factor[:, None])
-        factors[name], smoothed[name] = (
-            factor,
-            replace(of_layer, second_moment=moment, call_mean_squares=None),
-        )
+        factors[name] = factor
+        smoothed[name] = replace(of_layer, second_moment=moment, call_mean_squares=None)
     return factors, smoothed
 
 

@@ -1,9 +1,9 @@
 """Mean squares of a layer's inputs call by call: `CallGroups`, a few groups of calls alike.
 
 The channels of a diffusion transformer change their sizes from timestep to timestep (PTQ4DiT, arXiv
-2405.16005, section 3.2), so that what suits the mean of all calls may be wrong in some. A run has
-thousands of calls. What is kept of them are their profiles, the shares that the channels have of
-the sum of squares, in as few groups as a worst case needs.
+2405.16005), so that what suits the mean of all calls may be wrong in some. A run has thousands of
+calls. They are alike where their channels have like shares of the sum of squares, and extremes
+among them, which a worst case asks for, stay groups of their own.
 """
 
 import torch
