@@ -40,8 +40,9 @@ def qualifiers(lines: Lines, world: str, group: str) -> set[int]:
     names = {name_of(rows[i]) for i in chosen}
     qualified = ledger.rows(lines, world, group.removesuffix(WEIGHED), QUALIFYING)
     for ours in (row for row in qualified if name_of(row) in names):
-        best = strongest(qualified, ours)[:NARROWED]
-        chosen |= {index[name] for name in map(name_of, best) if name in index}
+        # Rows that need calls told apart have none there.
+        best = [name for row in strongest(qualified, ours) if (name := name_of(row)) in index]
+        chosen |= {index[name] for name in best[:NARROWED]}
     return chosen
 
 
