@@ -35,6 +35,7 @@ SCHEMES = {
     "int8 rows": Scheme("int8", "int8", Branch(4, "int8", "int8")),
     "mxint5": Scheme("mxint6", "bf16", Branch(4, "bf16")),
     "int4, smoothed": Scheme("int4", "mxint8", BRANCH, smoothing=True),
+    "int4, smoothed by calls": Scheme("int4", "int4", BRANCH, 32, smoothing=True),
     "fp8": Scheme("fp8_e4m3", "fp8_e4m3", Branch(4, "fp8_e4m3", "fp8_e4m3")),
 }
 
@@ -48,7 +49,8 @@ def solve_on_fake_device(method: Method, scheme: Scheme) -> int:
         stats = None
         if scheme.smoothing or method.use_of_stats != "ignored":
             size = (SHAPE[1], SHAPE[1]) if method.needs_full_moment else (SHAPE[1],)
-            stats = ActivationStats(64, torch.empty(size, device="cpu"))
+            calls = torch.empty(16, SHAPE[1], device="cpu")
+            stats = ActivationStats(64, torch.empty(size, device="cpu"), call_mean_squares=calls)
         with torch.no_grad():
             solution = method.solve(weight, scheme, stats=stats)
         assert {tensor.device for tensor in solution.packed.tensors.values()} == {CUDA}
@@ -61,7 +63,8 @@ def solve_on_fake_device(method: Method, scheme: Scheme) -> int:
 def test_a_method_stays_on_the_device_of_its_weight(name):
     method = METHODS[name]() if name != "loraq" else LoRaQ(steps=2, refine_steps=2)
     # Each with three of the formats and smoothed, LoRaQ with all; rounding alone is below.
-    few = [*list(SCHEMES.values())[:3], SCHEMES["int4, smoothed"]]
+    smoothed = [scheme for scheme in SCHEMES.values() if scheme.smoothing]
+    few = [*list(SCHEMES.values())[:3], *smoothed]
     schemes = SCHEMES.values() if name == "loraq" else few
     for scheme in schemes:
         if method.branch == "none":

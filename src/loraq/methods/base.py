@@ -151,7 +151,7 @@ class Method(ABC):
         seconds = time.perf_counter() - begin
         metrics = dict(best.metrics)
         if prepared.smooth_factor is not None:
-            metrics["smoothed"] = float((prepared.smooth_factor != ONE).any())
+            metrics["smoothed"] = float((prepared.smooth_factor != ONE).any().item())
         return LayerSolution(packed, best.relative_error, seconds, metrics)
 
     def prepare(

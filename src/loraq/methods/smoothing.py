@@ -105,4 +105,4 @@ def relieves_calls(
         inputs, weights = (F.pad(of, (0, -n % size)).unflatten(1, (-1, size)) for of in shares)
         return (inputs.mean(2) * weights.sum(2)).sum(1)
 
-    return bool((left(factors) <= left(torch.ones_like(factors))).all())
+    return bool((left(factors) <= left(torch.ones_like(factors))).all().item())
