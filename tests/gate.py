@@ -30,8 +30,15 @@ def add_passes(gate: Path, n_layers: int) -> None:
         (gate / f"{number}.pass").touch()
 
 
+def ranks_at(gate: Path) -> set[str]:
+    """Return the ranks that have come for a pass, whether they got one or not."""
+    return {path.stem for path in gate.glob("*.rank")}
+
+
 def _take_pass() -> None:
     gate = Path(os.environ[_VARIABLE])
+    if rank := os.environ.get("RANK"):
+        (gate / f"{rank}.rank").touch()
     while True:
         for free in gate.glob("*.pass"):
             try:

@@ -12,7 +12,7 @@ import loraq
 from tests import gate
 from tests.clusters import Cluster, finished, make_source, solved
 from tests.folders import files_of
-from tests.gate import add_passes
+from tests.gate import add_passes, ranks_at
 
 pytestmark = pytest.mark.slow
 
@@ -154,6 +154,9 @@ def test_kill_9_and_the_same_command_again(place, tmp_path, victim):
     add_passes(tmp_path / "passes", 3)
     with Cluster(gated(tmp_path), 1, 2) as cluster:
         wait_for_a_layer(cluster, target)
+        # Who has not met the others yet waits five minutes for them.
+        while ranks_at(tmp_path / "passes") != {"0", "1"}:
+            time.sleep(0.02)
         for pid, rank in cluster.processes().items():
             if victim == "all" or (rank == "agent") == (victim == "agent"):
                 os.kill(pid, signal.SIGKILL)
