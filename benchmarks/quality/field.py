@@ -20,6 +20,7 @@ from loraq.evaluation.contender import Contender
 from loraq.methods import LoRaQ
 from loraq.methods.refit import FEWEST_BITS
 from loraq.recipe_names import parse_scheme
+from loraq.scheme import Scheme
 
 DIRECT = {"scale_rule": None}
 #: Alternations of SVDQuant that are tried.
@@ -102,8 +103,9 @@ def _unsampled(recipe: str) -> Iterator[Entrant]:
 
 def _sampled(recipe: str, statistics: str) -> Iterator[Entrant]:
     """Rows with a branch, with statistics of the model's own samples."""
-    is_gated = statistics != OWN_SENSITIVITY and parse_scheme(recipe).activation_format.bits <= 4
-    smoothings = (*SMOOTHINGS, OWN_SMOOTHING) if is_gated else SMOOTHINGS
+    smoothings: tuple[str, ...] = SMOOTHINGS
+    if asks_calls(parse_scheme(recipe), statistics):
+        smoothings = (*SMOOTHINGS, OWN_SMOOTHING)
     spread = {"rotate": True} if is_quantized(recipe) else {}
     helped = spread | ({"noise_filter": True} if is_rounded(recipe) else {})
     if recipe.endswith("+bf16-h0"):
@@ -123,6 +125,14 @@ def _sampled(recipe: str, statistics: str) -> Iterator[Entrant]:
                 label += f", smoothing {smoothing}" if smoothing else ""
                 yield Entrant(label, recipe, "gptq", options, smoothing=smoothing)
     yield Entrant("LoRaQ", recipe)
+
+
+def asks_calls(scheme: Scheme, statistics: str) -> bool:
+    """Whether LoRaQ smooths a layer only if no call is worse by it.
+
+    It does beside 4-bit activations, where statistics tell calls apart.
+    """
+    return statistics not in ("", OWN_SENSITIVITY) and scheme.activation_format.bits <= 4
 
 
 def is_refitted(recipe: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.field import Entrant
+from benchmarks.quality.field import Entrant, asks_calls
 from benchmarks.quality.row import ModelRow
 from benchmarks.results import RESULTS
 from benchmarks.worlds.matrices import dit_like, gaussian
@@ -24,7 +24,6 @@ from benchmarks.worlds.world import OWN_SENSITIVITY
 from loraq.evaluation.contender import Contender
 from loraq.formats import BlockFormat, Format
 from loraq.pipeline.module import quantize_weight
-from loraq.scheme import Scheme
 from loraq.stats import ActivationStats
 
 FOLDER = RESULTS / "quality"
@@ -94,12 +93,6 @@ def rounds_signed(activation: Format) -> bool:
     return isinstance(rows, BlockFormat) and rows.scale_rule().signed
 
 
-def tells_calls_apart(contender: Contender, scheme: Scheme) -> bool:
-    """Whether a layer is smoothed by what the fixed matrix's statistics do not have: calls."""
-    has_calls = contender.statistics not in ("", OWN_SENSITIVITY)
-    return scheme.smoothing and has_calls and scheme.activation_format.bits <= 4
-
-
 def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     """Return a hash of what a contender makes of a fixed matrix, and of what it does besides."""
     recipe = contender.to_recipe(budget=budget, effort=effort)
@@ -117,6 +110,7 @@ def fingerprint(contender: Contender, budget: str, effort: str) -> str:
     # Part of no packed tensor, and since 2026-11-30 not what it was.
     if rounds_signed(recipe.scheme.activation_format):
         digest.update(b"/signed activations")
-    if tells_calls_apart(contender, recipe.scheme):
+    # The fixed matrix's statistics have no calls.
+    if recipe.scheme.smoothing and asks_calls(recipe.scheme, contender.statistics):
         digest.update(b"/no call worse")
     return digest.hexdigest()[:16]

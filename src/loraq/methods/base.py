@@ -33,7 +33,6 @@ from loraq.options import check_fields
 from loraq.packed import LayerSolution, PackedWeight
 from loraq.scheme import Branch, Scheme
 from loraq.stats import ActivationStats
-from loraq.transforms import ONE
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -149,10 +148,7 @@ class Method(ABC):
             best = self._choose(prepared, scheme, fit, stats)
         packed = PackedWeight(scheme, best.main, best.branch, prepared.smooth_factor)
         seconds = time.perf_counter() - begin
-        metrics = dict(best.metrics)
-        if prepared.smooth_factor is not None:
-            metrics["smoothed"] = float((prepared.smooth_factor != ONE).any().item())
-        return LayerSolution(packed, best.relative_error, seconds, metrics)
+        return LayerSolution(packed, best.relative_error, seconds, dict(best.metrics))
 
     def prepare(
         self, weight: Tensor, scheme: Scheme, stats: ActivationStats | None = None

@@ -25,6 +25,7 @@ from loraq.safetensors.header import DTYPE_NAMES
 from loraq.safetensors.layout import tensor_bytes
 from loraq.safetensors.reader import TensorReader
 from loraq.stats import ActivationStats
+from loraq.transforms import ONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,7 @@ def quantize_layer(
         else solutions[0].packed
     )
     relative_error = root_mean_square([solution.relative_error for solution in solutions])
+    codes = solutions[0].packed.smooth_factor
     report = LayerReport(
         name=prefix + job.name,
         shape=job.shape,
@@ -116,7 +118,7 @@ def quantize_layer(
         output_error=None if job.is_stack else solutions[0].metrics.get("output_error"),
         metrics={} if job.is_stack else solutions[0].metrics,
         kept=job.is_kept,
-        unsmoothed=solutions[0].metrics.get("smoothed") == 0,
+        unsmoothed=codes is not None and bool((codes == ONE).all()),
         device=kind,
     )
     return FinishedLayer(packed, report, job.transposed)

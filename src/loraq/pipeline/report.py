@@ -37,7 +37,7 @@ class LayerReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     #: Whether the rules keep it out of the recipe's scheme.
     kept: bool = False
-    #: Whether it is not smoothed although its scheme says so, because a call would be worse.
+    #: Whether it is not smoothed although its scheme says so: all factors are 1.
     unsmoothed: bool = False
     #: Kind of the device that solved it, such as "cpu": another gives other bytes.
     device: str = "cpu"
